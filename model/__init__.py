@@ -1,0 +1,22 @@
+"""The parts of the fine-tuning script; `VisualGLMModel` and `chat` can be imported from here.
+
+They are looked up when they are asked for, so that importing a part that needs no torch stays quick.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "VisualGLMModel": "model.visualglm",
+    "FineTuneVisualGLMModel": "model.adapters",
+    "chat": "model.chat",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # importing model.chat has just made `chat` the module; the function is meant
+    return value

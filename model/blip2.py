@@ -1,0 +1,98 @@
+"""The eyes of VisualGLM: an EVA vision transformer and a Q-Former that asks it a fixed number of questions.
+
+    image float32[batch, 3, H, W] → EVAViT [batch, 1 + patches, vit hidden]
+                                  → QFormer [batch, queries, qformer hidden] → glm_proj [batch, queries, hidden]
+
+Every size comes from the checkpoint's `model_config.json` (`eva_args`, `qformer_args`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from model.sat_compat import import_sat
+
+import_sat()
+
+from sat.model import BaseMixin, BaseModel, ViTModel  # noqa: E402  (sat can be imported only after import_sat)
+
+
+class FinalLayerNormMixin(BaseMixin):
+    """Replaces ViT's class head: normalises every position instead of classifying the first."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        # torch's own eps, not the tower's 1e-6: that is how the checkpoint was trained and released.
+        self.ln_vision = torch.nn.LayerNorm(hidden_size)
+
+    def final_forward(self, logits: torch.Tensor, **_: Any) -> torch.Tensor:
+        return self.ln_vision(logits)
+
+
+class EVAViT(ViTModel):
+    """EVA ViT-g: SAT's ViT with a final layer norm in place of the class head."""
+
+    def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
+        args.num_classes = 1  # of the head that goes next; torch warns about one of none, as released configs have it
+        super().__init__(args, transformer=transformer, **kwargs)
+        self.del_mixin("cls")
+        self.add_mixin("cls", FinalLayerNormMixin(args.hidden_size))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Features [batch, pre_len + patches, hidden] of image [batch, 3, H, W]."""
+        class_token = image.new_zeros((image.shape[0], 1), dtype=torch.long)
+        everything_visible = image.new_ones((1, 1))
+        return super().forward(
+            input_ids=class_token, position_ids=None, attention_mask=everything_visible, image=image
+        )[0]
+
+
+class QFormer(BaseModel):
+    """A BERT whose words are learned queries; every other layer looks at the picture's features."""
+
+    def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(args, transformer=transformer, activation_func=torch.nn.functional.gelu, **kwargs)
+        del self.transformer.position_embeddings
+        self.query_length = args.vocab_size
+
+    def position_embedding_forward(self, position_ids: None, **_: Any) -> None:
+        """The queries have no order."""
+        return None
+
+    def final_forward(self, logits: torch.Tensor, **_: Any) -> torch.Tensor:
+        return logits
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Answers [batch, queries, hidden] to the queries, from features [batch, positions, cross hidden]."""
+        queries = torch.arange(self.query_length, device=features.device).expand(features.shape[0], -1)
+        everything_visible = features.new_ones((1, 1))
+        return super().forward(
+            input_ids=queries,
+            position_ids=None,
+            attention_mask=everything_visible,
+            encoder_outputs=features,
+            cross_attention_mask=everything_visible,
+        )[0]
+
+
+class BLIP2(torch.nn.Module):
+    """A picture as a fixed number of embeddings in the language model's own space."""
+
+    def __init__(self, eva_args: Mapping[str, Any], qformer_args: Mapping[str, Any], hidden_size: int, **kwargs: Any):
+        """Build the three parts; kwargs (such as params_dtype) go to both SAT models.
+
+        hidden_size is the language model's. The released script hard-coded it, and the Q-Former's, as 4096 and 768.
+        """
+        super().__init__()
+        self.vit = EVAViT(EVAViT.get_args(**eva_args), **kwargs)
+        self.qformer = QFormer(QFormer.get_args(**qformer_args), **kwargs)
+        self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Embeddings [batch, image_length, hidden] of image [batch, 3, H, W]."""
+        return self.glm_proj(self.qformer(self.vit(image)))
+
+    def is_trained(self) -> bool:
+        """Whether any weight here is to be learned."""
+        return any(parameter.requires_grad for parameter in self.parameters())

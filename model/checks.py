@@ -1,0 +1,404 @@
+"""Everything that can fail, checked in seconds, before a model or even torch is loaded.
+
+A function named …_problems returns sentences: where, what was found, what is needed; an empty list when all is well.
+"""
+
+import importlib.machinery
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import raise_problems
+from model.files import checkpoint_problem, find_checkpoint, read_json_object, save_problems
+from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
+from model.prompt import LEAST_TARGET_LENGTH, Lengths, Row, cut_counts, least_source_length
+from model.rows import check_pictures, read_rows
+from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a command line means, once it is known to be good."""
+
+    checkpoint: Path
+    config: dict[str, Any]
+    tokenizer: ChatGLMTokenizer
+    notes: list[str]  # sentences for the person at the prompt
+
+
+def checked(options: Options) -> Inputs:
+    """Check everything, the quickest first, and stop at the first kind of problem.
+
+    Raises:
+        InputError: lists every problem of that kind.
+    """
+    raise_problems(method_problems(options))
+    notes = []
+    if options.deepspeed_config:
+        settings = read_json_object(options.deepspeed_config, "--deepspeed_config")
+        raise_problems(deepspeed_problems(settings, options.deepspeed_config))
+        notes += overridden_by_deepspeed(options, settings, options.deepspeed_config)
+    checkpoint = find_checkpoint(options.from_pretrained)
+    config = read_json_object(checkpoint / "model_config.json", "The checkpoint's configuration")
+    raise_problems(config_problems(options, config))
+    notes += overridden_by_config(options, config)
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint, options.tokenizer))
+    check_special_ids(tokenizer, config)
+    raise_problems(frame_problems(options, tokenizer, config["image_length"]))
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*/mp_rank_*_model_states.pt"))
+    raise_problems(save_problems(options, weights))
+    files = [*options.train_data, *(options.valid_data or []), *(options.test_data or [])]
+    rows = {file: read_rows(file) for file in dict.fromkeys(files)}
+    raise_problems(split_row_problems(options, {file: len(rows[file]) for file in options.train_data}))
+    check_pictures([row for of_file in rows.values() for row in of_file])
+    lengths = Lengths(
+        config["image_length"], options.max_source_length, options.max_target_length, options.source_prefix
+    )
+    notes += [f"{file}: {len(of_file)} rows{cut_note(of_file, tokenizer, lengths)}" for file, of_file in rows.items()]
+    return Inputs(checkpoint, config, tokenizer, notes)
+
+
+def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
+    """Which lengths leave no room for the frame around the question, or for the answer."""
+    least = {
+        "max_source_length": least_source_length(tokenizer, image_length),
+        "max_target_length": LEAST_TARGET_LENGTH,
+    }
+    return [
+        f"{flag_names()[name]} {getattr(options, name)}: no room for a single token of text; at least {needed} is needed."
+        for name, needed in least.items()
+        if getattr(options, name) < needed
+    ]
+
+
+def cut_note(rows: Sequence[Row], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> str:
+    """What the lengths cut off from rows, to be told before training starts; nothing if they all fit."""
+    counts = cut_counts(rows, tokenizer, lengths)
+    prompts, labels = sum(prompt > 0 for prompt, _ in counts), sum(label > 0 for _, label in counts)
+    if not prompts + labels:
+        return ""
+    return f"; cut to fit: {prompts} prompts (--max_source_length), {labels} labels (--max_target_length)"
+
+
+# --- checks of the command line alone ---------------------------------------------------------------------------------
+
+# Bounds of numbers: what holds for a good one, how that is said, and for which flags.
+_BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
+    (
+        lambda number: number >= 1,
+        "1 or more is needed.",
+        ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
+         "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
+         "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor"),
+    ),
+    (
+        lambda number: number >= 0,
+        "0 or more is needed.",
+        ("auto_warmup_steps", "weight_decay", "num_workers"),
+    ),
+    (
+        lambda number: 0 < number < math.inf,
+        "a number greater than 0 is needed.",
+        ("lr", "lr_decay_ratio"),
+    ),
+    (
+        lambda number: 0 <= number <= 1,
+        "a number from 0 to 1 is needed.",
+        ("warmup", "hidden_dropout", "attention_dropout", "drop_path"),
+    ),
+    (
+        lambda number: 1 <= number <= LARGEST_SEED,
+        f"a whole number from 1 to {LARGEST_SEED} is needed.",
+        ("seed",),
+    ),
+)  # fmt: skip
+
+
+def method_problems(options: Options) -> list[str]:
+    """What is wrong with the flags by themselves: no method, conflicts, numbers out of bounds, what SAT can't do."""
+    return [
+        *_choice_problems(options),
+        *_number_problems(options),
+        *_data_flag_problems(options),
+        *_machine_problems(options),
+    ]
+
+
+def _choice_problems(options: Options) -> list[str]:
+    problems = []
+    if not (options.use_lora or options.use_qlora or options.use_ptuning):
+        problems.append("No method: --use_lora, --use_qlora or --use_ptuning is needed.")
+    if options.use_lora and options.use_qlora:
+        problems.append("--use_lora and --use_qlora: only one is needed; QLoRA is LoRA over 4-bit weights.")
+    if options.train_iters is not None and options.epochs is not None:
+        problems.append("--train-iters and --epochs: both say how long to train; only one is needed.")
+    if options.fp16 and options.bf16:
+        problems.append("--fp16 and --bf16: only one is needed.")
+    if options.mode == "inference":
+        problems.append("--mode inference: this script trains; --mode finetune is needed.")
+    if options.zero_stage == 3:
+        problems.append("--zero-stage 3: SAT builds this model in a way ZeRO-3 can't partition; 0, 1 or 2 is needed.")
+    return problems
+
+
+def _number_problems(options: Options) -> list[str]:
+    problems = []
+    for holds, needed, names in _BOUNDS:
+        for name in names:
+            number = getattr(options, name)
+            if number is not None and not holds(number):
+                problems.append(f"{flag_names()[name]} {number}: {needed}")
+    return problems
+
+
+def _data_flag_problems(options: Options) -> list[str]:
+    problems = []
+    if not options.train_data and options.mode != "inference":
+        problems.append("--train-data: no file given; a JSON file with rows to learn is needed.")
+    weights = options.train_data_weights
+    if weights is not None and options.train_data and len(weights) != len(options.train_data):
+        problems.append(
+            f"--train-data-weights {shown(weights)}: {len(weights)} found for {len(options.train_data)} files in "
+            "--train-data; one for each file is needed."
+        )
+    if weights is not None and (min(weights) < 0 or max(weights) < 1):
+        problems.append(f"--train-data-weights {shown(weights)}: whole numbers of 1 or more are needed.")
+    if options.iterable_dataset is not False or options.iterable_dataset_eval == "True":
+        flag = "--iterable-dataset" if options.iterable_dataset is not False else "--iterable-dataset-eval"
+        problems.append(f"{flag}: SAT reads webdataset shards with it; rows in JSON files need it left out.")
+    for flag, files in (("--valid-data", options.valid_data), ("--test-data", options.test_data)):
+        if files == []:
+            problems.append(f"{flag}: no file given; a JSON file with rows is needed, or no {flag}.")
+    if options.train_data:
+        problems += _split_problems(options)
+    return problems
+
+
+def split_shares(options: Options) -> list[float]:
+    """The shares of --train-data for training, evaluation and test, adding up to 1, as SAT reads --split.
+
+    What is missing to 1 is evaluated on; a share whose rows come from --valid-data or --test-data is 0 (SAT's
+    `get_split`).
+
+    Raises:
+        ValueError: --split isn't one to three numbers of 0 or more with a training share above 0.
+    """
+    shares = [float(share) for share in options.split.split("," if "," in options.split else "/")]
+    if not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
+        raise ValueError(options.split)
+    if sum(shares) < 1:
+        shares.append(1 - sum(shares))
+    training, evaluation, test = [*shares, 0.0, 0.0][:3]
+    evaluation = evaluation if options.valid_data is None else 0.0
+    test = test if options.test_data is None else 0.0
+    total = training + evaluation + test
+    return [training / total, evaluation / total, test / total]
+
+
+def _split_problems(options: Options) -> list[str]:
+    try:
+        shares = split_shares(options)
+    except ValueError:
+        return [f"--split {options.split}: shares of 0 or more are needed, as in 8,1,1, the first above 0."]
+    if shares[0] == 1:
+        return []
+    if options.epochs is not None:
+        return [
+            f"--split {options.split} holds rows out of --train-data, which SAT can't do with --epochs; --split 1 is "
+            "needed, or --train-iters."
+        ]
+    return []
+
+
+def split_row_problems(options: Options, row_counts: Mapping[str, int]) -> list[str]:
+    """Which files have too few rows for --split, which deals out --block-size rows at a time.
+
+    Args:
+        row_counts: rows of each file in --train-data.
+    """
+    if split_shares(options)[0] == 1:
+        return []
+    return [
+        f"{path}: {rows} rows found; --split {options.split} needs --block-size {options.block_size} of them or more: "
+        f"--block-size {rows} is needed, or --split 1 to train on every row."
+        for path, rows in row_counts.items()
+        if rows < options.block_size
+    ]
+
+
+def _machine_problems(options: Options) -> list[str]:
+    problems = []
+    if options.wandb and not _is_installed("wandb"):
+        problems.append("--wandb: the package wandb is not installed; pip install wandb is needed.")
+    if options.use_qlora and not _is_installed("bitsandbytes"):
+        problems.append("--use_qlora: the package bitsandbytes is not installed; pip install bitsandbytes is needed.")
+    local_rank = options.local_rank if options.local_rank is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if options.device not in (-1, local_rank):
+        problems.append(
+            f"--device {options.device}: process {local_rank} can train on GPU {local_rank} only; "
+            f"CUDA_VISIBLE_DEVICES={options.device} in place of --device is needed."
+        )
+    if options.model_parallel_size != 1:
+        problems.append(
+            f"--model-parallel-size {options.model_parallel_size}: every process holds the whole model here, and several "
+            "share the batch; 1 is needed."
+        )
+    if options.load is not None:
+        problem = checkpoint_problem(Path(options.load).expanduser(), ("latest",))
+        if problem:
+            problems.append(f"--load {options.load}: {problem}")
+    return problems
+
+
+def _is_installed(package: str) -> bool:
+    # Not importlib.util.find_spec: that looks at sys.modules first, where a placeholder may stand.
+    return importlib.machinery.PathFinder.find_spec(package) is not None
+
+
+# --- checks against the checkpoint's config and DeepSpeed's settings --------------------------------------------------
+
+# What a VisualGLM's model_config.json must say, and in which JSON type.
+_CONFIG_KEYS: Mapping[str, type] = {
+    "num_layers": int,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "vocab_size": int,
+    "eva_args": dict,
+    "qformer_args": dict,
+    "image_length": int,
+    "bos_token_id": int,
+    "mask_token_id": int,
+    "gmask_token_id": int,
+    "pad_token_id": int,
+}
+
+
+def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's config, or with the flags once it is known.
+
+    Args:
+        config: what the checkpoint's `model_config.json` holds.
+    """
+    path = _config_path(options)
+    missing = [f'"{key}"' for key in _CONFIG_KEYS if key not in config]
+    if missing:
+        return [f"{path}: no {', '.join(missing)}; a VisualGLM checkpoint has " + ", ".join(_CONFIG_KEYS) + "."]
+    wrong_types = [
+        f'{path}: "{key}" is {json.dumps(config[key])}; {_TYPE_NAMES[needed]} is needed.'
+        for key, needed in _CONFIG_KEYS.items()
+        if type(config[key]) is not needed
+    ]
+    if wrong_types:
+        return wrong_types
+    return [
+        *_layer_problems(options.layer_range or [], config["num_layers"]),
+        *_length_problems(options, config),
+    ]
+
+
+_TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
+
+
+def _config_path(options: Options) -> Path:
+    """The config as the user knows it: beside the name or folder that was typed."""
+    return Path(options.from_pretrained, "model_config.json")
+
+
+def _layer_problems(layers: list[int], num_layers: int) -> list[str]:
+    problems = []
+    outside = sorted({layer for layer in layers if not 0 <= layer < num_layers})
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if outside:
+        problems.append(
+            f"--layer_range {shown(layers)}: no layer {shown(outside)} in this checkpoint; "
+            f"layers from 0 to {num_layers - 1} are needed."
+        )
+    if twice:
+        problems.append(f"--layer_range {shown(layers)}: {shown(twice)} found twice; each layer is needed once.")
+    return problems
+
+
+def _length_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    longest = options.max_source_length + options.max_target_length
+    positions = config.get("max_sequence_length", options.max_sequence_length)
+    if longest > positions:
+        problems.append(
+            f"--max_source_length {options.max_source_length} and --max_target_length {options.max_target_length}: "
+            f"{longest} tokens together; this checkpoint takes {positions} (max_sequence_length), so less is needed."
+        )
+    if options.max_source_length <= config["image_length"]:
+        problems.append(
+            f"--max_source_length {options.max_source_length}: the picture alone takes {config['image_length']} "
+            "tokens; more is needed for the question."
+        )
+    return problems
+
+
+def overridden_by_config(options: Options, config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each typed flag that differs from the checkpoint's config, which wins in SAT.
+
+    --model-parallel-size is not among them: SAT splits a checkpoint anew.
+    """
+    path = _config_path(options)
+    return [
+        f"{typed_flag(name, getattr(options, name))} is overridden by {shown(config[name])} from {path}."
+        for name in sorted(options.typed & config.keys() - {"model_parallel_size"})
+        if config[name] != getattr(options, name)
+    ]
+
+
+# Which setting replaces which flag, and its value where the file is silent (None: the flag's own).
+_DEEPSPEED_SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "fp16": ("fp16.enabled", False),
+    "bf16": ("bf16.enabled", False),
+    "batch_size": ("train_micro_batch_size_per_gpu", None),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps", None),
+    "lr": ("optimizer.params.lr", None),
+    "weight_decay": ("optimizer.params.weight_decay", None),
+    "zero_stage": ("zero_optimization.stage", 0),
+}
+
+
+def overridden_by_deepspeed(options: Options, settings: Mapping[str, Any], path: Path | str) -> list[str]:
+    """A sentence for each typed flag that differs from the settings in a --deepspeed_config file, which win.
+
+    Args:
+        settings: what the file at path holds.
+    """
+    sentences = []
+    for name, (key, if_silent) in _DEEPSPEED_SETTINGS.items():
+        value = _setting(settings, key, if_silent)
+        if name in options.typed and value not in (None, "auto", getattr(options, name)):
+            flag = typed_flag(name, getattr(options, name))
+            sentences.append(f"{flag} is overridden by {shown(value)} from {path} ({key}).")
+    return sentences
+
+
+def _setting(settings: Mapping[str, Any], key: str, if_silent: Any) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return if_silent
+        value = value[part]
+    return value
+
+
+def deepspeed_problems(settings: Mapping[str, Any], path: Path | str) -> list[str]:
+    """What SAT can't use in the settings of a --deepspeed_config file."""
+    problems = []
+    for section in ("fp16", "bf16", "optimizer", "zero_optimization"):
+        value = settings.get(section, {})
+        if not isinstance(value, Mapping):
+            problems.append(f'{path}: "{section}" is {json.dumps(value)}; an object {{…}} is needed.')
+        elif section in ("fp16", "bf16") and section in settings and "enabled" not in value:
+            problems.append(f'{path}: no "enabled" in "{section}"; true or false is needed.')
+    if _setting(settings, "fp16.enabled", False) and _setting(settings, "bf16.enabled", False):
+        problems.append(f"{path}: fp16 and bf16 are both enabled; only one is needed.")
+    if _setting(settings, "zero_optimization.stage", 0) == 3:
+        problems.append(f"{path}: ZeRO stage 3 can't partition this model as SAT builds it; 0, 1 or 2 is needed.")
+    return problems

@@ -1,0 +1,418 @@
+"""The command line of `finetune_visualglm.py`: every flag with its help.
+
+Our parser tells a person what is wrong; SAT's then reads the same command line again. So the names, types, choices and
+defaults of SAT's and DeepSpeed's flags are theirs exactly (SwissArmyTransformer 0.4.12, DeepSpeed 0.19), and a test
+compares them. Only the standard library is imported: a wrong command line is refused before torch would have loaded.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from model.progress import warn
+
+SCRIPT = "finetune_visualglm.py"
+LARGEST_SEED = 2**32 - 1  # numpy.random.seed takes no more
+
+EXAMPLES = """\
+examples:
+  LoRA on your own rows, every row trained on:
+    python finetune_visualglm.py --use_lora --mode finetune --train-data rows.json --save checkpoints
+  LoRA in layers 0 and 14, evaluated every 50 iterations on rows of its own:
+    python finetune_visualglm.py --use_lora --layer_range 0 14 --mode finetune --train-data rows.json \\
+      --valid-data heldout.json --eval-interval 50 --eval-batch-size 4 --train-iters 300 --fp16 --save checkpoints
+  P-Tuning v2 on two GPUs:
+    deepspeed --num_gpus 2 finetune_visualglm.py --use_ptuning --pre_seq_len 4 --mode finetune --fp16 --zero-stage 1 \\
+      --train-data rows.json --save checkpoints
+"""
+
+
+# --- flags: one table per group, read from top to bottom --------------------------------------------------------------
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare what is trained: the flags that SAT writes into the `model_config.json` of a fine-tuned checkpoint."""
+    add = parser.add_argument_group("what is trained (at least one method)").add_argument
+    # fmt: off
+    add("--use_lora", action="store_true",
+        help="Train LoRA factors on the attention of the language model.")
+    add("--use_qlora", action="store_true",
+        help="Train LoRA factors while the language model is kept in 4-bit NF4 (needs the package bitsandbytes).")
+    add("--use_ptuning", action="store_true",
+        help="Train P-Tuning v2 prefixes, alone or together with LoRA.")
+    add("--lora_rank", type=int, default=10, metavar="N",
+        help="Rank r of the LoRA factors, whose product is scaled by 1/r (default %(default)s).")
+    add("--layer_range", type=int, nargs="+", metavar="L",
+        help="Layers that get LoRA, counted from 0: a list, not a range, so that 0 14 means layer 0 and layer 14 "
+             "(default: all layers).")
+    add("--pre_seq_len", type=int, default=8, metavar="N",
+        help="Prefix positions per layer of P-Tuning v2 (default %(default)s).")
+    # fmt: on
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare what a checkpoint's `model_config.json` says of the picture's part and the token ids."""
+    add = parser.add_argument_group("VisualGLM (normally from the checkpoint's model_config.json)").add_argument
+    # fmt: off
+    add("--image_length", type=int, default=32, metavar="N",
+        help="Token positions that a picture takes (default %(default)s).")
+    add("--eva_args", type=_json_object, default={}, metavar="JSON",
+        help="Sizes of the vision tower, as a JSON object.")
+    add("--qformer_args", type=_json_object, default={}, metavar="JSON",
+        help="Sizes of the Q-Former, as a JSON object.")
+    add("--bos-token-id", type=int, metavar="ID", help="Token id of <sop>, which starts an answer.")
+    add("--mask-token-id", type=int, metavar="ID", help="Token id of [MASK].")
+    add("--gmask-token-id", type=int, metavar="ID", help="Token id of [gMASK], which stands before the answer.")
+    add("--pad-token-id", type=int, metavar="ID", help="Token id of <pad>, which fills rows up and holds image places.")
+    # fmt: on
+
+
+def _add_script_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("fine-tuning VisualGLM").add_argument
+    # fmt: off
+    add("-h", "--help", action="help", help="Show every flag and leave.")
+    add("--from_pretrained", default="visualglm-6b", metavar="NAME_OR_FOLDER",
+        help="Checkpoint to start from: a folder, or a name looked up in $SAT_HOME, which is ~/.sat_models unless set "
+             "(default %(default)s).")
+    add("--tokenizer", metavar="PATH",
+        help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
+    add("--max_source_length", type=int, default=64, metavar="N",
+        help="Longest question in tokens, picture and frame included; longer prompts are shortened "
+             "(default %(default)s).")
+    add("--max_target_length", type=int, default=256, metavar="N",
+        help="Longest answer in tokens; longer labels are cut (default %(default)s).")
+    add("--source_prefix", default="", metavar="TEXT",
+        help="Text put before every prompt (default: none).")
+    add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
+        help="Whether padding is left out of the loss (default true).")
+    add("--auto_warmup_steps", type=int, default=100, metavar="N",
+        help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
+    # fmt: on
+
+
+def _add_model_config_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: model (sizes come from the checkpoint's model_config.json)").add_argument
+    # fmt: off
+    add("--num-layers", type=int, default=6, metavar="N", help="Transformer layers (default %(default)s).")
+    add("--hidden-size", type=int, default=1024, metavar="N", help="Width of a position (default %(default)s).")
+    add("--num-attention-heads", type=int, default=16, metavar="N", help="Attention heads (default %(default)s).")
+    add("--vocab-size", type=int, default=100, metavar="N", help="Rows of the word embedding (default %(default)s).")
+    add("--max-sequence-length", type=int, default=512, metavar="N",
+        help="Most positions in a sequence (default %(default)s).")
+    add("--layernorm-order", type=str, default="pre", choices=["post", "pre", "sandwich"],
+        help="Where layer norms stand (default %(default)s).")
+    add("--inner-hidden-size", type=int, metavar="N",
+        help="Width inside the feed-forward part (default: 4 times --hidden-size).")
+    add("--hidden-size-per-attention-head", type=int, metavar="N",
+        help="Width of one attention head (default: --hidden-size divided by the heads).")
+    add("--model-parallel-size", type=int, default=1, metavar="N",
+        help="GPUs that share one copy of the model (default %(default)s).")
+    add("--skip-init", action="store_true", help="Leave weights uninitialised until the checkpoint fills them: faster.")
+    add("--use-gpu-initialization", action="store_true", help="Build the model on the GPU.")
+    add("--num-multi-query-heads", type=int, default=0, metavar="N",
+        help="Groups of keys and values in multi-query attention; 0 is ordinary attention (default %(default)s).")
+    add("--is-gated-mlp", action="store_true", help="Use a gated feed-forward part.")
+    add("--is-rotary-emb", action="store_true", help="Use SAT's own rotary positions (ChatGLM brings its own).")
+    add("--layernorm-epsilon", type=float, default=1e-5, metavar="X",
+        help="Epsilon of layer norms (default %(default)s).")
+    add("--hidden-dropout", type=float, default=0.1, metavar="P",
+        help="Dropout probability of hidden states in training (default %(default)s).")
+    add("--attention-dropout", type=float, default=0.1, metavar="P",
+        help="Dropout probability of attention weights in training (default %(default)s).")
+    add("--drop-path", type=float, default=0.0, metavar="P",
+        help="Probability of leaving a vision layer out in training (default %(default)s).")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+        help="Round --vocab-size up to a multiple of this (default %(default)s).")
+    add("--parallel-output", action="store_true", help="Leave logits split over model-parallel GPUs.")
+    # fmt: on
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: training").add_argument
+    # fmt: off
+    add("--experiment-name", type=str, default="MyModel", metavar="NAME",
+        help="Checkpoints go to <--save>/<NAME>-<month>-<day>-<hour>-<minute> (default %(default)s).")
+    add("--train-iters", type=int, metavar="N",
+        help="Iterations, that is optimizer steps, to train (default: 10000 unless --epochs is given).")
+    add("--epochs", type=int, metavar="N", help="Times to go through --train-data, in place of --train-iters.")
+    add("--batch-size", type=int, default=4, metavar="N",
+        help="Samples per GPU and forward pass (default %(default)s).")
+    add("--gradient-accumulation-steps", type=int, default=1, metavar="N",
+        help="Forward and backward passes per optimizer step (default %(default)s).")
+    add("--lr", type=float, default=1.0e-4, metavar="X", help="Peak learning rate (default %(default)s).")
+    add("--mode", type=str, default="pretrain", choices=["pretrain", "finetune", "inference"],
+        help="finetune starts a new experiment and obeys --auto_warmup_steps, pretrain goes on with one, "
+             "inference is refused here (default %(default)s).")
+    add("--seed", type=int, default=1234, metavar="N", help="Random seed, 1 or more (default %(default)s).")
+    add("--zero-stage", type=int, default=0, choices=[0, 1, 2, 3],
+        help="DeepSpeed ZeRO: 0 none, 1 splits optimizer states over the GPUs, 2 gradients too; 3 is refused "
+             "(default %(default)s).")
+    add("--checkpoint-activations", action="store_true",
+        help="Compute activations a second time in the backward pass: less memory, more time.")
+    add("--checkpoint-num-layers", type=int, default=1, metavar="N",
+        help="Layers per stretch of --checkpoint-activations (default %(default)s).")
+    add("--checkpoint-skip-layers", type=int, default=0, metavar="N",
+        help="Last layers that --checkpoint-activations leaves out (default %(default)s).")
+    add("--fp16", action="store_true", help="Compute in float16 with a dynamic loss scale.")
+    add("--bf16", action="store_true", help="Compute in bfloat16.")
+    add("--profiling", type=int, default=-1, metavar="N",
+        help="Start the CUDA profiler after N iterations; -1 is never (default %(default)s).")
+    add("--log-interval", type=int, default=1, metavar="N",
+        help="Iterations between two reports (default %(default)s; SAT's own is 50).")
+    add("--summary-dir", type=str, default="", metavar="FOLDER",
+        help="Folder for TensorBoard's files (default: the working directory).")
+    add("--save-args", action="store_true", help="Write the flags to a text file in --summary-dir.")
+    add("--lr-decay-iters", type=int, metavar="N", help="Iterations until the rate is lowest (default: all).")
+    add("--lr-decay-style", type=str, default="linear", choices=["constant", "linear", "cosine", "exponential"],
+        help="How the rate falls; this SAT keeps it constant for exponential (default %(default)s).")
+    add("--lr-decay-ratio", type=float, default=0.1, metavar="X",
+        help="Lowest rate of the cosine, as a fraction of --lr (default %(default)s).")
+    add("--warmup", type=float, default=0.01, metavar="X",
+        help="Fraction of all iterations, 0 to 1, over which the rate rises to --lr (default %(default)s).")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="Decoupled weight decay (default %(default)s).")
+    add("--save", type=str, metavar="FOLDER", help="Folder that checkpoints are saved under (default: none are saved).")
+    add("--load", type=str, metavar="FOLDER",
+        help="Checkpoint folder whose weights replace those of --from_pretrained (default: none).")
+    add("--force-train", action="store_true", help="Train although the checkpoint lacks some of the weights.")
+    add("--save-interval", type=int, default=5000, metavar="N",
+        help="Iterations between two checkpoints; the last is always saved (default %(default)s).")
+    add("--no-save-rng", action="store_true", help="Leave the random states out of checkpoints.")
+    add("--no-load-rng", action="store_true", help="Leave the random states of a checkpoint alone.")
+    add("--resume-dataloader", action="store_true", help="Go on with the data where the checkpoint of --load stopped.")
+    add("--distributed-backend", default="nccl", metavar="NAME",
+        help="How processes talk: nccl between GPUs, gloo between CPUs (default %(default)s).")
+    add("--local_rank", type=int, metavar="N", help="Number of this process on its machine; launchers set it.")
+    add("--exit-interval", type=int, metavar="N", help="Leave after N iterations (default: never).")
+    add("--wandb", action="store_true", help="Report to Weights & Biases (needs the package wandb).")
+    add("--wandb-project-name", type=str, default="default_project", metavar="NAME",
+        help="Project at Weights & Biases (default %(default)s).")
+    # fmt: on
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: evaluation").add_argument
+    # fmt: off
+    add("--eval-batch-size", type=int, metavar="N", help="Samples per GPU in evaluation (default: --batch-size).")
+    add("--eval-iters", type=int, default=100, metavar="N", help="Batches per evaluation (default %(default)s).")
+    add("--eval-interval", type=int, metavar="N",
+        help="Iterations between two evaluations (default: once per epoch with --epochs, else never).")
+    add("--strict-eval", action="store_true",
+        help="Evaluate every row once, in order, in place of --eval-iters random batches.")
+    # fmt: on
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: data").add_argument
+    # fmt: off
+    add("--train-data", nargs="+", metavar="FILE",
+        help='JSON files with the rows to learn: a list of {"img": …, "prompt": …, "label": …}.')
+    add("--train-data-weights", nargs="+", type=int, metavar="N",
+        help="How often each file of --train-data counts, one whole number per file (default: once).")
+    add("--iterable-dataset", action="store", default=False, const=True, nargs="?", choices=[True, False, "custom"],
+        help="Read webdataset shards; refused here, rows are read by number.")
+    add("--iterable-dataset-eval", default="", type=str, choices=["True", "False", ""],
+        help="The same for evaluation (default: as --iterable-dataset).")
+    add("--batch-from-same-dataset", action="store_true", help="Fill a batch from one iterable dataset.")
+    add("--valid-data", nargs="*", metavar="FILE", help="JSON files with rows for evaluation while training.")
+    add("--test-data", nargs="*", metavar="FILE", help="JSON files with rows for one evaluation at the end.")
+    add("--split", default="1", metavar="SHARES",
+        help="Shares of --train-data for training, evaluation and test, as in 8,1,1; 1 trains on every row "
+             "(default %(default)s).")
+    add("--num-workers", type=int, default=1, metavar="N",
+        help="Processes that read pictures, per GPU (default %(default)s).")
+    add("--block-size", type=int, default=10000, metavar="N",
+        help="Rows that --split shuffles at a time; a file needs at least as many (default %(default)s).")
+    add("--prefetch-factor", type=int, default=4, metavar="N",
+        help="Batches that each worker reads ahead (default %(default)s).")
+    # fmt: on
+
+
+def _add_tokenization_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: tokenizer").add_argument
+    # fmt: off
+    add("--tokenizer-type", type=str, default="fake", metavar="NAME",
+        help="SAT's name of a tokenizer; not used here, --tokenizer is (default %(default)s).")
+    # fmt: on
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: generating text (not used in training, except --device)").add_argument
+    # fmt: off
+    add("--temperature", type=float, default=1.0, metavar="X", help="Sampling temperature (default %(default)s).")
+    add("--top_p", type=float, default=0.0, metavar="P",
+        help="Sample from the likeliest tokens of this total probability; 0 is all (default %(default)s).")
+    add("--top_k", type=int, default=0, metavar="N",
+        help="Sample from this many likeliest tokens; 0 is all (default %(default)s).")
+    add("--num-beams", type=int, default=1, metavar="N", help="Beams of a beam search (default %(default)s).")
+    add("--length-penalty", type=float, default=0.0, metavar="X",
+        help="Favour of long answers in a beam search (default %(default)s).")
+    add("--no-repeat-ngram-size", type=int, default=0, metavar="N",
+        help="Tokens in a row that may not occur twice; 0 allows all (default %(default)s).")
+    add("--min-tgt-length", type=int, default=0, metavar="N", help="Shortest answer in tokens (default %(default)s).")
+    add("--out-seq-length", type=int, default=256, metavar="N",
+        help="Longest sequence in tokens (default %(default)s).")
+    add("--input-source", type=str, default="interactive", metavar="PATH",
+        help="A file of questions, or interactive (default %(default)s).")
+    add("--output-path", type=str, default="./samples", metavar="FOLDER",
+        help="Folder for answers (default %(default)s).")
+    add("--with-id", action="store_true", help="Each line of --input-source starts with an id.")
+    add("--max-inference-batch-size", type=int, default=12, metavar="N",
+        help="Most sequences at once (default %(default)s).")
+    add("--device", type=int, default=-1, metavar="N",
+        help="GPU of this process, which must equal LOCAL_RANK; choose GPUs with CUDA_VISIBLE_DEVICES "
+             "(default %(default)s: LOCAL_RANK).")
+    # fmt: on
+
+
+def _add_deepspeed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("DeepSpeed").add_argument
+    # fmt: off
+    add("--deepspeed", action="store_true", help="Use DeepSpeed; training here always does.")
+    add("--deepspeed_config", type=str, metavar="FILE",
+        help="DeepSpeed's settings as JSON, whose values win over the flags (default: SAT's values).")
+    add("--deepscale", action="store_true", help="Old name of --deepspeed.")
+    add("--deepscale_config", type=str, metavar="FILE", help="Old name of --deepspeed_config; not read.")
+    # fmt: on
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f'"{text}" found; true or false is needed')
+    return words[text.lower()]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON at column {error.colno}; an object {{…}} is needed") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} found; a JSON object {{…}} is needed")
+    return value
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+class Options(argparse.Namespace):
+    """A parsed command line: one attribute per flag, and in `typed` the attributes that the user gave a value."""
+
+    typed: frozenset[str]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse's parser, except that it tells an error in one sentence of ours and leaves the usage out."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print message on standard error, from rank 0 only, and exit with status 2."""
+        warn(f"{self.prog}: error: {_sentence(message)}")
+        sys.exit(2)
+
+
+def script_parser() -> FlagParser:
+    """A parser that knows the flags that are neither SAT's nor DeepSpeed's: `sat.get_args` adds those to it."""
+    parser = FlagParser(
+        prog=SCRIPT,
+        usage=f"{SCRIPT} (--use_lora | --use_qlora | --use_ptuning) --train-data FILE [FILE ...] [flags]",
+        description="Fine-tune VisualGLM on rows of picture, question and answer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # it would open a group of its own above ours
+    )
+    _add_script_flags(parser)
+    add_method_flags(parser)
+    add_model_flags(parser)
+    return parser
+
+
+def full_parser() -> FlagParser:
+    """A parser that knows every flag: ours, SAT's and DeepSpeed's."""
+    parser = script_parser()
+    _add_training_flags(parser)
+    _add_data_flags(parser)
+    _add_evaluation_flags(parser)
+    _add_model_config_flags(parser)
+    _add_tokenization_flags(parser)
+    _add_generation_flags(parser)
+    _add_deepspeed_flags(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of a command line, given without the script's name.
+
+    Prints and exits where argparse does: with status 0 for `--help`, with status 2 and a sentence on standard error for
+    an unknown flag, a missing value or a value of the wrong type.
+    """
+    parser = full_parser()
+    defaults = vars(parser.parse_args([]))
+    untyped = object()
+    found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
+    if unknown:
+        parser.error(_unknown_words(unknown, list(flag_names().values())))
+    typed = {name: value for name, value in vars(found).items() if value is not untyped}
+    return Options(**{**defaults, **typed, "typed": frozenset(typed)})
+
+
+# argparse's own messages and what we say in their place.
+_SENTENCES = (
+    (r"argument (\S+): invalid int value: '(.*)'", r"\1 \2: a whole number is needed."),
+    (r"argument (\S+): invalid float value: '(.*)'", r"\1 \2: a number is needed."),
+    (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 \2: one of \3 is needed."),
+    (r"argument (\S+): expected one argument", r"\1: no value found; one is needed."),
+    (r"argument (\S+): expected at least one argument", r"\1: no value found; one or more are needed."),
+    (r"argument (\S+): ignored explicit argument '(.*)'", r"\1=\2: it takes no value; \1 alone is needed."),
+    (r"ambiguous option: (\S+) could match (.*)", r"\1: it could be any of \2; the whole flag is needed."),
+    (r"argument (\S+): (.*)", r"\1: \2."),
+)
+
+
+def _sentence(message: str) -> str:
+    for pattern, sentence in _SENTENCES:
+        match = re.fullmatch(pattern, message, re.DOTALL)
+        if match:
+            return match.expand(sentence)
+    return message
+
+
+def _unknown_words(words: Sequence[str], flags: Sequence[str]) -> str:
+    """One sentence per word that looks like a flag; the other words are most likely their values."""
+    unknown_flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    if not unknown_flags:
+        return f'"{words[0]}": it follows no flag that takes it; a flag is needed before it.'
+    return "\n".join(f"{flag}: there is no such flag; {_did_you_mean(flag, flags)}" for flag in unknown_flags)
+
+
+def _did_you_mean(flag: str, flags: Sequence[str]) -> str:
+    by_spelling = {_spelling(known): known for known in flags}
+    close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)
+    return f"did you mean {by_spelling[close[0]]}?" if close else "see --help for all flags."
+
+
+def _spelling(flag: str) -> str:
+    """A flag without what people mix up: SAT's flags have dashes, the script's underscores."""
+    return flag.lower().lstrip("-").replace("_", "-")
+
+
+@functools.cache
+def flag_names() -> dict[str, str]:
+    """Which flag sets an attribute of Options: {"train_data": "--train-data", …}."""
+    return {action.dest: action.option_strings[-1] for action in full_parser()._actions}
+
+
+def typed_flag(name: str, value: Any) -> str:
+    """A flag and its value as a user would type them: `--layer_range 0 14`, `--fp16`."""
+    flag = flag_names()[name]
+    return flag if value is True else f"{flag} {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(shown(item) for item in value) or "nothing"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,388 @@
+"""Every adaptation of SAT and DeepSpeed to today's machines, one function each.
+
+Written for SwissArmyTransformer 0.4.12 and DeepSpeed 0.19 on torch 2.13. Each function says what breaks without it.
+Nothing happens at import: `import_sat` is called by the modules that stand on SAT, `adapt_training` by the script.
+"""
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.errors import InputError
+from model.files import read_json_object
+
+SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
+
+
+# --- importing ------------------------------------------------------------------------------------------------------
+
+
+def _placeholder(name: str, needed_for: str, *attributes: str) -> types.ModuleType:
+    """A module whose attributes exist and fail with a sentence when they are called."""
+
+    def unavailable(*_: Any, **__: Any) -> NoReturn:
+        raise InputError(f"{needed_for} is not available here: {name} was left out when SAT was imported.")
+
+    module = types.ModuleType(name)
+    for attribute in attributes:
+        setattr(module, attribute, unavailable)
+    return module
+
+
+@contextmanager
+def _standing_in(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
+    """Let modules be importable inside the block only, so that nobody else mistakes them for the real packages."""
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            sys.modules.pop(name, None)
+
+
+def import_sat() -> types.ModuleType:
+    """SAT's top module, imported although wandb and triton may be missing, and without what no run here uses.
+
+    SAT imports both on every path, uses wandb for `--wandb` alone and triton for the rotary embeddings of other
+    models: without this, `import sat` ends in ModuleNotFoundError for whoever hasn't installed 200 MB that never run.
+    SAT's GPT-2 and Hugging Face data set pull in transformers and pandas, four seconds of every start.
+    """
+    if "sat" in sys.modules:
+        return sys.modules["sat"]
+    unused = {
+        "sat.model.official.gpt2_model": ("SAT's GPT2Model", "GPT2Model"),
+        "sat.data_utils.hf_dataset": ("SAT's Hugging Face data set", "load_hf_dataset"),
+    }
+    if importlib.util.find_spec("triton") is None:
+        # SAT's own user of triton is stood in for, not triton: torch and DeepSpeed look for triton too.
+        unused["sat.model.position_embedding.triton_rotary"] = ("SAT's triton rotary embedding", "apply_rotary")
+    if importlib.util.find_spec("wandb") is None:
+        unused["wandb"] = ("--wandb", "log")
+    # About fifty lines that nobody asked for are logged on the way, one of them a warning that there is no GPU.
+    logging.disable(logging.WARNING)
+    try:
+        with _standing_in({name: _placeholder(name, *why) for name, why in unused.items()}):
+            return importlib.import_module("sat")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quieten() -> None:
+    """Let SAT and DeepSpeed log warnings and errors only, unless SAT_LOGLEVEL or DS_LOG_LEVEL asks for more.
+
+    Without this about a hundred lines scroll by before the first loss.
+    """
+    import_sat()
+    logging.getLogger("sat").setLevel(os.environ.get("SAT_LOGLEVEL", "WARNING").upper())
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DS_LOG_LEVEL", "ERROR").upper())
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def has_gpu() -> bool:
+    """Whether torch can use a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def set_launcher_environment() -> None:
+    """Give a plain `python finetune_visualglm.py …` what a launcher would have set.
+
+    DeepSpeed refuses to start without LOCAL_RANK, and torch.distributed without the others.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    single_process = {
+        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port,
+    }  # fmt: skip
+    if "WORLD_SIZE" not in os.environ:
+        for name, value in single_process.items():
+            os.environ.setdefault(name, str(value))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+
+
+def deepspeed_settings(
+    *,
+    zero_stage: int,
+    fp16: bool,
+    bf16: bool,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    lr: float,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """DeepSpeed's settings for a run: the values of SAT's bundled files, in a form that DeepSpeed takes today.
+
+    The bundled file for stage 0 has `min_loss_scale: 0.01`, which must be a whole number now. `torch_adam` takes torch's
+    Adam in place of DeepSpeed's, which is compiled with g++ or nvcc at the first run; the update is the same.
+
+    Args:
+        lr: peak learning rate. weight_decay: per step, decoupled (DeepSpeed's "Adam" decouples it too).
+        batch_size: samples per process and micro-batch.
+    """
+    adam: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "torch_adam": True}
+    if zero_stage >= 1:
+        adam |= {"betas": [0.9, 0.95], "eps": 1e-8}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": 0.1,
+        "steps_per_print": sys.maxsize,
+        "zero_allow_untested_optimizer": True,
+        "fp16": {
+            "enabled": fp16,
+            "loss_scale": 0,
+            "loss_scale_window": 400 if zero_stage >= 1 else 200,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "bf16": {"enabled": bf16},
+        "optimizer": {"type": "Adam" if zero_stage >= 1 else "AdamW", "params": adam},
+    }
+    if zero_stage >= 1:
+        settings["zero_optimization"] = {
+            "stage": zero_stage,
+            "contiguous_gradients": False,
+            "overlap_comm": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 40_000_000,
+            "allgather_bucket_size": 100_000_000,
+            "load_from_fp32_weights": False,
+        }
+    return settings
+
+
+def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's DeepSpeed settings with what SAT needs and they leave out filled in from defaults.
+
+    SAT reads the micro-batch, the accumulation and the optimizer from the file alone, and fails on None where the file
+    is silent. `min_loss_scale` below 1, as in the files of SAT, is raised to the 1 that DeepSpeed needs.
+    """
+    settings = copy.deepcopy(dict(own))
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print",
+                "optimizer"):  # fmt: skip
+        if settings.get(key) in (None, "auto"):
+            settings[key] = defaults[key]
+    if "min_loss_scale" in settings.get("fp16", {}):
+        settings["fp16"]["min_loss_scale"] = max(1, int(settings["fp16"]["min_loss_scale"]))
+    optimizer = settings["optimizer"]
+    if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    return settings
+
+
+def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """SAT's namespace for a checked command line, on a machine with or without a GPU.
+
+    Three things are settled for SAT. Its DeepSpeed files don't pass DeepSpeed's validation, and it turns fp16 on for
+    ZeRO: it gets a file with our settings. Without a GPU it insists on a device number equal to LOCAL_RANK and then
+    selects that CUDA device: the process group is made beforehand, with gloo, and the device becomes "cpu". Where a flag
+    was not typed, it multiplies by None or divides by it: --eval-batch-size and --eval-interval get values.
+
+    Args:
+        argv: the command line as typed. options: the same, parsed by `model.options`.
+        parser: knows the flags that are not SAT's.
+    """
+    sat = import_sat()
+    fp16, bf16 = options.fp16 and has_gpu(), options.bf16
+    settings = deepspeed_settings(
+        zero_stage=options.zero_stage,
+        fp16=fp16,
+        bf16=bf16,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+    )
+    if options.deepspeed_config:
+        settings = completed_settings(read_json_object(options.deepspeed_config, "--deepspeed_config"), settings)
+        if not has_gpu():
+            settings["fp16"] = {**settings.get("fp16", {}), "enabled": False}
+    evaluate_every = options.eval_interval or options.train_iters
+    typed = [*argv, "--log-interval", str(options.log_interval), "--split", options.split]
+    typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
+    typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
+    if not has_gpu():
+        typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
+        _start_gloo()
+    with tempfile.TemporaryDirectory() as folder:
+        settings_file = Path(folder, "deepspeed.json")
+        settings_file.write_text(json.dumps(settings))
+        args = sat.get_args([*typed, "--deepspeed_config", str(settings_file)], parser=parser)
+    if not has_gpu():
+        args.device = "cpu"
+    if args.warmup == 0:
+        args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate
+    if args.mode == "finetune":
+        # A fresh run has nothing to skip, but SAT would skip validation batches on several processes.
+        args.resume_dataloader = False
+    return args
+
+
+def _start_gloo() -> None:
+    """Make the process group over gloo, before SAT would with a CUDA device that isn't there."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+def parallel_output_once(args: argparse.Namespace, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """kwargs without `parallel_output`, which is noted in args instead.
+
+    The 2023 script hands it to the constructor; SAT 0.4.12 takes it from args as well, and then Python finds the same
+    keyword twice.
+    """
+    if "parallel_output" not in kwargs:
+        return kwargs
+    remaining = dict(kwargs)
+    args.parallel_output = remaining.pop("parallel_output")
+    return remaining
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def synchronize_only_with_gpu(training: Any) -> None:
+    """SAT's timers without their `torch.cuda.synchronize()` when there is no GPU, where it raises."""
+    if has_gpu():
+        return
+
+    class Timer(training.Timers.Timer):
+        def start(self) -> None:
+            self.start_time = time.time()
+            self.started_ = True
+
+        def stop(self) -> None:
+            self.elapsed_ += time.time() - self.start_time
+            self.started_ = False
+
+    class Timers(training.Timers):
+        def __call__(self, name: str) -> Timer:
+            return self.timers.setdefault(name, Timer(name))
+
+    training.Timers = Timers
+
+
+def broadcast_data(keys: Sequence[str], data: Mapping[str, Any], dtype: Any, device: Any) -> dict[str, Any]:
+    """The tensors data[key] of the first model-parallel rank, on every rank of its group, on device.
+
+    SAT's `mpu.broadcast_data` calls CUDA without asking whether there is a GPU. It is used where there is one and the
+    group has several ranks; on the CPU the same tensors are sent one by one over gloo.
+
+    Args:
+        data: needed on the group's first rank only. dtype: of all those tensors.
+    """
+    import torch
+    from sat import mpu
+
+    if mpu.get_model_parallel_world_size() == 1:
+        return {key: data[key].to(device, dtype, non_blocking=True) for key in keys}
+    if has_gpu():
+        return mpu.broadcast_data(keys, data, dtype)
+    source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
+    shapes = [{key: tuple(data[key].shape) for key in keys} if mpu.get_model_parallel_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(shapes, source, group=group)
+    assert shapes[0] is not None
+    received = {}
+    for key in keys:
+        tensor = data[key].to(dtype).clone() if data else torch.empty(shapes[0][key], dtype=dtype)
+        torch.distributed.broadcast(tensor, source, group=group)
+        received[key] = tensor
+    return received
+
+
+def without_compiling() -> None:
+    """Keep DeepSpeed from compiling its shared-memory reduction with g++ at the first run on a CPU (half a minute)."""
+    if has_gpu():
+        return
+    # Not `import deepspeed.comm.torch as …`: that finds the name `torch` in deepspeed.comm, which is torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def quiet_pinning() -> None:
+    """SAT pins memory for a GPU that may not be there; torch then warns once for every worker and epoch."""
+    if not has_gpu():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def safe_checkpoint_types() -> list[Any]:
+    """What old checkpoints may hold besides tensors: numpy's random state.
+
+    `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
+    """
+    import numpy
+
+    reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    return [
+        reconstruct,
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
+        numpy.ndarray,
+        numpy.dtype,
+        numpy.dtypes.UInt32DType,
+        numpy.dtypes.Int64DType,
+        numpy.dtypes.Float64DType,
+    ]
+
+
+def training_main() -> Callable[..., Any]:
+    """SAT's training loop."""
+    return importlib.import_module("sat.training.deepspeed_training").training_main
+
+
+def adapt_training(
+    *,
+    save_checkpoint: Callable[..., None],
+    load_checkpoint: Callable[..., int],
+    report: Any,
+    auto_warmup_steps: int,
+) -> None:
+    """Put our own saving, loading and reporting into SAT's `training_main`, and mend what fails without a GPU.
+
+    SAT's own saving fails in ZeRO stage 0 ('FusedAdam' object has no attribute 'optimizer') and asks CUDA for its random
+    state; its loading refuses old checkpoints. See each function called for the rest.
+
+    Args:
+        report: has `step(…)`, `evaluation(…)` and `watch(scheduler, optimizer)`; see `model.report`.
+        auto_warmup_steps: optimizer steps for which fine-tuning stays at 5 % of --lr at most (SAT: 100).
+    """
+    quieten()
+    training: Any = importlib.import_module("sat.training.deepspeed_training")
+    synchronize_only_with_gpu(training)
+    without_compiling()
+    quiet_pinning()
+    training.save_checkpoint = save_checkpoint
+    training.load_checkpoint = load_checkpoint
+    base_model: Any = importlib.import_module("sat.model.base_model")
+    base_model.load_checkpoint = load_checkpoint
+    training.report_iteration_metrics = report.step
+    training.report_evaluate_metrics = report.evaluation
+    training.report_memory = lambda _: None
+    training.print_args = lambda _: None
+
+    original_scheduler = training.get_learning_rate_scheduler
+
+    def scheduler_with_flag(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
+        scheduler = original_scheduler(optimizer, iteration, args, auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
+        report.watch(scheduler, optimizer)
+        return scheduler
+
+    training.get_learning_rate_scheduler = scheduler_with_flag

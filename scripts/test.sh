@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets up as quickstart.sh does, then runs all tests; arguments go to pytest (-m "" adds those marked slow).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh tests/requirements.txt
+exec "$python" -m pytest tests -p no:cacheprovider "$@"

@@ -1,0 +1,94 @@
+"""What several tests share: real checkpoints at small width, and real runs of the script."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+sys.path.insert(0, str(PROJECT))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "run: runs the script or a command in a process of its own (seconds)")
+    config.addinivalue_line("markers", "slow: takes minutes; left out of the quick tests of scripts/check.sh")
+
+
+def golden_values(name: str, shape: list[int]) -> numpy.ndarray:
+    """float32[shape]: what golden/README.md sets the tensor of this name to."""
+    base = 1.0 if name.endswith("weight") and ("layernorm" in name or "ln_vision" in name) else 0.0
+    noise = numpy.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    return (base + 0.05 * noise).astype(numpy.float32)
+
+
+def upstream_weights(trainable: dict[str, list[int]] | None = None) -> dict:
+    """The small model's tensors by name: those of parameters.json, and trainable ones by their shapes."""
+    import torch
+
+    shapes = json.loads((GOLDEN / "upstream/parameters.json").read_text()) | (trainable or {})
+    heads_dim = json.loads((GOLDEN / "upstream/model_config.json").read_text())
+    rotary = heads_dim["hidden_size"] // heads_dim["num_attention_heads"] // 2
+    weights = {name: torch.from_numpy(golden_values(name, shape)) for name, shape in shapes.items()}
+    weights["mixins.chatglm-attn.rotary_emb.inv_freq"] = 1.0 / 10000 ** (torch.arange(0, rotary, 2).float() / rotary)
+    return weights
+
+
+def write_checkpoint(folder: Path, config: dict, weights: dict) -> Path:
+    """A checkpoint folder in SAT's layout, with the golden tokenizer."""
+    import torch
+
+    (folder / "1").mkdir(parents=True)
+    (folder / "model_config.json").write_text(json.dumps(config))
+    (folder / "latest").write_text("1")
+    torch.save({"module": weights}, folder / "1" / "mp_rank_00_model_states.pt")
+    (folder / "ice_text.model").write_bytes((GOLDEN / "tokenizer/ice_text.model").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def upstream_config() -> dict:
+    """model_config.json of the small model that the released script's losses were recorded with."""
+    return json.loads((GOLDEN / "upstream/model_config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def upstream_checkpoint(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> Path:
+    """That model, with the weights that golden/README.md gives."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "upstream", upstream_config, upstream_weights())
+
+
+def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with a command line in the folder cwd, and give what it printed."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def load_model(checkpoint: Path, name: str = "VisualGLMModel", **flags: Any) -> Any:
+    """A checkpoint's model in this process, in eval mode; flags are attributes of SAT's namespace (use_lora=True, …)."""
+    import finetune_visualglm
+    from model.checkpoint import load_checkpoint
+
+    model_class = getattr(finetune_visualglm, name)
+    args = model_class.get_args(skip_init=True, **flags)
+    model, args = model_class.from_pretrained(str(checkpoint), args, build_only=True)
+    load_checkpoint(model, args, load_path=str(checkpoint))
+    return model.eval()
+
+
+def printed_losses(output: str) -> list[float]:
+    """The loss of each step line that a run printed."""
+    return [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\S+)  ", output, re.MULTILINE)]

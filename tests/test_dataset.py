@@ -1,0 +1,145 @@
+"""Rows as batches: equal to the released script's first batch, padded no further than needed, pictures opened late."""
+
+import json
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN
+from torch.utils.data import DataLoader
+
+from model.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
+from model.errors import InputError
+from model.image import BlipImageEvalProcessor
+from model.prompt import IGNORE_INDEX
+from model.tokenizer import ChatGLMTokenizer
+
+FIRST_BATCH = json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
+ARGS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
+PAD, EOP = 3, 90
+
+
+def dataset_of(folder, args=ARGS):
+    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
+    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(224), tokenizer, args)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return dataset_of(GOLDEN / "upstream")
+
+
+@pytest.fixture(scope="module")
+def first_batch(dataset):
+    """Ours, of the rows that the released script drew first."""
+    samples = [dataset[index] for index in range(len(dataset))]
+    wanted = [ids[: ids.index(EOP) + 1] for ids in FIRST_BATCH["input_ids"]]
+    return data_collator([next(one for one in samples if one["input_ids"] == ids) for ids in wanted])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_first_batch_equals_the_released_one_but_for_padding(first_batch, name):
+    seq = first_batch[name].shape[1]
+    assert first_batch[name].tolist() == [ids[:seq] for ids in FIRST_BATCH[name]]
+
+
+def test_first_batch_leaves_out_nothing_but_padding(first_batch):
+    seq = first_batch["labels"].shape[1]
+    assert {label for ids in FIRST_BATCH["labels"] for label in ids[seq:]} == {IGNORE_INDEX}
+
+
+def test_first_batch_has_the_released_image_means(first_batch):
+    means = first_batch["image"].mean(dim=(1, 2, 3)).tolist()
+    assert means == pytest.approx(FIRST_BATCH["image_mean"], abs=1e-6)
+
+
+def test_first_batch_has_the_released_pre_image(first_batch):
+    assert first_batch["pre_image"] == FIRST_BATCH["pre_image"]
+
+
+def test_dataset_has_as_many_samples_as_rows(dataset):
+    assert len(dataset) == 6
+
+
+def test_sample_image_is_what_the_model_takes(dataset):
+    image = dataset[0]["image"]
+    assert (image.dtype, tuple(image.shape)) == (torch.float32, (3, 224, 224))
+
+
+def test_sample_names_the_pad_id(dataset):
+    assert dataset[0]["pad_token_id"] == PAD
+
+
+def test_dataset_opens_no_picture_before_a_row_is_asked_for(tmp_path):
+    shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
+    assert len(dataset_of(tmp_path)) == 6
+
+
+def test_sample_when_its_picture_is_gone_is_an_error(tmp_path):
+    shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
+    with pytest.raises(InputError, match=r"there is no file images/0\.png"):
+        dataset_of(tmp_path)[0]
+
+
+def test_dataset_when_pickled_gives_the_same_sample(dataset):
+    assert pickle.loads(pickle.dumps(dataset))[3]["input_ids"] == dataset[3]["input_ids"]
+
+
+def test_dataset_in_a_worker_process_gives_the_same_batches(dataset):
+    loaded = [
+        next(iter(DataLoader(dataset, batch_size=3, collate_fn=data_collator, num_workers=workers)))
+        for workers in (0, 1)
+    ]
+    assert torch.equal(loaded[0]["input_ids"], loaded[1]["input_ids"])
+
+
+def test_dataset_with_the_optional_flags_uses_them():
+    args = SimpleNamespace(**vars(ARGS), source_prefix="图", ignore_pad_token_for_loss=False)
+    assert len(dataset_of(GOLDEN / "upstream", args)[0]["labels"]) == 128
+
+
+# Batches
+
+
+def example(length, image=0.0):
+    return {
+        "input_ids": [7] * length,
+        "labels": [8] * length,
+        "image": torch.full((3, 2, 2), image),
+        "pre_image": 3,
+        "pad_token_id": PAD,
+    }
+
+
+@pytest.mark.parametrize(("longest", "seq"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_batch_is_as_long_as_its_longest_row_in_eights(longest, seq):
+    assert PAD_MULTIPLE == 8 and data_collator([example(1), example(longest)])["input_ids"].shape == (2, seq)
+
+
+def test_batch_is_padded_on_the_right_with_the_pad_id():
+    assert data_collator([example(6), example(8)])["input_ids"][0].tolist() == [7] * 6 + [PAD] * 2
+
+
+def test_labels_are_padded_on_the_right_with_the_ignored_index():
+    assert data_collator([example(6), example(8)])["labels"][0].tolist() == [8] * 6 + [IGNORE_INDEX] * 2
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_batch_ids_are_int64(name):
+    assert data_collator([example(6)])[name].dtype == torch.int64
+
+
+def test_batch_images_are_stacked_in_order():
+    assert data_collator([example(1, 1.0), example(1, 2.0)])["image"][:, 0, 0, 0].tolist() == [1.0, 2.0]
+
+
+def test_batch_has_one_pre_image():
+    assert data_collator([example(1), example(2)])["pre_image"] == 3
+
+
+def test_batch_does_not_change_its_examples():
+    one = example(5)
+    data_collator([one])
+    assert one["input_ids"] == [7] * 5

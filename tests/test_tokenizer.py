@@ -1,0 +1,254 @@
+"""Our tokenizer equals the released one on every golden row, is found where it should be, and says what is wrong."""
+
+import io
+import json
+import pickle
+import shutil
+
+import huggingface_hub
+import pytest
+import sentencepiece
+from conftest import GOLDEN
+
+from model.errors import InputError
+from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+
+VOCAB = GOLDEN / "tokenizer/ice_text.model"
+EXPECTED = json.loads((GOLDEN / "tokenizer/golden.json").read_text())
+CONFIG = json.loads((GOLDEN / "upstream/model_config.json").read_text())
+every_row = pytest.mark.parametrize("row", EXPECTED["rows"], ids=[repr(row["text"][:20]) for row in EXPECTED["rows"]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(VOCAB)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def refuse(*_):
+        raise OSError("no network\nno route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+
+
+# Equal to the released tokenizer
+
+
+@every_row
+def test_ids_of_a_golden_row_are_the_released_ones(tokenizer, row):
+    assert tokenizer.encode(row["text"], add_special_tokens=False) == row["ids"]
+
+
+@every_row
+def test_ids_with_special_tokens_of_a_golden_row_are_the_released_ones(tokenizer, row):
+    assert tokenizer.encode(row["text"]) == row["ids_with_special_tokens"]
+
+
+@every_row
+def test_text_of_a_golden_row_is_the_released_one(tokenizer, row):
+    assert tokenizer.decode(row["ids"]) == row["decoded"]
+
+
+@every_row
+def test_tokens_of_a_golden_row_are_the_released_ones(tokenizer, row):
+    assert tokenizer.tokenize(row["text"]) == tokenizer.convert_ids_to_tokens(row["ids"]) == row["tokens"]
+
+
+@pytest.mark.parametrize("pair", EXPECTED["pairs"], ids=["image", "question"])
+def test_ids_of_a_golden_pair_are_the_released_ones(tokenizer, pair):
+    source = tokenizer.encode(pair["source"], add_special_tokens=False)
+    target = tokenizer.encode(pair["target"], add_special_tokens=False)
+    assert tokenizer.build_inputs_with_special_tokens(source, target) == pair["ids"]
+
+
+def test_padded_batch_is_the_released_one(tokenizer):
+    batch = EXPECTED["left_padded_batch"]
+    assert tokenizer(batch["texts"], padding=True)["input_ids"] == batch["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id"])
+def test_special_id_is_the_released_one(tokenizer, name):
+    assert getattr(tokenizer, name) == EXPECTED[name]
+
+
+def test_special_tokens_have_the_released_ids(tokenizer):
+    special = EXPECTED["special_ids"]
+    assert tokenizer.convert_tokens_to_ids(list(special)) == list(special.values())
+
+
+def test_vocab_size_is_the_released_one(tokenizer):
+    assert tokenizer.vocab_size == len(tokenizer) == EXPECTED["vocab_size"]
+
+
+# Decoding
+
+
+def test_decode_leaves_padding_out(tokenizer):
+    assert tokenizer.decode([3, 3, 2468, 3124, 2753, 3]) == "你好"
+
+
+def test_decode_of_a_padded_vocabulary_id_has_no_text(tokenizer):
+    assert tokenizer.decode([2468, 3124, 3700, 2753]) == "你好"
+
+
+def test_decode_when_special_tokens_are_skipped_leaves_them_out(tokenizer):
+    assert tokenizer.decode([2468, 3124, 2753, 86, 89, 90], skip_special_tokens=True) == "你好"
+
+
+def test_decode_when_special_tokens_are_skipped_keeps_line_breaks(tokenizer):
+    assert tokenizer.decode([2468, 4, 3124], skip_special_tokens=True) == "\n你"
+
+
+def test_decode_of_one_id_is_its_text(tokenizer):
+    assert tokenizer.decode(3124) == "你"
+
+
+def test_decode_of_a_tensor_is_its_text(tokenizer):
+    import torch
+
+    assert tokenizer.decode(torch.tensor([2468, 3124, 2753])) == "你好"
+
+
+@pytest.mark.parametrize("blank", ["<|blank_1|>", "<|blank_81|>", "<|blank_800|>"])
+def test_decode_of_text_that_only_looks_like_spaces_is_unchanged(tokenizer, blank):
+    assert tokenizer.decode(tokenizer.encode(blank, add_special_tokens=False)) == blank
+
+
+# Batches
+
+
+def test_call_with_one_text_gives_one_row(tokenizer):
+    assert tokenizer("你好")["input_ids"] == [2468, 3124, 2753, 86, 89]
+
+
+def test_call_with_one_text_and_tensors_gives_a_batch_of_one(tokenizer):
+    assert tokenizer("你好", return_tensors="pt")["input_ids"].tolist() == [[2468, 3124, 2753, 86, 89]]
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_call_with_tensors_gives_int64(tokenizer, kind):
+    assert str(tokenizer(["你好"], return_tensors=kind)["input_ids"].dtype).endswith("int64")
+
+
+def test_attention_mask_is_zero_on_the_left_padding(tokenizer):
+    assert tokenizer(["你好", "？"], padding=True)["attention_mask"] == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+
+
+def test_call_without_padding_leaves_rows_as_they_are(tokenizer):
+    assert [len(ids) for ids in tokenizer(["你好", "？"])["input_ids"]] == [5, 4]
+
+
+def test_call_with_max_length_pads_to_it(tokenizer):
+    batch = tokenizer(["你好"], padding="max_length", max_length=7)
+    assert batch["input_ids"] == [[3, 3, 2468, 3124, 2753, 86, 89]]
+
+
+def test_call_with_truncation_keeps_the_special_tokens(tokenizer):
+    assert tokenizer("你好你好", truncation=True, max_length=4)["input_ids"] == [2468, 3124, 86, 89]
+
+
+def test_call_without_special_tokens_gives_plain_ids(tokenizer):
+    assert tokenizer("你好", add_special_tokens=False)["input_ids"] == [2468, 3124, 2753]
+
+
+def test_call_with_truncation_but_no_length_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="need max_length"):
+        tokenizer("你好", truncation=True)
+
+
+# Files
+
+
+def test_save_pretrained_writes_the_same_file(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new/ice_text.model").read_bytes() == VOCAB.read_bytes()
+
+
+def test_from_pretrained_with_a_folder_reads_its_file():
+    assert ChatGLMTokenizer.from_pretrained(VOCAB.parent).encode("你好") == [2468, 3124, 2753, 86, 89]
+
+
+def test_tokenizer_when_pickled_encodes_the_same(tokenizer):
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("你好") == [2468, 3124, 2753, 86, 89]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100, VOCAB.read_bytes()[:1000]])
+def test_tokenizer_when_the_file_is_no_model_is_an_error(tmp_path, content):
+    (tmp_path / "ice_text.model").write_bytes(content)
+    with pytest.raises(InputError, match=r"ice_text.model (isn't a SentencePiece model|has no)"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_tokenizer_when_the_model_is_not_chatglms_names_what_it_lacks(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three"] * 9), model_writer=model, vocab_size=12, minloglevel=2
+    )
+    (tmp_path / "ice_text.model").write_bytes(model.getvalue())
+    with pytest.raises(InputError, match=r"ice_text.model has no <pad>, \[MASK\]"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_tokenizer_when_the_file_is_missing_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"ice_text.model: No such file"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_find_tokenizer_when_the_checkpoint_has_one_takes_it(tmp_path, no_hub):
+    shutil.copy(VOCAB, tmp_path)
+    assert find_tokenizer(tmp_path) == tmp_path / "ice_text.model"
+
+
+def test_find_tokenizer_when_both_have_one_takes_the_checkpoints(tmp_path, no_hub):
+    shutil.copy(VOCAB, tmp_path)
+    assert find_tokenizer(tmp_path, VOCAB) == tmp_path / "ice_text.model"
+
+
+@pytest.mark.parametrize("option", [VOCAB, VOCAB.parent])
+def test_find_tokenizer_when_the_option_is_given_takes_its_file(tmp_path, option, no_hub):
+    assert find_tokenizer(tmp_path, option) == VOCAB
+
+
+def test_find_tokenizer_when_the_option_names_nothing_is_an_error_even_if_the_checkpoint_has_one(tmp_path):
+    shutil.copy(VOCAB, tmp_path)
+    with pytest.raises(InputError, match=r"--tokenizer .*nowhere: no file"):
+        find_tokenizer(tmp_path, tmp_path / "nowhere")
+
+
+def test_find_tokenizer_when_neither_has_one_takes_the_hubs(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: f"{repository}/{file}")
+    assert str(find_tokenizer(tmp_path)) == "THUDM/visualglm-6b/ice_text.model"
+
+
+def test_find_tokenizer_when_nowhere_says_where_it_looked_and_what_to_do(tmp_path, no_hub):
+    with pytest.raises(InputError) as error:
+        find_tokenizer(tmp_path)
+    assert str(error.value) == (
+        f"No tokenizer: ice_text.model was looked for in {tmp_path} and on the hub in THUDM/visualglm-6b (OSError);"
+        " give its path with --tokenizer, or put it into the checkpoint's folder."
+    )
+
+
+# Special ids
+
+
+def test_special_ids_when_they_agree_pass(tokenizer):
+    check_special_ids(tokenizer, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"])
+def test_special_ids_when_one_differs_name_it(tokenizer, name):
+    with pytest.raises(InputError, match=rf"{name} is \d+, but 130004 in the checkpoint's model_config.json"):
+        check_special_ids(tokenizer, CONFIG | {name: 130004})
+
+
+def test_special_ids_when_two_differ_name_both(tokenizer):
+    with pytest.raises(InputError) as error:
+        check_special_ids(tokenizer, CONFIG | {"bos_token_id": 1, "pad_token_id": 2})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_special_ids_when_the_models_vocabulary_is_smaller_are_an_error(tokenizer):
+    with pytest.raises(InputError, match="3600 tokens, but vocab_size is 3599"):
+        check_special_ids(tokenizer, CONFIG | {"vocab_size": 3599})

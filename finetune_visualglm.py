@@ -90,6 +90,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         forward_step_function=forward_step,
         create_dataset_function=create_dataset_function,
         collate_fn=data_collator,
+        init_function=sat_compat.save_beside_earlier_runs,
     )
 
 

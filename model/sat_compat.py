@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from model.errors import InputError
 from model.files import read_json_object
+from model.progress import say
 
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
@@ -221,6 +222,10 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
     typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
     typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
     if not has_gpu():
+        typed_nccl = "distributed_backend" in options.typed and options.distributed_backend == "nccl"
+        instead = ["--fp16"] * options.fp16 + ["nccl"] * typed_nccl
+        if instead:
+            say(f"No GPU found: float32 and gloo on the CPU in place of {' and '.join(instead)}.")
         typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
         _start_gloo()
     with tempfile.TemporaryDirectory() as folder:
@@ -318,10 +323,53 @@ def without_compiling() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
-def quiet_pinning() -> None:
-    """SAT pins memory for a GPU that may not be there; torch then warns once for every worker and epoch."""
-    if not has_gpu():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+def silence_known_warnings() -> None:
+    """Hide what SAT and DeepSpeed make torch warn of and no user can change.
+
+    SAT pins memory for a GPU that may not be there; DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
+    """
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+
+
+def checkpoint_without_gpu() -> None:
+    """Activation checkpointing on the CPU the way torch wants it asked for, and only where gradients are.
+
+    SAT falls back to `torch.utils.checkpoint` there and leaves out `use_reentrant`, which warns now and will raise; in
+    an evaluation it warns of inputs without gradients. Not the other variant: SAT's scripted rotary embedding saves
+    other tensors the second time it runs, which that one refuses.
+    """
+    if has_gpu():
+        return
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def checkpoint_gradients(function: Callable[..., Any], *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=True)
+
+    transformer: Any = importlib.import_module("sat.model.transformer")
+    transformer.checkpoint = checkpoint_gradients
+
+
+def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
+    """Change args.save when it exists already. SAT calls this on every rank before training (its `init_function`).
+
+    SAT names a run after the minute it started in: a second one within that minute would overwrite the first.
+    """
+    import torch
+
+    if not args.save:
+        return
+    taken = [args.save]
+    if torch.distributed.get_rank() == 0:
+        number = 2
+        while os.path.exists(taken[0]):
+            taken, number = [f"{args.save}-{number}"], number + 1
+    torch.distributed.broadcast_object_list(taken)
+    args.save = taken[0]
 
 
 def safe_checkpoint_types() -> list[Any]:
@@ -368,7 +416,8 @@ def adapt_training(
     training: Any = importlib.import_module("sat.training.deepspeed_training")
     synchronize_only_with_gpu(training)
     without_compiling()
-    quiet_pinning()
+    silence_known_warnings()
+    checkpoint_without_gpu()
     training.save_checkpoint = save_checkpoint
     training.load_checkpoint = load_checkpoint
     base_model: Any = importlib.import_module("sat.model.base_model")

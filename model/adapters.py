@@ -55,8 +55,11 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
-        changes = [(hidden_states @ a.T) @ b.T for a, b in zip(self.matrix_A, self.matrix_B, strict=True)]
-        return self.original(hidden_states) + torch.cat(changes, dim=-1) * self.scale
+        # All parts' A in one product; then each part's B on its own r columns.
+        low_rank = hidden_states @ torch.cat(tuple(self.matrix_A)).T
+        parts = low_rank.split(self.matrix_A[0].shape[0], dim=-1)
+        change = torch.cat([part @ b.T for part, b in zip(parts, self.matrix_B, strict=True)], dim=-1)
+        return torch.add(self.original(hidden_states), change, alpha=self.scale)
 
 
 def _plain_linear_as_original(_: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
@@ -103,17 +106,18 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         if args.use_lora:
             self.add_mixin("lora", LoraMixin(args.num_layers, args.lora_rank, args.layer_range), reinit=True)
 
-    def disable_untrainable_params(self) -> None:
-        """Freeze everything but the adapters, and print what is left to train, once. SAT calls this."""
-        lines, total = [], 0
+    def freeze(self) -> None:
+        """Let the adapters alone ask for gradients."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(part in name for part in self.trained_names))
-            if parameter.requires_grad:
-                total += parameter.numel()
-                lines.append(f"  {name} {list(parameter.shape)}")
-        of_all = sum(parameter.numel() for parameter in self.parameters())
-        say(f"Trainable, {total:,} of {of_all:,} parameters in {len(lines)} tensors:")
-        say("\n".join(lines))
+
+    def disable_untrainable_params(self) -> None:
+        """Freeze everything but the adapters, and print what is left to train. SAT calls this once, before training."""
+        self.freeze()
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        count, of_all = (sum(p.numel() for p in some) for some in ((p for _, p in trained), self.parameters()))
+        say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
+        say("\n".join(f"  {name} {list(parameter.shape)}" for name, parameter in trained))
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

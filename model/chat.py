@@ -16,7 +16,7 @@ from model.files import find_checkpoint, read_json_object
 from model.image import BlipImageEvalProcessor
 from model.prompt import context_ids
 from model.rows import open_picture
-from model.sat_compat import import_sat, quieten
+from model.sat_compat import adapt_loading, import_sat
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 
@@ -45,8 +45,9 @@ def load_for_answering(checkpoint: str, tokenizer_path: str | None = None) -> tu
         InputError: no such checkpoint, or one that can't be used.
     """
     from model.adapters import FineTuneVisualGLMModel
+    from model.checkpoint import load_checkpoint
 
-    quieten()
+    adapt_loading(load_checkpoint)
     folder = find_checkpoint(checkpoint)
     config = read_json_object(folder / "model_config.json", "The checkpoint's configuration")
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, tokenizer_path))

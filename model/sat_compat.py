@@ -396,21 +396,29 @@ def training_main() -> Callable[..., Any]:
     return importlib.import_module("sat.training.deepspeed_training").training_main
 
 
+def adapt_loading(load_checkpoint: Callable[..., int]) -> None:
+    """Put our own loading into SAT's `from_pretrained`: its own refuses old checkpoints, and asks CUDA for a state."""
+    quieten()
+    for module in ("sat.model.base_model", "sat.training.deepspeed_training"):
+        importlib.import_module(module).load_checkpoint = load_checkpoint  # type: ignore[attr-defined]
+
+
 def adapt_training(
     *,
     save_checkpoint: Callable[..., None],
-    load_checkpoint: Callable[..., int],
     report: Any,
     auto_warmup_steps: int,
+    when_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put our own saving, loading and reporting into SAT's `training_main`, and mend what fails without a GPU.
+    """Put our own saving and reporting into SAT's `training_main`, and mend what fails without a GPU.
 
     SAT's own saving fails in ZeRO stage 0 ('FusedAdam' object has no attribute 'optimizer') and asks CUDA for its random
-    state; its loading refuses old checkpoints. See each function called for the rest.
+    state. See each function called for the rest.
 
     Args:
         report: has `step(…)`, `evaluation(…)` and `watch(scheduler, optimizer)`; see `model.report`.
         auto_warmup_steps: optimizer steps for which fine-tuning stays at 5 % of --lr at most (SAT: 100).
+        when_ready: called once the model is on its device and before the first step.
     """
     quieten()
     training: Any = importlib.import_module("sat.training.deepspeed_training")
@@ -419,9 +427,6 @@ def adapt_training(
     silence_known_warnings()
     checkpoint_without_gpu()
     training.save_checkpoint = save_checkpoint
-    training.load_checkpoint = load_checkpoint
-    base_model: Any = importlib.import_module("sat.model.base_model")
-    base_model.load_checkpoint = load_checkpoint
     training.report_iteration_metrics = report.step
     training.report_evaluate_metrics = report.evaluation
     training.report_memory = lambda _: None
@@ -432,6 +437,7 @@ def adapt_training(
     def scheduler_with_flag(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
         scheduler = original_scheduler(optimizer, iteration, args, auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
         report.watch(scheduler, optimizer)
+        when_ready()
         return scheduler
 
     training.get_learning_rate_scheduler = scheduler_with_flag

@@ -16,24 +16,22 @@ pytestmark = pytest.mark.run
 RECORDING = """
 import json, sys
 import finetune_visualglm
-from model import report, step
+from model import dataset, report
 
 recorded = {"losses": [], "first_batch": None}
-report_step, get_batch = report.TrainingReport.step, step.get_batch
+report_step, data_collator = report.TrainingReport.step, dataset.data_collator
 
 def recording_step(self, writer, optimizer, rate, loss, *rest):
     recorded["losses"].append(loss)
     report_step(self, writer, optimizer, rate, loss, *rest)
 
-def recording_batch(*inputs):
-    input_ids, labels, image, pre_image = get_batch(*inputs)
-    recorded["first_batch"] = recorded["first_batch"] or {
-        "input_ids": input_ids.tolist(), "labels": labels.tolist(), "pre_image": pre_image,
-        "image_mean": image.mean(dim=(1, 2, 3)).tolist(),
-    }
-    return input_ids, labels, image, pre_image
+def recording_collator(examples):
+    batch = data_collator(examples)
+    ids = {key: batch[key].tolist() for key in ("input_ids", "labels")}
+    recorded["first_batch"] = recorded["first_batch"] or {**ids, "pre_image": batch["pre_image"]}
+    return batch
 
-report.TrainingReport.step, step.get_batch = recording_step, recording_batch
+report.TrainingReport.step, dataset.data_collator = recording_step, recording_collator
 finetune_visualglm.main(sys.argv[2:])
 open(sys.argv[1], "w").write(json.dumps(recorded))
 """
@@ -76,10 +74,23 @@ def test_first_batch_with_the_golden_flags_equals_the_released_scripts(run):
     golden = run.expected["first_batch"]
     seq = len(run.first_batch["input_ids"][0])
     assert run.first_batch["pre_image"] == golden["pre_image"]
-    assert run.first_batch["image_mean"] == pytest.approx(golden["image_mean"], rel=1e-5)
     for key, padding in (("input_ids", 3), ("labels", -100)):
         assert run.first_batch[key] == [row[:seq] for row in golden[key]]
         assert {token for row in golden[key] for token in row[seq:]} == {padding}
+
+
+def test_images_of_the_first_batch_equal_the_released_scripts(run):
+    from model.dataset import FewShotDataset, data_collator
+    from model.image import BlipImageEvalProcessor
+    from model.tokenizer import ChatGLMTokenizer
+
+    lengths = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
+    tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    rows = FewShotDataset(GOLDEN / "upstream/dataset.json", BlipImageEvalProcessor(224), tokenizer, lengths)
+    by_ids = {tuple(row["input_ids"]): row for row in rows}
+    examples = [by_ids[tuple(ids[: ids.index(90) + 1])] for ids in run.first_batch["input_ids"]]  # 90 is <eop>
+    means = data_collator(examples)["image"].mean(dim=(1, 2, 3)).tolist()
+    assert means == pytest.approx(run.expected["first_batch"]["image_mean"], rel=1e-5)
 
 
 def test_losses_of_20_iterations_equal_the_released_scripts(run):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
+from model import dataset
+from model.dataset import data_collator
 from model.step import answer_loss, forward_step, get_batch
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
@@ -31,13 +33,21 @@ def sat_args(**flags):
 
 
 def batch():
-    """Two rows: one of three supervised tokens, one of four."""
-    return {
-        "input_ids": torch.tensor([[*CONTEXT, 86, 89, 554, 90, 3], [*CONTEXT, 86, 89, 17, 554, 90]]),
-        "labels": torch.tensor([[*[-100] * 37, 89, 554, 90, -100], [*[-100] * 37, 89, 17, 554, 90]]),
-        "image": torch.from_numpy(golden_values("an image", [2, 3, 224, 224])),
-        "pre_image": 3,
-    }
+    """What the collator makes of two rows: one of three supervised tokens, one of four."""
+    pictures = torch.from_numpy(golden_values("an image", [2, 3, 224, 224]))
+    answers = ([89, 554, 90], [89, 17, 554, 90])
+    return data_collator(
+        [
+            {
+                "input_ids": [*CONTEXT, 86, *answer],
+                "labels": [*[-100] * 37, *answer],
+                "image": picture,
+                "pre_image": 3,
+                "pad_token_id": 3,
+            }
+            for answer, picture in zip(answers, pictures, strict=True)
+        ]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -138,13 +148,11 @@ def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
     assert not timers.running
 
 
-def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(process_group):
-    given = batch()
-    wider = given | {
-        "input_ids": torch.nn.functional.pad(given["input_ids"], (0, 9), value=3),
-        "labels": torch.nn.functional.pad(given["labels"], (0, 9), value=-100),
-    }
-    losses = [forward_step(iter([one]), process_group, sat_args(), Timers())[0] for one in (given, wider)]
+def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(process_group, monkeypatch):
+    losses = []
+    for multiple in (1, 64):
+        monkeypatch.setattr(dataset, "PAD_MULTIPLE", multiple)
+        losses.append(forward_step(iter([batch()]), process_group, sat_args(), Timers())[0])
     torch.testing.assert_close(*losses)
 
 

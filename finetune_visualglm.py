@@ -74,6 +74,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.dataset import data_collator, packed_collator
     from model.features import FeatureCache
+    from model.memory import recompute_where_needed
     from model.report import TrainingReport
     from model.step import forward_step, token_normalized_step
 
@@ -83,6 +84,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.checkpoint), args)
     model.freeze()
+    recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
 
     def samples_planned(rows: int) -> int:
         per_step = args.batch_size * args.gradient_accumulation_steps * args.world_size

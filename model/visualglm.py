@@ -140,7 +140,8 @@ class ImageMixin(BaseMixin):
             pre_image: where the slots begin in every row, one picture a row; or else
             image_slots: int64[pictures, image_length], the slots of each picture in the flattened batch · seq.
         """
-        words = self.transformer.word_embeddings(input_ids)
+        # Not through SAT's embedding, which masks foreign parts of a split vocabulary and asks the device for them.
+        words = torch.nn.functional.embedding(input_ids, self.transformer.word_embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):

@@ -102,15 +102,6 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices by itself, several times faster than float32 ones (Linux, x86)."""
-    try:
-        description = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16"} & set(description.split()))
-
-
 def set_launcher_environment() -> None:
     """Give a plain `python finetune_visualglm.py …` what a launcher would have set.
 
@@ -212,7 +203,7 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
         parser: knows the flags that are not SAT's.
     """
     sat = import_sat()
-    fp16, bf16 = options.fp16 and has_gpu(), options.bf16 or (options.fp16 and not has_gpu() and cpu_has_bfloat16())
+    fp16, bf16 = options.fp16 and has_gpu(), options.bf16
     settings = deepspeed_settings(
         zero_stage=options.zero_stage,
         fp16=fp16,

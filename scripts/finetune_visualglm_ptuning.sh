@@ -31,6 +31,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --lr 0.0001 \
     --batch-size 4 \
     --skip-init \
-    --fp16 \
+    $numbers \
     --use_ptuning \
     "$@"

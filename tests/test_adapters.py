@@ -170,9 +170,7 @@ def test_logits_with_changed_lora_are_those_of_weights_with_b_a_folded_in(build,
                 torch.nn.init.normal_(factor, std=0.1)
             change = torch.cat([b @ a for a, b in zip(lora.matrix_A, lora.matrix_B, strict=True)]) / 4
             getattr(folded.transformer.layers[index].attention, name).weight += change
-    torch.testing.assert_close(
-        adapted(input_ids=INPUT_IDS)[0], folded(input_ids=INPUT_IDS)[0], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(adapted(input_ids=INPUT_IDS)[0], folded(input_ids=INPUT_IDS)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_trainable_tensors_and_their_total_are_printed_once(build, capsys):

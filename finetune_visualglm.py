@@ -67,6 +67,8 @@ def announce(options: Options, notes: Sequence[str]) -> None:
 def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     """Load the model and let SAT train it."""
     from model import sat_compat
+
+    sat_compat.import_sat(training=True)
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.dataset import data_collator
@@ -83,7 +85,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat = sat_compat.import_sat()
     args = sat_compat.get_args(argv, options, script_parser())
     sat.get_tokenizer(outer_tokenizer=inputs.tokenizer)
-    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.checkpoint), args)
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     sat_compat.training_main()(
         args,
         model_cls=model,

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from model.blip2 import BLIP2
+from model.checkpoint import load_checkpoint
+from model.files import find_weights
 from model.options import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once
 
@@ -86,26 +88,33 @@ class ImageMixin(BaseMixin):
 
     def train(self, mode: bool = True) -> "ImageMixin":
         """Frozen eyes don't blink: dropout in a part that learns nothing would only blur the picture."""
-        return super().train(mode and self.model.is_trained())
+        super().train(mode and self.model.is_trained())
+        for part in self.model.children():
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        return self
 
     def word_embedding_forward(
         self,
         input_ids: torch.Tensor,
         image: torch.Tensor | None = None,
-        pre_image: int = 0,
+        pre_image: int | torch.Tensor = 0,
         **_: Any,
     ) -> torch.Tensor:
         """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with image [batch, 3, H, W] in its slots.
 
+        pre_image is where the slots begin: in every row, or in each of them, int64[batch] (padding on the left moves them).
         Without an image, or when the tokens end before the slots do (one token at a time, from the cache), the words
         alone are embedded.
         """
         words = self.transformer.word_embeddings(input_ids)
         after_image = pre_image + self.image_length
-        if image is None or input_ids.shape[1] < after_image:
+        if image is None or input_ids.shape[1] < torch.as_tensor(after_image).max():
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
             picture = self.model(image.to(words.dtype)).to(words.dtype)
+        if isinstance(pre_image, torch.Tensor):
+            slots = pre_image[:, None] + torch.arange(self.image_length, device=words.device)  # [batch, image_length]
+            return words.scatter(1, slots[..., None].expand_as(picture), picture)
         return torch.cat((words[:, :pre_image], picture, words[:, after_image:]), dim=1)
 
 
@@ -139,6 +148,26 @@ class VisualGLMModel(ChatGLMModel):
         if position_ids is None:
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, args: Any = None, *, build_only: bool = False, prefix: str = "", **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """The model of a checkpoint, and SAT's namespace with its config: a folder, one of its parts, or a name.
+
+        SAT's own loader would take a folder only, and run what code its files hold.
+
+        Args:
+            build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
+
+        Raises:
+            InputError: no such checkpoint, or one of another model.
+        """
+        weights = find_weights(str(name))
+        model, args = super().from_pretrained(str(weights.parent.parent), args, build_only=True, **kwargs)
+        if not build_only:
+            load_checkpoint(model, args, load_path=str(weights), prefix=prefix)
+        return model, args
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

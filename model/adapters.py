@@ -8,6 +8,7 @@ a scale, and each number is one of 16 levels.
 """
 
 import argparse
+import functools
 import logging
 import math
 from typing import Any
@@ -154,6 +155,7 @@ class LoraMixin(BaseMixin):
 # --- 4-bit weights ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def import_bitsandbytes() -> Any:
     """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
     logging.disable(logging.WARNING)

@@ -1,0 +1,95 @@
+"""Many questions at once: greedy answers in batches, and how likely the model finds the right ones.
+
+Shapes: batch = questions, seq = tokens of the longest context, vocab = entries of the vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.chat import answer_text, key_value_cache
+from model.prompt import IGNORE_INDEX
+from model.sat_compat import import_sat
+from model.tokenizer import ChatGLMTokenizer
+from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
+
+import_sat()
+
+from sat.generation.autoregressive_sampling import update_mems  # noqa: E402  (sat only after import_sat)
+
+
+@torch.no_grad()
+def greedy_answers(
+    contexts: Sequence[tuple[list[int], int]],
+    image: torch.Tensor | None,
+    model: VisualGLMModel,
+    tokenizer: ChatGLMTokenizer,
+    max_length: int,
+    english: bool = False,
+) -> list[str]:
+    """The likeliest answer to each context, as `chat` gives it alone at temperature 0 without repetition penalty.
+
+        · · <img> … question gMASK sop  a  b  eop
+        <img> … longer question gMASK sop  c  eop ·
+
+    The contexts end at the same place, with padding on the left, so that all answers grow together.
+
+    Args:
+        contexts: token ids that end in [gMASK] <sop>, and where the image's slots begin (`prompt.context_ids`).
+        image: [batch, 3, H, W] on the model's device, or None where no context has a picture.
+        max_length: tokens of context and answer together, in each row.
+    """
+    device = model.transformer.word_embeddings.weight.device
+    seq = max(len(ids) for ids, _ in contexts)
+    pad_length = torch.tensor([seq - len(ids) for ids, _ in contexts], device=device)
+    rows = [[tokenizer.pad_token_id] * (seq - len(ids)) + ids for ids, _ in contexts]
+    tokens = torch.tensor(rows, device=device)
+    sop_position = torch.full_like(pad_length, seq - 1)
+    pre_image = torch.tensor([begin for _, begin in contexts], device=device) + pad_length
+    # Padding sees itself, since attention to nothing is not a number; nobody sees padding.
+    visible = prefix_mask(sop_position, pad_length, seq) | torch.eye(seq, dtype=torch.bool, device=device)
+    positions = glm_position_ids(sop_position, sop_position - 1, pad_length, seq)
+    last_position = positions[:, :, -1:]
+    dtype = model.transformer.word_embeddings.weight.dtype
+    room = torch.tensor([max_length - len(ids) for ids, _ in contexts], device=device)
+    answers = tokens.new_empty((len(contexts), 0))
+    finished = room <= 0
+    new_tokens, mems = tokens, None
+    with key_value_cache(model):
+        while not finished.all():
+            logits, *outputs = model(
+                input_ids=new_tokens,
+                position_ids=positions,
+                attention_mask=visible.to(dtype),
+                mems=mems,
+                image=image,
+                pre_image=pre_image,
+            )
+            mems = update_mems([output["mem_kv"] for output in outputs], mems, max_memory_length=seq + max_length)
+            likeliest = logits[:, -1].argmax(dim=-1).masked_fill(finished, tokenizer.eos_token_id)
+            answers = torch.cat((answers, likeliest[:, None]), dim=1)
+            finished |= (likeliest == tokenizer.eos_token_id) | (answers.shape[1] >= room)
+            new_tokens, image = likeliest[:, None], None
+            columns = torch.arange(seq + answers.shape[1], device=device)
+            visible = (columns >= pad_length[:, None])[:, None, None]
+            positions = last_position + torch.tensor([[0], [answers.shape[1]]], device=device)
+    return [
+        answer_text(ids[: max(0, left)], tokenizer, english)
+        for ids, left in zip(answers.tolist(), room.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def label_losses(
+    model: VisualGLMModel, input_ids: torch.Tensor, labels: torch.Tensor, image: torch.Tensor, pre_image: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's summed cross entropy, float32[batch], and its number of supervised tokens, int64[batch].
+
+    The arguments are one batch of `dataset.data_collator`, on the model's device.
+    """
+    logits = model(input_ids=input_ids, image=image, pre_image=pre_image)[0]
+    expected = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), expected, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.sum(dim=1), (expected != IGNORE_INDEX).sum(dim=1)

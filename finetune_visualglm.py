@@ -72,26 +72,35 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.dataset import data_collator
+    from model.features import FeatureCache
     from model.report import TrainingReport
     from model.step import forward_step
 
     sat_compat.set_launcher_environment()
+    sat_compat.adapt_loading(load_checkpoint)
+    args = sat_compat.get_args(argv, options, script_parser())
+    sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
+    model.freeze()
+
+    def samples_planned(rows: int) -> int:
+        per_step = args.batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows * args.epochs if args.epochs else args.train_iters * per_step
+
+    cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers)
     sat_compat.adapt_training(
         save_checkpoint=save_checkpoint,
-        load_checkpoint=load_checkpoint,
         report=TrainingReport(),
         auto_warmup_steps=options.auto_warmup_steps,
+        when_ready=cache.send_eyes_away,
     )
-    sat = sat_compat.import_sat()
-    args = sat_compat.get_args(argv, options, script_parser())
-    sat.get_tokenizer(outer_tokenizer=inputs.tokenizer)
-    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     sat_compat.training_main()(
         args,
         model_cls=model,
         forward_step_function=forward_step,
-        create_dataset_function=create_dataset_function,
+        create_dataset_function=lambda path, args: cache.given_to(create_dataset_function(path, args)),
         collate_fn=data_collator,
+        init_function=sat_compat.save_beside_earlier_runs,
     )
 
 

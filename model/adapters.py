@@ -80,9 +80,11 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
-        seen = self.dropout(hidden_states)
-        changes = [(seen @ a.T) @ b.T for a, b in zip(self.matrix_A, self.matrix_B, strict=True)]
-        return self.original(hidden_states) + torch.cat(changes, dim=-1) * self.scale
+        # All parts' A in one product; then each part's B on its own r columns.
+        low_rank = self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T
+        parts = low_rank.split(self.matrix_A[0].shape[0], dim=-1)
+        change = torch.cat([part @ b.T for part, b in zip(parts, self.matrix_B, strict=True)], dim=-1)
+        return torch.add(self.original(hidden_states), change, alpha=self.scale)
 
     @torch.no_grad()
     def merged(self) -> torch.nn.Module:
@@ -314,23 +316,24 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         parts = tuple(f"{EYES}{part}." for part in self.part_rates)
         return name.startswith(parts) or any(part in name for part in self.trained_names)
 
-    def disable_untrainable_params(self) -> None:
-        """Freeze everything but what is trained, and print what that is, once. SAT calls this.
+    def freeze(self) -> None:
+        """Let nothing ask for gradients but what is trained.
 
         A part's own learning rate goes where SAT looks for it: `lr_scale`, in multiples of --lr.
         """
-        lines, total = [], 0
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_trained_name(name))
-            if parameter.requires_grad:
-                total += parameter.numel()
-                lines.append(f"  {name} {list(parameter.shape)}")
             for part, rate in self.part_rates.items():
                 if rate is not None and name.startswith(f"{EYES}{part}."):
                     parameter.lr_scale = rate / self.lr
-        of_all = sum(parameter.numel() for parameter in self.parameters())
-        say(f"Trainable, {total:,} of {of_all:,} parameters in {len(lines)} tensors:")
-        say("\n".join(lines))
+
+    def disable_untrainable_params(self) -> None:
+        """Freeze everything but what is trained, and print what that is. SAT calls this once, before training."""
+        self.freeze()
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        count, of_all = (sum(p.numel() for p in some) for some in ((p for _, p in trained), self.parameters()))
+        say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
+        say("\n".join(f"  {name} {list(parameter.shape)}" for name, parameter in trained))
 
     @classmethod
     def from_pretrained(cls, name: str, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:

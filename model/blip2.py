@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model.attention import FusedAttentionMixin
 from model.sat_compat import import_sat
 
 import_sat()
@@ -38,6 +39,7 @@ class EVAViT(ViTModel):
         super().__init__(args, transformer=transformer, **kwargs)
         self.del_mixin("cls")
         self.add_mixin("cls", FinalLayerNormMixin(args.hidden_size))
+        self.add_mixin("fused-attention", FusedAttentionMixin())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Features [batch, pre_len + patches, hidden] of image [batch, 3, H, W]."""
@@ -55,6 +57,7 @@ class QFormer(BaseModel):
         super().__init__(args, transformer=transformer, activation_func=torch.nn.functional.gelu, **kwargs)
         del self.transformer.position_embeddings
         self.query_length = args.vocab_size
+        self.add_mixin("fused-attention", FusedAttentionMixin())
 
     def position_embedding_forward(self, position_ids: None, **_: Any) -> None:
         """The queries have no order."""
@@ -89,10 +92,19 @@ class BLIP2(torch.nn.Module):
         self.qformer = QFormer(QFormer.get_args(**qformer_args), **kwargs)
         self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)
 
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """The Q-Former's answers [batch, queries, width] to image [batch, 3, H, W]: worth keeping while it is frozen."""
+        return self.qformer(self.vit(image))
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Embeddings [batch, image_length, hidden] of image [batch, 3, H, W]."""
-        return self.glm_proj(self.qformer(self.vit(image)))
+        return self.glm_proj(self.features(image))
 
     def is_trained(self) -> bool:
         """Whether any weight here is to be learned."""
         return any(parameter.requires_grad for parameter in self.parameters())
+
+    def has_fixed_features(self) -> bool:
+        """Whether `features` of a picture stay what they are throughout training."""
+        seen_by = (*self.vit.parameters(), *self.qformer.parameters())
+        return not any(parameter.requires_grad for parameter in seen_by)

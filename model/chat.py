@@ -18,7 +18,7 @@ from model.image import BlipImageEvalProcessor
 from model.pictures import picture_file
 from model.prompt import context_ids
 from model.rows import open_picture
-from model.sat_compat import import_sat, quieten, without_deepspeed
+from model.sat_compat import import_sat, quieten, model_only
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 
@@ -68,7 +68,7 @@ def load_for_answering(
     check_special_ids(tokenizer, config)
     model_class = FineTuneVisualGLMModel if is_finetuned(config) else VisualGLMModel
     args = model_class.get_args(skip_init=True, fp16=torch.cuda.is_available(), base=base, force_base=force_base)
-    with without_deepspeed():
+    with model_only():
         model, _ = model_class.from_pretrained(str(weights), args)
     if quant is not None:
         from sat.quantization.kernels import quantize

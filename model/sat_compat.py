@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from model.errors import InputError
 from model.files import read_json_object
+from model.progress import say
 
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
@@ -58,7 +59,7 @@ def _standing_in(modules: Mapping[str, types.ModuleType | None]) -> Iterator[Non
 
 
 @contextmanager
-def without_deepspeed() -> Iterator[None]:
+def model_only() -> Iterator[None]:
     """Keep SAT from importing DeepSpeed inside the block, where only a model is built or asked.
 
     SAT imports it on every path where it is installed, takes two seconds for that, and does without it where it isn't.
@@ -94,7 +95,7 @@ def import_sat(training: bool = False) -> types.ModuleType:
     # About fifty lines that nobody asked for are logged on the way, one of them a warning that there is no GPU.
     logging.disable(logging.WARNING)
     try:
-        with _standing_in(placeholders), nullcontext() if training else without_deepspeed():
+        with _standing_in(placeholders), nullcontext() if training else model_only():
             sat = importlib.import_module("sat")
             if training:
                 importlib.import_module(loop)
@@ -243,6 +244,10 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
     typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
     typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
     if not has_gpu():
+        typed_nccl = "distributed_backend" in options.typed and options.distributed_backend == "nccl"
+        instead = ["--fp16"] * options.fp16 + ["nccl"] * typed_nccl
+        if instead:
+            say(f"No GPU found: float32 and gloo on the CPU in place of {' and '.join(instead)}.")
         typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
         _start_gloo()
     with tempfile.TemporaryDirectory() as folder:
@@ -340,10 +345,53 @@ def without_compiling() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
-def quiet_pinning() -> None:
-    """SAT pins memory for a GPU that may not be there; torch then warns once for every worker and epoch."""
-    if not has_gpu():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+def silence_known_warnings() -> None:
+    """Hide what SAT and DeepSpeed make torch warn of and no user can change.
+
+    SAT pins memory for a GPU that may not be there; DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
+    """
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+
+
+def checkpoint_without_gpu() -> None:
+    """Activation checkpointing on the CPU the way torch wants it asked for, and only where gradients are.
+
+    SAT falls back to `torch.utils.checkpoint` there and leaves out `use_reentrant`, which warns now and will raise; in
+    an evaluation it warns of inputs without gradients. Not the other variant: SAT's scripted rotary embedding saves
+    other tensors the second time it runs, which that one refuses.
+    """
+    if has_gpu():
+        return
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def checkpoint_gradients(function: Callable[..., Any], *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=True)
+
+    transformer: Any = importlib.import_module("sat.model.transformer")
+    transformer.checkpoint = checkpoint_gradients
+
+
+def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
+    """Change args.save when it exists already. SAT calls this on every rank before training (its `init_function`).
+
+    SAT names a run after the minute it started in: a second one within that minute would overwrite the first.
+    """
+    import torch
+
+    if not args.save:
+        return
+    taken = [args.save]
+    if torch.distributed.get_rank() == 0:
+        number = 2
+        while os.path.exists(taken[0]):
+            taken, number = [f"{args.save}-{number}"], number + 1
+    torch.distributed.broadcast_object_list(taken)
+    args.save = taken[0]
 
 
 def safe_checkpoint_types() -> list[Any]:
@@ -371,32 +419,39 @@ def training_main() -> Callable[..., Any]:
     return importlib.import_module("sat.training.deepspeed_training").training_main
 
 
+def adapt_loading(load_checkpoint: Callable[..., int]) -> None:
+    """Put our own loading into SAT's `from_pretrained`: its own refuses old checkpoints, and asks CUDA for a state."""
+    import_sat(training=True)
+    quieten()
+    for module in ("sat.model.base_model", "sat.training.deepspeed_training"):
+        importlib.import_module(module).load_checkpoint = load_checkpoint  # type: ignore[attr-defined]
+
+
 def adapt_training(
     *,
     save_checkpoint: Callable[..., None],
-    load_checkpoint: Callable[..., int],
     report: Any,
     auto_warmup_steps: int,
+    when_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put our own saving, loading and reporting into SAT's `training_main`, and mend what fails without a GPU.
+    """Put our own saving and reporting into SAT's `training_main`, and mend what fails without a GPU.
 
     SAT's own saving fails in ZeRO stage 0 ('FusedAdam' object has no attribute 'optimizer') and asks CUDA for its random
-    state; its loading refuses old checkpoints. See each function called for the rest.
+    state. See each function called for the rest.
 
     Args:
         report: has `step(…)`, `evaluation(…)` and `watch(scheduler, optimizer)`; see `model.report`.
         auto_warmup_steps: optimizer steps for which fine-tuning stays at 5 % of --lr at most (SAT: 100).
+        when_ready: called once the model is on its device and before the first step.
     """
     import_sat(training=True)
     quieten()
     training: Any = importlib.import_module("sat.training.deepspeed_training")
     synchronize_only_with_gpu(training)
     without_compiling()
-    quiet_pinning()
+    silence_known_warnings()
+    checkpoint_without_gpu()
     training.save_checkpoint = save_checkpoint
-    training.load_checkpoint = load_checkpoint
-    base_model: Any = importlib.import_module("sat.model.base_model")
-    base_model.load_checkpoint = load_checkpoint
     training.report_iteration_metrics = report.step
     training.report_evaluate_metrics = report.evaluation
     training.report_memory = lambda _: None
@@ -407,6 +462,7 @@ def adapt_training(
     def scheduler_with_flag(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
         scheduler = original_scheduler(optimizer, iteration, args, auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
         report.watch(scheduler, optimizer)
+        when_ready()
         return scheduler
 
     training.get_learning_rate_scheduler = scheduler_with_flag

@@ -1,6 +1,7 @@
 """One training step: a batch in, a loss out.
 
-batch = samples, seq = tokens of the longest one, vocab = entries of the vocabulary.
+batch = samples, seq = tokens of the longest one, answers = supervised tokens of the whole batch, vocab = entries of the
+vocabulary, hidden = the language model's width.
 """
 
 import argparse
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from model.prompt import IGNORE_INDEX
 from model.sat_compat import broadcast_data, import_sat
@@ -15,6 +17,8 @@ from model.sat_compat import broadcast_data, import_sat
 import_sat()
 
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+
+CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
 
 
 def get_batch(
@@ -25,18 +29,37 @@ def get_batch(
     The image has the model's dtype. With model parallelism only the first rank of a group reads data; the others get
     theirs, pre_image included, from it.
     """
+    batch = next_batch(data_iterator, args, timers)
+    return batch["input_ids"], batch["labels"], batch["image"], batch["pre_image"]
+
+
+def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Namespace, timers: Any) -> dict[str, Any]:
+    """The collator's next batch with its tensors on the model's device, pictures or their features in its dtype."""
     timers("data loader").start()
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
-    if batch:
-        batch["pre_image_tensor"] = torch.tensor([batch["pre_image"]], dtype=torch.int64)
-    device = args.device
-    text = broadcast_data(("input_ids", "labels", "pre_image_tensor"), batch, torch.int64, device)
-    image = broadcast_data(("image",), batch, torch.float32, device)["image"]
-    pre_image = batch["pre_image"] if batch else int(text["pre_image_tensor"])
+    if mpu.get_model_parallel_world_size() > 1:
+        names = [sorted(batch)]
+        torch.distributed.broadcast_object_list(
+            names, mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group()
+        )
+    else:
+        names = [list(batch)]
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-    return text["input_ids"], text["labels"], image.to(dtype), pre_image
+    tensors = {name: torch.as_tensor(value) for name, value in batch.items()}
+    on_device: dict[str, Any] = {}
+    for name in names[0]:
+        is_picture = name in ("image", "image_features")
+        sent = torch.float32 if is_picture else torch.int64
+        on_device |= broadcast_data((name,), tensors, sent, args.device)
+        if is_picture:
+            on_device[name] = on_device[name].to(dtype)
+    if is_reader:
+        on_device["pre_image"] = batch["pre_image"]  # as a plain number, without asking the device
+    else:
+        on_device["pre_image"] = int(on_device["pre_image"])
+    return on_device
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -50,7 +73,45 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: [batch, seq, vocab]. labels: int64[batch, seq], IGNORE_INDEX where nothing is learned.
     """
     predictions = logits[:, :-1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`head_loss` for a frozen head: the gradient is made beside the loss, and no chunk's scores are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CHUNK_LOGITS // head.shape[0])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows, None]
+            scores = F.linear(part, head).float()
+            log_sum = scores.logsumexp(dim=1, keepdim=True)
+            total += (log_sum - scores.gather(1, target)).sum()
+            if gradient is not None:
+                # d loss / d scores = softmax(scores) - one_hot(target)
+                softmax = scores.sub_(log_sum).exp_()
+                softmax.scatter_add_(1, target, -torch.ones_like(log_sum))
+                gradient[start : start + rows] = softmax.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * loss_gradient.to(gradient.dtype), None, None
+
+
+def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies, scalar float32, of the tokens that hidden [answers, hidden] predicts.
+
+    Chunk by chunk: all scores are never held at once. The head stays as it is; it gets no gradient.
+
+    Args:
+        head: [vocab, hidden]. targets: int64[answers].
+    """
+    return _HeadLoss.apply(hidden, head.detach(), targets)
 
 
 def forward_step(
@@ -58,8 +119,16 @@ def forward_step(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of the next batch, scalar float32, and the same as SAT's metric "loss"."""
     timers("batch generator").start()
-    input_ids, labels, image, pre_image = get_batch(data_iterator, args, timers)
+    batch = next_batch(data_iterator, args, timers)
     timers("batch generator").stop()
-    logits = model(input_ids=input_ids, image=image, pre_image=pre_image)[0]
-    loss = answer_loss(logits, labels)
+    loss = batch_loss(model, batch)
     return loss, {"loss": loss}
+
+
+def batch_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Mean cross entropy, scalar float32, over the supervised tokens of a batch that is on the model's device."""
+    pictures = {name: batch[name] for name in ("image", "image_features", "pre_image") if name in batch}
+    hidden = model(input_ids=batch["input_ids"], answer_positions=batch["answer_positions"], **pictures)[0]
+    network: Any = getattr(model, "module", model)  # inside DeepSpeed's engine, or by itself
+    head = network.get_mixin("chatglm-final").lm_head.weight
+    return head_loss(hidden, head, batch["answers"]) / len(hidden)

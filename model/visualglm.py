@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
 from model.checkpoint import load_checkpoint
 from model.files import find_weights
@@ -21,6 +22,7 @@ from model.sat_compat import import_sat, parallel_output_once
 import_sat()
 
 from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model.official.chatglm_model import ChatGLMFinalMixin  # noqa: E402
 
 
 def first_position(found: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,25 @@ def glm_position_ids(
     return torch.stack((first, second), dim=1)
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """ChatGLM's GELU, the tanh approximation: SAT spells it out in seven operations, each of which keeps a copy."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+class AnswerHeadMixin(ChatGLMFinalMixin):
+    """The language-model head, which can be asked for chosen positions only: most of a batch is never predicted."""
+
+    def final_forward(
+        self, logits: torch.Tensor, answer_positions: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden]; with answer_positions, int64[answers] into
+        the flattened batch · seq, the hidden states [answers, hidden] there, for `model.step.answer_loss`.
+        """
+        if answer_positions is None:
+            return super().final_forward(logits)
+        return logits.flatten(0, 1).index_select(0, answer_positions)
+
+
 class ImageMixin(BaseMixin):
     """Puts the picture's embeddings where the image slots are."""
 
@@ -97,24 +118,31 @@ class ImageMixin(BaseMixin):
         self,
         input_ids: torch.Tensor,
         image: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         pre_image: int | torch.Tensor = 0,
         **_: Any,
     ) -> torch.Tensor:
-        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with image [batch, 3, H, W] in its slots.
+        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with the pictures in their slots.
 
-        pre_image is where the slots begin: in every row, or in each of them, int64[batch] (padding on the left moves them).
-        Without an image, or when the tokens end before the slots do (one token at a time, from the cache), the words
-        alone are embedded.
+        The pictures come as image [batch, 3, H, W] or as image_features [batch, queries, width], what the Q-Former made
+        of them. Without either, or when the tokens end before the slots do (one token at a time, from the cache), the
+        words alone are embedded. pre_image is where the slots begin: in every row, or in each of them, int64[batch]
+        (padding on the left moves them).
         """
         words = self.transformer.word_embeddings(input_ids)
-        after_image = pre_image + self.image_length
-        if image is None or input_ids.shape[1] < torch.as_tensor(after_image).max():
+        if input_ids.shape[1] < self.image_length or (image is None and image_features is None):
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
-            picture = self.model(image.to(words.dtype)).to(words.dtype)
+            if image_features is None and image is not None:
+                image_features = self.model.features(image.to(words.dtype))
+            assert image_features is not None
+            picture = self.model.glm_proj(image_features.to(words.dtype)).to(words.dtype)
         if isinstance(pre_image, torch.Tensor):
             slots = pre_image[:, None] + torch.arange(self.image_length, device=words.device)  # [batch, image_length]
             return words.scatter(1, slots[..., None].expand_as(picture), picture)
+        after_image = pre_image + self.image_length
+        if input_ids.shape[1] < after_image:
+            return words
         return torch.cat((words[:, :pre_image], picture, words[:, after_image:]), dim=1)
 
 
@@ -126,6 +154,15 @@ class VisualGLMModel(ChatGLMModel):
         kwargs = parallel_output_once(args, kwargs)
         super().__init__(args, transformer=transformer, **kwargs)
         self.image_length = args.image_length
+        for name in ("chatglm-final", "chatglm-attn"):
+            self.del_mixin(name)
+        self.add_mixin("chatglm-final", AnswerHeadMixin(args.vocab_size, args.hidden_size))
+        self.add_mixin(
+            "chatglm-attn", PrefixAttentionMixin(args.hidden_size, args.num_attention_heads, args.max_sequence_length)
+        )
+        self.add_mixin("fused-attention", FusedAttentionMixin())
+        for layer in self.transformer.layers:
+            layer.mlp.activation_func = gelu
         # Only the width of numbers is shared with the eyes; a transformer or its options are the language model's.
         vision_kwargs = {name: kwargs[name] for name in ("params_dtype",) if name in kwargs}
         self.add_mixin("eva", ImageMixin(args, **vision_kwargs))

@@ -15,6 +15,8 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(PROJECT))
+# The models here are so small that threads would wait for each other; set before torch is imported, for runs as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,90 @@
+"""Attention in one fused kernel, under the prefix mask and with ChatGLM's two rotary positions.
+
+SAT takes its fused path for full and causal masks only, and finds out which one it has by asking the device twice in
+every layer. Its rotary embedding asks once more. Here nothing is asked, and the numbers are the same.
+
+Shapes: batch, heads, seq, head_dim; the keys' length is seq, plus what a cache or a prefix adds.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.sat_compat import import_sat
+
+import_sat()
+
+from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model.official.chatglm_model import ChatGLMAttnMixin  # noqa: E402
+
+INVISIBLE = (
+    -10_000.0
+)  # SAT's score of a position that is not seen; finite, so that a row that sees nothing stays finite
+
+
+class FusedAttentionMixin(BaseMixin):
+    """SAT's hook `attention_fn`: softmax(q kᵀ / √head_dim + mask) v in one kernel. P-Tuning and caches stack on it."""
+
+    def attention_fn(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        dropout: torch.nn.Dropout | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Context [batch, heads, seq, head_dim]; mask [batch, 1, seq, keys] holds 1 where a key is seen, or is one 1."""
+        bias = None if mask.numel() == 1 else ((mask - 1) * -INVISIBLE).to(query.dtype)
+        dropped = dropout.p if dropout is not None and dropout.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [batch, heads, seq, head_dim] turned: the halves of head_dim each by their own position.
+
+        head_dim   a1 a2 | b1 b2        a by the first position, b by the second
+        turned to  a1·cos - a2·sin, a2·cos + a1·sin | the same for b
+
+    cos, sin are [batch, 1, seq, head_dim], from `RotaryTable`.
+    """
+    halves = x.unflatten(-1, (2, 2, -1))
+    quarter_turn = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).flatten(-3)
+    return x * cos + quarter_turn * sin
+
+
+class PrefixAttentionMixin(ChatGLMAttnMixin):
+    """ChatGLM's self-attention. Its only tensor is SAT's buffer `rotary_emb.inv_freq`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, max_sequence_length: int) -> None:
+        super().__init__(hidden_size, num_heads)
+        self.max_sequence_length = max_sequence_length
+        self.table: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each [batch, 1, seq, head_dim], for position_ids int64[batch, 2, seq] below max_sequence_length."""
+        if self.table is None or self.table[0].dtype != dtype or self.table[0].device != position_ids.device:
+            frequencies = self.rotary_emb.inv_freq.to(position_ids.device)
+            positions = torch.arange(self.max_sequence_length, device=position_ids.device, dtype=torch.float32)
+            angles = (positions[:, None] * frequencies).repeat(1, 2)
+            self.table = angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = (F.embedding(position_ids, table).transpose(1, 2).flatten(-2).unsqueeze(1) for table in self.table)
+        return cos, sin
+
+    def attention_forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, layer_id: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """One layer's attention, [batch, seq, hidden] → [batch, seq, hidden]."""
+        attention = self.transformer.layers[layer_id].attention
+        heads, head_dim = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
+        stacked = attention.query_key_value(hidden_states).unflatten(-1, (3, heads, head_dim))
+        query, key, value = stacked.permute(2, 0, 3, 1, 4)  # each [batch, heads, seq, head_dim]
+        cos, sin = self.cos_sin(position_ids, query.dtype)
+        dropout = attention.attention_dropout if attention.training else None
+        context = self.transformer.hooks["attention_fn"](
+            rotated(query, cos, sin), rotated(key, cos, sin), value, mask, dropout,
+            layer_id=layer_id, position_ids=position_ids, **kwargs,
+        )  # fmt: skip
+        output = attention.dense(context.transpose(1, 2).flatten(2))
+        return attention.output_dropout(output) if attention.training else output

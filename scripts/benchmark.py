@@ -1,0 +1,553 @@
+"""How much faster and smaller a training step is than the 2023 script's, both measured in one process.
+
+python scripts/benchmark.py --shape mini --steps 5
+python scripts/benchmark.py --shape mini --dtype bf16
+python scripts/benchmark.py --shape mini --ablate
+python scripts/benchmark.py --shape 6b --dtype fp16        on a GPU; random weights, no file needed
+
+The released way: every row padded to --max_source_length + --max_target_length tokens, the vision tower run at every
+step, scores of all positions in float32, attention in separate operations, activations recomputed, masks made token by
+token, three LoRA products. Ours: the same weights, rows and loss without any of that.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
+
+from model.errors import InputError
+from model.files import read_json_object
+from model.progress import say, warn
+
+TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}
+TINY_IDS = {"bos_token_id": 89, "mask_token_id": 85, "gmask_token_id": 86, "pad_token_id": 3}
+
+
+def shape_config(
+    hidden: int,
+    layers: int,
+    heads: int,
+    vocab: int,
+    vit: tuple[int, int, int, int],
+    qformer: tuple[int, int, int],
+    ids: dict,
+) -> dict[str, Any]:
+    """A model_config.json by its sizes: vit is (hidden, layers, heads, inner), qformer (hidden, layers, heads)."""
+    vit_hidden, vit_layers, vit_heads, vit_inner = vit
+    common = {"model_parallel_size": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return {
+        "model_class": "VisualGLMModel", "num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+        "vocab_size": vocab, "layernorm_order": "post", "max_sequence_length": 2048, "inner_hidden_size": 4 * hidden,
+        "use_bias": True, "image_length": 32, **common, **ids,
+        "eva_args": {
+            "num_layers": vit_layers, "hidden_size": vit_hidden, "num_attention_heads": vit_heads, "vocab_size": 1,
+            "layernorm_order": "pre", "max_sequence_length": 257, "inner_hidden_size": vit_inner,
+            "use_final_layernorm": False, "layernorm_epsilon": 1e-6, "image_size": [224, 224], "pre_len": 1,
+            "post_len": 0, "in_channels": 3, "num_classes": 0, "patch_size": 14, **common,
+        },
+        "qformer_args": {
+            "num_layers": qformer[1], "hidden_size": qformer[0], "num_attention_heads": qformer[2], "vocab_size": 32,
+            "layernorm_order": "post", "max_sequence_length": 0, "layernorm_epsilon": 1e-12,
+            "is_decoder": [layer % 2 == 0 for layer in range(qformer[1])], "cross_attn_hidden_size": vit_hidden, **common,
+        },
+    }  # fmt: skip
+
+
+SHAPES = {
+    "mini": shape_config(1024, 7, 8, 32768, (384, 10, 6, 1536), (768, 4, 12), TINY_IDS),
+    "6b": shape_config(4096, 28, 32, 130528, (1408, 39, 16, 6144), (768, 12, 12), TOKENIZER_IDS),
+}
+ADAPTED_LAYERS = {"mini": [0, 3], "6b": [0, 14]}
+
+
+# --- the released way ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let owner's attribute be value inside the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def separate_attention(model: Any) -> Iterator[None]:
+    """SAT's attention, rotary embedding and GELU, in the language model and in the eyes."""
+    from sat.model.official.chatglm_model import ChatGLMAttnMixin, gelu
+
+    from model.visualglm import gelu as fused_gelu
+
+    eyes = model.get_mixin("eva").model
+    networks = (model, eyes.vit, eyes.qformer)
+    ours = [(network, network.get_mixin("fused-attention")) for network in networks]
+    ours_rotary = model.get_mixin("chatglm-attn")
+    sats_rotary = ChatGLMAttnMixin(
+        model.transformer.hidden_size, model.transformer.layers[0].attention.num_attention_heads
+    )
+    sats_rotary.rotary_emb.inv_freq = ours_rotary.rotary_emb.inv_freq
+    prefix = model.mixins["ptuning"] if "ptuning" in model.mixins else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    def put(attention: Any, rotary: Any, function: Any) -> None:
+        # A prefix stacks on the attention that stands before it, so it leaves and comes back.
+        if prefix is not None:
+            model.del_mixin("ptuning")
+        for network, mixin in ours:
+            if attention:
+                network.add_mixin("fused-attention", mixin)
+            else:
+                network.del_mixin("fused-attention")
+        model.del_mixin("chatglm-attn")
+        model.add_mixin("chatglm-attn", rotary)
+        if prefix is not None:
+            model.add_mixin("ptuning", prefix)
+        for layer in model.transformer.layers:
+            layer.mlp.activation_func = function
+
+    put(False, sats_rotary, gelu)
+    try:
+        yield
+    finally:
+        put(True, ours_rotary, fused_gelu)
+
+
+@contextlib.contextmanager
+def masks_token_by_token(model: Any) -> Iterator[None]:
+    """SAT's own masks and positions, made in Python lists."""
+    from sat.model import ChatGLMModel
+
+    def get_inputs(*args: Any, **kwargs: Any) -> Any:
+        return ChatGLMModel.get_inputs(model, *args, **kwargs)
+
+    with replaced(model, "get_inputs", get_inputs):
+        yield
+
+
+@contextlib.contextmanager
+def recomputed_activations(model: Any) -> Iterator[None]:
+    """Activation checkpointing in every layer, as the released recipe has it."""
+    with replaced(model.transformer, "checkpoint_activations", True):
+        yield
+
+
+@contextlib.contextmanager
+def separate_lora_products(_: Any) -> Iterator[None]:
+    """Each part's A and B by themselves."""
+    import torch
+
+    from model.adapters import LoraLinear
+
+    def forward(self: Any, hidden_states: Any) -> Any:
+        changes = [(hidden_states @ a.T) @ b.T * self.scale for a, b in zip(self.matrix_A, self.matrix_B, strict=True)]
+        return self.original(hidden_states) + torch.cat(changes, -1)
+
+    with replaced(LoraLinear, "forward", forward):
+        yield
+
+
+def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+# What is saved, and how the model goes without it; the first three concern the batch and the loss, see `Way`.
+SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
+    "padding to the batch's longest row": nothing,
+    "picture features kept": nothing,
+    "head at supervised positions only": nothing,
+    "fused attention and GELU": separate_attention,
+    "masks without Python loops": masks_token_by_token,
+    "no recomputed activations": recomputed_activations,
+    "LoRA's A factors in one product": separate_lora_products,
+}
+
+
+class Way:
+    """One way of doing a step: the savings that it has."""
+
+    def __init__(self, savings: Sequence[str], options: argparse.Namespace) -> None:
+        self.savings, self.options = set(savings), options
+
+    @contextlib.contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """Let model work this way inside the block."""
+        with contextlib.ExitStack() as stack:
+            for name, without in SAVINGS.items():
+                if name not in self.savings:
+                    stack.enter_context(without(model))
+            yield
+
+    def batch(
+        self, samples: Sequence[dict[str, Any]], features: dict[str, Any], device: Any, dtype: Any
+    ) -> dict[str, Any]:
+        """The samples as this way feeds them to the model."""
+        from model.dataset import data_collator
+
+        pictures = "picture features kept" in self.savings
+        chosen = [
+            {key: value for key, value in sample.items() if key not in ("image", "path")}
+            | ({"image_features": features[sample["path"]]} if pictures else {"image": sample["image"]})
+            for sample in samples
+        ]
+        if "padding to the batch's longest row" not in self.savings:
+            full = self.options.max_source_length + self.options.max_target_length
+            chosen = [padded_to(sample, full) for sample in chosen]
+        batch = data_collator(chosen)
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None) if hasattr(value, "to") else value
+            for name, value in batch.items()
+        }
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Any:
+        """The mean cross entropy of a batch."""
+        from model.step import answer_loss, batch_loss
+
+        if "head at supervised positions only" in self.savings:
+            return batch_loss(model, batch)
+        pictures = {name: batch[name] for name in ("image", "image_features", "pre_image") if name in batch}
+        return answer_loss(model(input_ids=batch["input_ids"], **pictures)[0], batch["labels"])
+
+
+def padded_to(sample: dict[str, Any], length: int) -> dict[str, Any]:
+    """sample with padding on the right that is not learned, as the released script pads."""
+    from model.prompt import IGNORE_INDEX
+
+    missing = length - len(sample["input_ids"])
+    return sample | {
+        "input_ids": sample["input_ids"] + [sample["pad_token_id"]] * missing,
+        "labels": sample["labels"] + [IGNORE_INDEX] * missing,
+    }
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def drawn_samples(options: argparse.Namespace, config: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Samples with random words and pictures: as long as the released few-shot rows, or --seq tokens exactly."""
+    import torch
+
+    from model.prompt import answer_labels
+
+    draw, words = random.Random(1), range(200, min(config["vocab_size"], 20_000))
+    side, slots = config["eva_args"]["image_size"][0], config["image_length"]
+    samples = []
+    for index in range(count):
+        question = draw.choices(words, k=9)
+        answer = draw.choices(words, k=draw.randint(6, 14))
+        if options.seq:
+            answer = draw.choices(words, k=options.seq - slots - len(question) - 8)
+        ids = [*draw.choices(words, k=3), *[config["pad_token_id"]] * slots, *question]
+        ids += [config["gmask_token_id"], config["bos_token_id"], *answer, 90]
+        generator = torch.Generator().manual_seed(index)
+        samples.append({
+            "input_ids": ids, "labels": answer_labels(ids, config["bos_token_id"]), "pre_image": 3,
+            "pad_token_id": config["pad_token_id"], "path": str(index),
+            "image": torch.randn(3, side, side, generator=generator),
+        })  # fmt: skip
+    return samples
+
+
+def read_samples(options: argparse.Namespace, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of --data as samples, with the small checkpoint's tokenizer."""
+    from model.dataset import FewShotDataset
+    from model.image import BlipImageEvalProcessor
+    from model.tokenizer import ChatGLMTokenizer, find_tokenizer
+
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(Path(__file__).resolve().parents[1] / "model/tiny"))
+    dataset = FewShotDataset(
+        options.data, BlipImageEvalProcessor(config["eva_args"]["image_size"][0]), tokenizer, options
+    )
+    return [{**dataset[index], "path": row.img} for index, row in enumerate(dataset.rows)]
+
+
+def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any, device: Any) -> Any:
+    """The model that config describes, with random weights of a useful size, and the method's adapters, not at zero."""
+    import torch
+
+    from model.adapters import FineTuneVisualGLMModel
+
+    args = FineTuneVisualGLMModel.get_args(
+        **copy.deepcopy(config), skip_init=True, use_lora=options.method == "lora", use_qlora=options.method == "qlora",
+        use_ptuning=options.method == "ptuning", layer_range=options.layer_range, lora_rank=10, pre_seq_len=4,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    with torch.device(device):
+        model = FineTuneVisualGLMModel(args, params_dtype=dtype)
+    model.to(device, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name or "ln_vision" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                parameter.normal_(std=0.02)
+    model.freeze()
+    return model.train()
+
+
+def matrix_rate(dtype: Any, device: Any) -> float:
+    """Floating-point operations per second of a large matrix product, the best of several."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(3):
+            a @ b
+        synchronize(device)
+        best = max(best, 3 * 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: Any) -> None:
+    """Wait for a GPU; a CPU is always done."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_operations(model: Any, batch: dict[str, Any]) -> float:
+    """Floating-point operations that a step can't do without: 4 per language-model weight and token.
+
+    Forward 2, gradients with respect to activations 2; frozen weights need no gradient of their own. The head counts at
+    supervised positions.
+    """
+    layers = sum(p.numel() for p in model.transformer.layers.parameters() if p.dim() == 2)
+    head = model.get_mixin("chatglm-final").lm_head.weight.numel()
+    return 4.0 * (layers * batch["input_ids"].numel() + head * len(batch["answers"]))
+
+
+def peak_gpu_memory(device: Any) -> float:
+    """GiB allocated at most since the last reset; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+class Bench:
+    """A model, its rows, and the two ways of working on them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from model.sat_compat import checkpoint_without_gpu, quieten
+
+        quieten()
+        checkpoint_without_gpu()
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+        if options.shape in SHAPES:
+            self.config = SHAPES[options.shape]
+        else:
+            self.config = read_json_object(options.shape, "--shape")
+        self.model = random_model(self.config, options, self.dtype, self.device)
+        # The released script can't train in bfloat16: it is measured in float32, with the same weights.
+        self.released_dtype = (
+            torch.float32 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else self.dtype
+        )
+        self.released_model = self.model
+        if self.released_dtype != self.dtype:
+            self.released_model = copy.deepcopy(self.model).to(self.released_dtype)
+        count = options.batch_size * options.steps
+        samples = read_samples(options, self.config) if options.data else drawn_samples(options, self.config, count)
+        samples = (samples * (count // len(samples) + 1))[:count]
+        self.batches = [samples[i : i + options.batch_size] for i in range(0, count, options.batch_size)]
+        self.features = self._features(samples)
+
+    @functools.cached_property
+    def rate(self) -> float:
+        """The machine's measured matrix rate in our way's numbers, in operations per second."""
+        return matrix_rate(self.dtype, self.device)
+
+    def _features(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        eyes = self.model.get_mixin("eva").model
+        known = {}
+        with torch.no_grad():
+            for sample in samples:
+                if sample["path"] not in known:
+                    image = sample["image"].unsqueeze(0).to(self.device, self.dtype)
+                    known[sample["path"]] = eyes.features(image)[0].cpu()
+        return known
+
+    def step(self, way: Way, model: Any, dtype: Any, samples: Sequence[dict[str, Any]]) -> float:
+        """One forward and backward pass this way; the loss. Gradients stay in the model."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss = way.loss(model, way.batch(samples, self.features, self.device, dtype))
+        loss.backward()
+        return loss.item()
+
+    def gradient(self, model: Any) -> Any:
+        """All trainable gradients as one vector, float32."""
+        import torch
+
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+
+    def timed(self, way: Way, model: Any, dtype: Any) -> float:
+        """Median seconds of a step, over --steps steps after one to warm up."""
+        with way.of(model):
+            self.step(way, model, dtype, self.batches[0])
+            times = []
+            for samples in self.batches:
+                synchronize(self.device)
+                start = time.perf_counter()
+                self.step(way, model, dtype, samples)
+                synchronize(self.device)
+                times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def measured(self, way: Way, model: Any, dtype: Any) -> dict[str, float]:
+        """Time, rates and memory of a step this way."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with peak_host_memory() as host:
+            seconds = self.timed(way, model, dtype)
+        batch = way.batch(self.batches[0], self.features, self.device, dtype)
+        return {
+            "seconds per step": seconds,
+            "samples/s": self.options.batch_size / seconds,
+            "tokens/s": batch["input_ids"].numel() / seconds,
+            "matrix-rate share": step_operations(model, batch) / seconds / self.rate,
+            "host GiB": host[0],
+            "GPU GiB": peak_gpu_memory(self.device),
+        }
+
+
+@contextlib.contextmanager
+def peak_host_memory() -> Iterator[list[float]]:
+    """The largest resident size, in GiB, of this process inside the block, as a list of that one number afterwards."""
+    peak = [0.0]
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield peak
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        peak[0] = int(line.split()[1]) / 2**20
+
+
+def compare(bench: Bench) -> dict[str, Any]:
+    """Both ways on the same rows: what they take, and how far loss and gradients are apart."""
+    ours, released = Way(list(SAVINGS), bench.options), Way([], bench.options)
+    results: dict[str, Any] = {}
+    with released.of(bench.released_model):
+        released_loss = bench.step(released, bench.released_model, bench.released_dtype, bench.batches[0])
+    released_gradient = bench.gradient(bench.released_model)
+    with ours.of(bench.model):
+        our_loss = bench.step(ours, bench.model, bench.dtype, bench.batches[0])
+    difference = bench.gradient(bench.model) - released_gradient
+    results["released"] = bench.measured(released, bench.released_model, bench.released_dtype)
+    results["ours"] = bench.measured(ours, bench.model, bench.dtype)
+    results["ratio"] = results["released"]["seconds per step"] / results["ours"]["seconds per step"]
+    results["loss difference"] = abs(our_loss - released_loss) / abs(released_loss)
+    results["gradient difference"] = (difference.norm() / released_gradient.norm()).item()
+    results["matrix rate"] = bench.rate
+    return results
+
+
+def ablate(bench: Bench) -> dict[str, float]:
+    """Seconds per step without each saving alone."""
+    everything = bench.timed(Way(list(SAVINGS), bench.options), bench.model, bench.dtype)
+    seconds = {"all savings": everything}
+    for name in SAVINGS:
+        seconds[name] = bench.timed(Way([s for s in SAVINGS if s != name], bench.options), bench.model, bench.dtype)
+    return seconds
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", default="mini", help="mini (206 M parameters), 6b, or a model_config.json (default mini)")
+    add("--method", choices=("lora", "qlora", "ptuning"), default="lora", help="what is trained (default lora)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="numbers of our way (default fp32)")
+    add("--batch-size", type=int, default=4, metavar="N", help="rows in a step (default 4)")
+    add("--steps", type=int, default=5, metavar="N", help="steps measured each way, after one to warm up (default 5)")
+    add("--data", metavar="ROWS.json", help="take these rows in place of drawn ones")
+    add("--seq", type=int, metavar="N", help="draw rows of exactly N tokens in place of short few-shot ones")
+    add("--layer_range", type=int, nargs="+", metavar="L", help="layers with LoRA (default: the recipe's)")
+    add("--max_source_length", type=int, default=64, metavar="N", help="what the released way pads to (default 64)")
+    add("--max_target_length", type=int, default=256, metavar="N", help="and the answer's part of it (default 256)")
+    add("--ablate", action="store_true", help="measure our way without each saving alone, instead of comparing")
+    add("--json", metavar="FILE", help="write the figures there too")
+    return parser
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line."""
+    options = command_line().parse_args(argv)
+    options.image_length = 32
+    options.layer_range = options.layer_range or ADAPTED_LAYERS.get(options.shape)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends it with a sentence and status 2."""
+    options = parsed(argv)
+    try:
+        bench = Bench(options)
+    except InputError as problem:
+        warn(f"benchmark.py: error: {problem}")
+        sys.exit(2)
+    say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
+    figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def machine(device: Any) -> str:
+    """What the figures were measured on."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores of {platform.machine()}"
+    return f"{name}, torch {torch.__version__}"
+
+
+def ablation_table(seconds: dict[str, float]) -> dict[str, float]:
+    everything = seconds["all savings"]
+    for name, value in seconds.items():
+        say(f"{'without ' if name in SAVINGS else '':8}{name:38} {value:8.3f} s  {value / everything:6.2f} ×")
+    return seconds
+
+
+def comparison_table(results: dict[str, Any]) -> dict[str, Any]:
+    released, ours = results["released"], results["ours"]
+    say(f"{'':20} {'released':>12} {'ours':>12} {'ratio':>8}")
+    for name in ours:
+        ratio = f"{released[name] / ours[name]:8.2f}" if ours[name] else ""
+        say(f"{name:20} {released[name]:12.4f} {ours[name]:12.4f} {ratio}")
+    say(f"measured matrix rate {results['matrix rate'] / 1e9:.0f} GFLOP/s")
+    say(
+        f"ratio {results['ratio']:.1f}, loss difference {results['loss difference']:.1e}, "
+        f"gradient difference {results['gradient difference']:.1e}, matrix-rate share {ours['matrix-rate share']:.2f}"
+    )
+    return results
+
+
+if __name__ == "__main__":
+    main()

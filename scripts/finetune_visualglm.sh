@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Fine-tunes VisualGLM-6B with LoRA: the released recipe, evaluated every 100 iterations on rows held out.
+# More flags may follow and win: bash scripts/finetune_visualglm.sh --train-data my.json --valid-data my-other.json --lr 0.001
+# The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+"${launch[@]}" "$project/finetune_visualglm.py" \
+    --from_pretrained visualglm-6b \
+    --experiment-name finetune-visualglm-6b \
+    --model-parallel-size 1 \
+    --mode finetune \
+    --train-iters 300 \
+    --resume-dataloader \
+    --max_source_length 64 \
+    --max_target_length 256 \
+    --lora_rank 10 \
+    --layer_range 0 14 \
+    --train-data "$project/fewshot-data/dataset.json" \
+    --valid-data "$project/fewshot-data/heldout.json" \
+    --strict-eval \
+    --distributed-backend nccl \
+    --lr-decay-style cosine \
+    --warmup .02 \
+    --checkpoint-activations \
+    --save-interval 300 \
+    --eval-interval 100 \
+    --save ./checkpoints \
+    --split 1 \
+    --eval-batch-size 8 \
+    --zero-stage 1 \
+    --lr 0.0001 \
+    --batch-size 4 \
+    --skip-init \
+    --fp16 \
+    --use_lora \
+    "$@"

@@ -1,0 +1,89 @@
+"""One kernel in place of SAT's separate operations, with the same numbers."""
+
+import pytest
+import torch
+from conftest import golden_values, load_model
+from sat.model.official.chatglm_model import ChatGLMAttnMixin
+from sat.transformer_defaults import standard_attention
+
+from model.attention import FusedAttentionMixin, rotated
+from model.visualglm import prefix_mask
+
+
+def heads(name: str, keys: int = 6) -> torch.Tensor:
+    return torch.from_numpy(golden_values(name, [2, 3, keys, 8])) * 20
+
+
+def lengths(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def test_fused_attention_under_the_prefix_mask_equals_sats() -> None:
+    mask = prefix_mask(lengths(3, 5), lengths(0, 0), 6).float()
+    query, key, value = heads("q"), heads("k"), heads("v")
+    fused = FusedAttentionMixin().attention_fn(query, key, value, mask)
+    torch.testing.assert_close(fused, standard_attention(query, key, value, mask))
+
+
+def test_fused_attention_when_everything_is_seen_equals_sats() -> None:
+    mask = torch.ones(1, 1)
+    query, key, value = heads("q", keys=2), heads("k"), heads("v")
+    fused = FusedAttentionMixin().attention_fn(query, key, value, mask)
+    torch.testing.assert_close(fused, standard_attention(query, key, value, mask))
+
+
+def test_fused_attention_of_a_position_that_sees_nothing_is_finite() -> None:
+    mask = prefix_mask(lengths(4, 5), lengths(2, 0), 6).float()
+    fused = FusedAttentionMixin().attention_fn(heads("q"), heads("k"), heads("v"), mask)
+    assert mask[0, 0, 0].sum() == 0
+    assert fused.isfinite().all()
+
+
+def test_fused_attention_when_not_training_drops_nothing() -> None:
+    dropout = torch.nn.Dropout(0.9).eval()
+    mask = torch.ones(1, 1)
+    with_dropout = FusedAttentionMixin().attention_fn(heads("q"), heads("k"), heads("v"), mask, dropout)
+    torch.testing.assert_close(
+        with_dropout, FusedAttentionMixin().attention_fn(heads("q"), heads("k"), heads("v"), mask)
+    )
+
+
+def test_fused_attention_when_training_drops() -> None:
+    mask = torch.ones(1, 1)
+    plain = FusedAttentionMixin().attention_fn(heads("q"), heads("k"), heads("v"), mask)
+    dropped = FusedAttentionMixin().attention_fn(
+        heads("q"), heads("k"), heads("v"), mask, torch.nn.Dropout(0.5).train()
+    )
+    assert not torch.allclose(plain, dropped)
+
+
+def test_rotated_by_a_quarter_turn_swaps_each_half() -> None:
+    cos, sin = torch.zeros(1, 1, 1, 8), torch.ones(1, 1, 1, 8)
+    x = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]).view(1, 1, 1, 8)
+    assert rotated(x, cos, sin).flatten().tolist() == [-3, -4, 1, 2, -7, -8, 5, 6]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
+def test_layers_attention_equals_sats_own(upstream_checkpoint, dtype: torch.dtype, tolerance: float) -> None:
+    model = load_model(upstream_checkpoint).to(dtype).eval()
+    ours = model.get_mixin("chatglm-attn")
+    hidden = torch.from_numpy(golden_values("hidden", [2, 7, 64])).to(dtype) * 10
+    rows = torch.tensor([[5, 6, 7, 86, 89, 8, 90], [5, 86, 89, 6, 7, 8, 90]])
+    mask, position_ids = model.get_inputs(rows)
+    model.transformer.hooks.update(model.hooks)
+
+    sats = ChatGLMAttnMixin(64, 4)
+    sats.rotary_emb.inv_freq = ours.rotary_emb.inv_freq
+    object.__setattr__(sats, "transformer", model.transformer)
+    keywords = {"position_ids": position_ids, "layer_id": 1, "output_this_layer": {}}
+    with torch.no_grad():
+        expected = sats.attention_forward(hidden, mask, **keywords)
+        found = ours.attention_forward(hidden, mask, **keywords)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rotary_table_when_the_numbers_change_is_made_anew(upstream_checkpoint) -> None:
+    mixin = load_model(upstream_checkpoint).get_mixin("chatglm-attn")
+    position_ids = torch.zeros(1, 2, 3, dtype=torch.int64)
+    assert mixin.cos_sin(position_ids, torch.float32)[0].dtype == torch.float32
+    assert mixin.cos_sin(position_ids, torch.bfloat16)[0].dtype == torch.bfloat16

@@ -1,0 +1,78 @@
+"""Every saving alone changes neither the loss nor the gradient; the benchmark measures both ways on the same weights."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, PROJECT, run_python
+
+from scripts.benchmark import SAVINGS, Bench, Way, compare, parsed
+
+SHAPE = GOLDEN / "upstream/model_config.json"
+
+
+def bench(*words: str) -> Bench:
+    """The small golden model with random weights, and two batches of two rows."""
+    return Bench(parsed(["--shape", str(SHAPE), "--batch-size", "2", "--steps", "2", *words]))
+
+
+@pytest.fixture(scope="module", params=["lora", "ptuning"])
+def small(request: pytest.FixtureRequest) -> Bench:
+    return bench("--method", request.param)
+
+
+def loss_and_gradient(small: Bench, savings: list[str]) -> tuple[float, torch.Tensor]:
+    way = Way(savings, small.options)
+    with way.of(small.model):
+        loss = small.step(way, small.model, small.dtype, small.batches[0])
+    return loss, small.gradient(small.model)
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_step_without_a_saving_has_the_same_loss_and_gradient(small: Bench, saving: str) -> None:
+    loss, gradient = loss_and_gradient(small, list(SAVINGS))
+    other_loss, other_gradient = loss_and_gradient(small, [name for name in SAVINGS if name != saving])
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+    assert gradient.norm() > 0
+
+
+def test_step_without_any_saving_has_the_same_loss_and_gradient(small: Bench) -> None:
+    loss, gradient = loss_and_gradient(small, list(SAVINGS))
+    released_loss, released_gradient = loss_and_gradient(small, [])
+    assert loss == pytest.approx(released_loss, rel=1e-5)
+    assert (released_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_rows_of_the_released_way_are_padded_to_the_flags() -> None:
+    small = bench()
+    batch = Way([], small.options).batch(small.batches[0], small.features, small.device, small.dtype)
+    assert batch["input_ids"].shape == (2, 320)
+
+
+def test_comparison_in_bfloat16_measures_the_released_way_in_float32() -> None:
+    small = bench("--dtype", "bf16")
+    results = compare(small)
+    assert small.released_dtype == torch.float32
+    assert results["loss difference"] < 1e-2
+    assert results["gradient difference"] < 5e-2
+
+
+@pytest.mark.run
+def test_command_ends_with_the_four_figures(tmp_path) -> None:
+    figures = tmp_path / "figures.json"
+    words = ("--shape", SHAPE, "--steps", "1", "--batch-size", "1", "--json", figures)
+    run = run_python(PROJECT / "scripts/benchmark.py", *words)
+    assert run.returncode == 0, run.stderr
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith("ratio ")
+    assert all(word in last for word in ("loss difference", "gradient difference", "matrix-rate share"))
+    assert json.loads(figures.read_text())["ours"]["seconds per step"] > 0
+
+
+@pytest.mark.run
+def test_command_when_the_shape_is_no_file_says_so() -> None:
+    run = run_python(PROJECT / "scripts/benchmark.py", "--shape", "no-such.json")
+    assert run.returncode == 2
+    assert "no-such.json" in run.stderr
+    assert "Traceback" not in run.stderr

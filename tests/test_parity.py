@@ -1,0 +1,118 @@
+"""Training equals the script released in 2023: the golden flags give the golden batch, losses and parameters.
+
+See golden/README.md for where the values come from.
+"""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import GOLDEN, load_model, run_python, upstream_weights, write_checkpoint
+
+pytestmark = pytest.mark.run
+
+# Runs the script and records what it doesn't print in full: losses to the last digit and the first batch.
+RECORDING = """
+import json, sys
+import finetune_visualglm
+from model import dataset, report
+
+recorded = {"losses": [], "first_batch": None}
+report_step, data_collator = report.TrainingReport.step, dataset.data_collator
+
+def recording_step(self, writer, optimizer, rate, loss, *rest):
+    recorded["losses"].append(loss)
+    report_step(self, writer, optimizer, rate, loss, *rest)
+
+def recording_collator(examples):
+    batch = data_collator(examples)
+    ids = {key: batch[key].tolist() for key in ("input_ids", "labels")}
+    recorded["first_batch"] = recorded["first_batch"] or {**ids, "pre_image": batch["pre_image"]}
+    return batch
+
+report.TrainingReport.step, dataset.data_collator = recording_step, recording_collator
+finetune_visualglm.main(sys.argv[2:])
+open(sys.argv[1], "w").write(json.dumps(recorded))
+"""
+
+
+def trainable_shapes(checkpoint, expected):
+    """{name: shape} of the golden trainable tensors, as the model has them when it is built with the golden flags."""
+    from model.options import parse
+
+    options = parse(expected["flags"])
+    names = ("use_lora", "use_ptuning", "lora_rank", "layer_range", "pre_seq_len")
+    model = load_model(checkpoint, "FineTuneVisualGLMModel", **{name: getattr(options, name) for name in names})
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: shapes[name] for name in expected["final_trainable_parameters"]}
+
+
+@pytest.fixture(scope="module", params=["lora", "ptuning"])
+def run(request, tmp_path_factory, upstream_checkpoint, upstream_config):
+    """One training run with the golden flags from the golden weights: what it printed, recorded and saved."""
+    import torch
+
+    folder = tmp_path_factory.mktemp(request.param)
+    expected = json.loads((GOLDEN / f"upstream/expected_{request.param}.json").read_text())
+    weights = upstream_weights(trainable_shapes(upstream_checkpoint, expected))
+    checkpoint = write_checkpoint(folder / "start", upstream_config, weights)
+    done = run_python(
+        "-c", RECORDING, folder / "recorded.json", *expected["flags"],
+        "--from_pretrained", checkpoint, "--save", folder / "saved",
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = (folder / "saved").glob("gold-*/20/mp_rank_00_model_states.pt")
+    recorded = json.loads((folder / "recorded.json").read_text())
+    return SimpleNamespace(
+        expected=expected, printed=done.stdout, weights=torch.load(saved)["module"], start=weights, **recorded
+    )
+
+
+def test_first_batch_with_the_golden_flags_equals_the_released_scripts(run):
+    golden = run.expected["first_batch"]
+    seq = len(run.first_batch["input_ids"][0])
+    assert run.first_batch["pre_image"] == golden["pre_image"]
+    for key, padding in (("input_ids", 3), ("labels", -100)):
+        assert run.first_batch[key] == [row[:seq] for row in golden[key]]
+        assert {token for row in golden[key] for token in row[seq:]} == {padding}
+
+
+def test_images_of_the_first_batch_equal_the_released_scripts(run):
+    from model.dataset import FewShotDataset, data_collator
+    from model.image import BlipImageEvalProcessor
+    from model.tokenizer import ChatGLMTokenizer
+
+    lengths = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
+    tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    rows = FewShotDataset(GOLDEN / "upstream/dataset.json", BlipImageEvalProcessor(224), tokenizer, lengths)
+    by_ids = {tuple(row["input_ids"]): row for row in rows}
+    examples = [by_ids[tuple(ids[: ids.index(90) + 1])] for ids in run.first_batch["input_ids"]]  # 90 is <eop>
+    means = data_collator(examples)["image"].mean(dim=(1, 2, 3)).tolist()
+    assert means == pytest.approx(run.expected["first_batch"]["image_mean"], rel=1e-5)
+
+
+def test_losses_of_20_iterations_equal_the_released_scripts(run):
+    assert len(run.losses) == 20
+    assert run.losses == pytest.approx(run.expected["losses"], rel=1e-5)
+
+
+def test_trained_parameters_after_20_iterations_equal_the_released_scripts(run):
+    for name, golden in run.expected["final_trainable_parameters"].items():
+        assert run.weights[name].norm().item() == pytest.approx(golden["norm"], rel=1e-4), name
+        assert run.weights[name].mean().item() == pytest.approx(golden["mean"], rel=1e-4, abs=1e-6), name
+
+
+def test_trainable_tensors_are_exactly_the_released_scripts(run):
+    trained = re.findall(r"^  (\S+) \[[\d, ]+\]$", run.printed, re.MULTILINE)
+    assert set(trained) == set(run.expected["final_trainable_parameters"])
+    assert len(trained) == len(set(trained))
+
+
+def test_other_tensors_are_saved_as_they_were_loaded(run):
+    frozen = set(run.start) - set(run.expected["final_trainable_parameters"])
+    saved = {name.replace(".original.", "."): tensor for name, tensor in run.weights.items()}
+    inv_freq = "mixins.chatglm-attn.rotary_emb.inv_freq"
+    assert all(saved[name].equal(run.start[name]) for name in frozen - {inv_freq})
+    assert saved[inv_freq].equal(run.start[inv_freq].to(saved[inv_freq].dtype))

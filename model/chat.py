@@ -18,7 +18,7 @@ from model.image import BlipImageEvalProcessor
 from model.pictures import picture_file
 from model.prompt import context_ids
 from model.rows import open_picture
-from model.sat_compat import import_sat, quieten, model_only
+from model.sat_compat import import_sat, model_only, quieten
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 

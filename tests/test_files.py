@@ -113,7 +113,7 @@ def test_find_weights_when_an_iteration_is_meant_takes_it_in_place_of_the_latest
 
 
 def test_find_weights_names_the_flag_that_was_meant(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="^--base nowhere: no such folder"):
+    with pytest.raises(InputError, match=r"^--base nowhere: no such folder"):
         find_weights("nowhere", "--base")
 
 

@@ -317,7 +317,7 @@ def test_args_with_a_deepspeed_file_that_asks_for_fp16_are_float32_without_a_gpu
 
 def scheduler(warmup):
     """SAT's schedule of 4 iterations at rate 1, of which the first is held down as in fine-tuning."""
-    import_sat(training=True)
+    sat_compat.import_sat(training=True)
     training = importlib.import_module("sat.training.deepspeed_training")
     args = SimpleNamespace(
         lr_decay_iters=None, train_iters=4, mode="finetune", warmup=warmup, lr=1.0, lr_decay_style="constant",

@@ -13,12 +13,15 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from model.checks import Inputs, checked
 from model.errors import InputError
 from model.options import Options, parse, script_parser
 from model.progress import say, warn
+
+PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
@@ -71,10 +74,11 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat(training=True)
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
-    from model.dataset import data_collator
+    from model.dataset import data_collator, packed_collator
     from model.features import FeatureCache
+    from model.memory import recompute_where_needed
     from model.report import TrainingReport
-    from model.step import forward_step
+    from model.step import forward_step, token_normalized_step
 
     sat_compat.set_launcher_environment()
     sat_compat.adapt_loading(load_checkpoint)
@@ -82,6 +86,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     model.freeze()
+    recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
 
     def samples_planned(rows: int) -> int:
         per_step = args.batch_size * args.gradient_accumulation_steps * args.world_size
@@ -97,9 +102,10 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.training_main()(
         args,
         model_cls=model,
-        forward_step_function=forward_step,
+        forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
+        forward_step_eval=forward_step,
         create_dataset_function=lambda path, args: cache.given_to(create_dataset_function(path, args)),
-        collate_fn=data_collator,
+        collate_fn=partial(packed_collator, capacity=PACKED_TOKENS) if options.packing else data_collator,
         init_function=sat_compat.save_beside_earlier_runs,
     )
 

@@ -1,9 +1,11 @@
-"""The parts of the fine-tuning script; `VisualGLMModel` and `chat` can be imported from here.
+"""The parts of the fine-tuning script; `VisualGLMModel`, `FineTuneVisualGLMModel` and `chat` can be imported from here.
 
 They are looked up when they are asked for, so that importing a part that needs no torch stays quick.
 """
 
 import importlib
+import sys
+import types
 from typing import Any
 
 _HOMES = {
@@ -14,9 +16,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value  # importing model.chat has just made `chat` the module; the function is meant
-    return value
+class _Package(types.ModuleType):
+    """This package, whose name `chat` is the function even after Python has put the module of that name there."""
+
+    def __getattribute__(self, name: str) -> Any:
+        home = _HOMES.get(name)
+        return super().__getattribute__(name) if home is None else getattr(importlib.import_module(home), name)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -45,7 +45,9 @@ def greedy_answers(
     rows = [[tokenizer.pad_token_id] * (seq - len(ids)) + ids for ids, _ in contexts]
     tokens = torch.tensor(rows, device=device)
     sop_position = torch.full_like(pad_length, seq - 1)
-    pre_image = torch.tensor([begin for _, begin in contexts], device=device) + pad_length
+    first_slot = torch.tensor([begin for _, begin in contexts], device=device) + pad_length
+    first_slot += torch.arange(len(contexts), device=device) * seq  # in the flattened batch · seq
+    image_slots = first_slot[:, None] + torch.arange(model.image_length, device=device)
     # Padding sees itself, since attention to nothing is not a number; nobody sees padding.
     visible = prefix_mask(sop_position, pad_length, seq) | torch.eye(seq, dtype=torch.bool, device=device)
     positions = glm_position_ids(sop_position, sop_position - 1, pad_length, seq)
@@ -63,7 +65,7 @@ def greedy_answers(
                 attention_mask=visible.to(dtype),
                 mems=mems,
                 image=image,
-                pre_image=pre_image,
+                image_slots=image_slots,
             )
             mems = update_mems([output["mem_kv"] for output in outputs], mems, max_memory_length=seq + max_length)
             likeliest = logits[:, -1].argmax(dim=-1).masked_fill(finished, tokenizer.eos_token_id)

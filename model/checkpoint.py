@@ -260,7 +260,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
     except Exception as error:  # torch raises several kinds, for broken zips, pickles and forbidden types
-        reason = (str(error).strip() or "the file ends too early").splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{path}: can't be read as weights ({reason}); needed is a checkpoint that is whole."
         ) from None

@@ -109,6 +109,11 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Text put before every prompt (default: none).")
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
         help="Whether padding is left out of the loss (default true).")
+    add("--loss_normalization", choices=["micro_batch", "token"], default="micro_batch",
+        help="What the loss is a mean over: each process's micro-batch, as released, or all supervised tokens of an "
+             "optimizer step, however it is cut (default %(default)s).")
+    add("--packing", action="store_true",
+        help="Put several short rows of a batch behind each other in one sequence; the loss stays the same.")
     add("--auto_warmup_steps", type=int, default=100, metavar="N",
         help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
     # fmt: on

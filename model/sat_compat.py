@@ -247,7 +247,8 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
         typed_nccl = "distributed_backend" in options.typed and options.distributed_backend == "nccl"
         instead = ["--fp16"] * options.fp16 + ["nccl"] * typed_nccl
         if instead:
-            say(f"No GPU found: float32 and gloo on the CPU in place of {' and '.join(instead)}.")
+            numbers = "bfloat16" if bf16 else "float32"
+            say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
         typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
         _start_gloo()
     with tempfile.TemporaryDirectory() as folder:

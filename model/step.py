@@ -5,7 +5,7 @@ vocabulary, hidden = the language model's width.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ import torch.nn.functional as F
 
 from model.prompt import IGNORE_INDEX
 from model.sat_compat import broadcast_data, import_sat
+from model.visualglm import packed_prefix_mask
 
 import_sat()
 
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
+MODEL_INPUTS = (
+    "input_ids", "position_ids", "image", "image_features", "pre_image", "image_slots", "answer_positions",
+)  # fmt: skip
 CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
 
 
@@ -39,27 +43,24 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in batch.items() if name not in tensors}
+    described = [({name: tensor.dtype for name, tensor in tensors.items()}, plain)]
     if mpu.get_model_parallel_world_size() > 1:
-        names = [sorted(batch)]
-        torch.distributed.broadcast_object_list(
-            names, mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group()
-        )
-    else:
-        names = [list(batch)]
-    dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-    tensors = {name: torch.as_tensor(value) for name, value in batch.items()}
-    on_device: dict[str, Any] = {}
-    for name in names[0]:
-        is_picture = name in ("image", "image_features")
-        sent = torch.float32 if is_picture else torch.int64
-        on_device |= broadcast_data((name,), tensors, sent, args.device)
-        if is_picture:
-            on_device[name] = on_device[name].to(dtype)
-    if is_reader:
-        on_device["pre_image"] = batch["pre_image"]  # as a plain number, without asking the device
-    else:
-        on_device["pre_image"] = int(on_device["pre_image"])
+        source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
+        torch.distributed.broadcast_object_list(described, source, group=group)
+    dtypes, plain = described[0]
+    on_device: dict[str, Any] = dict(plain)
+    for name, dtype in dtypes.items():
+        on_device |= broadcast_data((name,), tensors, dtype, args.device)
+        if dtype.is_floating_point:
+            on_device[name] = on_device[name].to(model_dtype(args))
     return on_device
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The numbers that SAT's flags make the model of."""
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,9 @@ def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -
     return _HeadLoss.apply(hidden, head.detach(), targets)
 
 
+Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
 def forward_step(
     data_iterator: Iterator[dict[str, Any]] | None, model: torch.nn.Module, args: argparse.Namespace, timers: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -121,14 +125,45 @@ def forward_step(
     timers("batch generator").start()
     batch = next_batch(data_iterator, args, timers)
     timers("batch generator").stop()
-    loss = batch_loss(model, batch)
+    loss = loss_sum(model, batch) / len(batch["answers"])
     return loss, {"loss": loss}
 
 
-def batch_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Mean cross entropy, scalar float32, over the supervised tokens of a batch that is on the model's device."""
-    pictures = {name: batch[name] for name in ("image", "image_features", "pre_image") if name in batch}
-    hidden = model(input_ids=batch["input_ids"], answer_positions=batch["answer_positions"], **pictures)[0]
+def token_normalized_step() -> Step:
+    """A `forward_step` whose gradient is that of the mean over all supervised tokens of the whole optimizer step.
+
+    The plain one means over each micro-batch of each rank, and DeepSpeed means over those: a token then counts more in
+    a micro-batch of few tokens, and the loss depends on how the batch is cut. Here the micro-batches of an optimizer
+    step are read together; each one's sum of losses is divided by its fair share of all tokens, so that DeepSpeed's
+    mean is the sum over tokens divided by their number.
+    """
+    waiting: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def step(
+        data_iterator: Iterator[dict[str, Any]] | None, model: torch.nn.Module, args: argparse.Namespace, timers: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        timers("batch generator").start()
+        if not waiting:
+            batches = [next_batch(data_iterator, args, timers) for _ in range(args.gradient_accumulation_steps)]
+            tokens = torch.tensor(float(sum(len(batch["answers"]) for batch in batches)), device=args.device)
+            ranks = mpu.get_data_parallel_world_size()
+            torch.distributed.all_reduce(tokens, group=mpu.get_data_parallel_group())
+            fair_share = tokens / (len(batches) * ranks)
+            waiting.extend((batch, fair_share) for batch in batches)
+        timers("batch generator").stop()
+        batch, share = waiting.pop(0)
+        loss = loss_sum(model, batch) / share
+        return loss, {"loss": loss}
+
+    return step
+
+
+def loss_sum(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the cross entropies, scalar float32, of the supervised tokens of a batch on the model's device."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     network: Any = getattr(model, "module", model)  # inside DeepSpeed's engine, or by itself
     head = network.get_mixin("chatglm-final").lm_head.weight
-    return head_loss(hidden, head, batch["answers"]) / len(hidden)
+    if "segments" in batch:
+        inputs["attention_mask"] = packed_prefix_mask(batch["segments"], batch["in_context"]).to(head.dtype)
+    hidden = model(**inputs)[0]
+    return head_loss(hidden, head, batch["answers"])

@@ -54,6 +54,18 @@ def prefix_mask(context_length: torch.Tensor, pad_length: torch.Tensor, seq_leng
     return (visible & (row >= padding) & (column >= padding)).unsqueeze(1)
 
 
+def packed_prefix_mask(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
+    """bool[batch, 1, seq, seq]: the prefix masks of several samples in one row, none of which sees another.
+
+    Args:
+        segments: int64[batch, seq], the sample of each token; -1 is padding, which sees padding only.
+        in_context: bool[batch, seq], before its sample's <sop>.
+    """
+    position = torch.arange(segments.shape[1], device=segments.device)
+    visible = (position <= position[:, None]) | in_context[:, None, :]
+    return (visible & (segments[:, :, None] == segments[:, None, :])).unsqueeze(1)
+
+
 def glm_position_ids(
     context_length: torch.Tensor, mask_position: torch.Tensor, pad_length: torch.Tensor, seq_length: int
 ) -> torch.Tensor:
@@ -119,31 +131,34 @@ class ImageMixin(BaseMixin):
         input_ids: torch.Tensor,
         image: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        pre_image: int | torch.Tensor = 0,
+        pre_image: int = 0,
+        image_slots: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with the pictures in their slots.
 
-        The pictures come as image [batch, 3, H, W] or as image_features [batch, queries, width], what the Q-Former made
-        of them. Without either, or when the tokens end before the slots do (one token at a time, from the cache), the
-        words alone are embedded. pre_image is where the slots begin: in every row, or in each of them, int64[batch]
-        (padding on the left moves them).
+        The pictures come as image [pictures, 3, H, W] or as image_features [pictures, queries, width], what the Q-Former
+        made of them. Without either, or when the tokens end before the slots do (one token at a time, from the cache),
+        the words alone are embedded.
+
+        Args:
+            pre_image: where the slots begin in every row, one picture a row; or else
+            image_slots: int64[pictures, image_length], the slots of each picture in the flattened batch · seq.
         """
-        words = self.transformer.word_embeddings(input_ids)
-        if input_ids.shape[1] < self.image_length or (image is None and image_features is None):
+        # Not through SAT's embedding, which masks foreign parts of a split vocabulary and asks the device for them.
+        words = torch.nn.functional.embedding(input_ids, self.transformer.word_embeddings.weight)
+        if input_ids.shape[1] < pre_image + self.image_length:
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
             if image_features is None and image is not None:
                 image_features = self.model.features(image.to(words.dtype))
-            assert image_features is not None
+            if image_features is None:
+                return words
             picture = self.model.glm_proj(image_features.to(words.dtype)).to(words.dtype)
-        if isinstance(pre_image, torch.Tensor):
-            slots = pre_image[:, None] + torch.arange(self.image_length, device=words.device)  # [batch, image_length]
-            return words.scatter(1, slots[..., None].expand_as(picture), picture)
-        after_image = pre_image + self.image_length
-        if input_ids.shape[1] < after_image:
-            return words
-        return torch.cat((words[:, :pre_image], picture, words[:, after_image:]), dim=1)
+        if image_slots is None:
+            return torch.cat((words[:, :pre_image], picture, words[:, pre_image + self.image_length :]), dim=1)
+        slots = image_slots.flatten()
+        return words.flatten(0, 1).index_copy(0, slots, picture.flatten(0, 1)).view_as(words)
 
 
 class VisualGLMModel(ChatGLMModel):

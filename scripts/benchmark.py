@@ -214,10 +214,10 @@ class Way:
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Any:
         """The mean cross entropy of a batch."""
-        from model.step import answer_loss, batch_loss
+        from model.step import answer_loss, loss_sum
 
         if "head at supervised positions only" in self.savings:
-            return batch_loss(model, batch)
+            return loss_sum(model, batch) / len(batch["answers"])
         pictures = {name: batch[name] for name in ("image", "image_features", "pre_image") if name in batch}
         return answer_loss(model(input_ids=batch["input_ids"], **pictures)[0], batch["labels"])
 
@@ -255,7 +255,7 @@ def drawn_samples(options: argparse.Namespace, config: dict[str, Any], count: in
         generator = torch.Generator().manual_seed(index)
         samples.append({
             "input_ids": ids, "labels": answer_labels(ids, config["bos_token_id"]), "pre_image": 3,
-            "pad_token_id": config["pad_token_id"], "path": str(index),
+            "image_length": slots, "pad_token_id": config["pad_token_id"], "path": str(index),
             "image": torch.randn(3, side, side, generator=generator),
         })  # fmt: skip
     return samples

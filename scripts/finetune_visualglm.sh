@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes VisualGLM-6B with LoRA: the released recipe, evaluated every 100 iterations on rows held out.
 # More flags may follow and win: bash scripts/finetune_visualglm.sh --train-data my.json --valid-data my-other.json --lr 0.001
+# Released with --checkpoint-activations; here activations are recomputed only where memory asks for it.
 # The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -22,7 +23,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --distributed-backend nccl \
     --lr-decay-style cosine \
     --warmup .02 \
-    --checkpoint-activations \
     --save-interval 300 \
     --eval-interval 100 \
     --save ./checkpoints \
@@ -32,6 +32,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --lr 0.0001 \
     --batch-size 4 \
     --skip-init \
-    --fp16 \
+    $numbers \
     --use_lora \
     "$@"

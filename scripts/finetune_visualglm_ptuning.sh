@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes VisualGLM-6B with P-Tuning v2: the released recipe, evaluated every 100 iterations on rows held out.
 # More flags may follow and win: bash scripts/finetune_visualglm_ptuning.sh --train-data my.json --valid-data my-other.json
+# Released with --checkpoint-activations; here activations are recomputed only where memory asks for it.
 # The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -21,7 +22,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --distributed-backend nccl \
     --lr-decay-style cosine \
     --warmup .02 \
-    --checkpoint-activations \
     --save-interval 300 \
     --eval-interval 100 \
     --save ./checkpoints \
@@ -31,6 +31,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --lr 0.0001 \
     --batch-size 4 \
     --skip-init \
-    --fp16 \
+    $numbers \
     --use_ptuning \
     "$@"

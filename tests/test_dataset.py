@@ -109,6 +109,7 @@ def example(length, image=0.0):
         "labels": [8] * length,
         "image": torch.full((3, 2, 2), image),
         "pre_image": 3,
+        "image_length": 0,
         "pad_token_id": PAD,
     }
 

@@ -11,7 +11,7 @@ from model.dataset import FewShotDataset, data_collator
 from model.errors import InputError
 from model.features import FeatureCache, picture_features
 from model.image import BlipImageEvalProcessor
-from model.step import batch_loss
+from model.step import loss_sum
 from model.tokenizer import ChatGLMTokenizer
 
 LENGTHS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
@@ -39,7 +39,7 @@ def dataset(monkeypatch):
 
 def loss_and_gradient(model, dataset):
     model.zero_grad()
-    loss = batch_loss(model, data_collator([dataset[index] for index in range(3)]))
+    loss = loss_sum(model, data_collator([dataset[index] for index in range(3)]))
     loss.backward()
     return loss.item(), model.transformer.layers[0].attention.dense.weight.grad.clone()
 

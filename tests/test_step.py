@@ -43,6 +43,7 @@ def batch():
                 "labels": [*[-100] * 37, *answer],
                 "image": picture,
                 "pre_image": 3,
+                "image_length": 32,
                 "pad_token_id": 3,
             }
             for answer, picture in zip(answers, pictures, strict=True)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The whole table of one GPU in a few minutes: the 6B shape with random weights, our way against the released one.
+# Needs nothing but this repository and its packages; the figures go to $1 (default: benchmark_gpu/), a JSON file a row.
+set -euo pipefail
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-benchmark_gpu}
+mkdir -p "$out"
+
+row() {
+    local name=$1
+    shift
+    echo "== $name: $*"
+    python "$project/scripts/benchmark.py" --shape 6b --steps 5 --json "$out/$name.json" "$@"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+row few-shot-fp16 --dtype fp16 --batch-size 4
+row few-shot-bf16 --dtype bf16 --batch-size 4
+row full-batches --dtype bf16 --batch-size 16 --seq 1024 --max_source_length 512 --max_target_length 512
+row lora-batch-1 --dtype fp16 --batch-size 1
+row ptuning --dtype fp16 --batch-size 4 --method ptuning
+row qlora-batch-1 --dtype fp16 --batch-size 1 --method qlora
+row ablation --dtype fp16 --batch-size 4 --ablate

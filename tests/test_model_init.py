@@ -1,0 +1,85 @@
+"""The house: public names, which part may import which, and that importing does nothing."""
+
+import ast
+import importlib
+import sys
+
+import pytest
+from conftest import PROJECT, run_python
+
+PUBLIC = (
+    "VisualGLMModel", "FineTuneVisualGLMModel", "FewShotDataset", "create_dataset_function", "get_batch",
+    "forward_step", "data_collator", "BlipImageEvalProcessor", "chat",
+)  # fmt: skip
+MODULES = sorted(path.stem for path in (PROJECT / "model").glob("*.py") if path.stem != "__init__")
+WITH_SAT = {"attention", "blip2", "visualglm", "adapters", "step", "checkpoint", "chat", "sat_compat"}
+WITHOUT_TORCH = ("checks", "errors", "files", "options", "progress", "prompt", "rows", "sat_compat", "tokenizer")
+HEAVY = ("torch", "sat", "deepspeed", "transformers")
+
+
+def imported_names(path):
+    """Top-level names of all that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_can_be_imported_from_the_script(name):
+    script = importlib.import_module("finetune_visualglm")
+    public = getattr(script, name)
+    assert callable(public)
+    assert public.__name__ == name
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("first", ["", "import model.chat, model.adapters\n"])
+def test_models_names_can_be_imported_from_the_package(first):
+    names = "VisualGLMModel, FineTuneVisualGLMModel, chat"
+    done = run_python("-c", f"{first}from model import {names}\nprint(*(callable(name) for name in ({names})))")
+    assert done.stdout == "True True True\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["finetune_visualglm", "model"])
+def test_unknown_name_is_an_attribute_error(module):
+    with pytest.raises(AttributeError, match="Nothing"):
+        importlib.import_module(module).Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["finetune_visualglm", *(f"model.{name}" for name in WITHOUT_TORCH)])
+def test_importing_what_needs_no_torch_stays_light_and_silent(module):
+    done = run_python("-c", f"import sys, {module}\nprint([name for name in {HEAVY} if name in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.run
+def test_importing_everything_prints_nothing_and_leaves_the_environment_alone():
+    modules = ", ".join(f"model.{name}" for name in MODULES)
+    done = run_python("-c", f"import os\nbefore = dict(os.environ)\nimport {modules}\nassert os.environ == before")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_only_what_stands_on_sat_imports_it():
+    importing = {name for name in MODULES if "sat" in imported_names(PROJECT / f"model/{name}.py")}
+    assert importing <= WITH_SAT
+
+
+def test_scripts_do_not_import_sat():
+    importing = {path.name for path in (PROJECT / "scripts").glob("*.py") if "sat" in imported_names(path)}
+    assert importing <= {"benchmark.py"}  # it measures SAT's own parts beside ours
+
+
+def test_nothing_imports_the_script():
+    paths = [*(PROJECT / "model").rglob("*.py"), *(PROJECT / "scripts").glob("*.py")]
+    assert [path.name for path in paths if "finetune_visualglm" in imported_names(path)] == []
+
+
+def test_parts_of_a_rows_way_know_nothing_of_the_parts_after_them():
+    standard = {"prompt", "errors", "progress", "options"}
+    for name in standard:
+        outside = imported_names(PROJECT / f"model/{name}.py") - sys.stdlib_module_names - {"model"}
+        assert outside == set(), name

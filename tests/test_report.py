@@ -1,0 +1,151 @@
+"""The line of a step and of an evaluation: what is printed, and where else it goes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from model import report as module
+from model.report import TrainingReport
+
+ARGS = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, world_size=6, model_parallel_size=2, wandb=False)
+
+
+class Clock:
+    """A time.monotonic that tells the time it is set to."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Writer:
+    """A TensorBoard writer that keeps what it is given."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def step(report, number, last=20, loss=1.5, milliseconds=2000.0, writer=None, args=ARGS):
+    report.step(writer, None, 9.9, loss, milliseconds, number, last, args, {"loss": loss})
+
+
+def scheduled(report, rates):
+    """SAT's scheduler and optimizer as report watches them: the rate is rates[n] in step n."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": rates[0]}])
+    upcoming = iter(rates[1:])
+
+    class Scheduler:
+        def step(self, step_number=None):
+            optimizer.param_groups[0]["lr"] = next(upcoming)
+
+    scheduler = Scheduler()
+    report.watch(scheduler, optimizer)
+    return scheduler, optimizer
+
+
+def test_line_of_a_step_has_loss_rate_speed_and_time_left(clock, capsys):
+    report = TrainingReport()
+    scheduled(report, [1e-4, 2e-4])[0].step()
+    step(report, 1, loss=8.31917)
+    # 4 rows · 2 accumulated · 3 data-parallel groups in 2 s
+    assert capsys.readouterr().out == "step  1/20  loss 8.3192  lr 1.00e-04  12.0 samples/s  38 s left\n"
+
+
+def test_rate_of_a_step_is_the_one_it_used_not_the_next(clock, capsys):
+    report = TrainingReport()
+    scheduler, optimizer = scheduled(report, [5e-6, 1e-4, 2e-4])
+    for number in (1, 2):
+        scheduler.step()
+        step(report, number)
+    assert [line.split("lr ")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "5.00e-06",
+        "1.00e-04",
+    ]
+    assert optimizer.param_groups[0]["lr"] == 2e-4
+
+
+def test_watched_scheduler_takes_a_step_number_as_before():
+    seen = []
+    scheduler = SimpleNamespace(step=lambda number=None: seen.append(number))
+    TrainingReport().watch(scheduler, SimpleNamespace(param_groups=[{"lr": 1.0}]))
+    scheduler.step()
+    scheduler.step(7)
+    assert seen == [None, 7]
+
+
+def test_time_left_leaves_the_slow_first_step_out(clock, capsys):
+    report = TrainingReport()
+    clock.now = 60.0  # the first step took a minute
+    step(report, 1, last=101, milliseconds=60_000)
+    clock.now = 62.0
+    step(report, 2, last=101, milliseconds=2000)
+    clock.now = 64.0
+    step(report, 3, last=101, milliseconds=2000)
+    left = [line.split("samples/s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["1 h 40 min left", "3 min 18 s left", "3 min 16 s left"]
+
+
+def test_last_step_has_no_time_left(clock, capsys):
+    report = TrainingReport()
+    step(report, 19)
+    step(report, 20)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("  0 s left")
+
+
+def test_step_numbers_stand_under_each_other(clock, capsys):
+    report = TrainingReport()
+    for number in (9, 10, 300):
+        step(report, number, last=300)
+    assert [line[:12] for line in capsys.readouterr().out.splitlines()] == [
+        "step   9/300",
+        "step  10/300",
+        "step 300/300",
+    ]
+
+
+def test_line_of_an_evaluation_has_its_loss_and_perplexity(clock, capsys):
+    TrainingReport().evaluation(None, "iteration 300", 1.5, 4.4817, 300, ARGS, {})
+    assert capsys.readouterr().out == "iteration 300: validation loss 1.5000, perplexity 4.48\n"
+
+
+def test_other_processes_report_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    step(TrainingReport(), 1)
+    TrainingReport().evaluation(None, "iteration 300", 1.5, 4.48, 300, ARGS, {})
+    assert capsys.readouterr().out == ""
+
+
+def test_tensorboard_gets_what_is_printed(clock):
+    report, writer = TrainingReport(), Writer()
+    scheduled(report, [1e-4, 2e-4])[0].step()
+    step(report, 1, writer=writer)
+    report.evaluation(writer, "iteration 1", 1.25, 3.49, 1, ARGS, {})
+    assert writer.scalars == {
+        ("Train/lr", 1): 1e-4,
+        ("Train/train_loss", 1): 1.5,
+        ("Train/samples_per_second", 1): 12.0,
+        ("Train/valid_loss", 1): 1.25,
+        ("Train/valid_ppl", 1): 3.49,
+    }
+
+
+@pytest.mark.parametrize(("rank", "messages"), [("0", 1), ("1", 0)])
+def test_wandb_when_asked_for_gets_the_step_from_the_first_process(clock, monkeypatch, rank, messages):
+    logged = []
+    fake = SimpleNamespace(log=lambda values, step, commit: logged.append((values, step)))
+    monkeypatch.setitem(module.sys.modules, "wandb", fake)
+    monkeypatch.setenv("RANK", rank)
+    step(TrainingReport(), 1, args=SimpleNamespace(**vars(ARGS) | {"wandb": True}))
+    assert logged == [({"Train/lr": 0.0, "Train/train_loss": 1.5}, 1)] * messages

@@ -6,9 +6,10 @@ Shapes: batch = questions, seq = tokens of the longest context, vocab = entries 
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from model.chat import answer_text, key_value_cache
-from model.prompt import IGNORE_INDEX
+from model.prompt import IGNORE_INDEX, Sample
 from model.sat_compat import import_sat
 from model.tokenizer import ChatGLMTokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
@@ -83,15 +84,17 @@ def greedy_answers(
 
 @torch.no_grad()
 def label_losses(
-    model: VisualGLMModel, input_ids: torch.Tensor, labels: torch.Tensor, image: torch.Tensor, pre_image: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's summed cross entropy, float32[batch], and its number of supervised tokens, int64[batch].
+    samples: Sequence[Sample], image: torch.Tensor, model: VisualGLMModel, tokenizer: ChatGLMTokenizer
+) -> list[tuple[float, int]]:
+    """Each sample's summed cross entropy, in nats, and its number of supervised tokens.
 
-    The arguments are one batch of `dataset.data_collator`, on the model's device.
+    image is [batch, 3, H, W] on the model's device.
     """
-    logits = model(input_ids=input_ids, image=image, pre_image=pre_image)[0]
-    expected = labels[:, 1:]
+    ids, labels = ([torch.tensor(getattr(sample, name)) for sample in samples] for name in ("input_ids", "labels"))
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(image.device)
+    expected = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:].to(image.device)
+    logits = model(input_ids=input_ids, image=image, pre_image=samples[0].pre_image)[0]
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), expected, ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return losses.sum(dim=1), (expected != IGNORE_INDEX).sum(dim=1)
+    return list(zip(losses.sum(dim=1).tolist(), (expected != IGNORE_INDEX).sum(dim=1).tolist(), strict=True))

@@ -110,20 +110,15 @@ def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: i
 
     from model.answers import greedy_answers, label_losses
     from model.chat import image_tensor
-    from model.dataset import data_collator
     from model.prompt import Lengths, context_ids, sample_from_row
 
     image = torch.cat([image_tensor(row.img, model) for row in rows])
     contexts = [context_ids(row.prompt, None, True, tokenizer, model.image_length) for row in rows]
     answers = greedy_answers(contexts, image, model, tokenizer, max_length)
     lengths = Lengths(model.image_length, max_length, max_length)
-    samples = [asdict(sample_from_row(row, tokenizer, lengths)) for row in rows]
-    extras = [{"image": pixels, "pad_token_id": tokenizer.pad_token_id} for pixels in image]
-    batch = data_collator([sample | extra for sample, extra in zip(samples, extras, strict=True)])
-    losses, tokens = label_losses(
-        model, batch["input_ids"].to(image.device), batch["labels"].to(image.device), image, batch["pre_image"]
-    )
-    for row, answer, loss, count in zip(rows, answers, losses.tolist(), tokens.tolist(), strict=True):
+    samples = [sample_from_row(row, tokenizer, lengths) for row in rows]
+    losses = label_losses(samples, image, model, tokenizer)
+    for row, answer, (loss, count) in zip(rows, answers, losses, strict=True):
         right = without_punctuation(answer) == without_punctuation(row.label)
         exact = answer.strip() == row.label.strip()
         yield Result(

@@ -15,7 +15,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
 
-from scripts.scenes import BACKGROUNDS, Background, draw, random_scene  # noqa: E402
+from scripts.scenes import BACKGROUNDS, Background, draw, random_scene
 
 QUESTION = "这张图片的背景里有什么内容？"
 TRAIN_ROWS = 20

@@ -65,11 +65,17 @@ class Paint:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene. `column` is 0, 1 or 2: the left, the middle or the right third of the picture."""
+    """One object of a scene. `column` is 0, 1 or 2: the left, the middle or the right third of the picture.
+
+    `x` and `y` are its centre and `radius` its size, in pixels of a SIZE × SIZE picture.
+    """
 
     shape: Shape
     colour: Paint
     column: int
+    x: float
+    y: float
+    radius: float
 
 
 @dataclass(frozen=True)
@@ -97,18 +103,23 @@ def random_scene(random: Random, background: Background | None = None) -> Scene:
     count = random.randint(1, MAX_OBJECTS)
     columns = sorted(random.sample(range(MAX_OBJECTS), count))
     shapes = random.sample(SHAPES, count)
-    things = tuple(Thing(shape, random.choice(COLOURS), column) for shape, column in zip(shapes, columns, strict=True))
+    things = tuple(_random_thing(shape, column, random) for shape, column in zip(shapes, columns, strict=True))
     return Scene(background or random.choice(BACKGROUNDS), things, random.getrandbits(32))
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, random: Random) -> None:
-    """Draw one object into its third of the picture; a dark rim keeps it apart from any background."""
+def _random_thing(shape: Shape, column: int, random: Random) -> Thing:
+    """An object of any colour somewhere in its third of the picture."""
     third = SIZE / MAX_OBJECTS
-    radius = random.uniform(24, 33)
-    centre_x = (thing.column + 0.5) * third + random.uniform(-1, 1) * (third / 2 - radius)
-    centre_y = random.uniform(0.3, 0.75) * SIZE
+    radius = random.uniform(28, 35)
+    x = (column + 0.5) * third + random.uniform(-1, 1) * (third / 2 - radius)
+    return Thing(shape, random.choice(COLOURS), column, x, random.uniform(0.3, 0.75) * SIZE, radius)
+
+
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, random: Random) -> None:
+    """Draw one object; a dark rim keeps it apart from any background."""
     shade = _varied(thing.colour.rgb, random, 14)
-    corners = [(centre_x + radius * x, centre_y + radius * y) for x, y in thing.shape.outline(random)]
+    outline = thing.shape.outline(random)
+    corners = [(thing.x + thing.radius * x, thing.y + thing.radius * y) for x, y in outline]
     canvas.polygon(corners, fill=shade, outline=(25, 25, 25), width=3)
 
 

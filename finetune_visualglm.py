@@ -70,6 +70,8 @@ def announce(options: Options, notes: Sequence[str]) -> None:
 def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     """Load the model and let SAT train it."""
     from model import sat_compat
+
+    sat_compat.import_sat(training=True)
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.dataset import data_collator, packed_collator
@@ -82,7 +84,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.adapt_loading(load_checkpoint)
     args = sat_compat.get_args(argv, options, script_parser())
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
-    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.checkpoint), args)
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     model.freeze()
     recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
 

@@ -1,26 +1,48 @@
-"""What is trained: LoRA factors beside frozen linears, or P-Tuning v2 prefixes in front of the keys and values.
+"""What is trained: LoRA factors beside frozen linears, P-Tuning v2 prefixes, and parts of the eyes if asked.
 
 LoRA (Hu et al. 2021): y = W x + b + (alpha / r) · B A x, with W and b frozen, A [r, in] random and B [out, r] zero at
 the start, so that training begins at the base model's own answers.
+
+QLoRA (Dettmers et al. 2023) is LoRA over weights kept in 4 bits, here in bitsandbytes' NF4: blocks of 64 numbers share
+a scale, and each number is one of 16 levels.
 """
 
 import argparse
+import functools
+import logging
 import math
 from typing import Any
 
 import torch
 
-from model.options import add_method_flags
+from model.description import METHODS, has_lora, settings_to_go_on
+from model.files import find_weights, read_json_object
+from model.options import DEFAULT_LORA_TARGETS, add_method_flags, part_rates
 from model.progress import say
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
 import_sat()
 
-from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
+from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model import BaseMixin  # noqa: E402
 from sat.model.finetune import PTuningV2Mixin  # noqa: E402
 
-TRAINED_NAMES = {"use_ptuning": ("ptuning",), "use_lora": ("matrix_A", "matrix_B")}
+TRAINED_NAMES = {
+    "use_ptuning": ("ptuning",),
+    "use_lora": ("matrix_A", "matrix_B"),
+    "use_qlora": ("matrix_A", "matrix_B"),
+}
+EYES = "mixins.eva.model."  # before the names of the vision parts' tensors
+PART_OF_TARGET = {  # where SAT's layers keep the linears of --lora_target
+    "query_key_value": "attention",
+    "dense": "attention",
+    "dense_h_to_4h": "mlp",
+    "dense_4h_to_h": "mlp",
+}
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 class LoraLinear(torch.nn.Module):
@@ -30,8 +52,10 @@ class LoraLinear(torch.nn.Module):
     `matrix_B.{part}` [out / parts, r]. A checkpoint of the plain linear loads too: its weight becomes `original.weight`.
     """
 
-    def __init__(self, original: Any, rank: int, parts: int = 1, alpha: float = 1.0) -> None:
+    def __init__(self, original: Any, rank: int, parts: int = 1, alpha: float = 1.0, dropout: float = 0.0) -> None:
         """Wrap original, whose output stacks `parts` projections (query_key_value: 3).
+
+        dropout is the probability with which the factors, and they alone, don't see a number of their input.
 
         Raises:
             ValueError: the output can't be divided into that many parts.
@@ -43,6 +67,7 @@ class LoraLinear(torch.nn.Module):
             raise ValueError(f"LoRA on a linear of {out_features} outputs in {parts} parts; they must be equal parts.")
         self.original = original
         self.scale = alpha / rank
+        self.dropout = torch.nn.Dropout(dropout)
         self.matrix_A = torch.nn.ParameterList(
             torch.nn.Parameter(weight.new_empty(rank, in_features)) for _ in range(parts)
         )
@@ -56,10 +81,25 @@ class LoraLinear(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
         # All parts' A in one product; then each part's B on its own r columns.
-        low_rank = hidden_states @ torch.cat(tuple(self.matrix_A)).T
+        low_rank = self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T
         parts = low_rank.split(self.matrix_A[0].shape[0], dim=-1)
         change = torch.cat([part @ b.T for part, b in zip(parts, self.matrix_B, strict=True)], dim=-1)
         return torch.add(self.original(hidden_states), change, alpha=self.scale)
+
+    @torch.no_grad()
+    def merged(self) -> torch.nn.Module:
+        """The original linear with the change folded into its weight; from 4 bits, a plain linear of the same width."""
+        plain = self.original.dequantized() if isinstance(self.original, Nf4Linear) else self.original
+        plain.weight.copy_(folded(plain.weight, list(self.matrix_A), list(self.matrix_B), self.scale))
+        return plain
+
+
+def folded(
+    weight: torch.Tensor, matrix_a: list[torch.Tensor], matrix_b: list[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """W + scale · B A, [out, in], of all stacked parts; added in float32, in the weight's own dtype in the end."""
+    change = torch.cat([b.float() @ a.float() for a, b in zip(matrix_a, matrix_b, strict=True)])
+    return (weight.float() + change * scale).to(weight.dtype)
 
 
 def _plain_linear_as_original(_: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
@@ -70,54 +110,251 @@ def _plain_linear_as_original(_: torch.nn.Module, state_dict: dict[str, Any], pr
 
 
 class LoraMixin(BaseMixin):
-    """LoRA on the attention of chosen layers: query_key_value in three parts, and dense."""
+    """LoRA on chosen linears of chosen layers; query_key_value has factors for each of its three parts."""
 
-    def __init__(self, num_layers: int, rank: int, layer_range: list[int] | None = None, alpha: float = 1.0) -> None:
-        """layer_range lists the layers, counted from 0; None or an empty list means all of them."""
+    def __init__(
+        self,
+        num_layers: int,
+        rank: int,
+        layer_range: list[int] | None = None,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+        targets: list[str] | None = None,
+    ) -> None:
+        """layer_range lists the layers, counted from 0; None or an empty list means all of them.
+
+        targets are names of PART_OF_TARGET; None means the attention's two, as released.
+        """
         super().__init__()
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.layer_range = list(layer_range or range(num_layers))
+        self.targets = [name for name in PART_OF_TARGET if name in (targets or DEFAULT_LORA_TARGETS)]
 
     def reinit(self, parent_model: Any = None) -> None:
         """Put the factors into the parent model; SAT calls this when the mixin is added."""
-        for index in self.layer_range:
-            attention = parent_model.transformer.layers[index].attention
-            attention.dense = LoraLinear(attention.dense, self.rank, alpha=self.alpha)
-            attention.query_key_value = LoraLinear(
-                attention.query_key_value, self.rank, parts=attention.stride, alpha=self.alpha
-            )
+        # Dense comes before query_key_value, as the released script makes them: the first random numbers are its own.
+        for layer, name in ((layer, name) for layer in self._layers() for name in reversed(self.targets)):
+            part = getattr(layer, PART_OF_TARGET[name])
+            stacked = layer.attention.stride if name == "query_key_value" else 1
+            setattr(part, name, LoraLinear(getattr(part, name), self.rank, stacked, self.alpha, self.dropout))
+
+    def merge_lora(self) -> None:
+        """Fold the factors into the frozen weights, so that the model is a plain one that answers the same.
+
+        The linears become plain again, and their tensors have the base model's names. Over 4-bit weights the sum is kept
+        in full width: it isn't one of their 16 levels.
+        """
+        for layer in self._layers():
+            for name in self.targets:
+                part = getattr(layer, PART_OF_TARGET[name])
+                if isinstance(getattr(part, name), LoraLinear):
+                    setattr(part, name, getattr(part, name).merged())
+
+    def _layers(self) -> list[Any]:
+        return [self.transformer.layers[index] for index in self.layer_range]
+
+
+# --- 4-bit weights ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def import_bitsandbytes() -> Any:
+    """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
+    logging.disable(logging.WARNING)
+    try:
+        import bitsandbytes.functional
+
+        return bitsandbytes.functional
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """weight [out, in] in NF4: uint8[out · in / 2, 1] and bitsandbytes' state to undo it.
+
+    The scales stay in float32: quantising the result of `dequantized` again then gives the very same numbers, and a model
+    that was saved in full width is the one that was trained.
+    """
+    return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
+
+
+def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] that `quantized` gave packed and state for, rounded to dtype."""
+    state.dtype = dtype  # what bitsandbytes unpacks to, without a copy in float32 on the way
+    return import_bitsandbytes().dequantize_4bit(packed, state)
+
+
+class _Nf4Product(torch.autograd.Function):
+    """x W^T + b with W in NF4. The gradient goes through to x; W is unpacked again for it rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.packed, ctx.state = packed, state
+        return torch.nn.functional.linear(x, dequantized(packed, state, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grads[0] @ dequantized(ctx.packed, ctx.state, grads[0].dtype), None, None, None
+
+
+class Nf4Linear(torch.nn.Module):
+    """A frozen linear whose weight is kept in 4 bits, NF4.
+
+    It holds no weight until one is loaded: `load_state_dict` packs it, one tensor at a time, on the module's device.
+    `state_dict` gives the weight in full width under its ordinary name, so that checkpoints are ordinary ones.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: torch.nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        """dtype is that of the weight in full width; the bias is taken as it is."""
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.bias = bias
+        self.packed: torch.Tensor
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
+        self.state: Any = None
+
+    def pack(self, weight: torch.Tensor) -> None:
+        """Keep weight [out, in] in 4 bits."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"a weight of shape {list(weight.shape)}, not {[self.out_features, self.in_features]}")
+        self.packed, self.state = quantized(weight.to(self.packed.device))
+
+    def _unpacking_state(self) -> Any:
+        if self.state.absmax.device != self.packed.device:
+            self.state.to(self.packed.device)
+        return self.state
+
+    def weight_in_full(self) -> torch.Tensor:
+        """The weight [out, in] as the model sees it."""
+        return dequantized(self.packed, self._unpacking_state(), self.dtype)
+
+    def dequantized(self) -> torch.nn.Linear:
+        """A plain linear with the same weight, in full width, and the same bias."""
+        plain = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(self.weight_in_full(), requires_grad=False)
+        if self.bias is not None:
+            plain.bias = self.bias
+        return plain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b, [..., in] → [..., out]."""
+        return _Nf4Product.apply(x, self.packed, self._unpacking_state(), self.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        weight = state_dict.get(prefix + "weight")
+        others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)
+        if weight is None:
+            missing.append(prefix + "weight")
+            return
+        try:
+            self.pack(weight)
+        except ValueError as problem:
+            errors.append(f"{prefix}weight: {problem}")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.state is not None:
+            destination[prefix + "weight"] = self.weight_in_full()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype  # .half() and its like
+        return applied
+
+
+def keep_in_4_bits(module: torch.nn.Module) -> None:
+    """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
+    linears = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinear)
+    for name, child in module.named_children():
+        if isinstance(child, linears):
+            out_features, in_features = child.weight.shape
+            setattr(module, name, Nf4Linear(in_features, out_features, child.bias, child.weight.dtype))
+        else:
+            keep_in_4_bits(child)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):
-    """VisualGLM with the adapters that args asks for; only they are trained."""
+    """VisualGLM with the adapters that args asks for; only they, and the parts of --train_parts, are trained."""
 
     def __init__(
         self, args: Any, transformer: torch.nn.Module | None = None, parallel_output: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(args, transformer=transformer, parallel_output=parallel_output, **kwargs)
-        self.trained_names = tuple(
-            name for flag, names in TRAINED_NAMES.items() if getattr(args, flag, False) for name in names
-        )
+        asked = vars(args)
+        trained_methods = getattr(args, "trained_methods", None) or [flag for flag in METHODS if asked.get(flag)]
+        self.trained_names = tuple(dict.fromkeys(name for flag in trained_methods for name in TRAINED_NAMES[flag]))
+        self.part_rates = part_rates(asked.get("train_parts") or [])
+        self.lr = asked.get("lr")
         if args.use_ptuning:
             heads = args.num_attention_heads
             self.add_mixin(
                 "ptuning", PTuningV2Mixin(args.num_layers, args.hidden_size // heads, heads, args.pre_seq_len)
             )
-        if args.use_lora:
-            self.add_mixin("lora", LoraMixin(args.num_layers, args.lora_rank, args.layer_range), reinit=True)
+        if has_lora(asked):
+            lora = LoraMixin(
+                args.num_layers,
+                args.lora_rank,
+                args.layer_range,
+                asked.get("lora_alpha", 1.0),
+                asked.get("lora_dropout", 0.0),
+                asked.get("lora_target"),
+            )
+            self.add_mixin("lora", lora, reinit=True)
+        if asked.get("use_qlora"):
+            keep_in_4_bits(self.transformer.layers)
+
+    def is_trained_name(self, name: str) -> bool:
+        """Whether the tensor of this name is to be learned."""
+        parts = tuple(f"{EYES}{part}." for part in self.part_rates)
+        return name.startswith(parts) or any(part in name for part in self.trained_names)
 
     def freeze(self) -> None:
-        """Let the adapters alone ask for gradients."""
+        """Let nothing ask for gradients but what is trained.
+
+        A part's own learning rate goes where SAT looks for it: `lr_scale`, in multiples of --lr.
+        """
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(part in name for part in self.trained_names))
+            parameter.requires_grad_(self.is_trained_name(name))
+            for part, rate in self.part_rates.items():
+                if rate is not None and name.startswith(f"{EYES}{part}."):
+                    parameter.lr_scale = rate / self.lr
 
     def disable_untrainable_params(self) -> None:
-        """Freeze everything but the adapters, and print what is left to train. SAT calls this once, before training."""
+        """Freeze everything but what is trained, and print what that is. SAT calls this once, before training."""
         self.freeze()
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         count, of_all = (sum(p.numel() for p in some) for some in ((p for _, p in trained), self.parameters()))
         say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
         say("\n".join(f"  {name} {list(parameter.shape)}" for name, parameter in trained))
+
+    @classmethod
+    def from_pretrained(cls, name: str, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+        """The model of a checkpoint of any kind (`model.description`), with the adapters that args asks for.
+
+        Adapters that the checkpoint has stay; what args asks for joins them, and it alone is trained.
+
+        Args:
+            name: a folder, an iteration's folder, its weights file, or a name in $SAT_HOME.
+            args: SAT's namespace; `base` and `force_base` in it tell where an adapter's base is.
+            kwargs: SAT's; `build_only=True` leaves the weights out.
+        """
+        args = cls.get_args() if args is None else args
+        config = read_json_object(find_weights(str(name)).parent.parent / "model_config.json", "The configuration")
+        settings = settings_to_go_on(config, vars(args))
+        typed = [method for method in METHODS if getattr(args, method, False)]
+        args.trained_methods = typed or [method for method in METHODS if settings[method]]
+        # The quantised linears get their weights from the file; until then full ones would fill the memory.
+        args.skip_init = args.skip_init or settings["use_qlora"]
+        overwrite_args = {**settings, **kwargs.pop("overwrite_args", {})}
+        return super().from_pretrained(name, args, overwrite_args=overwrite_args, **kwargs)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

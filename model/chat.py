@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
+from model.description import is_finetuned
 from model.errors import InputError
-from model.files import find_checkpoint, read_json_object
+from model.files import find_weights, read_json_object
 from model.image import BlipImageEvalProcessor
+from model.pictures import picture_file
 from model.prompt import context_ids
 from model.rows import open_picture
-from model.sat_compat import adapt_loading, import_sat
+from model.sat_compat import import_sat, model_only, quieten
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 
 import_sat()
 
-from sat.generation.autoregressive_sampling import filling_sequence  # noqa: E402  (sat only after import_sat)
+from sat.generation.autoregressive_sampling import stream_filling_sequence  # noqa: E402  (sat only after import_sat)
 from sat.generation.sampling_strategies import BaseStrategy  # noqa: E402
 from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin  # noqa: E402
 
@@ -32,30 +34,46 @@ FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = r"[\u4e00-\u9fff]"
 
 
-def load_for_answering(checkpoint: str, tokenizer_path: str | None = None) -> tuple[VisualGLMModel, ChatGLMTokenizer]:
-    """A checkpoint's model, in eval mode, and its tokenizer: a base model, or one with adapters.
+def load_for_answering(
+    checkpoint: str,
+    tokenizer_path: str | None = None,
+    base: str | None = None,
+    force_base: bool = False,
+    quant: int | None = None,
+) -> tuple[VisualGLMModel, ChatGLMTokenizer]:
+    """A checkpoint's model, in eval mode, and its tokenizer: a base, full, adapter or merged one.
 
     The model is on the GPU in float16 where there is one, else on the CPU in float32.
 
     Args:
-        checkpoint: a folder, or a name in $SAT_HOME.
+        checkpoint: a folder, an iteration's folder, its weights file, or a name in $SAT_HOME.
         tokenizer_path: where to find the tokenizer if the folder has none.
+        base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
+        quant: 8 or 4, to keep the weights of linears in that many bits, on a GPU.
 
     Raises:
-        InputError: no such checkpoint, or one that can't be used.
+        InputError: no such checkpoint, or one that can't be used; quant without a GPU.
     """
     from model.adapters import FineTuneVisualGLMModel
-    from model.checkpoint import load_checkpoint
 
-    adapt_loading(load_checkpoint)
-    folder = find_checkpoint(checkpoint)
+    quieten()
+    if quant is not None and not torch.cuda.is_available():
+        raise InputError(
+            f"--quant {quant}: SAT's kernels for it run on an NVIDIA GPU only; leave --quant out on a CPU."
+        )
+    weights = find_weights(checkpoint)
+    folder = weights.parent.parent
     config = read_json_object(folder / "model_config.json", "The checkpoint's configuration")
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, tokenizer_path))
     check_special_ids(tokenizer, config)
-    adapted = any(config.get(flag) for flag in ("use_lora", "use_qlora", "use_ptuning"))
-    model_class = FineTuneVisualGLMModel if adapted else VisualGLMModel
-    args = model_class.get_args(skip_init=True, fp16=torch.cuda.is_available())
-    model, _ = model_class.from_pretrained(str(folder), args)
+    model_class = FineTuneVisualGLMModel if is_finetuned(config) else VisualGLMModel
+    args = model_class.get_args(skip_init=True, fp16=torch.cuda.is_available(), base=base, force_base=force_base)
+    with model_only():
+        model, _ = model_class.from_pretrained(str(weights), args)
+    if quant is not None:
+        from sat.quantization.kernels import quantize
+
+        quantize(model, quant)
     return model.eval(), tokenizer
 
 
@@ -78,7 +96,6 @@ def key_value_cache(model: VisualGLMModel) -> Iterator[None]:
         model.del_mixin(name)
 
 
-@torch.no_grad()
 def chat(
     image_path: str | Path | Any | None,
     model: VisualGLMModel,
@@ -110,9 +127,57 @@ def chat(
         InputError: the picture can't be opened, or the context leaves no room within max_length.
     """
     history = list(history or [])
-    device = model.transformer.word_embeddings.weight.device
     if image is None and image_path:
-        image = BlipImageEvalProcessor(image_size(model))(open_picture(image_path)).unsqueeze(0).to(device)
+        image = image_tensor(image_path, model)
+    *_, response = answer_so_far(
+        image,
+        model,
+        tokenizer,
+        query,
+        history,
+        max_length=max_length,
+        top_p=top_p,
+        top_k=top_k,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        invalid_slices=invalid_slices,
+        english=english,
+    )
+    return response, [*history, (query, response)], image
+
+
+def image_tensor(picture: str | Path | Any, model: VisualGLMModel) -> torch.Tensor:
+    """A picture as model takes it, [1, 3, H, W] on its device: from a path, a URL or an open PIL image.
+
+    Raises:
+        InputError: it can't be fetched or opened.
+    """
+    image = open_picture(picture_file(picture))
+    pixels = BlipImageEvalProcessor(image_size(model))(image)
+    return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
+
+
+@torch.no_grad()
+def answer_so_far(
+    image: torch.Tensor | None,
+    model: VisualGLMModel,
+    tokenizer: ChatGLMTokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    *,
+    max_length: int = 1024,
+    top_p: float = 0.7,
+    top_k: int = 30,
+    temperature: float = 0.95,
+    repetition_penalty: float = 1.2,
+    invalid_slices: Sequence[slice] = (),
+    english: bool = False,
+) -> Iterator[str]:
+    """The answer to query after each of its tokens; the last one is whole. The arguments are `chat`'s.
+
+    Raises:
+        InputError: the context leaves no room within max_length.
+    """
     ids, pre_image = context_ids(query, history, image is not None, tokenizer, model.image_length, english)
     if len(ids) >= max_length:
         raise InputError(
@@ -127,8 +192,9 @@ def chat(
         invalid_slices=list(invalid_slices),
         repetition_penalty=repetition_penalty,
     )
+    device = model.transformer.word_embeddings.weight.device
     with key_value_cache(model):
-        tokens = filling_sequence(
+        for tokens, _ in stream_filling_sequence(
             model,
             torch.tensor(ids + [-1] * (max_length - len(ids)), device=device),
             batch_size=1,
@@ -136,12 +202,15 @@ def chat(
             get_masks_and_position_ids=masks_and_position_ids(tokenizer),
             image=image,
             pre_image=pre_image,
-        )[0]
-    answer = tokens[0, len(ids) :].tolist()
-    if answer and answer[-1] == tokenizer.eos_token_id:
-        answer.pop()
-    response = tidied(tokenizer.decode(answer), english)
-    return response, [*history, (query, response)], image
+        ):
+            yield answer_text(tokens[0, len(ids) :].tolist(), tokenizer, english)
+
+
+def answer_text(ids: list[int], tokenizer: ChatGLMTokenizer, english: bool = False) -> str:
+    """The answer that token ids spell, up to <eop> if it is there."""
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tidied(tokenizer.decode(ids), english)
 
 
 def masks_and_position_ids(tokenizer: ChatGLMTokenizer) -> Any:

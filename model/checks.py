@@ -12,9 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.description import (
+    LORA_SIZES,
+    METHODS,
+    PTUNING_SIZES,
+    find_base,
+    going_on_problems,
+    has_lora,
+    is_adapter,
+    settings_to_go_on,
+)
 from model.errors import raise_problems
-from model.files import checkpoint_problem, find_checkpoint, read_json_object, save_problems
-from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
+from model.files import checkpoint_problem, find_weights, read_json_object, save_problems
+from model.options import (
+    DEFAULT_LORA_TARGETS,
+    LARGEST_SEED,
+    VISION_PARTS,
+    Options,
+    flag_names,
+    part_rates,
+    shown,
+    typed_flag,
+)
 from model.prompt import LEAST_TARGET_LENGTH, Lengths, Row, cut_counts, least_source_length
 from model.rows import check_pictures, read_rows
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
@@ -25,6 +44,7 @@ class Inputs:
     """What a command line means, once it is known to be good."""
 
     checkpoint: Path
+    weights: Path  # the checkpoint's weights file: of its latest iteration, or of the one that was meant
     config: dict[str, Any]
     tokenizer: ChatGLMTokenizer
     notes: list[str]  # sentences for the person at the prompt
@@ -42,15 +62,18 @@ def checked(options: Options) -> Inputs:
         settings = read_json_object(options.deepspeed_config, "--deepspeed_config")
         raise_problems(deepspeed_problems(settings, options.deepspeed_config))
         notes += overridden_by_deepspeed(options, settings, options.deepspeed_config)
-    checkpoint = find_checkpoint(options.from_pretrained)
+    weights = find_weights(options.from_pretrained)
+    checkpoint = weights.parent.parent
     config = read_json_object(checkpoint / "model_config.json", "The checkpoint's configuration")
     raise_problems(config_problems(options, config))
     notes += overridden_by_config(options, config)
+    full_weights = weights
+    if is_adapter(config):
+        full_weights = find_base(config, options.from_pretrained, options.base)
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint, options.tokenizer))
     check_special_ids(tokenizer, config)
     raise_problems(frame_problems(options, tokenizer, config["image_length"]))
-    weights = sum(file.stat().st_size for file in checkpoint.glob("*/mp_rank_*_model_states.pt"))
-    raise_problems(save_problems(options, weights))
+    raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
     files = [*options.train_data, *(options.valid_data or []), *(options.test_data or [])]
     rows = {file: read_rows(file) for file in dict.fromkeys(files)}
     raise_problems(split_row_problems(options, {file: len(rows[file]) for file in options.train_data}))
@@ -59,7 +82,34 @@ def checked(options: Options) -> Inputs:
         config["image_length"], options.max_source_length, options.max_target_length, options.source_prefix
     )
     notes += [f"{file}: {len(of_file)} rows{cut_note(of_file, tokenizer, lengths)}" for file, of_file in rows.items()]
-    return Inputs(checkpoint, config, tokenizer, notes)
+    return Inputs(checkpoint, weights, config, tokenizer, notes)
+
+
+def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int) -> int:
+    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most.
+
+    Args:
+        config: the starting checkpoint's. full_size: bytes of its weights, or of its base's.
+    """
+    if options.save_full_model or options.train_parts:
+        return full_size
+    settings = settings_to_go_on(config, vars(options))
+    hidden = config["hidden_size"]
+    inner = config.get("inner_hidden_size") or 4 * hidden
+    widths = {  # of all that goes into and out of one rank of the factors
+        "query_key_value": 3 * hidden + 3 * hidden,
+        "dense": hidden + hidden,
+        "dense_h_to_4h": hidden + inner,
+        "dense_4h_to_h": inner + hidden,
+    }
+    numbers = 0
+    if has_lora(settings):
+        layers = len(settings["layer_range"] or range(config["num_layers"]))
+        targets = settings["lora_target"] or DEFAULT_LORA_TARGETS
+        numbers += layers * settings["lora_rank"] * sum(widths[target] for target in targets)
+    if settings["use_ptuning"]:
+        numbers += config["num_layers"] * 2 * hidden * settings["pre_seq_len"]
+    return 4 * numbers + 2**20
 
 
 def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
@@ -103,12 +153,17 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
         lambda number: 0 < number < math.inf,
         "a number greater than 0 is needed.",
-        ("lr", "lr_decay_ratio"),
+        ("lr", "lr_decay_ratio", "lora_alpha"),
     ),
     (
         lambda number: 0 <= number <= 1,
         "a number from 0 to 1 is needed.",
         ("warmup", "hidden_dropout", "attention_dropout", "drop_path"),
+    ),
+    (
+        lambda number: 0 <= number < 1,
+        "a number from 0 to less than 1 is needed.",
+        ("lora_dropout",),
     ),
     (
         lambda number: 1 <= number <= LARGEST_SEED,
@@ -134,6 +189,10 @@ def _choice_problems(options: Options) -> list[str]:
         problems.append("No method: --use_lora, --use_qlora or --use_ptuning is needed.")
     if options.use_lora and options.use_qlora:
         problems.append("--use_lora and --use_qlora: only one is needed; QLoRA is LoRA over 4-bit weights.")
+    if len(part_rates(options.train_parts)) < len(options.train_parts):
+        problems.append(
+            f"--train_parts {shown(options.train_parts)}: each of {', '.join(VISION_PARTS)} is needed once."
+        )
     if options.train_iters is not None and options.epochs is not None:
         problems.append("--train-iters and --epochs: both say how long to train; only one is needed.")
     if options.fp16 and options.bf16:
@@ -295,6 +354,7 @@ def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
     if wrong_types:
         return wrong_types
     return [
+        *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_length_problems(options, config),
     ]
@@ -342,12 +402,14 @@ def _length_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
 def overridden_by_config(options: Options, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each typed flag that differs from the checkpoint's config, which wins in SAT.
 
-    --model-parallel-size is not among them: SAT splits a checkpoint anew.
+    The method's flags are not among them, see `model.description`; nor is --model-parallel-size: SAT splits a checkpoint
+    anew.
     """
     path = _config_path(options)
+    others = {*METHODS, *LORA_SIZES, *PTUNING_SIZES, "lora_dropout", "train_parts", "model_parallel_size"}
     return [
         f"{typed_flag(name, getattr(options, name))} is overridden by {shown(config[name])} from {path}."
-        for name in sorted(options.typed & config.keys() - {"model_parallel_size"})
+        for name in sorted(options.typed & config.keys() - others)
         if config[name] != getattr(options, name)
     ]
 

@@ -46,26 +46,36 @@ def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The checkpoint folder that --from_pretrained means: a folder as given, else the name in $SAT_HOME.
+    """The checkpoint folder that --from_pretrained means, as `find_weights` finds it."""
+    return find_weights(name).parent.parent
 
-    A folder holds `latest` (an iteration), `model_config.json` and `<iteration>/mp_rank_00_model_states.pt`. That
-    iteration's folder, or the weights in it, stand for the whole.
+
+def find_weights(name: str, flag: str = "--from_pretrained") -> Path:
+    """The weights file of the checkpoint that a flag means: a folder as given, else the name in $SAT_HOME.
+
+    A checkpoint's folder holds `latest` (an iteration), `model_config.json` and
+    `<iteration>/mp_rank_00_model_states.pt`. Given that folder, the iteration is latest's; an iteration's folder, or the
+    weights in it, may be given too.
 
     Raises:
-        InputError: nothing is there, a part is missing, or an iteration is meant that `latest` doesn't name.
+        InputError: nothing is there, or a part is missing.
     """
     given, in_home = Path(name).expanduser(), _sat_home() / name
     found = next((path for path in (given, in_home) if path.exists()), None)
     if found is None:
         raise InputError(
-            f"--from_pretrained {name}: no such folder, neither {given.absolute()} nor {in_home}; give "
-            f"--from_pretrained FOLDER, or unpack the checkpoint to {in_home}."
+            f"{flag} {name}: no such folder, neither {given.absolute()} nor {in_home}; give "
+            f"{flag} FOLDER, or unpack the checkpoint to {in_home}."
         )
     folder, iteration = _folder_and_iteration(found)
-    problem = checkpoint_problem(folder, ("model_config.json", "latest")) or _iteration_problem(folder, iteration)
+    problem = (
+        checkpoint_problem(folder, ("model_config.json", "latest"))
+        if iteration is None
+        else _missing_file(folder, ("model_config.json",))
+    )
     if problem:
-        raise InputError(f"--from_pretrained {name}: {problem}")
-    return folder
+        raise InputError(f"{flag} {name}: {problem}")
+    return folder / (iteration or _latest(folder)) / WEIGHTS_FILE
 
 
 def _sat_home() -> Path:
@@ -86,15 +96,22 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
     """What keeps folder from being a checkpoint that has these files, and the weights that `latest` names."""
     if not folder.is_dir():
         return f"{folder} is {'a file' if folder.exists() else 'not there'}; a checkpoint folder is needed."
-    for file in files:
-        if not (folder / file).is_file():
-            return f'no "{file}" in {folder}; {_what_to_give_instead(folder)}'
+    problem = _missing_file(folder, files)
+    if problem:
+        return problem
     iteration = _latest(folder)
     if iteration != "release" and not (iteration.isdecimal() and int(iteration) > 0):
         return f'"{iteration}" found in {folder / "latest"}; the number of the iteration to load is needed.'
     weights = folder / iteration / WEIGHTS_FILE
     if not weights.is_file():
         return f"no {weights}; the weights of the iteration that latest names are needed."
+    return None
+
+
+def _missing_file(folder: Path, files: Sequence[str]) -> str | None:
+    for file in files:
+        if not (folder / file).is_file():
+            return f'no "{file}" in {folder}; {_what_to_give_instead(folder)}'
     return None
 
 
@@ -105,13 +122,6 @@ def _what_to_give_instead(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return "it looks like a Hugging Face checkpoint, and one in SAT's layout is needed."
     return "a checkpoint folder with model_config.json, latest and the weights is needed."
-
-
-def _iteration_problem(folder: Path, iteration: str | None) -> str | None:
-    if iteration is None or iteration == _latest(folder):
-        return None
-    latest = folder / "latest"
-    return f"{latest} names iteration {_latest(folder)}; {iteration} must be written there to load that one."
 
 
 def _latest(folder: Path) -> str:

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
 LARGEST_SEED = 2**32 - 1  # numpy.random.seed takes no more
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # SAT's names of a layer's linears
+DEFAULT_LORA_TARGETS = ("query_key_value", "dense")  # what the released script trains
+VISION_PARTS = ("vit", "qformer", "glm_proj")  # BLIP2's, in the order that a picture goes through them
 
 EXAMPLES = """\
 examples:
@@ -46,12 +50,22 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--use_ptuning", action="store_true",
         help="Train P-Tuning v2 prefixes, alone or together with LoRA.")
     add("--lora_rank", type=int, default=10, metavar="N",
-        help="Rank r of the LoRA factors, whose product is scaled by 1/r (default %(default)s).")
+        help="Rank r of the LoRA factors (default %(default)s).")
+    add("--lora_alpha", type=float, default=1.0, metavar="X",
+        help="The factors' product is scaled by X/r (default %(default)s).")
+    add("--lora_dropout", type=float, default=0.0, metavar="P",
+        help="Dropout probability of what goes into the LoRA factors in training (default %(default)s).")
+    add("--lora_target", nargs="+", choices=LORA_TARGETS, metavar="NAME",
+        help=f"Linears that get LoRA, of {', '.join(LORA_TARGETS)}: the attention's two, then the feed-forward part's "
+             f"(default: {' '.join(DEFAULT_LORA_TARGETS)}).")
     add("--layer_range", type=int, nargs="+", metavar="L",
         help="Layers that get LoRA, counted from 0: a list, not a range, so that 0 14 means layer 0 and layer 14 "
              "(default: all layers).")
     add("--pre_seq_len", type=int, default=8, metavar="N",
         help="Prefix positions per layer of P-Tuning v2 (default %(default)s).")
+    add("--train_parts", type=_part_and_rate, nargs="+", default=[], metavar="PART[=LR]",
+        help=f"Parts of the eyes to train too, of {', '.join(VISION_PARTS)}, each with a peak learning rate of its own "
+             "if one is given: qformer=1e-5 glm_proj (default: none).")
     # fmt: on
 
 
@@ -79,6 +93,11 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--from_pretrained", default="visualglm-6b", metavar="NAME_OR_FOLDER",
         help="Checkpoint to start from: a folder, or a name looked up in $SAT_HOME, which is ~/.sat_models unless set "
              "(default %(default)s).")
+    add("--base", metavar="NAME_OR_FOLDER",
+        help="Base of an adapter checkpoint, where it isn't in the place that the checkpoint remembers.")
+    add("--force_base", action="store_true", help="Take --base although the adapter was trained on other weights.")
+    add("--save_full_model", action="store_true",
+        help="Save every weight, for the released tools, and not only what was trained.")
     add("--tokenizer", metavar="PATH",
         help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
     add("--max_source_length", type=int, default=64, metavar="N",
@@ -290,6 +309,26 @@ def _truth(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f'"{text}" found; true or false is needed')
     return words[text.lower()]
+
+
+def _part_and_rate(text: str) -> str:
+    """text, checked to be a part's name, with a learning rate after = if there is one."""
+    part, equals, rate = text.partition("=")
+    if part not in VISION_PARTS:
+        raise argparse.ArgumentTypeError(f'"{part}" found; one of {", ".join(VISION_PARTS)} is needed')
+    try:
+        good_rate = not equals or 0 < float(rate) < math.inf
+    except ValueError:
+        good_rate = False
+    if not good_rate:
+        raise argparse.ArgumentTypeError(f'"{text}" found; a learning rate above 0 is needed after =')
+    return text
+
+
+def part_rates(train_parts: Sequence[str]) -> dict[str, float | None]:
+    """What --train_parts means: the peak learning rate of each part, None where it is --lr."""
+    split = (text.partition("=") for text in train_parts)
+    return {part: float(rate) if equals else None for part, equals, rate in split}
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,9 +45,12 @@ def _placeholder(name: str, needed_for: str, *attributes: str) -> types.ModuleTy
 
 
 @contextmanager
-def _standing_in(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
-    """Let modules be importable inside the block only, so that nobody else mistakes them for the real packages."""
-    sys.modules.update(modules)
+def _standing_in(modules: Mapping[str, types.ModuleType | None]) -> Iterator[None]:
+    """Let modules be importable inside the block only, so that nobody else mistakes them for the real packages.
+
+    None in place of a module makes importing it fail.
+    """
+    sys.modules.update(modules)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -55,14 +58,29 @@ def _standing_in(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-def import_sat() -> types.ModuleType:
+@contextmanager
+def model_only() -> Iterator[None]:
+    """Keep SAT from importing DeepSpeed inside the block, where only a model is built or asked.
+
+    SAT imports it on every path where it is installed, takes two seconds for that, and does without it where it isn't.
+    """
+    with _standing_in({} if "deepspeed" in sys.modules else {"deepspeed": None}):
+        yield
+
+
+def import_sat(training: bool = False) -> types.ModuleType:
     """SAT's top module, imported although wandb and triton may be missing, and without what no run here uses.
 
     SAT imports both on every path, uses wandb for `--wandb` alone and triton for the rotary embeddings of other
     models: without this, `import sat` ends in ModuleNotFoundError for whoever hasn't installed 200 MB that never run.
     SAT's GPT-2 and Hugging Face data set pull in transformers and pandas, four seconds of every start.
+
+    Args:
+        training: with its training loop, and so with DeepSpeed. On a GPU SAT chooses at its first import whose
+            checkpointing of activations it takes, so whoever trains calls this first.
     """
-    if "sat" in sys.modules:
+    loop = "sat.training.deepspeed_training"
+    if ("sat" in sys.modules and not training) or loop in sys.modules:
         return sys.modules["sat"]
     unused = {
         "sat.model.official.gpt2_model": ("SAT's GPT2Model", "GPT2Model"),
@@ -73,11 +91,15 @@ def import_sat() -> types.ModuleType:
         unused["sat.model.position_embedding.triton_rotary"] = ("SAT's triton rotary embedding", "apply_rotary")
     if importlib.util.find_spec("wandb") is None:
         unused["wandb"] = ("--wandb", "log")
+    placeholders = {name: _placeholder(name, *why) for name, why in unused.items() if name not in sys.modules}
     # About fifty lines that nobody asked for are logged on the way, one of them a warning that there is no GPU.
     logging.disable(logging.WARNING)
     try:
-        with _standing_in({name: _placeholder(name, *why) for name, why in unused.items()}):
-            return importlib.import_module("sat")
+        with _standing_in(placeholders), nullcontext() if training else model_only():
+            sat = importlib.import_module("sat")
+            if training:
+                importlib.import_module(loop)
+            return sat
     finally:
         logging.disable(logging.NOTSET)
 
@@ -394,11 +416,13 @@ def safe_checkpoint_types() -> list[Any]:
 
 def training_main() -> Callable[..., Any]:
     """SAT's training loop."""
+    import_sat(training=True)
     return importlib.import_module("sat.training.deepspeed_training").training_main
 
 
 def adapt_loading(load_checkpoint: Callable[..., int]) -> None:
     """Put our own loading into SAT's `from_pretrained`: its own refuses old checkpoints, and asks CUDA for a state."""
+    import_sat(training=True)
     quieten()
     for module in ("sat.model.base_model", "sat.training.deepspeed_training"):
         importlib.import_module(module).load_checkpoint = load_checkpoint  # type: ignore[attr-defined]
@@ -421,6 +445,7 @@ def adapt_training(
         auto_warmup_steps: optimizer steps for which fine-tuning stays at 5 % of --lr at most (SAT: 100).
         when_ready: called once the model is on its device and before the first step.
     """
+    import_sat(training=True)
     quieten()
     training: Any = importlib.import_module("sat.training.deepspeed_training")
     synchronize_only_with_gpu(training)

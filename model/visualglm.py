@@ -14,6 +14,8 @@ import torch
 
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
+from model.checkpoint import load_checkpoint
+from model.files import find_weights
 from model.options import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once
 
@@ -119,7 +121,10 @@ class ImageMixin(BaseMixin):
 
     def train(self, mode: bool = True) -> "ImageMixin":
         """Frozen eyes don't blink: dropout in a part that learns nothing would only blur the picture."""
-        return super().train(mode and self.model.is_trained())
+        super().train(mode and self.model.is_trained())
+        for part in self.model.children():
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        return self
 
     def word_embedding_forward(
         self,
@@ -195,6 +200,26 @@ class VisualGLMModel(ChatGLMModel):
         if position_ids is None:
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, args: Any = None, *, build_only: bool = False, prefix: str = "", **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """The model of a checkpoint, and SAT's namespace with its config: a folder, one of its parts, or a name.
+
+        SAT's own loader would take a folder only, and run what code its files hold.
+
+        Args:
+            build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
+
+        Raises:
+            InputError: no such checkpoint, or one of another model.
+        """
+        weights = find_weights(str(name))
+        model, args = super().from_pretrained(str(weights.parent.parent), args, build_only=True, **kwargs)
+        if not build_only:
+            load_checkpoint(model, args, load_path=str(weights), prefix=prefix)
+        return model, args
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Ask a checkpoint the questions of a JSON file, and count the answers that equal the labels.
+"""Ask a checkpoint the questions of a JSON file, and measure its answers against the labels.
 
 python scripts/evaluate.py --from_pretrained model/tiny --data fewshot-data/heldout.json
 """
@@ -7,14 +7,38 @@ import argparse
 import json
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.errors import InputError
+from model.files import find_weights
 from model.progress import say, warn
+from model.prompt import Row
 from model.rows import check_pictures, read_rows
+
+SHOWN = 3  # rows printed as examples
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row and what a checkpoint made of it. loss is the mean over the label's tokens, in nats."""
+
+    img: str
+    prompt: str
+    label: str
+    answer: str
+    right: bool
+    exact: bool
+    rouge_l: float
+    loss: float
+    tokens: int
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
 
 
 def without_punctuation(text: str) -> str:
@@ -22,18 +46,114 @@ def without_punctuation(text: str) -> str:
     return "".join(c for c in text.lower() if unicodedata.category(c)[0] not in "PZCS")
 
 
+def rouge_l(answer: str, label: str) -> float:
+    """Character ROUGE-L (Lin 2004), 0 to 1: F1 of the longest common subsequence; spaces and case don't count."""
+    from rapidfuzz.distance import LCSseq
+
+    answer, label = ("".join(text.lower().split()) for text in (answer, label))
+    if not answer or not label:
+        return float(answer == label)
+    return 2 * LCSseq.similarity(answer, label) / (len(answer) + len(label))
+
+
+def bleu(results: Sequence[Result]) -> float:
+    """Corpus BLEU, 0 to 100, of sacrebleu's "zh": Chinese by characters, other scripts by words."""
+    import sacrebleu
+
+    answers, labels = [result.answer for result in results], [result.label for result in results]
+    return float(sacrebleu.corpus_bleu(answers, [labels], tokenize="zh").score)
+
+
+def summary(results: Sequence[Result]) -> dict[str, float]:
+    """The measures of all rows together. loss is the mean over all labels' tokens."""
+    count, tokens = len(results), sum(result.tokens for result in results)
+    return {
+        "rows": count,
+        "right": sum(result.right for result in results),
+        "exact_match": sum(result.exact for result in results) / count,
+        "rouge_l": sum(result.rouge_l for result in results) / count,
+        "bleu": bleu(results),
+        "loss": sum(result.loss * result.tokens for result in results) / max(1, tokens),
+    }
+
+
+def summary_line(measures: dict[str, float]) -> str:
+    """The measures as they are printed."""
+    return (
+        f"exact match {measures['exact_match']:.1%}, ROUGE-L {measures['rouge_l']:.3f}, BLEU {measures['bleu']:.1f}, "
+        f"loss per token {measures['loss']:.4f}"
+    )
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def results_of(checkpoint: str, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
+    """Answer every row with a checkpoint, in batches."""
+    from tqdm import tqdm
+
+    from model.chat import load_for_answering
+
+    model, tokenizer = load_for_answering(checkpoint, options.tokenizer, options.base, options.force_base)
+    results: list[Result] = []
+    with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(rows), options.batch_size):
+            batch = rows[start : start + options.batch_size]
+            results += batch_results(batch, model, tokenizer, options.max_length)
+            bar.update(len(batch))
+    return results
+
+
+def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> Iterator[Result]:
+    """The results of one batch: each row asked as in training, with one picture and one question."""
+    import torch
+
+    from model.answers import greedy_answers, label_losses
+    from model.chat import image_tensor
+    from model.prompt import Lengths, context_ids, sample_from_row
+
+    image = torch.cat([image_tensor(row.img, model) for row in rows])
+    contexts = [context_ids(row.prompt, None, True, tokenizer, model.image_length) for row in rows]
+    answers = greedy_answers(contexts, image, model, tokenizer, max_length)
+    lengths = Lengths(model.image_length, max_length, max_length)
+    samples = [sample_from_row(row, tokenizer, lengths) for row in rows]
+    losses = label_losses(samples, image, model, tokenizer)
+    for row, answer, (loss, count) in zip(rows, answers, losses, strict=True):
+        right = without_punctuation(answer) == without_punctuation(row.label)
+        exact = answer.strip() == row.label.strip()
+        yield Result(
+            row.img,
+            row.prompt,
+            row.label,
+            answer,
+            right,
+            exact,
+            rouge_l(answer, row.label),
+            loss / max(1, count),
+            count,
+        )
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--from_pretrained", required=True, metavar="CHECKPOINT", help="a checkpoint folder, or a name in $SAT_HOME"
-    )
-    parser.add_argument("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
-    parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
-    parser.add_argument("--out", metavar="RESULTS.json", help="write every row's question, label and answer there")
-    parser.add_argument(
-        "--max_length", type=int, default=512, help="tokens of question and answer together (default 512)"
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--from_pretrained", required=True, metavar="CHECKPOINT",
+        help="a checkpoint of any kind: a folder, a part of it, or a name in $SAT_HOME")
+    add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
+    add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
+    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
+    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
+    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
+    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
+    add("--max_length", type=int, default=512, metavar="N",
+        help="tokens of question and answer together (default %(default)s)")
+    # fmt: on
     return parser
 
 
@@ -48,26 +168,46 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Answer every row and print how many answers are right."""
+    """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
+    if options.compare == options.from_pretrained:
+        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
+    checkpoints = [options.from_pretrained] + ([options.compare] if options.compare else [])
+    for flag, checkpoint in zip(("--from_pretrained", "--compare"), checkpoints, strict=False):
+        find_weights(checkpoint, flag)
     rows = read_rows(options.data)
+    if not rows:
+        raise InputError(f"{options.data}: no rows in it; one or more are needed.")
     check_pictures(rows)
-    from tqdm import tqdm
-
-    from model.chat import chat, load_for_answering
-
-    model, tokenizer = load_for_answering(options.from_pretrained, options.tokenizer)
-    results = []
-    for row in tqdm(rows, desc="answering", unit="row", disable=not sys.stderr.isatty()):
-        answer, _, _ = chat(
-            row.img, model, tokenizer, row.prompt, max_length=options.max_length, temperature=0, repetition_penalty=1.0
-        )
-        right = without_punctuation(answer) == without_punctuation(row.label)
-        results.append({"img": row.img, "prompt": row.prompt, "label": row.label, "answer": answer, "right": right})
+    results = {checkpoint: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
+    measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
     if options.out:
-        Path(options.out).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for result in results[:3]:
-        say(f"{result['img']}\n  asked  {result['prompt']}\n  answer {result['answer']}\n  label  {result['label']}")
-    say(f"answers right: {sum(result['right'] for result in results)}/{len(results)}")
+        report = [
+            {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
+            for checkpoint, of_checkpoint in results.items()
+        ]
+        text = json.dumps(report if options.compare else report[0], ensure_ascii=False, indent=1)
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    for number, row in enumerate(rows[:SHOWN]):
+        say(f"{row.img}\n  asked  {row.prompt}\n  label  {row.label}")
+        for checkpoint, of_checkpoint in results.items():
+            source = f"  ({checkpoint})" if options.compare else ""
+            say(f"  answer {of_checkpoint[number].answer}{source}")
+    for checkpoint, measured in measures.items():
+        heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if options.compare else ""
+        say(heading + summary_line(measured))
+    if options.compare:
+        say(comparison(*results.values()))
+    say(f"answers right: {measures[options.from_pretrained]['right']}/{len(rows)}")
+
+
+def comparison(first: Sequence[Result], second: Sequence[Result]) -> str:
+    """One line on the rows that only one of two checkpoints answered right."""
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(one.right and not other.right for one, other in pairs)
+    only_second = sum(other.right and not one.right for one, other in pairs)
+    return f"right in the first only: {only_first}, in the second only: {only_second}"
 
 
 if __name__ == "__main__":

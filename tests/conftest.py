@@ -91,6 +91,26 @@ def load_model(checkpoint: Path, name: str = "VisualGLMModel", **flags: Any) -> 
     return model.eval()
 
 
+def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> Path:
+    """A checkpoint of base tuned as flags say, by random numbers in place of training; saved as the script saves."""
+    import torch
+    from sat import get_tokenizer
+
+    from model.adapters import FineTuneVisualGLMModel
+    from model.checkpoint import save_checkpoint
+    from model.tokenizer import ChatGLMTokenizer
+
+    get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))
+    args = FineTuneVisualGLMModel.get_args(skip_init=True, save=str(folder), save_full_model=full, lr=1.0, **flags)
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(base), args)
+    model.freeze()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_checkpoint(1, model, None, None, args)
+    return folder
+
+
 def printed_losses(output: str) -> list[float]:
     """The loss of each step line that a run printed."""
     return [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\S+)  ", output, re.MULTILINE)]

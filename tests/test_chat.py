@@ -38,8 +38,7 @@ def model(upstream_checkpoint):
 def heard(model):
     """A list that will hold the token ids of each forward pass of model, int64[batch, seq] as lists."""
     passes = []
-    embeddings = model.transformer.word_embeddings
-    embeddings.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].tolist()))
+    model.register_forward_pre_hook(lambda _, __, inputs: passes.append(inputs["input_ids"].tolist()), with_kwargs=True)
     return passes
 
 

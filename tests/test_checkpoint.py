@@ -54,7 +54,9 @@ def tuned(upstream_checkpoint):
 
 def saved(tuned, folder, iteration=1):
     model, args = tuned
-    save_checkpoint(iteration, model, None, None, Namespace(**vars(args) | {"save": str(folder)}))
+    save_checkpoint(
+        iteration, model, None, None, Namespace(**vars(args) | {"save": str(folder), "save_full_model": True})
+    )
     return folder
 
 
@@ -86,7 +88,7 @@ def test_saved_checkpoint_has_the_released_layout(tuned, tmp_path):
     assert (folder / "ice_text.model").read_bytes() == (GOLDEN / "tokenizer/ice_text.model").read_bytes()
 
 
-def test_saved_weights_are_all_of_the_models_under_module(tuned, tmp_path):
+def test_saved_full_weights_are_all_of_the_models_under_module(tuned, tmp_path):
     folder = saved(tuned, tmp_path / "run")
     content = torch.load(folder / "1" / WEIGHTS)
     expected = tuned[0].state_dict()

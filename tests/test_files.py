@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import InputError
-from model.files import find_checkpoint, read_json_object, save_problems
+from model.files import find_checkpoint, find_weights, read_json_object, save_problems
 from model.options import Options, parse
 
 WEIGHTS = "mp_rank_00_model_states.pt"
@@ -104,11 +104,17 @@ def test_find_checkpoint_when_weights_are_a_release_returns_the_folder(checkpoin
     assert find_checkpoint(str(checkpoint)) == checkpoint
 
 
-def test_find_checkpoint_when_another_iteration_is_meant_does_not_take_the_latest(checkpoint: Path) -> None:
+@pytest.mark.parametrize("part", ["200", f"200/{WEIGHTS}"])
+def test_find_weights_when_an_iteration_is_meant_takes_it_in_place_of_the_latest(checkpoint: Path, part: str) -> None:
     (checkpoint / "200").mkdir()
     (checkpoint / "200" / WEIGHTS).touch()
-    error = checkpoint_error(checkpoint / "200")
-    assert f"{checkpoint / 'latest'} names iteration 300; 200 must be written there" in error
+    assert find_weights(str(checkpoint)) == checkpoint / "300" / WEIGHTS
+    assert find_weights(str(checkpoint / part)) == checkpoint / "200" / WEIGHTS
+
+
+def test_find_weights_names_the_flag_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--base nowhere: no such folder"):
+        find_weights("nowhere", "--base")
 
 
 def test_find_checkpoint_when_nothing_is_there_says_where_it_looked_and_what_to_do(

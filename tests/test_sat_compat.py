@@ -317,6 +317,7 @@ def test_args_with_a_deepspeed_file_that_asks_for_fp16_are_float32_without_a_gpu
 
 def scheduler(warmup):
     """An optimizer and SAT's schedule of 4 iterations at rate 1, of which the first is held down as in fine-tuning."""
+    sat_compat.import_sat(training=True)
     training = importlib.import_module("sat.training.deepspeed_training")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     return optimizer, training.AnnealingLR(optimizer, 1.0, warmup * 4, 4, "constant", auto_warmup_steps=1)

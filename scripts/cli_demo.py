@@ -1,0 +1,206 @@
+"""Talk with a VisualGLM about a picture, in the terminal.
+
+python scripts/cli_demo.py --from_pretrained model/tiny
+python scripts/cli_demo.py --from_pretrained model/tiny --image fewshot-data/images/train00.png --query 描述这张图片。
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError
+from model.files import find_weights
+from model.pictures import is_url
+from model.progress import warn
+from model.rows import open_picture
+
+CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
+UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the demo says, in the user's language."""
+
+    ask_picture: str
+    ask: str
+    answer: str
+    hint: str
+
+
+CHINESE = Words(
+    "图片的路径或网址（回车：不用图片；stop：退出）：",
+    "问：",
+    "答：",
+    "输入 clear 重新开始，stop 退出。",
+)
+ENGLISH = Words(
+    "Picture, a path or a URL (Enter: none; stop: leave): ",
+    "Q: ",
+    "A: ",
+    "clear starts over, stop ends.",
+)
+
+
+@dataclass
+class Conversation:
+    """One picture, or none, and what has been said about it."""
+
+    image: Any = None  # [1, 3, H, W] on the model's device
+    history: list[tuple[str, str]] = field(default_factory=list)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("--from_pretrained", default="visualglm-6b", metavar="CHECKPOINT",
+        help="a checkpoint of any kind: a folder, a part of it, or a name in $SAT_HOME (default %(default)s)")
+    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
+    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
+    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
+    add("--image", metavar="PATH_OR_URL", help="ask about this picture once, and leave")
+    add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
+    add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
+    add("--prompt_en", default="Describe the image.", metavar="TEXT", help="the same with --english (default %(default)s)")
+    add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
+    add("--max_length", type=int, default=2048, metavar="N", help="tokens of a conversation (default %(default)s)")
+    add("--top_p", type=float, default=0.4, metavar="P",
+        help="sample from the likeliest tokens of this total probability (default %(default)s)")
+    add("--top_k", type=int, default=100, metavar="N", help="sample from this many likeliest tokens (default %(default)s)")
+    add("--temperature", type=float, default=0.8, metavar="X",
+        help="of sampling; 0 always takes the likeliest token (default %(default)s)")
+    add("--seed", type=int, metavar="N", help="random seed: the same one gives the same answers")
+    add("--quant", type=int, choices=(8, 4), help="keep weights in that many bits, on an NVIDIA GPU")
+    # fmt: on
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find the checkpoint and the picture before torch is loaded.
+
+    Raises:
+        InputError: one isn't there, or a number is out of bounds.
+    """
+    if options.temperature < 0:
+        raise InputError(f"--temperature {options.temperature}: 0 or more is needed.")
+    if options.top_k < 1:
+        raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
+    find_weights(options.from_pretrained)
+    if options.image and not is_url(options.image):
+        open_picture(options.image)
+
+
+def not_yet_printed(text: str, printed: str) -> str:
+    """What to print so that printed becomes text; nothing where text took another turn."""
+    return text[len(printed) :] if text.startswith(printed) else ""
+
+
+class Demo:
+    """A loaded model and how it is to answer."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from model.chat import load_for_answering
+
+        self.options = options
+        self.words = ENGLISH if options.english else CHINESE
+        self.model, self.tokenizer = load_for_answering(
+            options.from_pretrained, options.tokenizer, options.base, options.force_base, options.quant
+        )
+        if options.seed is not None:
+            torch.manual_seed(options.seed)  # after loading, which sets SAT's own
+
+    def look(self, picture: str) -> Conversation:
+        """A new conversation about a picture, or about none if it is empty."""
+        from model.chat import image_tensor
+
+        return Conversation(image_tensor(picture, self.model) if picture else None)
+
+    def answer(self, conversation: Conversation, query: str) -> None:
+        """Print the answer while it grows, and add the turn to the conversation."""
+        from model.chat import answer_so_far
+
+        options, printed, response = self.options, "", ""
+        for response in answer_so_far(
+            conversation.image,
+            self.model,
+            self.tokenizer,
+            query,
+            conversation.history,
+            max_length=options.max_length,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            temperature=options.temperature,
+            repetition_penalty=1.0 if options.temperature == 0 else 1.2,
+            invalid_slices=[CHINESE_TOKENS] if options.english else [],
+            english=options.english,
+        ):
+            piece = not_yet_printed(response.rstrip(UNSETTLED), printed)
+            print(piece, end="", flush=True)
+            printed += piece
+        print(not_yet_printed(response, printed) if response.startswith(printed) else f"\n{response}")
+        conversation.history.append((query, response))
+
+    def talk(self) -> None:
+        """Pictures and questions from the keyboard, until `stop` or the end of input."""
+        print(self.words.hint)
+        while self._talk_about_one_picture():
+            pass
+
+    def _talk_about_one_picture(self) -> bool:
+        """Whether the user wants another picture."""
+        picture = input(self.words.ask_picture).strip()
+        if picture in ("stop", "clear"):
+            return picture == "clear"
+        try:
+            conversation = self.look(picture)
+        except InputError as problem:
+            print(problem)
+            return True
+        query = (self.options.prompt_en if self.options.english else self.options.prompt_zh) if picture else ""
+        while True:
+            query = query or input(self.words.ask).strip()
+            if query in ("stop", "clear"):
+                return query == "clear"
+            try:
+                if query:
+                    print(self.words.answer, end="", flush=True)
+                    self.answer(conversation, query)
+            except InputError as problem:
+                print(problem)
+            query = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends it with a sentence and status 2, Ctrl-C and Ctrl-D with a line's end."""
+    options = command_line().parse_args(argv)
+    try:
+        check(options)
+        demo = Demo(options)
+        if options.image or options.query:
+            prompt = options.prompt_en if options.english else options.prompt_zh
+            demo.answer(demo.look(options.image or ""), options.query or prompt)
+        else:
+            demo.talk()
+    except InputError as problem:
+        warn(f"cli_demo.py: error: {problem}")
+        sys.exit(2)
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

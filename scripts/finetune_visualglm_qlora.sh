@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Fine-tunes VisualGLM-6B with QLoRA, LoRA over 4-bit weights, on one GPU: the released recipe, evaluated every 100
+# iterations on rows held out. CUDA_VISIBLE_DEVICES chooses the GPU; of several the first is taken.
+# More flags may follow and win: bash scripts/finetune_visualglm_qlora.sh --train-data my.json --valid-data my-other.json --lr 0.001
+# Released with --checkpoint-activations; here activations are recomputed only where memory asks for it.
+# The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
+set -euo pipefail
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+"${launch[@]}" "$project/finetune_visualglm.py" \
+    --from_pretrained visualglm-6b \
+    --experiment-name finetune-visualglm-6b \
+    --model-parallel-size 1 \
+    --mode finetune \
+    --train-iters 300 \
+    --resume-dataloader \
+    --max_source_length 64 \
+    --max_target_length 256 \
+    --lora_rank 10 \
+    --layer_range 0 14 \
+    --train-data "$project/fewshot-data/dataset.json" \
+    --valid-data "$project/fewshot-data/heldout.json" \
+    --strict-eval \
+    --distributed-backend nccl \
+    --lr-decay-style cosine \
+    --warmup .02 \
+    --save-interval 300 \
+    --eval-interval 100 \
+    --save ./checkpoints \
+    --split 1 \
+    --eval-batch-size 8 \
+    --zero-stage 1 \
+    --lr 0.0001 \
+    --batch-size 1 \
+    --gradient-accumulation-steps 4 \
+    --skip-init \
+    $numbers \
+    --use_qlora \
+    "$@"

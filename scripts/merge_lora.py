@@ -1,0 +1,49 @@
+"""Fold the LoRA of a checkpoint into its weights: the result is an ordinary VisualGLM checkpoint.
+
+python scripts/merge_lora.py checkpoints/finetune-visualglm-6b-01-31-12-00 merged
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError
+from model.progress import say, warn
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint of LoRA or QLoRA: a folder, or a part of it"
+    )
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("--base", metavar="NAME_OR_FOLDER", help="the adapter's base, if it has been moved")
+    parser.add_argument(
+        "--force_base", action="store_true", help="take --base although the adapter was trained on other weights"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends it with a sentence and status 2."""
+    options = command_line().parse_args(argv)
+    try:
+        # The folder is looked for before torch is loaded.
+        from model.files import find_weights
+
+        find_weights(options.checkpoint, "CHECKPOINT")
+        from model.merging import merge
+
+        folder = merge(options.checkpoint, options.out, options.base, options.force_base)
+    except InputError as problem:
+        warn(f"merge_lora.py: error: {problem}")
+        sys.exit(2)
+    say(f"Merged into {folder}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Evaluation: batched answers equal single ones, and the measures are what they say."""
+
+import json
+
+import pytest
+import sacrebleu
+import torch
+from conftest import GOLDEN, PROJECT, load_model, run_python, write_tuned
+
+from model.answers import greedy_answers, label_losses
+from model.chat import chat, image_tensor
+from model.prompt import Lengths, context_ids, row_from_json, sample_from_row
+from model.tokenizer import ChatGLMTokenizer
+from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
+
+ROWS = GOLDEN / "upstream/dataset.json"
+PICTURES = [GOLDEN / f"upstream/images/{number}.png" for number in range(3)]
+QUESTIONS = ["一", "这张图片的背景里有什么内容？", "描述这张图片。"]
+COMMAND = PROJECT / "scripts/evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(params=[{}, {"use_lora": True, "lora_rank": 4}, {"use_ptuning": True, "pre_seq_len": 5}])
+def model(request, upstream_checkpoint):
+    model = load_model(
+        upstream_checkpoint, "FineTuneVisualGLMModel" if request.param else "VisualGLMModel", **request.param
+    )
+    for name, parameter in model.named_parameters():
+        if "matrix_B" in name or "ptuning" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def alone(picture, model, tokenizer, question, max_length):
+    return chat(picture, model, tokenizer, question, max_length=max_length, temperature=0, repetition_penalty=1.0)[0]
+
+
+# batches
+
+
+@pytest.mark.parametrize("max_length", [50, 70])
+def test_batched_answers_with_pictures_equal_those_one_by_one(model, tokenizer, max_length):
+    image = torch.cat([image_tensor(picture, model) for picture in PICTURES])
+    contexts = [context_ids(question, None, True, tokenizer, model.image_length) for question in QUESTIONS]
+    assert len({len(ids) for ids, _ in contexts}) == 3
+    answers = greedy_answers(contexts, image, model, tokenizer, max_length)
+    assert answers == [
+        alone(*pair, max_length) for pair in zip(PICTURES, [model] * 3, [tokenizer] * 3, QUESTIONS, strict=True)
+    ]
+
+
+def test_batched_answers_without_pictures_equal_those_one_by_one(model, tokenizer):
+    contexts = [context_ids(question, None, False, tokenizer, model.image_length) for question in QUESTIONS]
+    answers = greedy_answers(contexts, None, model, tokenizer, 40)
+    assert answers == [alone(None, model, tokenizer, question, 40) for question in QUESTIONS]
+
+
+def test_batched_answers_end_each_at_its_own_eop(upstream_checkpoint, tokenizer):
+    model = load_model(upstream_checkpoint)
+    contexts = [context_ids(question, None, False, tokenizer, model.image_length) for question in QUESTIONS]
+    step = 0
+
+    def end_row_after(head, inputs, logits):
+        nonlocal step
+        logits[..., 554] = 1e4
+        for row in range(3):
+            if step == row + 1:
+                logits[row, :, tokenizer.eos_token_id] = 1e5
+        step += 1
+
+    model.get_mixin("chatglm-final").lm_head.register_forward_hook(end_row_after)
+    answers = greedy_answers(contexts, None, model, tokenizer, 60)
+    assert answers == [tokenizer.decode([554] * count).strip() for count in (1, 2, 3)]
+    assert step == 4
+
+
+def test_context_that_fills_max_length_gets_no_answer(upstream_checkpoint, tokenizer):
+    model = load_model(upstream_checkpoint)
+    context = context_ids("一", None, False, tokenizer, model.image_length)
+    assert greedy_answers([context], None, model, tokenizer, len(context[0])) == [""]
+
+
+def test_label_losses_in_a_batch_equal_those_one_by_one(model, tokenizer):
+    rows = [
+        row_from_json({"img": str(PICTURES[n]), "prompt": QUESTIONS[n], "label": "蓝天" * (n + 1)}, "")
+        for n in range(3)
+    ]
+    samples = [sample_from_row(row, tokenizer, Lengths(32, 64, 64)) for row in rows]
+    image = torch.cat([image_tensor(picture, model) for picture in PICTURES])
+    batched = label_losses(samples, image, model, tokenizer)
+    single = [label_losses([samples[n]], image[n : n + 1], model, tokenizer)[0] for n in range(3)]
+    assert [count for _, count in batched] == [sum(label != -100 for label in sample.labels) for sample in samples]
+    assert [loss for loss, _ in batched] == pytest.approx([loss for loss, _ in single], rel=1e-5)
+
+
+# measures
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "score"),
+    [
+        ("蓝天白云", "蓝天白云", 1.0),
+        ("蓝天", "蓝天白云", 2 * 2 / (2 + 4)),  # P = 1, R = 1/2
+        ("云白天蓝", "蓝天白云", 2 * 1 / (4 + 4)),  # any one character in order
+        ("A Cat", "a  cat", 1.0),
+        ("", "蓝天", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_rouge_l_is_f1_of_the_longest_common_subsequence_of_characters(answer, label, score):
+    assert rouge_l(answer, label) == pytest.approx(score)
+
+
+def result(answer, label, loss=1.0, tokens=1):
+    right = without_punctuation(answer) == without_punctuation(label)
+    return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
+
+
+@pytest.mark.parametrize("label", ["这张图片的背景是蓝天白云。", "The background is a blue sky with clouds."])
+def test_bleu_of_equal_answers_is_100_in_both_languages(label):
+    assert bleu([result(label, label)]) == pytest.approx(100)
+
+
+def test_bleu_takes_chinese_by_characters():
+    one = result("这张图片的背景是蓝天白云", "这张图片的背景是金色沙漠")
+    spaced = sacrebleu.corpus_bleu([" ".join(one.answer)], [[" ".join(one.label)]], tokenize="none")
+    assert bleu([one]) == pytest.approx(spaced.score)
+
+
+def test_right_leaves_punctuation_and_case_aside_and_exact_match_does_not():
+    measures = summary([result("蓝天 白云", "蓝天白云。"), result("雪地", "雪地")])
+    assert (measures["right"], measures["exact_match"]) == (2, 0.5)
+
+
+def test_loss_is_the_mean_over_all_tokens_not_over_rows():
+    measures = summary([result("a", "a", loss=1.0, tokens=1), result("b", "b", loss=4.0, tokens=2)])
+    assert measures["loss"] == pytest.approx((1 + 4 * 2) / 3)
+
+
+def test_comparison_counts_rows_that_one_alone_has_right():
+    assert comparison([result("a", "a"), result("b", "a")], [result("b", "a"), result("b", "a")]) == (
+        "right in the first only: 1, in the second only: 0"
+    )
+
+
+# the command
+
+
+@pytest.mark.run
+def test_command_compares_two_checkpoints_and_writes_every_row(upstream_checkpoint, tmp_path):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    out = tmp_path / "results.json"
+    run = run_python(
+        COMMAND, "--from_pretrained", tuned, "--compare", upstream_checkpoint, "--data", ROWS, "--out", out,
+        "--max_length", "80", "--batch-size", "4", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "answers right: 0/6"
+    report = json.loads(out.read_text())
+    assert [part["checkpoint"] for part in report] == [str(tuned), str(upstream_checkpoint)]
+    assert [len(part["results"]) for part in report] == [6, 6]
+    assert report[0]["results"][0].keys() == Result.__dataclass_fields__.keys()
+    assert report[0]["loss"] != report[1]["loss"]
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--from_pretrained", "gone", "--data", str(ROWS)], "--from_pretrained gone: no such folder"),
+        (["--from_pretrained", "BASE", "--data", "gone.json"], "gone.json"),
+        (["--from_pretrained", "BASE", "--compare", "gone", "--data", str(ROWS)], "--compare gone: no such folder"),
+        (["--from_pretrained", "BASE", "--compare", "BASE", "--data", str(ROWS)], "another checkpoint is needed"),
+        (["--from_pretrained", "BASE", "--data", str(ROWS), "--batch-size", "0"], "1 or more is needed"),
+    ],
+)
+def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, words, part):
+    run = run_python(COMMAND, *[str(upstream_checkpoint) if word == "BASE" else word for word in words])
+    assert run.returncode == 2
+    assert part in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,177 @@
+"""Merging: from file to file, one tensor at a time, into an ordinary checkpoint; and what can't be merged."""
+
+import json
+
+import pytest
+import torch
+from conftest import PROJECT, load_model, run_python, write_tuned
+
+from model.adapters import dequantized, quantized
+from model.chat import load_for_answering
+from model.checkpoint import read_weights
+from model.errors import InputError
+from model.merging import is_packed_in_qlora, merge, write_weights
+from model.sat_compat import import_sat
+
+import_sat()
+
+from sat.training import model_io  # noqa: E402  (sat can be imported only after import_sat)
+
+WEIGHTS = "1/mp_rank_00_model_states.pt"
+INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
+EVERY_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+@pytest.fixture(scope="module")
+def lora(upstream_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned") / "lora"
+    flags = {"lora_rank": 7, "lora_alpha": 3.0, "layer_range": [2, 0], "lora_target": EVERY_LINEAR}
+    return write_tuned(upstream_checkpoint, folder, use_lora=True, **flags)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=INPUT_IDS)[0]
+
+
+def test_merged_weights_are_w_plus_b_a_alpha_over_r(lora, upstream_checkpoint, tmp_path):
+    merged = read_weights(merge(str(lora), str(tmp_path / "merged")) / WEIGHTS)
+    base, tuned = read_weights(upstream_checkpoint / WEIGHTS), read_weights(lora / WEIGHTS)
+    name = "transformer.layers.2.attention.query_key_value"
+    change = torch.cat([tuned[f"{name}.matrix_B.{part}"] @ tuned[f"{name}.matrix_A.{part}"] for part in range(3)])
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + change * 3 / 7)
+    assert torch.equal(merged["transformer.layers.1.mlp.dense_h_to_4h.weight"],
+                       base["transformer.layers.1.mlp.dense_h_to_4h.weight"])  # fmt: skip
+    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in base.items()}
+
+
+def test_merged_checkpoint_of_every_target_gives_the_same_logits(lora, tmp_path):
+    merged, _ = load_for_answering(str(merge(str(lora), str(tmp_path / "merged"))))
+    assert type(merged).__name__ == "VisualGLMModel"
+    torch.testing.assert_close(logits(merged), logits(load_for_answering(str(lora))[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_checkpoint_is_read_by_sats_own_loader(lora, upstream_checkpoint, tmp_path):
+    folder = merge(str(lora), str(tmp_path / "merged"))
+    model = load_model(upstream_checkpoint)
+    args = type(model).get_args(skip_init=True)
+    model_io.load_checkpoint(model, args, load_path=str(folder))
+    assert torch.equal(model.state_dict()["transformer.word_embeddings.weight"],
+                       read_weights(folder / WEIGHTS)["transformer.word_embeddings.weight"])  # fmt: skip
+
+
+def test_merged_config_is_that_of_an_ordinary_checkpoint_with_its_origin(lora, upstream_config, tmp_path):
+    config = json.loads((merge(str(lora), str(tmp_path / "merged")) / "model_config.json").read_text())
+    assert config["model_class"] == "VisualGLMModel"
+    assert not {"use_lora", "lora_rank", "layer_range", "train_parts"} & config.keys()
+    assert config["finetuning"]["contents"] == "merged"
+    assert config["finetuning"]["lora"]["rank"] == 7
+    sizes = ("num_layers", "hidden_size", "eva_args", "qformer_args", "image_length", "bos_token_id")
+    assert {key: config[key] for key in sizes} == {key: upstream_config[key] for key in sizes}
+
+
+def test_qlora_is_merged_into_the_weights_that_it_was_trained_over(upstream_checkpoint, tmp_path):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "qlora", use_qlora=True, lora_rank=2, layer_range=[1])
+    folder = merge(str(tuned), str(tmp_path / "merged"))
+    torch.testing.assert_close(
+        logits(load_for_answering(str(folder))[0]), logits(load_for_answering(str(tuned))[0]), rtol=1e-5, atol=1e-5
+    )
+    name = "transformer.layers.0.mlp.dense_4h_to_h.weight"
+    base = read_weights(upstream_checkpoint / WEIGHTS)[name]
+    assert torch.equal(read_weights(folder / WEIGHTS)[name], dequantized(*quantized(base), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "packed"),
+    [
+        ("transformer.layers.11.mlp.dense_h_to_4h.weight", (4, 4), True),
+        ("transformer.layers.0.input_layernorm.weight", (4,), False),
+        ("transformer.word_embeddings.weight", (4, 4), False),
+        ("mixins.eva.model.vit.transformer.layers.0.mlp.dense_h_to_4h.weight", (4, 4), False),
+        ("mixins.chatglm-final.lm_head.weight", (4, 4), False),
+    ],
+)
+def test_is_packed_in_qlora_holds_for_linears_of_the_language_models_layers(name, shape, packed):
+    assert is_packed_in_qlora(name, torch.zeros(shape)) is packed
+
+
+def test_merged_model_can_be_merged_again_after_another_tuning(lora, tmp_path):
+    once = merge(str(lora), str(tmp_path / "once"))
+    again = write_tuned(once, tmp_path / "again", use_lora=True, lora_rank=2)
+    twice = merge(str(again), str(tmp_path / "twice"))
+    torch.testing.assert_close(
+        logits(load_for_answering(str(twice))[0]), logits(load_for_answering(str(again))[0]), rtol=1e-5, atol=1e-5
+    )
+
+
+# what can't be merged
+
+
+def test_p_tuning_is_refused_with_the_reason(upstream_checkpoint, tmp_path):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "ptuning", use_ptuning=True)
+    with pytest.raises(InputError, match=r"P-Tuning prefixes.* can't be merged"):
+        merge(str(tuned), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_base_is_refused(upstream_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="no LoRA in it"):
+        merge(str(upstream_checkpoint), str(tmp_path / "merged"))
+
+
+def test_folder_in_use_is_refused_and_left_alone(lora, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(InputError, match="a new folder is needed"):
+        merge(str(lora), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+# memory, and the command
+
+
+@pytest.mark.run
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
+    """512 MiB in 32 tensors are written by a process whose own memory grows by far less."""
+    code = f"""
+import torch
+from pathlib import Path
+from model.merging import write_weights
+shape = (2048, 2048)
+like = {{str(number): torch.empty(shape, device="meta") for number in range(32)}}
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
+before, most = anonymous(), 0
+def value(name):
+    global most
+    most = max(most, anonymous() - before)
+    return torch.full(shape, float(name))
+write_weights(Path({str(tmp_path / "weights.pt")!r}), like, value)
+print(most)
+"""
+    run = run_python("-c", code, OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 100  # MiB
+    written = torch.load(tmp_path / "weights.pt", mmap=True)["module"]
+    assert [tensor[0, 0].item() for tensor in written.values()] == list(range(32))
+
+
+def test_written_weights_are_read_without_a_memory_map_too(tmp_path):
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16)}
+    write_weights(tmp_path / "weights.pt", weights, weights.__getitem__)
+    read = torch.load(tmp_path / "weights.pt", mmap=False)["module"]
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.run
+def test_command_merges_and_says_where(lora, tmp_path):
+    run = run_python(PROJECT / "scripts/merge_lora.py", lora, tmp_path / "merged")
+    assert run.stdout == f"Merged into {tmp_path / 'merged'}.\n", run.stderr
+    assert load_for_answering(str(tmp_path / "merged"))
+
+
+@pytest.mark.run
+def test_command_with_nothing_to_merge_ends_with_a_sentence_and_status_2(tmp_path):
+    run = run_python(PROJECT / "scripts/merge_lora.py", tmp_path / "gone", tmp_path / "merged")
+    assert run.returncode == 2
+    assert run.stderr.startswith("merge_lora.py: error: CHECKPOINT ")
+    assert "Traceback" not in run.stderr

@@ -73,12 +73,27 @@ def glm_position_ids(
     return torch.stack((first, second), dim=1)
 
 
+def pictures_in_rows(pictures: torch.Tensor, slot_ids: torch.Tensor, words: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Embeddings [batch, image_length, hidden]: of the pictures in the rows that have one, else of the words there.
+
+    A row has a picture where all its slots are pad ids: a row of text only is longer than <img>, and holds words there.
+
+    Args:
+        pictures: [pictures, image_length, hidden], in the order of those rows.
+        slot_ids: int64[batch, image_length], the token ids where the slots would be; words: their embeddings.
+    """
+    has_picture = (slot_ids == pad_id).all(dim=1)
+    number = (has_picture.cumsum(0) - 1).clamp(min=0)
+    return torch.where(has_picture[:, None, None], pictures[number], words)
+
+
 class ImageMixin(BaseMixin):
     """Puts the picture's embeddings where the image slots are."""
 
     def __init__(self, args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.image_length = args.image_length
+        self.pad_id = args.pad_token_id
         sat_flags = {"skip_init": args.skip_init, "model_parallel_size": args.model_parallel_size}
         self.model = BLIP2(
             {**args.eva_args, **sat_flags}, {**args.qformer_args, **sat_flags}, args.hidden_size, **kwargs
@@ -95,17 +110,20 @@ class ImageMixin(BaseMixin):
         pre_image: int = 0,
         **_: Any,
     ) -> torch.Tensor:
-        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with image [batch, 3, H, W] in its slots.
+        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with image [pictures, 3, H, W] in its slots.
 
-        Without an image, or when the tokens end before the slots do (one token at a time, from the cache), the words
+        With fewer pictures than rows, they belong to the rows that have slots. Without an image, or when the tokens end before the slots do (one token at a time, from the cache), the words
         alone are embedded.
         """
         words = self.transformer.word_embeddings(input_ids)
         after_image = pre_image + self.image_length
-        if image is None or input_ids.shape[1] < after_image:
+        if image is None or not len(image) or input_ids.shape[1] < after_image:
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
             picture = self.model(image.to(words.dtype)).to(words.dtype)
+        if len(picture) < len(words):
+            slots = slice(pre_image, after_image)
+            picture = pictures_in_rows(picture, input_ids[:, slots], words[:, slots], self.pad_id)
         return torch.cat((words[:, :pre_image], picture, words[:, after_image:]), dim=1)
 
 

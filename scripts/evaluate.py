@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.errors import InputError
+from model.picture_check import check_pictures
 from model.progress import say, warn
-from model.rows import check_pictures, read_rows
+from model.rows import read_rows
 
 
 def without_punctuation(text: str) -> str:

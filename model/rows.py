@@ -106,7 +106,7 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
     rows, problems = Rows(path), []
     folder = os.path.dirname(path)
     count = 0
-    for count, entry in enumerate(_entries(Path(path)), 1):
+    for count, entry in enumerate(values_of(path), 1):
         try:
             if isinstance(entry, InputError):
                 raise entry
@@ -177,8 +177,13 @@ def open_picture(source: PictureSource, target_size: int | None = None) -> Image
         raise InputError(f"{name} is damaged and can't be decoded; {A_PICTURE}.") from error
 
 
-def _entries(path: Path) -> Iterator[object]:
-    """The values of a data file one by one; in JSON Lines, an InputError in place of a line that is no JSON."""
+def values_of(path: str | os.PathLike[str]) -> Iterator[object]:
+    """The values of a data file one by one; in JSON Lines, an InputError in place of a line that is no JSON.
+
+    Raises:
+        InputError: the file can't be read, or is neither a JSON list nor JSON Lines.
+    """
+    path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -201,7 +206,7 @@ def _has_rows_in_lines(text: str, start: int) -> bool:
         first, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return "\n" in text[start:].strip()  # a broken first line, then others
-    return "prompt" in first or "label" in first or _skip_blank(text, end) < len(text)
+    return bool({"prompt", "label", "conversations", "messages"} & first.keys()) or _skip_blank(text, end) < len(text)
 
 
 def _entries_of_lines(path: Path, text: str) -> Iterator[object]:

@@ -12,7 +12,6 @@ Only the standard library is imported, so that rows can be checked before torch 
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -32,9 +31,6 @@ LANGUAGES = ("zh", "en")
 
 ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
 
-# Texts that no tokenizer of this kind makes longer than their UTF-8 bytes: normalising (NFKC) leaves these characters
-# as long or makes them shorter, and none of them is replaced by a piece of several tokens.
-_PLAIN_TEXT = re.compile("(?:[!-~\u3000-\u303f\u4e00-\u9fff\uff01-\uff5e]| (?! ))*")
 _MOST_REMEMBERED_PROMPTS = 100_000
 
 
@@ -43,6 +39,9 @@ class Tokenizer(Protocol):
 
     pad_token_id: int
     bos_token_id: int
+
+    @property
+    def known_characters(self) -> frozenset[str]: ...  # as ChatGLMTokenizer's
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -133,25 +132,23 @@ def row_from_json(entry: object, where: str) -> Row:
     missing = [key for key in ("prompt", "label") if key not in entry]
     if missing:
         raise InputError(f"{where}: no {_quoted(missing)}; {ROW_NEEDS}.")
-    img = entry.get("img")
-    other_name = next((key for key in _OTHER_NAMES_OF_IMG if key in entry), None)
-    if img is None and other_name:
+    img, prompt, label = entry.get("img"), entry["prompt"], entry["label"]
+    if img is None and (other_name := next((key for key in _OTHER_NAMES_OF_IMG if key in entry), None)):
         raise InputError(f'{where}: no "img", but "{other_name}"; rename it, or convert the file (convert_data.py).')
-    for key, value in (("img", "" if img is None else img), ("prompt", entry["prompt"]), ("label", entry["label"])):
+    for key, value in (("img", "" if img is None else img), ("prompt", prompt), ("label", label)):
         if not isinstance(value, str):
             raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {ROW_NEEDS}.')
-        if not _is_unicode(value):
-            raise InputError(
-                f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.'
-            )
+    if not _is_unicode(f"{img}{prompt}{label}"):
+        key = next(key for key in ("img", "prompt", "label") if not _is_unicode(str(entry.get(key))))
+        raise InputError(f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.')
     if img is not None and not img.strip():
         raise InputError(f'{where}: "img" is empty; it is the path of a picture, or left out in a row of text only.')
-    if not entry["label"].strip():
+    if not label.strip():
         raise InputError(f'{where}: "label" is empty; it is the answer to learn.')
     lang = entry.get("lang")
     if lang is not None and lang not in LANGUAGES:
         raise InputError(f'{where}: "lang" is {_shown(lang)}; "zh" or "en" is needed.')
-    return Row(img, entry["prompt"], entry["label"], where, _history(entry.get("history"), where), lang)
+    return Row(img, prompt, label, where, _history(entry.get("history"), where), lang)
 
 
 def row_turns(row: Row) -> list[Row]:
@@ -236,33 +233,37 @@ def answer_labels(input_ids: list[int], bos_id: int) -> list[int]:
 def count_cuts(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> Cuts:
     """How many samples rows make, and what `lengths` cut off from them.
 
-    Most rows are decided without making a sample: a label of few bytes is not tokenized, a prompt only once.
+    Only texts are tokenized of which that can't be told from their characters, and a prompt only once.
 
     Raises:
         InputError: as `sample_from_row`.
     """
+    room = lengths.max_source_length - 1
     image_tokens = len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)) + lengths.image_length
+    # A frame has no more tokens around a prompt than it has characters.
+    frame_texts = [chat_prompt(lengths.source_prefix, None, True, english) for english in (False, True)]
+    frame_room = max(map(len, frame_texts)) if all(_is_known(text, tokenizer) for text in frame_texts) else room
+    label_room = lengths.max_target_length - 2
     question_lengths: dict[tuple[str, bool, str | None], int] = {}
     samples = prompts = labels = histories = 0
     for row in rows:
         for turn in row_turns(row) if row.history else (row,):
             samples += 1
-            room = lengths.max_source_length - 1 - (image_tokens if turn.img else 0)
-            if not turn.history:
+            if not _surely_fits(turn.label, label_room, tokenizer):
+                labels += len(tokenizer.encode(turn.label, add_special_tokens=False)) > label_room
+            question_room = room - (image_tokens if turn.img else 0)
+            if turn.history:
+                sample = sample_from_row(turn, tokenizer, lengths)
+                prompts += sample.prompt_tokens_cut > 0
+                histories += sample.turns_cut > 0
+            elif not _surely_fits(turn.prompt, question_room - frame_room, tokenizer):
                 key = turn.prompt, turn.img is None, turn.lang
                 tokens = question_lengths.get(key)
                 if tokens is None:
                     if len(question_lengths) == _MOST_REMEMBERED_PROMPTS:
                         question_lengths.clear()
                     tokens = question_lengths[key] = len(_question_ids(turn, 0, tokenizer, lengths)[0])
-                prompts += tokens > room
-            else:
-                sample = sample_from_row(turn, tokenizer, lengths)
-                prompts += sample.prompt_tokens_cut > 0
-                histories += sample.turns_cut > 0
-            labels += not _surely_fits(turn.label, lengths.max_target_length - 2) and (
-                len(tokenizer.encode(turn.label, add_special_tokens=False)) > lengths.max_target_length - 2
-            )
+                prompts += tokens > question_room
     return Cuts(samples, prompts, labels, histories)
 
 
@@ -276,7 +277,7 @@ def needed_lengths(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) 
     source, target = least_source_length(tokenizer, lengths.image_length), LEAST_TARGET_LENGTH
     for row in rows:
         for turn in row_turns(row):
-            label_tokens = 0 if _surely_fits(turn.label, target - 2) else len(
+            label_tokens = 0 if _surely_fits(turn.label, target - 2, tokenizer) else len(
                 tokenizer.encode(turn.label, add_special_tokens=False)
             )  # fmt: skip
             target = max(target, label_tokens + 2)
@@ -353,15 +354,13 @@ def _is_english(row: Row, lengths: Lengths) -> bool:
     return (row.lang or lengths.lang) == "en"
 
 
-def _surely_fits(text: str, tokens: int) -> bool:
-    """Whether text has at most so many tokens, as far as that can be told without tokenizing; false if not.
+def _surely_fits(text: str, tokens: int, tokenizer: Tokenizer) -> bool:
+    """Whether text has at most so many tokens, as far as that can be told without tokenizing; false if not."""
+    return len(text) < tokens and _is_known(text, tokenizer)  # less: SentencePiece puts one mark of its own before it
 
-    A token covers at least one byte of a plain text, and SentencePiece puts one mark of its own before it.
-    """
-    longest = tokens - 1
-    if 3 * len(text) > longest and (len(text) > longest or len(text.encode()) > longest):
-        return False
-    return _PLAIN_TEXT.fullmatch(text) is not None
+
+def _is_known(text: str, tokenizer: Tokenizer) -> bool:
+    return tokenizer.known_characters.issuperset(text) and "  " not in text  # several spaces are a piece by themselves
 
 
 def _question_frame(tokenizer: Tokenizer, has_image: bool = True, english: bool = False) -> tuple[list[int], list[int]]:

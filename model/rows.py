@@ -8,7 +8,6 @@ import stat
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, cast, overload
 
@@ -42,6 +41,7 @@ A_PICTURE = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 
 PictureSource = str | os.PathLike[str] | IO[bytes] | Image.Image
+_NEXT = re.compile(r"[ \t\n\r]*(,?)[ \t\n\r]*")  # from one value of a list to another
 _BLANK = re.compile(r"[ \t\n\r]*")  # what JSON allows between values
 
 
@@ -59,9 +59,9 @@ class Rows(Sequence[Row]):
         self._numbers = array("L")
         self.turns = array("L")  # of each row, earlier ones and its own
 
-    def append(self, row: Row, number: int) -> None:
-        """Add a row, the file's number-th, counted from 1."""
-        self._texts += marshal.dumps((row.img, row.prompt, row.label, row.history, row.lang))
+    def append(self, row: Row, number: int, img: str | None) -> None:
+        """Add a row, the file's number-th, counted from 1, whose picture is at img."""
+        self._texts += marshal.dumps((img, row.prompt, row.label, row.history, row.lang))
         self._ends.append(len(self._texts))
         self._numbers.append(number)
         self.turns.append(1 + len(row.history))
@@ -105,6 +105,7 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
     """
     rows, problems = Rows(path), []
     folder = os.path.dirname(path)
+    folders: dict[str, bool] = {}  # of pictures, seen from the working directory: is there such a folder?
     count = 0
     for count, entry in enumerate(values_of(path), 1):
         try:
@@ -114,10 +115,7 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
         except InputError as problem:
             problems.append(str(problem))
             continue
-        if row.img is not None:
-            found = find_picture(row.img, path) if folder else None  # without a folder both places are the same
-            row = row if found is None else replace(row, img=str(found))
-        rows.append(row, count)
+        rows.append(row, count, row.img and (_place_of(row.img, folder, folders) or row.img))
     if not count:
         raise InputError(f"{path}: the list is empty; at least one row is needed.")
     return rows, problems
@@ -125,10 +123,22 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
 
 def find_picture(img: str, json_path: str | os.PathLike[str]) -> Path | None:
     """Where the picture of a row is: looked up from the working directory, else from the JSON file's own folder."""
-    for candidate in (img, os.path.join(os.path.dirname(json_path), img)):
-        if os.path.lexists(candidate):  # a broken link counts as found: its error can then say what it is
-            return Path(candidate)
-    return None
+    place = _place_of(img, os.path.dirname(json_path), {})
+    return None if place is None else Path(place)
+
+
+def _place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
+    """The path of a picture, or None; in folders it is noted which ones there are, to ask the disk but once."""
+    of_img = img.rpartition("/")[0]
+    try:
+        if of_img not in folders:
+            folders[of_img] = not of_img or os.path.isdir(of_img)
+        if folders[of_img] and os.path.lexists(img):  # a broken link counts as found: its error can then say what it is
+            return img
+        beside = os.path.join(folder, img)
+        return beside if folder and os.path.lexists(beside) else None
+    except ValueError:  # a zero byte
+        return None
 
 
 def open_picture(source: PictureSource, target_size: int | None = None) -> Image.Image:
@@ -238,10 +248,9 @@ def _entries_of_list(path: Path, text: str, start: int) -> Iterator[object]:
         while text[position : position + 1] != "]":
             value, position = decode(text, position)
             yield value
-            position = _skip_blank(text, position)
-            if text[position : position + 1] == ",":
-                position = _skip_blank(text, position + 1)
-            elif text[position : position + 1] != "]":
+            between = cast(re.Match[str], _NEXT.match(text, position))
+            position = between.end()
+            if not between[1] and text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
         end = _skip_blank(text, position + 1)
         if end < len(text):

@@ -8,6 +8,7 @@ import pytest
 
 from model import checks as module
 from model.checks import (
+    _image_size_problems,
     config_problems,
     deepspeed_problems,
     method_problems,
@@ -268,3 +269,39 @@ def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: 
 
 def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
     assert deepspeed_problems({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ds.json") == []
+
+
+# --- data flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--holdout", "0"), "--holdout 0.0: a number greater than 0 is needed."),
+        (("--holdout", "2.5"), "--holdout 2.5: a whole number of rows is needed, or a share below 1."),
+        (("--holdout", "2", "--valid-data", "v.json"), "--holdout and --valid-data: both say what to evaluate on"),
+        (("--holdout", "2", "--split", "8,2"), "--holdout and --split 8,2: both hold rows out"),
+        (("--keep_best", "--save", "x"), "--keep_best: nothing to evaluate on"),
+        (("--keep_best", "--holdout", "2"), "--keep_best: no --save"),
+        (("--check_seconds", "-1"), "--check_seconds -1.0: a number of 0 or more is needed"),
+        (("--max_source_length", "0"), "--max_source_length 0: 1 or more is needed."),
+        (("--image_size", "0"), "--image_size 0: 1 or more is needed."),
+    ],
+)
+def test_data_flags_that_cannot_be_are_refused(words: tuple[str, ...], found: str) -> None:
+    assert problem(*words).startswith(found)
+
+
+@pytest.mark.parametrize("words", [("--max_source_length", "auto"), ("--check_seconds", "inf"), ("--holdout", "0.1")])
+def test_data_flags_that_can_be_are_taken(words: tuple[str, ...]) -> None:
+    assert method_problems(good(*words)) == []
+
+
+def test_auto_lengths_are_no_problem_for_the_checkpoint() -> None:
+    assert config_problems(good("--max_source_length", "auto", "--max_target_length", "auto"), CONFIG) == []
+
+
+def test_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+    assert _image_size_problems(good("--image_size", "336"), {"patch_size": 14}) == []
+    [sentence] = _image_size_problems(good("--image_size", "300"), {"patch_size": 14})
+    assert sentence == "--image_size 300: the vision tower reads patches of 14 pixels; a multiple is needed."

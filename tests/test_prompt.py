@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import sys
-import unicodedata
 
 import pytest
 from conftest import GOLDEN, run_python
 
 from model.errors import InputError
 from model.prompt import (
-    _PLAIN_TEXT,
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
     Cuts,
@@ -234,12 +232,6 @@ def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows)
             sum(sample.label_tokens_cut > 0 for sample in samples),
             sum(sample.turns_cut > 0 for sample in samples),
         )
-
-
-def test_plain_text_is_never_longer_in_normal_form():
-    plain = [chr(code) for code in range(0x11000) if _PLAIN_TEXT.fullmatch(chr(code))]
-    assert len(plain) > 20_000
-    assert all(len(unicodedata.normalize("NFKC", one).encode()) <= len(one.encode()) for one in plain)
 
 
 def test_needed_lengths_cut_nothing_and_one_token_less_does(tokenizer):

@@ -111,7 +111,8 @@ def chat(
     history = list(history or [])
     device = model.transformer.word_embeddings.weight.device
     if image is None and image_path:
-        image = BlipImageEvalProcessor(image_size(model))(open_picture(image_path)).unsqueeze(0).to(device)
+        edge = image_size(model)
+        image = BlipImageEvalProcessor(edge)(open_picture(image_path, edge)).unsqueeze(0).to(device)
     ids, pre_image = context_ids(query, history, image is not None, tokenizer, model.image_length, english)
     if len(ids) >= max_length:
         raise InputError(

@@ -15,6 +15,7 @@ from typing import Any
 from model.errors import raise_problems
 from model.files import checkpoint_problem, find_checkpoint, read_json_object, save_problems
 from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
+from model.progress import is_first_process
 from model.prompt import LEAST_TARGET_LENGTH, Cuts, Lengths, least_source_length
 from model.selection import Selection, auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
@@ -62,7 +63,8 @@ def checked(options: Options) -> Inputs:
         hold_out(selection, options.train_data, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
     lengths = settled_lengths(options, config, tokenizer, selection)
-    notes += data_notes(options, selection, tokenizer, lengths)
+    if is_first_process():  # nobody else says it, and counting takes a while
+        notes += data_notes(options, selection, tokenizer, lengths)
     return Inputs(checkpoint, config, tokenizer, selection, lengths, notes)
 
 
@@ -126,8 +128,11 @@ def epoch_problems(options: Options, selection: Selection) -> list[str]:
 def epochs_note(options: Options, selection: Selection) -> str:
     """How many samples a run sees, and how many times through the data that is."""
     samples, at_once = training_samples(options, selection), samples_per_step(options)
-    steps = options.epochs * samples // at_once if options.epochs else (options.train_iters or 10_000)
-    seen = steps * at_once
+    steps, seen = options.train_iters or 10_000, (options.train_iters or 10_000) * at_once
+    if options.epochs:  # the last batch may be a small one; batches that make no whole step are left over
+        batches = -(-options.epochs * samples * options.gradient_accumulation_steps // at_once)
+        steps = max(1, batches // options.gradient_accumulation_steps)
+        seen = min(options.epochs * samples, steps * at_once)
     return (
         f"Training on {samples} samples: {steps} steps of {at_once} see {seen} samples, {seen / samples:.3g} epochs"
         + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")

@@ -60,7 +60,15 @@ def evaluate(options: argparse.Namespace) -> None:
     results = []
     for row in tqdm(rows, desc="answering", unit="row", disable=not sys.stderr.isatty()):
         answer, _, _ = chat(
-            row.img, model, tokenizer, row.prompt, max_length=options.max_length, temperature=0, repetition_penalty=1.0
+            row.img,
+            model,
+            tokenizer,
+            row.prompt,
+            history=list(row.history),
+            max_length=options.max_length,
+            temperature=0,
+            repetition_penalty=1.0,
+            english=row.lang == "en",
         )
         right = without_punctuation(answer) == without_punctuation(row.label)
         results.append({"img": row.img, "prompt": row.prompt, "label": row.label, "answer": answer, "right": right})

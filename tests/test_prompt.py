@@ -393,7 +393,10 @@ def test_context_with_history_holds_one_image(tokenizer):
     assert (ids, pre_image) == ([*IMG, *[PAD] * 32, *rest, GMASK, SOP], 3)
 
 
-@pytest.mark.parametrize("module", ["model.errors", "model.prompt", "model.tokenizer", "model.rows"])
+@pytest.mark.parametrize(
+    "module",
+    ["model.errors", "model.prompt", "model.tokenizer", "model.rows", "model.picture_check", "model.selection"],
+)
 def test_checks_before_training_import_neither_torch_nor_sat(module):
     loaded = f"import sys, {module}; print(sorted({{'torch', 'sat', 'transformers', 'numpy'}} & set(sys.modules)))"
     finished = run_python("-c", loaded)

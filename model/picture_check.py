@@ -17,7 +17,7 @@ from pathlib import Path
 from model.errors import InputError, raise_problems
 from model.progress import is_first_process, with_progress
 from model.prompt import Row
-from model.rows import checked_file, first_lines, open_picture
+from model.rows import Rows, checked_file, first_lines, open_picture
 
 MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million pictures; then the memory starts afresh
 
@@ -41,17 +41,17 @@ class PictureMemory:
         self._new = array("Q")
         self._folder = os.getcwd() + os.sep
 
-    def digest(self, path: str, status: os.stat_result) -> int:
-        """What the file keeps of a picture."""
+    def _digest(self, path: str, status: os.stat_result) -> int:
         text = f"{path if os.path.isabs(path) else self._folder + path}|{status.st_size}|{status.st_mtime_ns}"
         return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
-    def __contains__(self, digest: int) -> bool:
-        return digest in self._known
+    def knows(self, path: str, status: os.stat_result) -> bool:
+        """Whether the picture at path was whole, and has not changed since; status is what the system says of it now."""
+        return bool(self._known) and self._digest(path, status) in self._known
 
-    def add(self, digest: int) -> None:
+    def add(self, path: str) -> None:
         """Note a picture that was opened and is whole."""
-        self._new.append(digest)
+        self._new.append(self._digest(path, os.stat(path)))
 
     def write(self) -> None:
         """Put what was noted into the file, behind what other runs have put there."""
@@ -96,28 +96,28 @@ def check_rows(
     """
     result = PictureCheck()
     bad: dict[str, str] = {}
-    to_open: list[tuple[str, int]] = []
-    for path in {row.img: None for row in rows if row.img is not None}:
+    to_open: list[str] = []
+    pictures = rows.pictures() if isinstance(rows, Rows) else (row.img for row in rows if row.img is not None)
+    for path in dict.fromkeys(pictures):
         try:
             status = checked_file(path)
         except InputError as problem:
             bad[path] = str(problem)
             continue
-        digest = memory.digest(path, status) if memory is not None else 0
-        if memory is not None and digest in memory:
+        if memory is not None and memory.knows(path, status):
             result.remembered += 1
         else:
-            to_open.append((path, digest))
+            to_open.append(path)
     random.Random(0).shuffle(to_open)
-    checked: Iterable[tuple[str, int, str | None]] = _opened(to_open, seconds)
+    checked: Iterable[tuple[str, str | None]] = _opened(to_open, seconds)
     if progress and is_first_process():
         checked = with_progress(checked, len(to_open), "Checking pictures", stops_after=seconds)
-    for path, digest, found in checked:
+    for path, found in checked:
         result.opened += 1
         if found:
             bad[path] = found
         elif memory is not None:
-            memory.add(digest)
+            memory.add(path)
     result.unopened = len(to_open) - result.opened
     if memory is not None:
         memory.write()
@@ -144,20 +144,19 @@ def picture_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
     return list(check_rows(rows, progress=progress).problems.values())
 
 
-def _opened(pictures: Sequence[tuple[str, int]], seconds: float) -> Iterator[tuple[str, int, str | None]]:
-    """(path, digest, problem) of pictures, given as (path, digest), until the seconds are over."""
-    if not pictures:
+def _opened(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | None]]:
+    """(path, problem) of pictures until the seconds are over."""
+    if not paths:
         return
     end = time.monotonic() + seconds
     threads = os.cpu_count() or 1
     at_once = 4 * threads
     with ThreadPool(threads) as pool:
-        for start in range(0, len(pictures), at_once):
+        for start in range(0, len(paths), at_once):
             if time.monotonic() > end:
                 return
-            some = pictures[start : start + at_once]
-            problems = pool.map(_picture_problem, [path for path, _ in some], chunksize=1)
-            yield from ((path, digest, problem) for (path, digest), problem in zip(some, problems, strict=True))
+            some = paths[start : start + at_once]
+            yield from zip(some, pool.map(_picture_problem, some, chunksize=1), strict=True)
 
 
 def _picture_problem(path: str) -> str | None:

@@ -31,8 +31,6 @@ LANGUAGES = ("zh", "en")
 
 ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
 
-_MOST_REMEMBERED_PROMPTS = 100_000
-
 
 class Tokenizer(Protocol):
     """What a sample needs of a tokenizer; `model.tokenizer.ChatGLMTokenizer` is one."""
@@ -44,6 +42,8 @@ class Tokenizer(Protocol):
     def known_characters(self) -> frozenset[str]: ...  # as ChatGLMTokenizer's
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def token_counts(self, texts: list[str]) -> list[int]: ...
 
     def build_inputs_with_special_tokens(self, a: list[int], b: list[int] | None = None) -> list[int]: ...
 
@@ -241,29 +241,31 @@ def count_cuts(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> C
     room = lengths.max_source_length - 1
     image_tokens = len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)) + lengths.image_length
     # A frame has no more tokens around a prompt than it has characters.
-    frame_texts = [chat_prompt(lengths.source_prefix, None, True, english) for english in (False, True)]
+    frame_texts = [
+        chat_prompt(lengths.source_prefix, None, True, english).removeprefix(IMAGE_OPEN) for english in (False, True)
+    ]
     frame_room = max(map(len, frame_texts)) if all(_is_known(text, tokenizer) for text in frame_texts) else room
     label_room = lengths.max_target_length - 2
-    question_lengths: dict[tuple[str, bool, str | None], int] = {}
-    samples = prompts = labels = histories = 0
+    unsure_labels: list[str] = []
+    unsure_questions: dict[tuple[str, int], int] = {}  # text and room → how many samples ask it
+    samples = prompts = histories = 0
     for row in rows:
         for turn in row_turns(row) if row.history else (row,):
             samples += 1
             if not _surely_fits(turn.label, label_room, tokenizer):
-                labels += len(tokenizer.encode(turn.label, add_special_tokens=False)) > label_room
+                unsure_labels.append(turn.label)
             question_room = room - (image_tokens if turn.img else 0)
             if turn.history:
                 sample = sample_from_row(turn, tokenizer, lengths)
                 prompts += sample.prompt_tokens_cut > 0
                 histories += sample.turns_cut > 0
             elif not _surely_fits(turn.prompt, question_room - frame_room, tokenizer):
-                key = turn.prompt, turn.img is None, turn.lang
-                tokens = question_lengths.get(key)
-                if tokens is None:
-                    if len(question_lengths) == _MOST_REMEMBERED_PROMPTS:
-                        question_lengths.clear()
-                    tokens = question_lengths[key] = len(_question_ids(turn, 0, tokenizer, lengths)[0])
-                prompts += tokens > question_room
+                key = _question(turn, lengths, ()), question_room
+                unsure_questions[key] = unsure_questions.get(key, 0) + 1
+    labels = sum(tokens > label_room for tokens in tokenizer.token_counts(unsure_labels))
+    tokens_of_questions = tokenizer.token_counts([text for text, _ in unsure_questions])
+    for ((_, question_room), asked), tokens in zip(unsure_questions.items(), tokens_of_questions, strict=True):
+        prompts += asked * (tokens > question_room)
     return Cuts(samples, prompts, labels, histories)
 
 

@@ -66,6 +66,16 @@ class Rows(Sequence[Row]):
         self._numbers.append(number)
         self.turns.append(1 + len(row.history))
 
+    def pictures(self) -> Iterator[str]:
+        """The path of each row's picture; rows without one are passed over. Quicker than asking for the rows."""
+        start = 0
+        with memoryview(self._texts) as texts:
+            for end in self._ends:
+                img = marshal.loads(texts[start:end])[0]
+                start = end
+                if img is not None:
+                    yield img
+
     def __len__(self) -> int:
         return len(self._ends)
 

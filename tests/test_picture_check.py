@@ -127,4 +127,4 @@ def test_check_pictures_without_progress_shows_none(
 
 def test_pictures_are_opened_in_threads_that_end(tmp_path: Path) -> None:
     assert list(module._opened([], 1.0)) == []
-    assert [problem for _, _, problem in module._opened([(str(picture(tmp_path)), 0)] * 50, 60.0)] == [None] * 50
+    assert [problem for _, problem in module._opened([str(picture(tmp_path))] * 50, 60.0)] == [None] * 50

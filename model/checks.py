@@ -91,7 +91,7 @@ def data_notes(options: Options, selection: Selection, tokenizer: ChatGLMTokeniz
         )
     for file, rows in selection.rows.items():
         notes.append(f"{file}: {len(rows)} rows{cut_note(cuts_of(rows, tokenizer, lengths), len(rows))}")
-    held_out = sum(map(len, selection.held_out.values()))
+    held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
         notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")
     if "eval_iters" in options.typed and (options.valid_data or held_out):

@@ -114,14 +114,14 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
         InputError: the file can't be read, isn't one of these, or holds no row at all.
     """
     rows, problems = Rows(path), []
-    folder = os.path.dirname(path)
+    file, folder = str(path), os.path.dirname(path)
     folders: dict[str, bool] = {}  # of pictures, seen from the working directory: is there such a folder?
     count = 0
     for count, entry in enumerate(values_of(path), 1):
         try:
             if isinstance(entry, InputError):
                 raise entry
-            row = row_from_json(entry, f"{path} row {count}")
+            row = row_from_json(entry, f"{file} row {count}")
         except InputError as problem:
             problems.append(str(problem))
             continue
@@ -145,8 +145,10 @@ def _place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
             folders[of_img] = not of_img or os.path.isdir(of_img)
         if folders[of_img] and os.path.lexists(img):  # a broken link counts as found: its error can then say what it is
             return img
-        beside = os.path.join(folder, img)
-        return beside if folder and os.path.lexists(beside) else None
+        if not folder or img.startswith("/"):
+            return None
+        beside = f"{folder}/{img}"
+        return beside if os.path.lexists(beside) else None
     except ValueError:  # a zero byte
         return None
 

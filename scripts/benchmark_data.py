@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,8 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "runs": run,
         "more_seconds_first": run["many_first"]["seconds"] - run["few"]["seconds"],
         "more_seconds_again": run["many_again"]["seconds"] - run["few"]["seconds"],
+        "more_processor_seconds_first": run["many_first"]["processor_seconds"] - run["few"]["processor_seconds"],
+        "more_processor_seconds_again": run["many_again"]["processor_seconds"] - run["few"]["processor_seconds"],
         "more_mib_first": run["many_first"]["peak_mib"] - run["few"]["peak_mib"],
         "more_mib_again": run["many_again"]["peak_mib"] - run["few"]["peak_mib"],
         "pictures_per_second": reading_rate(options, checkpoint, many),
@@ -118,6 +121,8 @@ def training_run(
 ) -> dict[str, float]:
     """Seconds until the first step is done, most memory of all its processes together until then, and its speed.
 
+    Also the processor's seconds of the whole run, which a busy machine changes less.
+
     Raises:
         InputError: the run failed; its last lines say why.
     """
@@ -127,7 +132,7 @@ def training_run(
         str(options.num_workers), "--max_target_length", "64", *flags,
     ]  # fmt: skip
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
-    started = time.monotonic()
+    started, processor_before = time.monotonic(), children_seconds()
     peak = 0
     lines: list[str] = []
     output = folder / "output.txt"
@@ -144,11 +149,19 @@ def training_run(
     speeds = [float(speed) for speed in re.findall(r"^step .* (\S+) samples/s", "\n".join(lines), re.MULTILINE)]
     if process.returncode or not speeds:
         raise InputError("a run failed: " + " / ".join(lines[-3:]))
+    speeds = speeds[1:] or speeds  # the first step is slower than any other
     return {
         "seconds": seconds,
+        "processor_seconds": children_seconds() - processor_before,
         "peak_mib": peak / MIB,
-        "samples_per_second": sum(speeds[1:] or speeds) / len(speeds[1:] or speeds),
+        "samples_per_second": sum(speeds) / len(speeds),
     }
+
+
+def children_seconds() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory_of(process: int) -> int:
@@ -188,7 +201,7 @@ def reading_rate(options: argparse.Namespace, checkpoint: Path, data: Path) -> f
 
 def figure_lines(figures: dict[str, Any]) -> list[str]:
     """The figures as a person reads them."""
-    lines = [f"{'until the first step':<34} {'seconds':>8} {'MiB':>8}"]
+    lines = [f"{'until the first step':<28} {'seconds':>10} {'processor':>10} {'MiB':>8}"]
     names = {
         "few": f"{FEW} rows",
         "many_first": f"{figures['rows']} rows",
@@ -196,11 +209,11 @@ def figure_lines(figures: dict[str, Any]) -> list[str]:
     }
     for name, what in names.items():
         run = figures["runs"][name]
-        lines.append(f"{what:<34} {run['seconds']:>8.1f} {run['peak_mib']:>8.0f}")
-    lines.append(
-        f"{'more than for few rows':<34} {figures['more_seconds_first']:>8.1f} {figures['more_mib_first']:>8.0f}"
-    )
-    lines.append(f"{'more, again':<34} {figures['more_seconds_again']:>8.1f} {figures['more_mib_again']:>8.0f}")
+        values = run["seconds"], run["processor_seconds"], run["peak_mib"]
+        lines.append(f"{what:<28} {values[0]:>10.1f} {values[1]:>10.1f} {values[2]:>8.0f}")
+    for which, what in (("first", "more than for few rows"), ("again", "more, again")):
+        values = tuple(figures[f"more_{name}_{which}"] for name in ("seconds", "processor_seconds", "mib"))
+        lines.append(f"{what:<28} {values[0]:>10.1f} {values[1]:>10.1f} {values[2]:>8.0f}")
     lines.append(
         f"input: {figures['pictures_per_second']:.0f} pictures/s with {figures['workers']} workers;"
         f" training needs {figures['samples_per_second_needed']:.1f}"

@@ -3,6 +3,7 @@
 Shapes: batch rows, pictures those of them that have one, seq tokens, image[3, H, W].
 """
 
+import functools
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -136,7 +137,7 @@ def data_collator(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def heed_problems(batch: dict[str, Any], bad_rows: str) -> None:
     """Do what --bad_rows says about rows of a batch whose pictures could no longer be opened.
 
-    "skip" tells each of them: nothing is learned from it, and no other row takes its place, so that all processes stay
+    "skip" tells each of them once: nothing is learned from it, and no other row takes its place, so that all processes stay
     in step. "error" stops the run.
 
     Raises:
@@ -146,7 +147,12 @@ def heed_problems(batch: dict[str, Any], bad_rows: str) -> None:
     if problems and bad_rows != "skip":
         raise RowError("\n".join(problems))
     for problem in problems:
-        warn_from_any_process(f"Left out: {problem}")
+        _tell_once(problem)
+
+
+@functools.cache
+def _tell_once(problem: str) -> None:
+    warn_from_any_process(f"Left out: {problem}")
 
 
 def _padded(ids: list[int], seq: int, padding: int) -> torch.Tensor:

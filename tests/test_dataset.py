@@ -191,10 +191,11 @@ def test_batch_without_pictures_has_an_empty_image():
     assert (batch["image"].shape, batch["pre_image"]) == ((0, 3, 0, 0), 0)
 
 
-def test_problems_of_a_batch_stop_the_run_or_are_told(capfd):
+def test_problems_of_a_batch_stop_the_run_or_are_told_once(capfd):
     batch = data_collator([example(4), example(4) | {"image": None, "problem": "a.json row 3: no"}])
     with pytest.raises(RowError, match=r"^a\.json row 3: no$"):
         heed_problems(batch, "error")
+    heed_problems(batch, "skip")
     heed_problems(batch, "skip")
     assert capfd.readouterr().err == "Left out: a.json row 3: no\n"
 

@@ -94,7 +94,8 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
 
 
 def test_order_of_rows_follows_the_seed(tmp_path, upstream_checkpoint):
-    data = GOLDEN / "upstream/dataset.json"
+    shutil.copytree(GOLDEN / "upstream/images", tmp_path / "images")
+    data = Path(shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path))
     runs = [
         train(upstream_checkpoint, data, "--train-iters", "3", "--seed", seed, "--lr", "1e-9").stdout
         for seed in ("1234", "7", "7")

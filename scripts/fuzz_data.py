@@ -124,6 +124,7 @@ class Judge:
 
     def verdicts(self, path: str, expected: Sequence[bool | None]) -> None:
         """Let both checks judge a data file whose rows should be good (True), bad (False) or either (None)."""
+        bad: set[int] | None = None
         with self.watching(f"check_data.py {path}"):
             report = check_data.data_report(check_data.command_line().parse_args([path, "--workers", "1"]))
             problems = report["files"][0]["problems"]
@@ -136,6 +137,10 @@ class Judge:
                     self.failures.append(f"{path} row {number}: {'refused' if is_good else 'accepted'}")
                 self.refused += number in bad
                 self.good += number not in bad
+        if bad is None:
+            self.refused += len(expected)  # the file as a whole
+            self.failures += [f"{path}: refused, but it has good rows" for is_good in expected if is_good][:1]
+            bad = set(range(1, len(expected) + 1))
         with self.watching(f"training checks {path}"):
             selection, _ = read_selection([path], "skip", float("inf"))
             usable = len(selection.rows[path]) - len(selection.left_out[path])

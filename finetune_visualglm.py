@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from model.checks import Inputs, checked
-from model.errors import InputError
+from model.checks import Inputs, checked, samples_per_step
+from model.errors import InputError, RowError
 from model.options import Options, parse, script_parser
-from model.progress import say, warn
-
-PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
+from model.progress import say, warn, warn_from_any_process
+from model.selection import HELD_OUT, Selection
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
@@ -42,18 +41,32 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def create_dataset_function(path: str, args: argparse.Namespace) -> Any:
+def create_dataset_function(
+    path: str, args: argparse.Namespace, selection: Selection | None = None, cache: Any = None
+) -> Any:
     """The rows of one JSON file as SAT wants them: a data set of input_ids, labels, image and pre_image.
 
-    SAT calls this for every file of --train-data and --valid-data. The picture's size is the checkpoint's.
+    SAT calls this for every file of --train-data and --valid-data. The picture's size is the model's. With a selection,
+    the rows are those that it has read and chosen; a cache (`model.features`) gives them their pictures' features.
     """
     from sat import get_tokenizer
+    from torch.utils.data import ConcatDataset
 
     from model.dataset import FewShotDataset
     from model.image import BlipImageEvalProcessor
 
     processor = BlipImageEvalProcessor(args.eva_args["image_size"][0])
-    return FewShotDataset(path, processor, get_tokenizer(), args)
+    if selection is None:
+        return FewShotDataset(path, processor, get_tokenizer(), args)
+
+    def chosen_rows(file: str, training: bool) -> Any:
+        rows, chosen = selection.rows[file], selection.chosen(file, training)
+        dataset = FewShotDataset(file, processor, get_tokenizer(), args, rows, chosen, note_bad_pictures=True)
+        return dataset if cache is None else cache.given_to(dataset)
+
+    if path == HELD_OUT:
+        return ConcatDataset([chosen_rows(file, training=False) for file in selection.held_out])
+    return chosen_rows(path, training=True)
 
 
 def announce(options: Options, notes: Sequence[str]) -> None:
@@ -75,37 +88,47 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.dataset import data_collator, packed_collator
+    from model.evaluation import BestCheckpoint, mean_over_tokens
     from model.features import FeatureCache
     from model.memory import recompute_where_needed
     from model.report import TrainingReport
-    from model.step import forward_step, token_normalized_step
+    from model.step import evaluation_step, forward_step, token_normalized_step
 
     sat_compat.set_launcher_environment()
     sat_compat.adapt_loading(load_checkpoint)
     args = sat_compat.get_args(argv, options, script_parser())
+    args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
+    if options.image_size:
+        model.get_mixin("eva").model.vit.set_image_size(options.image_size)
+        args.eva_args["image_size"] = [options.image_size] * 2
     model.freeze()
     recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
 
     def samples_planned(rows: int) -> int:
-        per_step = args.batch_size * args.gradient_accumulation_steps * args.world_size
-        return rows * args.epochs if args.epochs else args.train_iters * per_step
+        return rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options)
 
     cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers)
+    report = TrainingReport()
     sat_compat.adapt_training(
         save_checkpoint=save_checkpoint,
-        report=TrainingReport(),
+        report=report,
         auto_warmup_steps=options.auto_warmup_steps,
         when_ready=cache.send_eyes_away,
     )
+    sat_compat.adapt_data(args)
+    if options.keep_best:
+        sat_compat.after_evaluation(BestCheckpoint(save_checkpoint).consider, report)
+    inputs.selection.left_out = sat_compat.from_first_process(inputs.selection.left_out)
     sat_compat.training_main()(
         args,
         model_cls=model,
         forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
-        forward_step_eval=forward_step,
-        create_dataset_function=lambda path, args: cache.given_to(create_dataset_function(path, args)),
-        collate_fn=partial(packed_collator, capacity=PACKED_TOKENS) if options.packing else data_collator,
+        forward_step_eval=evaluation_step,
+        handle_metrics_function=mean_over_tokens,
+        create_dataset_function=partial(create_dataset_function, selection=inputs.selection, cache=cache),
+        collate_fn=packed_collator if options.packing else data_collator,
         init_function=sat_compat.save_beside_earlier_runs,
     )
 
@@ -119,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         announce(options, inputs.notes)
         train(argv, options, inputs)
     except InputError as problem:
-        warn(f"finetune_visualglm.py: error: {problem}")
+        tell = warn_from_any_process if isinstance(problem, RowError) else warn
+        tell(f"finetune_visualglm.py: error: {problem}")
         sys.exit(2)
 
 

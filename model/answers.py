@@ -84,15 +84,16 @@ def greedy_answers(
 
 @torch.no_grad()
 def label_losses(
-    samples: Sequence[Sample], image: torch.Tensor, model: VisualGLMModel, tokenizer: ChatGLMTokenizer
+    samples: Sequence[Sample], image: torch.Tensor | None, model: VisualGLMModel, tokenizer: ChatGLMTokenizer
 ) -> list[tuple[float, int]]:
     """Each sample's summed cross entropy, in nats, and its number of supervised tokens.
 
-    image is [batch, 3, H, W] on the model's device.
+    image is [batch, 3, H, W] on the model's device, or None where no sample has a picture.
     """
+    device = model.transformer.word_embeddings.weight.device
     ids, labels = ([torch.tensor(getattr(sample, name)) for sample in samples] for name in ("input_ids", "labels"))
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(image.device)
-    expected = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:].to(image.device)
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device)
+    expected = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:].to(device)
     logits = model(input_ids=input_ids, image=image, pre_image=samples[0].pre_image)[0]
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), expected, ignore_index=IGNORE_INDEX, reduction="none"

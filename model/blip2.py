@@ -17,6 +17,7 @@ from model.sat_compat import import_sat
 import_sat()
 
 from sat.model import BaseMixin, BaseModel, ViTModel  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model.official.vit_model import ViTProperty  # noqa: E402
 
 
 class FinalLayerNormMixin(BaseMixin):
@@ -48,6 +49,17 @@ class EVAViT(ViTModel):
         return super().forward(
             input_ids=class_token, position_ids=None, attention_mask=everything_visible, image=image
         )[0]
+
+    def set_image_size(self, edge: int) -> None:
+        """Take pictures of edge × edge pixels from now on: the patches' position embeddings are interpolated.
+
+        SAT does it bicubically in float32, whatever the weights' type, without aligned corners. edge is a multiple of
+        the patch size.
+        """
+        old = self.transformer.property
+        if tuple(old.image_size) != (edge, edge):
+            new = ViTProperty((edge, edge), old.patch_size, old.pre_len, old.post_len)
+            self.get_mixin("pos_embedding").reinit(self, property=new)
 
 
 class QFormer(BaseModel):

@@ -152,8 +152,8 @@ def image_tensor(picture: str | Path | Any, model: VisualGLMModel) -> torch.Tens
     Raises:
         InputError: it can't be fetched or opened.
     """
-    image = open_picture(picture_file(picture))
-    pixels = BlipImageEvalProcessor(image_size(model))(image)
+    edge = image_size(model)
+    pixels = BlipImageEvalProcessor(edge)(open_picture(picture_file(picture), edge))
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 

@@ -7,8 +7,8 @@ import importlib.machinery
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from model.options import (
     shown,
     typed_flag,
 )
-from model.prompt import LEAST_TARGET_LENGTH, Lengths, Row, cut_counts, least_source_length
-from model.rows import check_pictures, read_rows
+from model.progress import is_first_process
+from model.prompt import LEAST_TARGET_LENGTH, Cuts, Lengths, least_source_length
+from model.selection import Selection, auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 
 
@@ -47,6 +48,8 @@ class Inputs:
     weights: Path  # the checkpoint's weights file: of its latest iteration, or of the one that was meant
     config: dict[str, Any]
     tokenizer: ChatGLMTokenizer
+    selection: Selection
+    lengths: Lengths  # with --max_source_length auto settled
     notes: list[str]  # sentences for the person at the prompt
 
 
@@ -74,15 +77,18 @@ def checked(options: Options) -> Inputs:
     check_special_ids(tokenizer, config)
     raise_problems(frame_problems(options, tokenizer, config["image_length"]))
     raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
-    files = [*options.train_data, *(options.valid_data or []), *(options.test_data or [])]
-    rows = {file: read_rows(file) for file in dict.fromkeys(files)}
-    raise_problems(split_row_problems(options, {file: len(rows[file]) for file in options.train_data}))
-    check_pictures([row for of_file in rows.values() for row in of_file])
-    lengths = Lengths(
-        config["image_length"], options.max_source_length, options.max_target_length, options.source_prefix
-    )
-    notes += [f"{file}: {len(of_file)} rows{cut_note(of_file, tokenizer, lengths)}" for file, of_file in rows.items()]
-    return Inputs(checkpoint, weights, config, tokenizer, notes)
+    valid_files = [*(options.valid_data or []), *(options.test_data or [])]
+    selection, row_notes = read_selection([*options.train_data, *valid_files], options.bad_rows, options.check_seconds)
+    notes += row_notes
+    raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in options.train_data}))
+    notes += same_file_warnings(options.train_data, valid_files)
+    if options.holdout is not None:
+        hold_out(selection, options.train_data, options.holdout, options.seed)
+    raise_problems(epoch_problems(options, selection))
+    lengths = settled_lengths(options, config, tokenizer, selection)
+    if is_first_process():  # nobody else says it, and counting takes a while
+        notes += data_notes(options, selection, tokenizer, lengths)
+    return Inputs(checkpoint, weights, config, tokenizer, selection, lengths, notes)
 
 
 def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int) -> int:
@@ -112,6 +118,77 @@ def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int)
     return 4 * numbers + 2**20
 
 
+def settled_lengths(
+    options: Options, config: Mapping[str, Any], tokenizer: ChatGLMTokenizer, selection: Selection
+) -> Lengths:
+    """The lengths of the command line, with what the data needs where it says auto."""
+    source, target = options.max_source_length, options.max_target_length
+    unsettled = Lengths(
+        config["image_length"], 0, 0, options.source_prefix, options.ignore_pad_token_for_loss, options.lang
+    )
+    if source is None or target is None:
+        limit = config.get("max_sequence_length", options.max_sequence_length)
+        source, target = auto_lengths(selection, tokenizer, unsettled, source, target, limit)
+    return replace(unsettled, max_source_length=source, max_target_length=target)
+
+
+def data_notes(options: Options, selection: Selection, tokenizer: ChatGLMTokenizer, lengths: Lengths) -> list[str]:
+    """What the run will do with its data: rows, what is cut of them, held-out ones, samples seen and epochs."""
+    notes = []
+    if None in (options.max_source_length, options.max_target_length):
+        notes.append(
+            f"--max_source_length {lengths.max_source_length} --max_target_length {lengths.max_target_length} (auto)"
+        )
+    for file, rows in selection.rows.items():
+        notes.append(f"{file}: {len(rows)} rows{cut_note(cuts_of(rows, tokenizer, lengths), len(rows))}")
+    held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
+    if held_out:
+        notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")
+    if "eval_iters" in options.typed and (options.valid_data or held_out):
+        notes.append("--eval-iters is not used: an evaluation goes through all rows once.")
+    return [*notes, epochs_note(options, selection)]
+
+
+def samples_per_step(options: Options) -> int:
+    """Samples of one optimizer step, over all processes."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return options.batch_size * options.gradient_accumulation_steps * processes
+
+
+def training_samples(options: Options, selection: Selection) -> int:
+    """Samples of one epoch: every turn of every row, as often as --train-data-weights says."""
+    weights = options.train_data_weights or [1] * len(options.train_data)
+    counts = (selection.sample_count(file) for file in options.train_data)
+    return sum(weight * count for weight, count in zip(weights, counts, strict=True))
+
+
+def epoch_problems(options: Options, selection: Selection) -> list[str]:
+    """What keeps --epochs from making a single step."""
+    samples = training_samples(options, selection)
+    if not samples:
+        return ["--train-data: no row is left to learn; more rows are needed."]
+    if options.epochs is None or options.epochs * samples >= samples_per_step(options):
+        return []
+    return [
+        f"--epochs {options.epochs}: {samples} samples make less than one step of {samples_per_step(options)} (--batch-size,"
+        " --gradient-accumulation-steps and processes); more epochs or a smaller batch are needed."
+    ]
+
+
+def epochs_note(options: Options, selection: Selection) -> str:
+    """How many samples a run sees, and how many times through the data that is."""
+    samples, at_once = training_samples(options, selection), samples_per_step(options)
+    steps, seen = options.train_iters or 10_000, (options.train_iters or 10_000) * at_once
+    if options.epochs:  # the last batch may be a small one; batches that make no whole step are left over
+        batches = -(-options.epochs * samples * options.gradient_accumulation_steps // at_once)
+        steps = max(1, batches // options.gradient_accumulation_steps)
+        seen = min(options.epochs * samples, steps * at_once)
+    return (
+        f"Training on {samples} samples: {steps} steps of {at_once} see {seen} samples, {seen / samples:.3g} epochs"
+        + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")
+    )
+
+
 def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
     """Which lengths leave no room for the frame around the question, or for the answer."""
     least = {
@@ -121,17 +198,20 @@ def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: 
     return [
         f"{flag_names()[name]} {getattr(options, name)}: no room for a single token of text; at least {needed} is needed."
         for name, needed in least.items()
-        if getattr(options, name) < needed
+        if getattr(options, name) is not None and getattr(options, name) < needed
     ]
 
 
-def cut_note(rows: Sequence[Row], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> str:
-    """What the lengths cut off from rows, to be told before training starts; nothing if they all fit."""
-    counts = cut_counts(rows, tokenizer, lengths)
-    prompts, labels = sum(prompt > 0 for prompt, _ in counts), sum(label > 0 for _, label in counts)
-    if not prompts + labels:
-        return ""
-    return f"; cut to fit: {prompts} prompts (--max_source_length), {labels} labels (--max_target_length)"
+def cut_note(cuts: Cuts, rows: int) -> str:
+    """How many samples rows make, where it isn't one each, and what the lengths cut off; nothing if they all fit."""
+    turns = f", {cuts.samples} samples (one for every turn)" if cuts.samples != rows else ""
+    if not cuts.prompts + cuts.labels + cuts.histories:
+        return turns
+    histories = f", oldest turns of {cuts.histories} samples" if cuts.histories else ""
+    return (
+        f"{turns}; cut to fit: {cuts.prompts} prompts{histories} (--max_source_length), {cuts.labels} labels"
+        " (--max_target_length)"
+    )
 
 
 # --- checks of the command line alone ---------------------------------------------------------------------------------
@@ -143,7 +223,7 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         "1 or more is needed.",
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
-         "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor"),
+         "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size"),
     ),
     (
         lambda number: number >= 0,
@@ -153,7 +233,12 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
         lambda number: 0 < number < math.inf,
         "a number greater than 0 is needed.",
-        ("lr", "lr_decay_ratio", "lora_alpha"),
+        ("lr", "lr_decay_ratio", "lora_alpha", "holdout"),
+    ),
+    (
+        lambda number: number >= 0,
+        "a number of 0 or more is needed, or inf.",
+        ("check_seconds",),
     ),
     (
         lambda number: 0 <= number <= 1,
@@ -232,8 +317,25 @@ def _data_flag_problems(options: Options) -> list[str]:
     for flag, files in (("--valid-data", options.valid_data), ("--test-data", options.test_data)):
         if files == []:
             problems.append(f"{flag}: no file given; a JSON file with rows is needed, or no {flag}.")
+    if options.holdout is not None:
+        problems += _holdout_problems(options)
+    if options.keep_best and not (options.valid_data or options.holdout is not None):
+        problems.append("--keep_best: nothing to evaluate on; --holdout or --valid-data is needed.")
+    if options.keep_best and options.save is None:
+        problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
     if options.train_data:
         problems += _split_problems(options)
+    return problems
+
+
+def _holdout_problems(options: Options) -> list[str]:
+    problems = []
+    if options.holdout >= 1 and options.holdout % 1:
+        problems.append(f"--holdout {options.holdout}: a whole number of rows is needed, or a share below 1.")
+    if options.valid_data:
+        problems.append("--holdout and --valid-data: both say what to evaluate on; only one is needed.")
+    if options.split != "1":
+        problems.append(f"--holdout and --split {options.split}: both hold rows out; only one is needed.")
     return problems
 
 
@@ -357,6 +459,7 @@ def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_length_problems(options, config),
+        *_image_size_problems(options, config["eva_args"]),
     ]
 
 
@@ -384,19 +487,29 @@ def _layer_problems(layers: list[int], num_layers: int) -> list[str]:
 
 def _length_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
     problems = []
-    longest = options.max_source_length + options.max_target_length
+    source, target = options.max_source_length, options.max_target_length
+    longest = (source or 0) + (target or 0)
     positions = config.get("max_sequence_length", options.max_sequence_length)
     if longest > positions:
         problems.append(
-            f"--max_source_length {options.max_source_length} and --max_target_length {options.max_target_length}: "
+            f"--max_source_length {source or 'auto'} and --max_target_length {target or 'auto'}: "
             f"{longest} tokens together; this checkpoint takes {positions} (max_sequence_length), so less is needed."
         )
-    if options.max_source_length <= config["image_length"]:
+    if source is not None and source <= config["image_length"]:
         problems.append(
-            f"--max_source_length {options.max_source_length}: the picture alone takes {config['image_length']} "
+            f"--max_source_length {source}: the picture alone takes {config['image_length']} "
             "tokens; more is needed for the question."
         )
     return problems
+
+
+def _image_size_problems(options: Options, eva_args: Mapping[str, Any]) -> list[str]:
+    patch = eva_args.get("patch_size", 16)  # SAT's default
+    if options.image_size is None or options.image_size % patch == 0:
+        return []
+    return [
+        f"--image_size {options.image_size}: the vision tower reads patches of {patch} pixels; a multiple is needed."
+    ]
 
 
 def overridden_by_config(options: Options, config: Mapping[str, Any]) -> list[str]:

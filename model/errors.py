@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class RowError(InputError):
+    """A row that turned out bad while training. Only the process that read it knows, so that process tells it."""
+
+
 def raise_problems(problems: Iterable[str]) -> None:
     """Raise one error that lists every problem, a line each; do nothing when there is none.
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from model.blip2 import BLIP2
 from model.dataset import FewShotDataset
+from model.errors import InputError
 from model.progress import is_first_process
 from model.rows import open_picture
 
@@ -22,8 +23,8 @@ PICTURES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions a
 MEMORY_SHARE = 0.25  # of what is free now; beyond it features lie in a file
 
 
-class _Pictures(Dataset[torch.Tensor]):
-    """Pictures by index, as float32[3, H, W]; for a DataLoader's workers."""
+class _Pictures(Dataset[tuple[str, torch.Tensor | None]]):
+    """Pictures by index, as (path, float32[3, H, W]), for a DataLoader's workers; None for one that can't be opened."""
 
     def __init__(self, paths: Sequence[str], processor: Callable[[Any], torch.Tensor]) -> None:
         self.paths, self.processor = paths, processor
@@ -31,8 +32,12 @@ class _Pictures(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.processor(open_picture(self.paths[index]))
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
+        path = self.paths[index]
+        try:
+            return path, self.processor(open_picture(path, getattr(self.processor, "image_size", None)))
+        except InputError:
+            return path, None
 
 
 @torch.no_grad()
@@ -49,25 +54,30 @@ def picture_features(
         processor: a Pillow image to float32[3, H, W].
         num_workers: processes that open pictures.
 
-    Raises:
-        InputError: a picture can't be opened.
+    A picture that can't be opened has no features: its row tells when it is asked for.
     """
     weight = eyes.glm_proj.weight
     was_training = eyes.training
     eyes.eval()
-    loader = DataLoader(_Pictures(paths, processor), batch_size=PICTURES_AT_ONCE, num_workers=num_workers)
-    store, start = torch.empty(0), 0
+    loader = DataLoader(
+        _Pictures(paths, processor), batch_size=PICTURES_AT_ONCE, num_workers=num_workers, collate_fn=list
+    )
+    store: torch.Tensor | None = None
+    known: list[str] = []
     hidden = not is_first_process()
     with tqdm(total=len(paths), desc="looking at the pictures", unit="picture", disable=hidden, delay=2) as bar:
-        for image in loader:
-            made = eyes.features(image.to(weight.device, weight.dtype)).cpu()
-            if not start:
-                store = _room_for(len(paths), made)
-            store[start : start + len(made)] = made
-            start += len(made)
-            bar.update(len(made))
+        for batch in loader:
+            bar.update(len(batch))
+            opened = {path: image for path, image in batch if image is not None}
+            if not opened:
+                continue
+            images = torch.stack(list(opened.values())).to(weight.device, weight.dtype)
+            made = eyes.features(images).cpu()
+            store = _room_for(len(paths), made) if store is None else store
+            store[len(known) : len(known) + len(made)] = made
+            known += opened
     eyes.train(was_training)
-    return dict(zip(paths, store, strict=True))
+    return {} if store is None else dict(zip(known, store, strict=False))
 
 
 def _room_for(count: int, example: torch.Tensor) -> torch.Tensor:
@@ -91,8 +101,7 @@ class FeatureCache:
         """dataset, with features if the eyes are frozen and training meets each row twice or more on average."""
         rows = len(dataset)
         if self.eyes.has_fixed_features() and self.samples_planned(rows) >= 2 * rows:
-            paths = list(dict.fromkeys(row.img for row in dataset.rows))
-            dataset.features = picture_features(paths, dataset.processor, self.eyes, self.num_workers)
+            dataset.features = picture_features(dataset.pictures(), dataset.processor, self.eyes, self.num_workers)
         else:
             self.everything_known = False
         return dataset

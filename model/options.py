@@ -100,11 +100,26 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Save every weight, for the released tools, and not only what was trained.")
     add("--tokenizer", metavar="PATH",
         help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
-    add("--max_source_length", type=int, default=64, metavar="N",
-        help="Longest question in tokens, picture and frame included; longer prompts are shortened "
-             "(default %(default)s).")
-    add("--max_target_length", type=int, default=256, metavar="N",
-        help="Longest answer in tokens; longer labels are cut (default %(default)s).")
+    add("--max_source_length", type=_length, default=64, metavar="N|auto",
+        help="Longest question in tokens, picture, frame and history included; where a row has more, the oldest turns "
+             "leave first, then the prompt is shortened; auto takes what the data needs (default %(default)s).")
+    add("--max_target_length", type=_length, default=256, metavar="N|auto",
+        help="Longest answer in tokens; longer labels are cut; auto takes what the data needs (default %(default)s).")
+    add("--lang", default="zh", choices=["zh", "en"],
+        help='The frame of rows without a "lang" of their own: 问：…答：… or Q:…A:… (default %(default)s).')
+    add("--image_size", type=int, metavar="N",
+        help="Edge of the picture in pixels; another one than the checkpoint's interpolates its position embeddings "
+             "(default: the checkpoint's).")
+    add("--bad_rows", default="error", choices=["error", "skip"],
+        help="What to do about rows that can't be used and pictures that can't be opened: name them and stop, or leave "
+             "them out and say how many (default %(default)s).")
+    add("--check_seconds", type=float, default=2.0, metavar="S",
+        help="How long pictures may be opened before training, those remembered from earlier runs aside; the rest are "
+             "opened while training; inf opens all first (default %(default)s).")
+    add("--holdout", type=float, metavar="N|FRACTION",
+        help="Rows of --train-data to evaluate on and never train on: how many, or which share (default: none).")
+    add("--keep_best", action="store_true",
+        help="Keep the checkpoint with the lowest evaluation loss, in the folder best beside the others.")
     add("--source_prefix", default="", metavar="TEXT",
         help="Text put before every prompt (default: none).")
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
@@ -172,7 +187,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--mode", type=str, default="pretrain", choices=["pretrain", "finetune", "inference"],
         help="finetune starts a new experiment and obeys --auto_warmup_steps, pretrain goes on with one, "
              "inference is refused here (default %(default)s).")
-    add("--seed", type=int, default=1234, metavar="N", help="Random seed, 1 or more (default %(default)s).")
+    add("--seed", type=int, default=1234, metavar="N",
+        help="Random seed, 1 or more: of fresh weights, dropout, held-out rows and the order of rows, which for 1234 is "
+             "the released script's (default %(default)s).")
     add("--zero-stage", type=int, default=0, choices=[0, 1, 2, 3],
         help="DeepSpeed ZeRO: 0 none, 1 splits optimizer states over the GPUs, 2 gradients too; 3 is refused "
              "(default %(default)s).")
@@ -222,11 +239,11 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("SAT: evaluation").add_argument
     # fmt: off
     add("--eval-batch-size", type=int, metavar="N", help="Samples per GPU in evaluation (default: --batch-size).")
-    add("--eval-iters", type=int, default=100, metavar="N", help="Batches per evaluation (default %(default)s).")
+    add("--eval-iters", type=int, default=100, metavar="N", help="Not used, an evaluation goes through all rows once (default %(default)s).")
     add("--eval-interval", type=int, metavar="N",
         help="Iterations between two evaluations (default: once per epoch with --epochs, else never).")
     add("--strict-eval", action="store_true",
-        help="Evaluate every row once, in order, in place of --eval-iters random batches.")
+        help="Evaluate every row once, in order, in place of random batches; here it is always so.")
     # fmt: on
 
 
@@ -234,7 +251,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("SAT: data").add_argument
     # fmt: off
     add("--train-data", nargs="+", metavar="FILE",
-        help='JSON files with the rows to learn: a list of {"img": …, "prompt": …, "label": …}.')
+        help='JSON or JSON Lines files with the rows to learn: {"img": …, "prompt": …, "label": …}; "img" may be '
+             'left out, "history": [[question, answer], …] and "lang": "zh" or "en" may be added.')
     add("--train-data-weights", nargs="+", type=int, metavar="N",
         help="How often each file of --train-data counts, one whole number per file (default: once).")
     add("--iterable-dataset", action="store", default=False, const=True, nargs="?", choices=[True, False, "custom"],
@@ -302,6 +320,15 @@ def _add_deepspeed_flags(parser: argparse.ArgumentParser) -> None:
     add("--deepscale", action="store_true", help="Old name of --deepspeed.")
     add("--deepscale_config", type=str, metavar="FILE", help="Old name of --deepspeed_config; not read.")
     # fmt: on
+
+
+def _length(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" found; a whole number or auto is needed') from None
 
 
 def _truth(text: str) -> bool:

@@ -1,6 +1,7 @@
 """What scrolls by while a model is trained: one line for every step, and one for every evaluation."""
 
 import argparse
+import math
 import sys
 import time
 from typing import Any
@@ -13,6 +14,7 @@ class TrainingReport:
 
     def __init__(self) -> None:
         self.learning_rate = 0.0
+        self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
         self.started = time.monotonic()
         self.first_step: int | None = None
 
@@ -73,7 +75,14 @@ class TrainingReport:
         args: argparse.Namespace,
         metrics: dict[str, Any],
     ) -> None:
-        """One line for an evaluation on the rows of --valid-data. SAT calls this on the first data-parallel rank."""
+        """One line for an evaluation on held-out rows. SAT calls this on the first data-parallel rank.
+
+        SAT's loss is the mean of this rank's batches; metrics has the mean over the tokens of all.
+        """
+        if "loss" in metrics:
+            loss = float(metrics["loss"])
+            perplexity = math.exp(min(20.0, loss))
+        self.evaluation_loss = loss
         say(f"{prefix}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
         if summary_writer is not None:
             summary_writer.add_scalar("Train/valid_loss", loss, step)

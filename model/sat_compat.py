@@ -25,7 +25,9 @@ from typing import Any, NoReturn
 from model.errors import InputError
 from model.files import read_json_object
 from model.progress import say
+from model.selection import HELD_OUT
 
+RELEASED_SEED = 1234  # SAT's default of --seed
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
 
@@ -240,7 +242,9 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
         if not has_gpu():
             settings["fp16"] = {**settings.get("fp16", {}), "enabled": False}
     evaluate_every = options.eval_interval or options.train_iters
-    typed = [*argv, "--log-interval", str(options.log_interval), "--split", options.split]
+    typed = [*argv, "--log-interval", str(options.log_interval), "--split", options.split, "--strict-eval"]
+    if options.holdout is not None:
+        typed += ["--valid-data", HELD_OUT]
     typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
     typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
     if not has_gpu():
@@ -467,3 +471,92 @@ def adapt_training(
         return scheduler
 
     training.get_learning_rate_scheduler = scheduler_with_flag
+
+
+class LazyLoader:
+    """A data loader that starts its worker processes when the first batch is asked for.
+
+    SAT asks for an iterator of the evaluation's rows at the start of training and throws it away later. It also tells
+    the evaluation to skip batches when it resumes; here that goes to `batch_sampler`, which may be nobody.
+    """
+
+    def __init__(self, loader: Any, length: int, batch_sampler: Any) -> None:
+        self.loader, self.length, self.batch_sampler = loader, length, batch_sampler
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
+
+
+def adapt_data(args: argparse.Namespace) -> None:
+    """Let the order of training rows follow --seed, and mend --epochs with --gradient-accumulation-steps.
+
+    SAT draws rows by a hash of their place in the order alone, so that every seed gives the same order; here that is the
+    order of SAT's default seed only. With --epochs it repeats one permutation; here every epoch has its own, the
+    first is SAT's. It also takes one optimizer step for every batch of --epochs, and runs out of data when a step
+    takes several.
+    """
+    import numpy
+
+    configure_data: Any = importlib.import_module("sat.data_utils.configure_data")
+    training: Any = importlib.import_module("sat.training.deepspeed_training")
+    seed = args.seed
+
+    class SeededMapping(configure_data.RandomMappingDataset):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index if seed == RELEASED_SEED else index + (seed << 64))
+
+    class EpochPermutations(configure_data.RandomDataset):
+        epoch = 0
+
+        def __getitem__(self, index: int) -> Any:
+            epoch, place = divmod(index, len(self.wrapped_data))
+            if epoch != self.epoch:
+                self.epoch = epoch
+                key = seed if epoch == 0 else [seed, epoch]
+                self.indices = numpy.random.default_rng(key).permutation(len(self.wrapped_data))
+            return self.wrapped_data[int(self.indices[place])]
+
+    configure_data.RandomMappingDataset = SeededMapping
+    configure_data.RandomDataset = EpochPermutations
+    make_loaders = training.make_loaders
+
+    def make_lazy_loaders(args: argparse.Namespace, *rest: Any, **more: Any) -> tuple[Any, ...]:
+        train, *others = make_loaders(args, *rest, **more)
+        if train is not None:
+            batches_per_step = args.gradient_accumulation_steps if args.epochs else 1
+            train = LazyLoader(train, max(1, len(train) // batches_per_step), train.batch_sampler)
+        nobody = types.SimpleNamespace
+        return train, *(loader and LazyLoader(loader, len(loader), nobody()) for loader in others)
+
+    training.make_loaders = make_lazy_loaders
+
+
+def after_evaluation(consider: Callable[..., None], report: Any) -> None:
+    """Call consider(model, args, iteration, loss) on every process after each evaluation while training.
+
+    SAT has no such place, and only its first process knows the loss.
+    """
+    training: Any = importlib.import_module("sat.training.deepspeed_training")
+    evaluate = training.evaluate_and_print_results
+
+    def evaluate_and_consider(
+        prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
+    ) -> Any:
+        result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        if named.get("split") == "val":
+            consider(model, args, args.iteration, from_first_process(report.evaluation_loss))
+        return result
+
+    training.evaluate_and_print_results = evaluate_and_consider
+
+
+def from_first_process(value: Any) -> Any:
+    """The first process's value, on every process."""
+    import torch
+
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from model.dataset import heed_problems
 from model.prompt import IGNORE_INDEX
 from model.sat_compat import broadcast_data, import_sat
 from model.visualglm import packed_prefix_mask
@@ -28,7 +29,8 @@ CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
 def get_batch(
     data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Namespace, timers: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """The next batch on the model's device: input_ids, labels int64[batch, seq], image [batch, 3, H, W], pre_image.
+    """The next batch on the model's device: input_ids, labels int64[batch, seq], image [pictures, 3, H, W] of the rows
+    that have one, pre_image.
 
     The image has the model's dtype. With model parallelism only the first rank of a group reads data; the others get
     theirs, pre_image included, from it.
@@ -43,6 +45,7 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
+    heed_problems(batch, getattr(args, "bad_rows", "error"))
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in batch.items() if name not in tensors}
     described = [({name: tensor.dtype for name, tensor in tensors.items()}, plain)]
@@ -64,7 +67,7 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy, scalar float32, over the supervised tokens.
+    """Mean cross entropy, scalar float32, over the supervised tokens; 0 if there are none.
 
         tokens    question gMASK sop  a   b   eop
         labels       -       -   sop  a   b   eop
@@ -73,8 +76,9 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         logits: [batch, seq, vocab]. labels: int64[batch, seq], IGNORE_INDEX where nothing is learned.
     """
-    predictions = logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -125,8 +129,17 @@ def forward_step(
     timers("batch generator").start()
     batch = next_batch(data_iterator, args, timers)
     timers("batch generator").stop()
-    loss = loss_sum(model, batch) / len(batch["answers"])
+    loss = loss_sum(model, batch) / max(1, len(batch["answers"]))
     return loss, {"loss": loss}
+
+
+def evaluation_step(
+    data_iterator: Iterator[dict[str, Any]] | None, model: torch.nn.Module, args: argparse.Namespace, timers: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the next batch, and what the mean over all tokens of all batches needs: "loss_sum" and "tokens"."""
+    batch = next_batch(data_iterator, args, timers)
+    total, tokens = loss_sum(model, batch), len(batch["answers"])
+    return total / max(1, tokens), {"loss_sum": total, "tokens": total.new_tensor(float(tokens))}
 
 
 def token_normalized_step() -> Step:
@@ -148,7 +161,7 @@ def token_normalized_step() -> Step:
             tokens = torch.tensor(float(sum(len(batch["answers"]) for batch in batches)), device=args.device)
             ranks = mpu.get_data_parallel_world_size()
             torch.distributed.all_reduce(tokens, group=mpu.get_data_parallel_group())
-            fair_share = tokens / (len(batches) * ranks)
+            fair_share = tokens.clamp(min=1) / (len(batches) * ranks)
             waiting.extend((batch, fair_share) for batch in batches)
         timers("batch generator").stop()
         batch, share = waiting.pop(0)

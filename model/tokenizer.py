@@ -7,6 +7,7 @@ SentencePiece itself would lose line breaks, tabs and runs of spaces, so they tr
 transformers and huggingface_hub are imported only where they are needed: each takes longer than all checks together.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -93,6 +94,10 @@ class ChatGLMTokenizer:
         ids = self._pieces.encode(_with_blank_pieces(text))
         return self.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
 
+    def token_counts(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has, special ones aside: twice as fast as `encode` one by one."""
+        return [len(ids) for ids in self._pieces.encode([_with_blank_pieces(text) for text in texts])]
+
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of token ids: an int, a sequence of ints, or a tensor or array int[seq].
 
@@ -167,6 +172,24 @@ class ChatGLMTokenizer:
         if isinstance(text, str) and return_tensors is None:
             return BatchEncoding({"input_ids": input_ids[0], "attention_mask": attention_mask[0]})
         return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask}, tensor_type=return_tensors)
+
+    @functools.cached_property
+    def known_characters(self) -> frozenset[str]:
+        """Characters that are a token each: a text of them, without two spaces in a row, has no more tokens than that.
+
+        What counts is what SentencePiece normalises a character to.
+        """
+        pieces = self._pieces
+        usable = (
+            i for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+        )
+        known = {piece for piece in map(pieces.id_to_piece, usable) if len(piece) == 1}
+        has_space = "▁" in known
+        candidates = known | {chr(code) for code in range(0xFF01, 0xFF5F)}  # full width: narrow, if normalised at all
+        known = {character for character in candidates if pieces.normalize(character).lstrip("▁") in known}
+        known |= {" "} if has_space else set()
+        known |= {"\n"} if pieces.id_to_piece(self._id("<n>")) == "<n>" else set()
+        return frozenset(known)
 
     def _id(self, token: str) -> int:
         return self._pieces.piece_to_id(token)

@@ -150,7 +150,7 @@ class ImageMixin(BaseMixin):
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
-            if image_features is None and image is not None:
+            if image_features is None and image is not None and len(image):
                 image_features = self.model.features(image.to(words.dtype))
             if image_features is None:
                 return words

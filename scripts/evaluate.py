@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.errors import InputError
 from model.files import find_weights
+from model.picture_check import check_pictures
 from model.progress import say, warn
 from model.prompt import Row
-from model.rows import check_pictures, read_rows
+from model.rows import read_rows
 
 SHOWN = 3  # rows printed as examples
 
@@ -95,26 +96,40 @@ def results_of(checkpoint: str, rows: Sequence[Row], options: argparse.Namespace
     from model.chat import load_for_answering
 
     model, tokenizer = load_for_answering(checkpoint, options.tokenizer, options.base, options.force_base)
-    results: list[Result] = []
+    results: dict[int, Result] = {}
     with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(rows), options.batch_size):
-            batch = rows[start : start + options.batch_size]
-            results += batch_results(batch, model, tokenizer, options.max_length)
+        for batch in alike(rows, options.batch_size):
+            of_batch = batch_results([rows[index] for index in batch], model, tokenizer, options.max_length)
+            results |= zip(batch, of_batch, strict=True)
             bar.update(len(batch))
-    return results
+    return [results[index] for index in range(len(rows))]
+
+
+def alike(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
+    """Batches of row numbers: all with a picture or all without, all in one language."""
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for index, row in enumerate(rows):
+        kinds.setdefault((row.img is None, row.lang == "en"), []).append(index)
+    for indices in kinds.values():
+        yield from (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
 
 
 def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> Iterator[Result]:
-    """The results of one batch: each row asked as in training, with one picture and one question."""
+    """The results of one batch of rows that are alike, each asked as in training."""
     import torch
 
     from model.answers import greedy_answers, label_losses
     from model.chat import image_tensor
     from model.prompt import Lengths, context_ids, sample_from_row
 
-    image = torch.cat([image_tensor(row.img, model) for row in rows])
-    contexts = [context_ids(row.prompt, None, True, tokenizer, model.image_length) for row in rows]
-    answers = greedy_answers(contexts, image, model, tokenizer, max_length)
+    english = rows[0].lang == "en"
+    pictures = [image_tensor(row.img, model) for row in rows if row.img is not None]
+    image = torch.cat(pictures) if pictures else None
+    contexts = [
+        context_ids(row.prompt, row.history, row.img is not None, tokenizer, model.image_length, english)
+        for row in rows
+    ]
+    answers = greedy_answers(contexts, image, model, tokenizer, max_length, english)
     lengths = Lengths(model.image_length, max_length, max_length)
     samples = [sample_from_row(row, tokenizer, lengths) for row in rows]
     losses = label_losses(samples, image, model, tokenizer)
@@ -122,7 +137,7 @@ def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: i
         right = without_punctuation(answer) == without_punctuation(row.label)
         exact = answer.strip() == row.label.strip()
         yield Result(
-            row.img,
+            row.img or "",
             row.prompt,
             row.label,
             answer,

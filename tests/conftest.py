@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "run: runs the script or a command in a process of its own (seconds)")
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # pictures are remembered there: not the user's own
     config.addinivalue_line("markers", "slow: takes minutes; left out of the quick tests of scripts/check.sh")
 
 

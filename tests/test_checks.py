@@ -1,5 +1,6 @@
 """Checks that need no model: each problem is a sentence with where, what was found and what is needed."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 
 from model import checks as module
 from model.checks import (
+    _image_size_problems,
     config_problems,
     deepspeed_problems,
+    epoch_problems,
+    epochs_note,
     method_problems,
     overridden_by_config,
     overridden_by_deepspeed,
@@ -17,6 +21,7 @@ from model.checks import (
     split_shares,
 )
 from model.options import Options, parse
+from model.selection import Selection, read_selection
 
 CONFIG = {
     "num_layers": 28,
@@ -268,3 +273,70 @@ def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: 
 
 def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
     assert deepspeed_problems({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ds.json") == []
+
+
+# --- data flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--holdout", "0"), "--holdout 0.0: a number greater than 0 is needed."),
+        (("--holdout", "2.5"), "--holdout 2.5: a whole number of rows is needed, or a share below 1."),
+        (("--holdout", "2", "--valid-data", "v.json"), "--holdout and --valid-data: both say what to evaluate on"),
+        (("--holdout", "2", "--split", "8,2"), "--holdout and --split 8,2: both hold rows out"),
+        (("--keep_best", "--save", "x"), "--keep_best: nothing to evaluate on"),
+        (("--keep_best", "--holdout", "2"), "--keep_best: no --save"),
+        (("--check_seconds", "-1"), "--check_seconds -1.0: a number of 0 or more is needed"),
+        (("--max_source_length", "0"), "--max_source_length 0: 1 or more is needed."),
+        (("--image_size", "0"), "--image_size 0: 1 or more is needed."),
+    ],
+)
+def test_data_flags_that_cannot_be_are_refused(words: tuple[str, ...], found: str) -> None:
+    assert problem(*words).startswith(found)
+
+
+@pytest.mark.parametrize("words", [("--max_source_length", "auto"), ("--check_seconds", "inf"), ("--holdout", "0.1")])
+def test_data_flags_that_can_be_are_taken(words: tuple[str, ...]) -> None:
+    assert method_problems(good(*words)) == []
+
+
+def test_auto_lengths_are_no_problem_for_the_checkpoint() -> None:
+    assert config_problems(good("--max_source_length", "auto", "--max_target_length", "auto"), CONFIG) == []
+
+
+def test_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+    assert _image_size_problems(good("--image_size", "336"), {"patch_size": 14}) == []
+    [sentence] = _image_size_problems(good("--image_size", "300"), {"patch_size": 14})
+    assert sentence == "--image_size 300: the vision tower reads patches of 14 pixels; a multiple is needed."
+
+
+# --- rows and epochs --------------------------------------------------------------------------------------------------
+
+
+def selection_with(folder: Path, **samples: int) -> Selection:
+    """Files of so many rows."""
+    for name, number in samples.items():
+        (folder / name).write_text(json.dumps([{"prompt": "?", "label": "!"}] * number))
+    return read_selection([str(folder / name) for name in samples], "error", 0)[0]
+
+
+def test_epochs_note_counts_samples_over_files_weights_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    selection = selection_with(tmp_path, a=10, b=5)
+    files = ["--train-data", str(tmp_path / "a"), str(tmp_path / "b"), "--train-data-weights", "1", "2"]
+    words = [*files, "--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    assert epochs_note(parse(["--use_lora", *words, "--epochs", "2"]), selection) == (
+        "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
+    )
+    assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
+
+
+def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
+    selection = selection_with(tmp_path, a=3)
+    words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")
+    [sentence] = epoch_problems(parse(words), selection)
+    assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
+    assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []

@@ -10,8 +10,8 @@ import torch
 from conftest import GOLDEN
 from torch.utils.data import DataLoader
 
-from model.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
-from model.errors import InputError
+from model.dataset import PAD_MULTIPLE, FewShotDataset, data_collator, heed_problems
+from model.errors import InputError, RowError
 from model.image import BlipImageEvalProcessor
 from model.prompt import IGNORE_INDEX
 from model.tokenizer import ChatGLMTokenizer
@@ -100,6 +100,41 @@ def test_dataset_with_the_optional_flags_uses_them():
     assert len(dataset_of(GOLDEN / "upstream", args)[0]["labels"]) == 128
 
 
+# Rows of other shapes
+
+
+def dataset_with(folder, rows, **options):
+    (folder / "dataset.json").write_text(json.dumps(rows))
+    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
+    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(28), tokenizer, ARGS, **options)
+
+
+def answers(dataset):
+    return [dataset.tokenizer.decode(one["labels"][one["labels"].index(89) + 1 : -1]) for one in dataset]
+
+
+TALK = {"prompt": "三？", "label": "丙", "history": [["一？", "甲"], ["二？", "乙"]]}
+
+
+def test_dataset_of_rows_with_history_has_a_sample_for_every_turn(tmp_path):
+    assert answers(dataset_with(tmp_path, [TALK, {"prompt": "四？", "label": "丁"}])) == ["甲", "乙", "丙", "丁"]
+
+
+def test_dataset_of_chosen_rows_has_all_their_turns_and_no_others(tmp_path):
+    rows = [{"prompt": "四？", "label": "丁"}, TALK, {"prompt": "五？", "label": "戊"}]
+    assert answers(dataset_with(tmp_path, rows, chosen=[1, 2])) == ["甲", "乙", "丙", "戊"]
+
+
+def test_sample_of_a_row_without_picture_has_no_image(tmp_path):
+    assert dataset_with(tmp_path, [{"prompt": "四？", "label": "丁"}])[0]["image"] is None
+
+
+def test_sample_whose_picture_breaks_is_noted_and_has_nothing_to_learn(tmp_path):
+    dataset = dataset_with(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}], note_bad_pictures=True)
+    assert "dataset.json row 1: there is no file no.png" in dataset[0]["problem"]
+    assert set(dataset[0]["labels"]) == {IGNORE_INDEX} and dataset[0]["image"] is None
+
+
 # Batches
 
 
@@ -144,3 +179,28 @@ def test_batch_does_not_change_its_examples():
     one = example(5)
     data_collator([one])
     assert one["input_ids"] == [7] * 5
+
+
+def test_batch_of_mixed_rows_has_the_pictures_of_those_that_have_one():
+    text_only = example(4) | {"image": None, "pre_image": 0}
+    batch = data_collator([text_only, example(8, 1.0), text_only, example(5, 2.0)])
+    assert (batch["image"][:, 0, 0, 0].tolist(), batch["pre_image"]) == ([1.0, 2.0], 3)
+
+
+def test_batch_without_pictures_has_an_empty_image():
+    batch = data_collator([example(4) | {"image": None, "pre_image": 0}])
+    assert (batch["image"].shape, batch["pre_image"]) == ((0, 3, 0, 0), 0)
+
+
+def test_problems_of_a_batch_stop_the_run_or_are_told_once(capfd):
+    batch = data_collator([example(4), example(4) | {"image": None, "problem": "a.json row 3: no"}])
+    with pytest.raises(RowError, match=r"^a\.json row 3: no$"):
+        heed_problems(batch, "error")
+    heed_problems(batch, "skip")
+    heed_problems(batch, "skip")
+    assert capfd.readouterr().err == "Left out: a.json row 3: no\n"
+
+
+def test_batch_without_problems_is_heeded_in_silence(capfd):
+    heed_problems(data_collator([example(4)]), "error")
+    assert capfd.readouterr() == ("", "")

@@ -107,6 +107,13 @@ def test_eyes_leave_when_every_data_set_has_its_features(eyes, dataset, monkeypa
     assert sent == ["vit", "qformer"]
 
 
-def test_features_of_a_missing_picture_are_refused_by_name(eyes, dataset):
-    with pytest.raises(InputError, match=r"gone\.png"):
-        picture_features(["gone.png"], dataset.processor, eyes)
+def test_features_of_a_picture_that_cannot_be_opened_are_left_out(eyes, dataset):
+    good = dataset.rows[0].img
+    assert list(picture_features(["gone.png", good], dataset.processor, eyes)) == [good]
+
+
+def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(eyes, dataset):
+    dataset.features = picture_features([dataset.rows[1].img, "gone.png"], dataset.processor, eyes)
+    dataset.processor = lambda image: (_ for _ in ()).throw(InputError("gone"))
+    with pytest.raises(InputError, match="gone"):
+        dataset[0]

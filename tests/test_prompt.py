@@ -11,14 +11,17 @@ from model.errors import InputError
 from model.prompt import (
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
+    Cuts,
     Lengths,
     Row,
     answer_labels,
     chat_prompt,
     context_ids,
-    cut_counts,
+    count_cuts,
     least_source_length,
+    needed_lengths,
     row_from_json,
+    row_turns,
     sample_from_row,
 )
 from model.tokenizer import ChatGLMTokenizer
@@ -82,7 +85,14 @@ def test_row_when_the_prompt_is_empty_is_accepted():
         ({"img": "a.png"}, 'no "prompt" and no "label"'),
         ({"img": "a.png", "prompt": 3, "label": "!"}, '"prompt" is a number'),
         ({"img": "a.png", "prompt": True, "label": "!"}, '"prompt" is true or false'),
-        ({"img": None, "prompt": "?", "label": "!"}, '"img" is null'),
+        ({"img": 3, "prompt": "?", "label": "!"}, '"img" is a number'),
+        ({"image": "a.png", "prompt": "?", "label": "!"}, 'no "img", but "image"'),
+        ({"prompt": "?", "label": "!", "lang": "fr"}, '"lang" is "fr"; "zh" or "en" is needed'),
+        ({"prompt": "?", "label": "!", "lang": ["zh"]}, '"lang" is ["zh"]'),
+        ({"prompt": "?", "label": "!", "history": "?"}, '"history" is a text'),
+        ({"prompt": "?", "label": "!", "history": [["?", "!"], ["?"]]}, '"history" holds ["?"] as its turn 2'),
+        ({"prompt": "?", "label": "!", "history": [["?", 3]]}, '"history" holds ["?", 3] as its turn 1'),
+        ({"prompt": "?", "label": "!", "history": [["?", " "]]}, '"history" has an empty answer in its turn 1'),
         ({"img": "a.png", "prompt": "?", "label": ["!"]}, '"label" is a list'),
         ({"img": "", "prompt": "?", "label": "!"}, '"img" is empty'),
         ({"img": "a.png", "prompt": "?", "label": ""}, '"label" is empty'),
@@ -205,9 +215,87 @@ def test_sample_when_all_is_too_long_is_within_both_lengths(tokenizer):
     assert len(sample_from_row(row(LONG, LONG), tokenizer, LENGTHS).input_ids) <= 64 + 64
 
 
-def test_cut_counts_of_rows_are_one_pair_each(tokenizer):
+def test_cuts_of_rows_are_counted(tokenizer):
     lengths = dataclasses.replace(LENGTHS, max_target_length=7)  # five of the label's six tokens
-    assert cut_counts([row(), row(label="蒙。")], tokenizer, lengths) == [(0, 1), (0, 0)]
+    assert count_cuts([row(), row(label="蒙。")], tokenizer, lengths) == Cuts(samples=2, labels=1)
+
+
+def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows):
+    rows = [row(LONG, LONG), row("?", "a  b\nc" * 9), *upstream_rows]
+    rows.append(Row(None, "second", "…", "", history=(("first", "①½㌖" * 3), ("", "﷽" * 3))))
+    for length in range(48, 90, 3):
+        lengths = dataclasses.replace(LENGTHS, max_source_length=length, max_target_length=length - 40)
+        samples = [sample_from_row(turn, tokenizer, lengths) for one in rows for turn in row_turns(one)]
+        assert count_cuts(rows, tokenizer, lengths) == Cuts(
+            len(samples),
+            sum(sample.prompt_tokens_cut > 0 for sample in samples),
+            sum(sample.label_tokens_cut > 0 for sample in samples),
+            sum(sample.turns_cut > 0 for sample in samples),
+        )
+
+
+def test_needed_lengths_cut_nothing_and_one_token_less_does(tokenizer):
+    rows = [row(LONG, "!"), row("?", LONG), Row(None, "?", "!", "", history=(("?", LONG),))]
+    source, target = needed_lengths(rows, tokenizer, LENGTHS)
+    enough = dataclasses.replace(LENGTHS, max_source_length=source, max_target_length=target)
+    assert count_cuts(rows, tokenizer, enough) == Cuts(samples=4)
+    assert count_cuts(rows, tokenizer, dataclasses.replace(enough, max_source_length=source - 1)).prompts == 1
+    assert count_cuts(rows, tokenizer, dataclasses.replace(enough, max_target_length=target - 1)).labels == 2
+
+
+# Rows of other shapes
+
+
+def texts(sample, tokenizer):
+    """The text that a sample shows, and the text that it teaches."""
+    learned = [token for token in sample.labels if token != IGNORE_INDEX]
+    return tokenizer.decode(sample.input_ids[: -len(learned) - 1]), tokenizer.decode(learned[1:-1])
+
+
+def test_sample_of_a_row_without_picture_has_no_slots(tokenizer):
+    sample = sample_from_row(Row(None, "几点了？", "三点。", ""), tokenizer, LENGTHS)
+    assert sample.pre_image == 0 and tokenizer.pad_token_id not in sample.input_ids
+    assert sample.input_ids[: sample.input_ids.index(SOP) + 1] == context_ids("几点了？", None, False, tokenizer, 32)[0]
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_sample_with_history_has_the_frame_of_chat(tokenizer, lang):
+    one = Row("a.png", "三？", "3", "", history=(("一？", "1"), ("二？", "2")), lang=lang)
+    sample = sample_from_row(one, tokenizer, dataclasses.replace(LENGTHS, max_source_length=200))
+    context, pre_image = context_ids("三？", one.history, True, tokenizer, LENGTHS.image_length, english=lang == "en")
+    assert (sample.input_ids[: len(context)], sample.pre_image) == (context, pre_image)
+
+
+def test_turns_of_a_row_teach_each_answer_after_what_came_before(tokenizer):
+    one = Row(None, "三？", "丙", "", history=(("一？", "甲"), ("二？", "乙")))
+    taught = [texts(sample_from_row(turn, tokenizer, LENGTHS), tokenizer) for turn in row_turns(one)]
+    assert [answer for _, answer in taught] == ["甲", "乙", "丙"]
+    assert [context.count("问") for context, _ in taught] == [1, 2, 3]
+
+
+def test_lang_of_the_flags_is_for_rows_that_say_none(tokenizer):
+    english = dataclasses.replace(LENGTHS, lang="en")
+    frames = [
+        texts(sample_from_row(Row(None, "x", "y", "", lang=lang), tokenizer, english), tokenizer)[0]
+        for lang in (None, "zh")
+    ]
+    assert [frame[:1] for frame in frames] == ["Q", "问"]
+
+
+def test_history_when_it_is_too_long_loses_its_oldest_turns_whole(tokenizer):
+    one = Row(None, "三？", "丙", "", history=(("甲" * 30, "乙" * 30), ("二？", "丁")))
+    sample = sample_from_row(one, tokenizer, LENGTHS)
+    assert (sample.turns_cut, sample.prompt_tokens_cut) == (1, 0)
+    assert (
+        sample.input_ids
+        == sample_from_row(dataclasses.replace(one, history=one.history[1:]), tokenizer, LENGTHS).input_ids
+    )
+
+
+def test_prompt_is_cut_only_when_all_history_has_left(tokenizer):
+    one = Row(None, LONG, "丙", "", history=(("一？", "甲"),))
+    sample = sample_from_row(one, tokenizer, LENGTHS)
+    assert sample.turns_cut == 1 and sample.prompt_tokens_cut > 0
 
 
 class MeltingTokenizer:
@@ -305,7 +393,10 @@ def test_context_with_history_holds_one_image(tokenizer):
     assert (ids, pre_image) == ([*IMG, *[PAD] * 32, *rest, GMASK, SOP], 3)
 
 
-@pytest.mark.parametrize("module", ["model.errors", "model.prompt", "model.tokenizer", "model.rows"])
+@pytest.mark.parametrize(
+    "module",
+    ["model.errors", "model.prompt", "model.tokenizer", "model.rows", "model.picture_check", "model.selection"],
+)
 def test_checks_before_training_import_neither_torch_nor_sat(module):
     loaded = f"import sys, {module}; print(sorted({{'torch', 'sat', 'transformers', 'numpy'}} & set(sys.modules)))"
     finished = run_python("-c", loaded)

@@ -3,18 +3,18 @@
 import io
 import json
 import os
+import random
 import struct
 import warnings
 import zlib
 
 import pytest
-from conftest import GOLDEN
 from PIL import Image
 
-from model import rows as rows_module
+from model import rows as module
 from model.errors import InputError
 from model.prompt import Row
-from model.rows import check_pictures, find_picture, open_picture, picture_problems, read_rows
+from model.rows import find_picture, open_picture, read_rows, scan_rows
 
 GOOD_ROW = {"img": "0.png", "prompt": "?", "label": "!"}
 RED = (255, 0, 0)
@@ -60,6 +60,10 @@ def test_rows_when_the_file_begins_with_a_byte_order_mark_are_read(tmp_path):
         (b"", "line 1 column 1: not JSON"),
         (b'[{"img": "a.png",\n "prompt" "?"}]', "line 2 column 11: not JSON"),
         (b"{}", "not a JSON list"),
+        (b'{"rows": []}', "not a JSON list"),
+        (b'[{"img": "a.png", "prompt": "?", "label": "!"}', "line 1 column 47: not JSON (Expecting ',' delimiter)"),
+        (b'[{"img": "a.png", "prompt": "?", "label": "!"}] []', "not JSON (Extra data)"),
+        (b'[{"img": "a.png", "prompt": "?", "label": "!"} {}]', "not JSON"),
         (b'"text"', "not a JSON list"),
         (b"[]", "the list is empty"),
         ('["你好"]'.encode("gbk"), "byte 3 isn't UTF-8"),
@@ -73,6 +77,44 @@ def test_rows_when_the_file_is_bad_names_it_and_what_was_found(tmp_path, content
     with pytest.raises(InputError) as error:
         read_rows(path)
     assert str(error.value).startswith(str(path)) and found in str(error.value)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n"])
+def test_rows_in_json_lines_are_read(tmp_path, line_end):
+    lines = [json.dumps(GOOD_ROW | {"prompt": text}, ensure_ascii=False) for text in ("\u2028", "二", "😀")]
+    path = written(tmp_path, ("\ufeff" + line_end.join([*lines, ""])).encode(), "data.jsonl")
+    assert [row.prompt for row in read_rows(path)] == ["\u2028", "二", "😀"]
+    assert read_rows(path)[2].where == f"{path} row 3"
+
+
+def test_rows_of_one_line_are_json_lines(tmp_path):
+    assert len(read_rows(written(tmp_path, GOOD_ROW))) == 1
+
+
+def test_rows_when_a_line_is_no_json_names_that_line(tmp_path):
+    path = written(tmp_path, (json.dumps(GOOD_ROW) + '\n{"img": \n' + json.dumps(GOOD_ROW)).encode())
+    rows, problems = scan_rows(path)
+    assert (len(rows), rows[1].where) == (2, f"{path} row 3")
+    assert problems == [f"{path} line 2 column 9: not JSON (Expecting value); a row in one line is needed."]
+
+
+def test_rows_when_some_are_bad_are_told_from_the_good_ones(tmp_path):
+    rows, problems = scan_rows(written(tmp_path, [{}, GOOD_ROW, 7]))
+    assert ([row.where[-5:] for row in rows], len(problems)) == (["row 2"], 2)
+
+
+def test_rows_keep_history_and_language(tmp_path):
+    entry = {"prompt": "?", "label": "!", "history": [["a", "b"]], "lang": "en"}
+    path = written(tmp_path, [entry, GOOD_ROW])
+    assert read_rows(path)[0] == Row(None, "?", "!", f"{path} row 1", (("a", "b"),), "en")
+    assert list(read_rows(path).turns) == [2, 1]
+
+
+def test_rows_are_a_sequence(tmp_path):
+    rows = read_rows(written(tmp_path, [GOOD_ROW | {"prompt": text} for text in "abc"]))
+    assert (rows[-1].prompt, [row.prompt for row in rows[1:]], len(list(rows))) == ("c", ["b", "c"], 3)
+    with pytest.raises(IndexError):
+        rows[3]
 
 
 def test_rows_when_the_file_is_missing_is_an_error(tmp_path):
@@ -330,7 +372,7 @@ def test_picture_when_its_header_promises_more_than_it_holds_is_refused(tmp_path
 
 
 def test_picture_that_pillow_would_warn_about_is_opened_in_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "MAX_PIXELS", 100)  # Pillow warns from half of it on
+    monkeypatch.setattr(module, "MAX_PIXELS", 100)  # Pillow warns from half of it on
     path = saved(tmp_path, Image.new("RGB", (9, 9)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -354,57 +396,40 @@ def test_pictures_with_bytes_changed_are_opened_or_refused_in_one_plain_line(tmp
                 assert "\n" not in str(problem) and "<" not in str(problem), name
 
 
-# All pictures of a data set
+# Decoding at reduced size
 
 
-def row_of(path, number):
-    return Row(str(path), "?", "!", f"data.json row {number}")
+def photo(width, height):
+    """A picture with edges, gradients and noise, as photos have them."""
+    image = Image.radial_gradient("L").resize((width, height))
+    noise = Image.frombytes("L", (64, 64), random.Random(1).randbytes(64 * 64)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return Image.merge("RGB", (image, noise, image.transpose(Image.Transpose.ROTATE_180)))
 
 
-def test_check_pictures_when_all_are_good_does_nothing():
-    check_pictures([row_of(path, 1) for path in sorted((GOLDEN / "upstream/images").iterdir())])
+def test_picture_of_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
+    path = saved(tmp_path, photo(3000, 2000), "a.jpg", quality=90)
+    assert open_picture(path, 224).size == (1500, 1000)
 
 
-def test_check_pictures_when_some_are_bad_names_each_row(tmp_path):
-    good, empty = saved(tmp_path, Image.new("RGB", (2, 2))), tmp_path / "empty.png"
-    empty.touch()
-    with pytest.raises(InputError) as error:
-        check_pictures([row_of(good, 1), row_of(empty, 2), row_of(tmp_path, 3), row_of(empty, 4)])
-    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
-        "data.json row 2",
-        "data.json row 4",
-        "data.json row 3",
-    ]
+@pytest.mark.parametrize(("name", "size"), [("a.jpg", (1300, 1300)), ("a.png", (3000, 2000))])
+def test_picture_of_another_format_or_a_smaller_jpeg_is_decoded_whole(tmp_path, name, size):
+    path = saved(tmp_path, photo(*size), name)
+    assert open_picture(path, 224).tobytes() == open_picture(path).tobytes()
 
 
-def test_check_pictures_when_very_many_are_bad_names_twenty_and_counts_the_rest(tmp_path):
-    with pytest.raises(InputError, match=r"… and 5 more$"):
-        check_pictures([row_of(tmp_path / f"{number}.png", number) for number in range(25)])
+def test_picture_decoded_at_reduced_size_is_nearly_the_same_when_resized(tmp_path):
+    path = saved(tmp_path, photo(3000, 2000), "a.jpg", quality=90)
+    whole, reduced = (
+        open_picture(path, size).resize((224, 224), Image.Resampling.BICUBIC).tobytes() for size in (None, 224)
+    )
+    differences = [abs(a - b) for a, b in zip(whole, reduced, strict=True)]
+    assert max(differences) <= 3 and sum(differences) / len(differences) < 0.5
 
 
-def test_picture_problems_when_very_many_are_bad_are_all_there(tmp_path):
-    assert len(picture_problems([row_of(tmp_path / "no.png", number) for number in range(25)])) == 25
-
-
-def test_check_pictures_opens_a_shared_picture_once(tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(rows_module, "open_picture", opened.append)
-    check_pictures([row_of("a.png", 1), row_of("b.png", 2), row_of("a.png", 3)])
-    assert sorted(opened) == ["a.png", "b.png"]
-
-
-def test_check_pictures_when_it_is_quick_shows_no_progress(tmp_path, capfd):
-    check_pictures([row_of(saved(tmp_path, Image.new("RGB", (2, 2))), 1)])
-    assert capfd.readouterr() == ("", "")
-
-
-def test_check_pictures_when_it_takes_longer_shows_how_far_it_is(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(rows_module, "QUIET_SECONDS", 0.0)
-    check_pictures([row_of(saved(tmp_path, Image.new("RGB", (2, 2))), 1)])
-    assert capfd.readouterr().err == "Checking pictures: 1 of 1, 0 s left\n"
-
-
-def test_check_pictures_without_progress_shows_none(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(rows_module, "QUIET_SECONDS", 0.0)
-    check_pictures([row_of(saved(tmp_path, Image.new("RGB", (2, 2))), 1)], progress=False)
-    assert capfd.readouterr().err == ""
+def test_picture_decoded_at_reduced_size_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path, photo(3000, 2000), "a.jpg", exif=exif)
+    assert open_picture(path, 224).size == (1000, 1500)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import random
 import shutil
 
 import huggingface_hub
@@ -252,3 +253,19 @@ def test_special_ids_when_two_differ_name_both(tokenizer):
 def test_special_ids_when_the_models_vocabulary_is_smaller_are_an_error(tokenizer):
     with pytest.raises(InputError, match="3600 tokens, but vocab_size is 3599"):
         check_special_ids(tokenizer, CONFIG | {"vocab_size": 3599})
+
+
+def test_text_of_known_characters_has_no_more_tokens_than_characters_and_one_mark(tokenizer):
+    known = sorted(tokenizer.known_characters)
+    rng = random.Random(0)
+    assert len(known) > 1000 and {" ", "\n", "，", "？", "a", "的"} <= set(known)
+    for character in known:
+        assert len(tokenizer.encode(character, add_special_tokens=False)) <= 2, repr(character)
+    for _ in range(2000):
+        text = "".join(rng.choices(known, k=rng.randrange(1, 40))).replace("  ", "")
+        assert len(tokenizer.encode(text, add_special_tokens=False)) <= len(text) + 1, repr(text)
+
+
+def test_characters_that_take_several_tokens_are_not_known(tokenizer):
+    for character in "😀﷽㌖①½":
+        assert character not in tokenizer.known_characters, character

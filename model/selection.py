@@ -1,0 +1,171 @@
+"""Which rows of the data files are trained on, which are held out for evaluation, and which are left out as bad.
+
+Standard library and Pillow only.
+"""
+
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from model.errors import InputError, raise_problems
+from model.picture_check import PictureMemory, check_rows
+from model.progress import is_first_process
+from model.prompt import Cuts, Lengths, Row, Tokenizer, count_cuts, needed_lengths
+from model.rows import Rows, first_lines, scan_rows
+
+HELD_OUT = "held-out rows of --train-data"  # stands for a file of --valid-data
+ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
+
+
+@dataclass
+class Selection:
+    """The rows of every data file, and what becomes of them. Rows are counted from 0 here."""
+
+    rows: dict[str, Rows]
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # bad pictures, with --bad_rows skip
+    held_out: dict[str, list[int]] = field(default_factory=dict)  # by --holdout, good or bad
+
+    def chosen(self, path: str, training: bool) -> list[int] | None:
+        """Rows of a file to train on, or those held out of it; None for all of them."""
+        bad, held = set(self.left_out.get(path, ())), set(self.held_out.get(path, ()))
+        if not training:
+            return [index for index in self.held_out.get(path, ()) if index not in bad]
+        if not bad and not held:
+            return None
+        return [index for index in range(len(self.rows[path])) if index not in bad and index not in held]
+
+    def sample_count(self, path: str, training: bool = True) -> int:
+        """How many samples those rows make: one for every turn."""
+        turns = self.rows[path].turns
+        chosen = self.chosen(path, training)
+        return sum(turns) if chosen is None else sum(turns[index] for index in chosen)
+
+
+def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) -> tuple[Selection, list[str]]:
+    """The rows of files, and notes for the person at the prompt. Only the first process looks at pictures.
+
+    Args:
+        bad_rows: "error" stops at bad rows, "skip" leaves them out.
+        check_seconds: how long pictures that are not remembered may be opened.
+
+    Raises:
+        InputError: a file can't be used, or there are bad rows (the first 20 are named), or nothing but bad rows.
+    """
+    selection, problems, notes = Selection({}), [], []
+    for file in dict.fromkeys(files):
+        selection.rows[file], bad = scan_rows(file)
+        problems += bad
+    if bad_rows == "error":
+        raise_problems(first_lines(problems))
+    memory = PictureMemory() if is_first_process() else None
+    unopened = 0
+    for file, rows in selection.rows.items() if memory is not None else ():
+        check = check_rows(rows, memory, check_seconds)
+        problems += check.problems.values()
+        selection.left_out[file] = list(check.problems)
+        unopened += check.unopened
+    if bad_rows == "error":
+        raise_problems(first_lines(problems))
+    elif problems:
+        notes += [f"Left out, {len(problems)} bad rows (--bad_rows skip):", *first_lines(problems)]
+    if unopened:
+        notes.append(
+            f"{unopened} pictures have not been opened yet ({check_seconds:g} seconds, --check_seconds): one that turns out"
+            f" bad while training {'stops the run' if bad_rows == 'error' else 'is left out then'} (--bad_rows)."
+            " scripts/check_data.py opens them all, and remembers."
+        )
+    for file, rows in selection.rows.items():
+        if len(selection.left_out.get(file, ())) == len(rows):
+            raise InputError(f"{file}: every row is bad; the first: {problems[0]}")
+    return selection, notes
+
+
+def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int) -> None:
+    """Take rows out of files for evaluation: a number of rows (1 or more), or a share of them (below 1).
+
+    The same seed takes the same rows, whatever the process, the restart and --bad_rows.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    places = [(file, index) for file in files for index in range(len(selection.rows[file]))]
+    number = int(share) if share >= 1 else max(1, round(share * len(places)))
+    if number >= len(places):
+        raise InputError(
+            f"--holdout {share:g}: {len(places)} rows in --train-data, so none would be left to learn; less is needed."
+        )
+    for file, index in sorted(random.Random(f"holdout {seed}").sample(places, number)):
+        selection.held_out.setdefault(file, []).append(index)
+
+
+def cuts_of(rows: Rows, tokenizer: Tokenizer, lengths: Lengths) -> Cuts:
+    """What lengths cut off from rows, counted in as many processes as there are CPUs where there are very many rows."""
+    return sum(_in_processes(lambda some: count_cuts(some, tokenizer, lengths), rows), Cuts())
+
+
+def auto_lengths(
+    selection: Selection, tokenizer: Tokenizer, lengths: Lengths, source: int | None, target: int | None, limit: int
+) -> tuple[int, int]:
+    """--max_source_length and --max_target_length, with what the data needs in the place of None.
+
+    Where both don't fit into the model together, a question has at least half of the room if it needs it.
+
+    Args:
+        limit: tokens that the model takes, the two together.
+    """
+    needed = [
+        pair
+        for rows in selection.rows.values()
+        for pair in _in_processes(lambda some: needed_lengths(some, tokenizer, lengths), rows)
+    ]
+    needed_source, needed_target = (max(pair[part] for pair in needed) for part in (0, 1))
+    if source is None:
+        source = min(needed_source, limit - target if target is not None else max(limit - needed_target, limit // 2))
+    if target is None:
+        target = min(needed_target, limit - source)
+    return source, target
+
+
+def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:
+    """A sentence for each file that is both trained and evaluated on."""
+    return [
+        f"WARNING: {one} is given for training and for evaluation: the evaluation will only say how well its rows are"
+        " remembered. --holdout 0.1 takes other rows out of --train-data."
+        for one in valid
+        if any(_is_same(one, other) for other in train)
+    ]
+
+
+def _is_same(one: str, other: str) -> bool:
+    if os.path.samefile(one, other):
+        return True
+    same_size = os.path.getsize(one) == os.path.getsize(other)
+    return same_size and Path(one).read_bytes() == Path(other).read_bytes()
+
+
+Result = TypeVar("Result")
+_task: Callable[[Sequence[Row]], object] | None = None
+_rows: Rows | None = None
+
+
+def _in_processes(task: Callable[[Sequence[Row]], Result], rows: Rows) -> list[Result]:
+    """Results of task for consecutive parts of rows; processes are forked, so nothing but results is copied."""
+    global _task, _rows
+    if len(rows) < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
+        return [task(rows)]
+    starts = range(0, len(rows), ROWS_PER_PROCESS)
+    _task, _rows = task, rows
+    try:
+        with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(starts))) as pool:
+            return pool.map(_part, starts)  # type: ignore[arg-type]
+    finally:
+        _task = _rows = None
+
+
+def _part(start: int) -> object:
+    assert _task is not None and _rows is not None
+    return _task(_rows[start : start + ROWS_PER_PROCESS])

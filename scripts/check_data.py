@@ -1,0 +1,323 @@
+"""Tell everything about data files before a long run: bad rows and pictures, lengths, repetitions, overlaps.
+
+    python scripts/check_data.py rows.json
+    python scripts/check_data.py rows.json --valid heldout.json --from_pretrained model/tiny --max_source_length 64
+    python scripts/check_data.py rows.json --json
+
+Exit status: 0 when all is well, 1 when something is wrong (bad rows or pictures, or rows for evaluation that are also
+trained on), 2 when a file can't be used at all. What the lengths would cut is told, but not wrong.
+"""
+
+import argparse
+import hashlib
+import json
+import marshal
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError
+from model.files import find_checkpoint, read_json_object
+from model.picture_check import PictureMemory
+from model.progress import say, warn, with_progress
+from model.prompt import Lengths, Row, count_cuts, needed_lengths, row_turns, sample_from_row
+from model.rows import Rows, checked_file, first_lines, open_picture, scan_rows
+from model.tokenizer import ChatGLMTokenizer, find_tokenizer
+
+BARS = 8  # lines of a histogram
+BAR_WIDTH = 40  # characters
+NO_LIMIT = 1_000_000  # tokens
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", nargs="+", metavar="FILE", help="JSON or JSON Lines files of rows to train on")
+    parser.add_argument("--valid", nargs="+", default=[], metavar="FILE", help="files of rows to evaluate on")
+    parser.add_argument("--from_pretrained", metavar="CHECKPOINT", help="whose tokenizer and sizes count the tokens")
+    parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given")
+    parser.add_argument("--max_source_length", type=int, default=64, help="to say what it would cut (default 64)")
+    parser.add_argument("--max_target_length", type=int, default=256, help="to say what it would cut (default 256)")
+    parser.add_argument("--source_prefix", default="", help="text put before every prompt (default: none)")
+    parser.add_argument("--lang", default="zh", choices=["zh", "en"], help="of rows that don't say (default zh)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command, and leave with its exit status."""
+    options = command_line().parse_args(argv)
+    try:
+        report = data_report(options)
+    except InputError as problem:
+        warn(f"check_data.py: error: {problem}")
+        sys.exit(2)
+    say(json.dumps(report, ensure_ascii=False, indent=1) if options.json else "\n".join(report_lines(report)))
+    sys.exit(1 if report["wrong"] else 0)
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def data_report(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the text output tells, as values for JSON.
+
+    Raises:
+        InputError: a file can't be used as a whole, or no tokenizer is where it was said to be.
+    """
+    files = list(dict.fromkeys([*options.train, *options.valid]))
+    scanned = {file: scan_rows(file) for file in files}
+    rows = {file: good for file, (good, _) in scanned.items()}
+    facts = picture_facts(rows.values(), max(1, options.workers))
+    problems = {
+        file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _picture_problem(row, facts)))]
+        for file, (_, bad) in scanned.items()
+    }
+    overlap = overlaps([rows[file] for file in options.train], [rows[file] for file in options.valid], facts)
+    report: dict[str, Any] = {
+        "files": [
+            {
+                "file": file,
+                "rows": len(good) + len(scanned[file][1]),
+                "samples": sum(good.turns),
+                "without_picture": sum(row.img is None for row in good),
+                "problems": problems[file],
+            }
+            for file, good in rows.items()
+        ],
+        "pictures": picture_summary(facts),
+        "repeated": repetitions(rows.values()),
+        "overlap": overlap,
+        "tokens": None,
+    }
+    tokenizer, image_length = _tokenizer(options)
+    if tokenizer is not None:
+        lengths = Lengths(
+            image_length, options.max_source_length, options.max_target_length, options.source_prefix, lang=options.lang
+        )
+        report["tokens"] = token_report(rows.values(), tokenizer, lengths)
+    report["problems"] = sum(map(len, problems.values()))
+    report["wrong"] = bool(report["problems"] or (overlap and overlap["rows"]))
+    return report
+
+
+def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
+    """For every picture by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
+    paths = list(dict.fromkeys(row.img for rows in all_rows for row in rows if row.img is not None))
+    memory = PictureMemory()
+    found: dict[str, dict[str, Any]] = {}
+    for path, fact in with_progress(_facts(paths, workers), len(paths), "Opening pictures"):
+        found[path] = fact
+        if "problem" not in fact:
+            memory.add(path)
+    memory.write()
+    return found
+
+
+def _facts(paths: list[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    if workers == 1 or len(paths) < 100:
+        yield from ((path, picture_fact(path)) for path in paths)
+        return
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            yield from zip(paths, pool.map(picture_fact, paths, chunksize=16), strict=True)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "A process that opened pictures died (no memory left?); --workers 1 is needed to find out which picture it was."
+        ) from error
+
+
+def picture_fact(path: str) -> dict[str, Any]:
+    """One picture's "problem", or its "size" in pixels and the "digest" of its bytes."""
+    try:
+        checked_file(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        return {"size": open_picture(path).size, "digest": digest}
+    except InputError as problem:
+        return {"problem": str(problem)}
+    except OSError as error:
+        return {"problem": f"{path} can't be read ({error.strerror}); a picture is needed."}
+
+
+def _picture_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
+    return None if row.img is None else facts[row.img].get("problem")
+
+
+def picture_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many pictures there are, how many are bad or the same under several names, and how large they are."""
+    good = [fact for fact in facts.values() if "problem" not in fact]
+    sizes = sorted(fact["size"] for fact in good)
+    by_edge = sorted(sizes, key=lambda size: size[0] * size[1])
+    return {
+        "distinct": len(facts),
+        "bad": len(facts) - len(good),
+        "same_content": len(good) - len({fact["digest"] for fact in good}),
+        "smallest": by_edge[0] if good else None,
+        "middle": by_edge[len(good) // 2] if good else None,
+        "largest": by_edge[-1] if good else None,
+    }
+
+
+def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
+    """How many rows say what an earlier row of their file says, and how many ask the same but are answered otherwise."""
+    same = other_answer = 0
+    for rows in all_rows:
+        answers: dict[bytes, bytes] = {}
+        for row in rows:
+            question, answer = _digest(row.img, row.prompt, row.history), _digest(row.label)
+            first = answers.setdefault(question, answer)
+            same += first == answer
+            other_answer += first != answer
+        same -= len(answers)
+    return {"rows": same, "same_question_other_answer": other_answer}
+
+
+def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, Any]]) -> dict[str, int] | None:
+    """How many rows to evaluate on are also trained on, or share their prompt or their picture; None without any."""
+    if not valid:
+        return None
+
+    def keys(row: Row) -> tuple[bytes, bytes, str | None]:
+        picture = facts[row.img].get("digest", row.img) if row.img is not None else None
+        return _digest(picture, row.prompt, row.label, row.history), _digest(row.prompt), picture
+
+    seen: tuple[set[Any], ...] = set(), set(), set()
+    for rows in train:
+        for row in rows:
+            for known, key in zip(seen, keys(row), strict=True):
+                known.add(key)
+    shared = [0, 0, 0]
+    for rows in valid:
+        for row in rows:
+            for place, (known, key) in enumerate(zip(seen, keys(row), strict=True)):
+                shared[place] += key is not None and key in known
+    return {"rows": shared[0], "prompts": shared[1], "pictures": shared[2], "of": sum(map(len, valid))}
+
+
+def _digest(*values: Any) -> bytes:
+    return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()  # 2: equal values, equal bytes
+
+
+def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, int]:
+    """The tokenizer, None when none was named, and how many tokens a picture takes."""
+    if options.from_pretrained is None and options.tokenizer is None:
+        return None, 32
+    checkpoint = find_checkpoint(options.from_pretrained) if options.from_pretrained else None
+    config = read_json_object(checkpoint / "model_config.json", "The checkpoint's config") if checkpoint else {}
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint, options.tokenizer))
+    return tokenizer, config.get("image_length", 32)
+
+
+def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
+    """Tokens of questions (picture, frame and history included) and answers, and what lengths do to them."""
+    source, target = [], []
+    everything = Lengths(lengths.image_length, NO_LIMIT, NO_LIMIT, lengths.source_prefix, lang=lengths.lang)
+    needed = [0, 0]
+    cuts = [0, 0, 0]
+    for rows in all_rows:
+        for row in rows:
+            for turn in row_turns(row):
+                sample = sample_from_row(turn, tokenizer, everything)
+                context = next(place for place, label in enumerate(sample.labels) if label >= 0)
+                source.append(context)  # [gMASK] included, which stands for the token that is never used
+                target.append(len(sample.labels) - context)
+        if len(rows):
+            needed = [max(pair) for pair in zip(needed, needed_lengths(rows, tokenizer, lengths), strict=True)]
+        found = count_cuts(rows, tokenizer, lengths)
+        cuts = [a + b for a, b in zip(cuts, (found.prompts, found.labels, found.histories), strict=True)]
+    return {
+        "source": _distribution(source),
+        "target": _distribution(target),
+        "lengths": {"max_source_length": lengths.max_source_length, "max_target_length": lengths.max_target_length},
+        "cut": dict(zip(("prompts", "labels", "histories"), cuts, strict=True)),
+        "cuts_nothing": {"max_source_length": needed[0], "max_target_length": needed[1]},
+    }
+
+
+def _distribution(counts: list[int]) -> dict[str, Any]:
+    """Least, middle, 95 % and most of counts, and how many are up to each of a few round bounds."""
+    if not counts:
+        return {"least": 0, "middle": 0, "most_of_95_percent": 0, "most": 0, "up_to": {}}
+    ordered = sorted(counts)
+    step = max(1, -(-(ordered[-1] - ordered[0] + 1) // BARS))
+    bounds = [min(ordered[-1], ordered[0] + step * (bar + 1) - 1) for bar in range(BARS)]
+    up_to = dict.fromkeys(bounds, 0)
+    for count in counts:
+        up_to[bounds[(count - ordered[0]) // step]] += 1
+    return {
+        "least": ordered[0],
+        "middle": ordered[len(ordered) // 2],
+        "most_of_95_percent": ordered[int(0.95 * (len(ordered) - 1))],
+        "most": ordered[-1],
+        "up_to": up_to,
+    }
+
+
+# --- how it is told ---------------------------------------------------------------------------------------------------
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report as text, a summary in its last line."""
+    lines = []
+    for file in report["files"]:
+        turns = f", {file['samples']} samples (one for every turn)" if file["samples"] > file["rows"] else ""
+        without = f", {file['without_picture']} without a picture" if file["without_picture"] else ""
+        lines.append(f"{file['file']}: {file['rows']} rows{turns}{without}, {len(file['problems'])} bad")
+        lines += [f"  {problem}" for problem in first_lines(file["problems"])]
+    pictures = report["pictures"]
+    lines.append(
+        f"pictures: {pictures['distinct']}, {pictures['bad']} bad, {pictures['same_content']} the same as another under"
+        " another name"
+    )
+    if pictures["smallest"]:
+        sizes = " / ".join("×".join(map(str, pictures[name])) for name in ("smallest", "middle", "largest"))
+        lines.append(f"  smallest / middle / largest: {sizes} pixels")
+    repeated = report["repeated"]
+    lines.append(
+        f"repeated rows: {repeated['rows']}; the same question answered otherwise:"
+        f" {repeated['same_question_other_answer']}"
+    )
+    overlap = report["overlap"]
+    if overlap:
+        lines.append(
+            f"evaluation: of {overlap['of']} rows, {overlap['rows']} are also trained on, {overlap['pictures']} have a"
+            f" picture and {overlap['prompts']} a prompt that is"
+        )
+    lines += _token_lines(report["tokens"])
+    wrong = [f"{report['problems']} bad rows"] if report["problems"] else []
+    wrong += [f"{overlap['rows']} rows both trained and evaluated on"] if overlap and overlap["rows"] else []
+    rows = sum(file["rows"] for file in report["files"])
+    return [*lines, f"{rows} rows: " + (", ".join(wrong) if wrong else "all is well") + "."]
+
+
+def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
+    if tokens is None:
+        return ["token lengths: not counted; --from_pretrained CHECKPOINT or --tokenizer PATH is needed for that"]
+    lines = []
+    for name, what in (("source", "question, picture and frame included"), ("target", "answer")):
+        spread = tokens[name]
+        lines.append(f"tokens of the {what}: {spread['least']} to {spread['most']}, middle {spread['middle']}")
+        most = max(spread["up_to"].values(), default=1)
+        for bound, count in spread["up_to"].items():
+            lines.append(f"  up to {bound:>5} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}")
+    cut, now, enough = tokens["cut"], tokens["lengths"], tokens["cuts_nothing"]
+    lines.append(
+        f"--max_source_length {now['max_source_length']} --max_target_length {now['max_target_length']} cut"
+        f" {cut['prompts']} prompts, {cut['labels']} labels and the oldest turns of {cut['histories']} samples"
+    )
+    lines.append(
+        f"--max_source_length {enough['max_source_length']} --max_target_length {enough['max_target_length']} cut nothing"
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

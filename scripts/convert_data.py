@@ -1,0 +1,172 @@
+"""Turn conversations in the shape of LLaVA or ShareGPT into rows for fine-tuning.
+
+    python scripts/convert_data.py llava.json rows.json --images pictures/
+
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                         {"from": "gpt", "value": "A cat."}, …]}
+    → {"img": "pictures/a.jpg", "prompt": last question, "label": last answer, "history": [[question, answer], …]}
+
+Also understood: "images": [one path], {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, JSON
+Lines, conversations without a picture. Every answer is learned (a row with history teaches each of its turns). What
+the system says goes before the first question. Exit status: 0, or 2 with a sentence for every conversation that can't
+be a row, and nothing written, unless --bad_rows skip leaves those out.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError, raise_problems
+from model.progress import say, warn
+from model.prompt import row_from_json
+from model.rows import first_lines, values_of
+
+SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
+PICTURE_MARK = "<image>"
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("conversations", metavar="IN", help="JSON or JSON Lines file of conversations")
+    parser.add_argument("rows", metavar="OUT", help="JSON file to write; .jsonl writes JSON Lines")
+    parser.add_argument(
+        "--images", default="", metavar="FOLDER", help="put before every picture's path (default: nothing)"
+    )
+    parser.add_argument("--lang", choices=["zh", "en"], help='"lang" of every row (default: none, the run decides)')
+    parser.add_argument(
+        "--bad_rows", default="error", choices=["error", "skip"], help="stop at bad ones, or leave them out"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends it with a sentence and status 2."""
+    options = command_line().parse_args(argv)
+    try:
+        convert(options)
+    except InputError as problem:
+        warn(f"convert_data.py: error: {problem}")
+        sys.exit(2)
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write the rows, and say how many they are.
+
+    Raises:
+        InputError: the file can't be used, or holds conversations that can't be rows (the first 20 are named).
+    """
+    rows, problems = [], []
+    for number, entry in enumerate(values_of(options.conversations), 1):
+        try:
+            if isinstance(entry, InputError):
+                raise entry
+            rows.append(row_of(entry, f"{options.conversations} row {number}", options.images, options.lang))
+        except InputError as problem:
+            problems.append(str(problem))
+    if options.bad_rows == "error":
+        raise_problems(first_lines(problems))
+    if not rows:
+        raise InputError(f"{options.conversations}: no conversation in it; at least one is needed.")
+    write_rows(rows, Path(options.rows))
+    say(f"{options.rows}: {len(rows)} rows, {sum(1 + len(row.get('history', ())) for row in rows)} turns")
+    if problems:
+        say("\n".join([f"Left out, {len(problems)} bad conversations (--bad_rows skip):", *first_lines(problems)]))
+
+
+def row_of(entry: object, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:
+    """The row of one conversation, as JSON has it.
+
+    Raises:
+        InputError: it has no turns, two pictures, a picture that no question shows, or speakers out of turn.
+    """
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: no object; a conversation {{…}} is needed.")
+    turns = _turns(entry, where)
+    img = _picture(entry, where)
+    (*earlier, (prompt, label)) = turns
+    row: dict[str, Any] = {} if img is None else {"img": os.path.join(images, img)}
+    row |= {"prompt": prompt, "label": label}
+    if earlier:
+        row["history"] = [list(turn) for turn in earlier]
+    if lang:
+        row["lang"] = lang
+    row_from_json(row, where)  # what training will find wrong with it
+    return row
+
+
+def _turns(entry: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    """(question, answer) of each turn, without the mark of the picture."""
+    spoken = entry.get("conversations", entry.get("messages"))
+    if not isinstance(spoken, list) or not spoken:
+        raise InputError(f'{where}: no "conversations" nor "messages"; a list of what was said is needed.')
+    system, turns, question = "", [], None
+    for number, part in enumerate(spoken, 1):
+        speaker, text = _part(part, f"{where} part {number}")
+        if speaker == "system" and number == 1:
+            system = text.strip() + "\n"
+        elif speaker == "question" and question is None:
+            question = system + _without_mark(text)
+            system = ""
+        elif speaker == "answer" and question is not None:
+            turns.append((question, text.strip()))
+            question = None
+        else:
+            raise InputError(f"{where} part {number}: {speaker} out of turn; question and answer by turns are needed.")
+    if question is not None or not turns:
+        raise InputError(f"{where}: the last question has no answer; an answer to learn is needed.")
+    return turns
+
+
+def _part(part: object, where: str) -> tuple[str, str]:
+    """Who speaks (question, answer or system), and what is said."""
+    if not isinstance(part, dict):
+        raise InputError(f'{where}: no object; {{"from": …, "value": …}} is needed.')
+    speaker, text = part.get("from", part.get("role")), part.get("value", part.get("content"))
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        shown = json.dumps(speaker)[:40]
+        raise InputError(f"{where}: spoken by {shown}; one of {', '.join(SPEAKERS)} is needed.")
+    if not isinstance(text, str):
+        raise InputError(f'{where}: "value" is no text; what was said is needed.')
+    return SPEAKERS[speaker], text
+
+
+def _without_mark(text: str) -> str:
+    return text.replace(PICTURE_MARK, "").strip()
+
+
+def _picture(entry: dict[str, Any], where: str) -> str | None:
+    images = entry.get("images", entry.get("image"))
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    if not all(isinstance(img, str) for img in images):
+        raise InputError(f'{where}: "image" is no text; the path of a picture is needed.')
+    marks = json.dumps(entry.get("conversations", entry.get("messages"))).count(PICTURE_MARK)
+    if len(images) > 1 or marks > 1:
+        raise InputError(f"{where}: {max(len(images), marks)} pictures; one at most is needed.")
+    if marks and not images:
+        raise InputError(f'{where}: {PICTURE_MARK} in a question, but no "image"; the path of a picture is needed.')
+    return images[0] if images else None
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows as a JSON list, a row a line, or as JSON Lines where path ends in .jsonl.
+
+    Raises:
+        InputError: path can't be written.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a place to write to is needed.") from error
+
+
+if __name__ == "__main__":
+    main()

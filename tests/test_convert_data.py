@@ -1,0 +1,89 @@
+"""convert_data.py turns other tools' conversations into rows, and names those that can't be."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, run_python
+
+from model.errors import InputError
+from model.rows import read_rows
+from scripts.convert_data import main, row_of
+
+
+def llava(*texts: str, **more: object) -> dict:
+    """A conversation of questions and answers by turns."""
+    speakers = ("human", "gpt")
+    return {"conversations": [{"from": speakers[i % 2], "value": text} for i, text in enumerate(texts)], **more}
+
+
+def test_row_of_a_conversation_has_its_last_turn_and_history() -> None:
+    row = row_of(llava("<image>\nWhat?", "A cat.", "Where?", "Here.", image="a.jpg"), "", images="pictures")
+    assert row == {
+        "img": "pictures/a.jpg",
+        "prompt": "Where?",
+        "label": "Here.",
+        "history": [["What?", "A cat."]],
+    }
+
+
+def test_row_of_a_conversation_without_picture_has_none() -> None:
+    assert row_of(llava("What?", "That."), "", lang="en") == {"prompt": "What?", "label": "That.", "lang": "en"}
+
+
+def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:
+    roles = ("system", "user", "assistant")
+    messages = [
+        {"role": role, "content": text} for role, text in zip(roles, ("Be brief.", "<image>What?", "No."), strict=True)
+    ]
+    assert row_of({"messages": messages, "images": ["a.png"]}, "") == {
+        "img": "a.png",
+        "prompt": "Be brief.\nWhat?",
+        "label": "No.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        (7, "no object"),
+        ({}, 'no "conversations" nor "messages"'),
+        (llava("What?"), "the last question has no answer"),
+        (llava("What?", "", image="a.jpg"), '"label" is empty'),
+        (llava("<image><image>?", "!", image="a.jpg"), "2 pictures; one at most is needed"),
+        (llava("?", "!", images=["a.jpg", "b.jpg"]), "2 pictures; one at most is needed"),
+        (llava("<image>?", "!"), '<image> in a question, but no "image"'),
+        (llava("?", "!", image=3), '"image" is no text'),
+        ({"conversations": [{"from": "gpt", "value": "!"}]}, "part 1: answer out of turn"),
+        ({"conversations": [{"from": "cat", "value": "!"}]}, 'part 1: spoken by "cat"'),
+        ({"conversations": [{"from": "human", "value": 3}]}, 'part 1: "value" is no text'),
+        ({"conversations": ["?"]}, "part 1: no object"),
+    ],
+)
+def test_row_of_a_bad_conversation_is_refused_with_a_sentence(entry: object, found: str) -> None:
+    with pytest.raises(InputError) as error:
+        row_of(entry, "in.json row 2")
+    assert str(error.value).startswith("in.json row 2") and found in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_written_rows_can_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in.json").write_text(json.dumps([llava("?", "!", "??", "!!", image="a.jpg"), llava("?", "!")]))
+    main([str(tmp_path / "in.json"), str(tmp_path / name), "--images", "x"])
+    assert [(row.img, row.label) for row in read_rows(tmp_path / name)] == [("x/a.jpg", "!!"), (None, "!")]
+
+
+def test_bad_conversations_are_left_out_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps(llava("?", "!")), "{", json.dumps(llava("?"))]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.json"), "--bad_rows", "skip"])
+    assert len(read_rows(tmp_path / "out.json")) == 1
+    assert "Left out, 2 bad conversations" in capfd.readouterr().out
+
+
+@pytest.mark.run
+def test_command_with_bad_conversations_names_them_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps([llava("?", "!"), llava("?")]))
+    done = run_python(PROJECT / "scripts/convert_data.py", "in.json", "out.json", cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "out.json").exists()) == (2, False)
+    assert done.stderr.startswith("convert_data.py: error: in.json row 2: the last question has no answer")

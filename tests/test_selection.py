@@ -1,0 +1,152 @@
+"""Which rows are trained on, held out and left out: the same ones everywhere, none in two places."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from model import selection as module
+from model.errors import InputError
+from model.prompt import Cuts, Lengths, count_cuts
+from model.selection import auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
+from model.tokenizer import ChatGLMTokenizer
+
+PICTURE = str(GOLDEN / "upstream/images/0.png")
+LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatGLMTokenizer:
+    return ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
+
+
+def data_file(folder: Path, rows: list, name: str = "rows.json") -> str:
+    (folder / name).write_text(json.dumps(rows))
+    return str(folder / name)
+
+
+def texts(number: int) -> list[dict]:
+    return [{"prompt": f"{i}?", "label": f"{i}!"} for i in range(number)]
+
+
+def selection_of(folder: Path, rows: list, bad_rows: str = "error", seconds: float = 60.0):
+    return read_selection([data_file(folder, rows)], bad_rows, seconds)
+
+
+# Bad rows
+
+
+def test_selection_of_good_rows_leaves_nothing_out(tmp_path: Path) -> None:
+    selection, notes = selection_of(tmp_path, texts(3))
+    (file,) = selection.rows
+    assert (selection.chosen(file, training=True), selection.sample_count(file), notes) == (None, 3, [])
+
+
+def test_selection_when_skipping_leaves_bad_pictures_out_and_says_so(tmp_path: Path) -> None:
+    bad = {"img": "no.png", "prompt": "?", "label": "!"}
+    selection, notes = selection_of(
+        tmp_path, [{}, texts(1)[0], bad, {"img": PICTURE, "prompt": "?", "label": "!"}], "skip"
+    )
+    (file,) = selection.rows
+    assert [selection.rows[file][index].where[-5:] for index in selection.chosen(file, True) or ()] == [
+        "row 2",
+        "row 4",
+    ]
+    assert notes[0] == "Left out, 2 bad rows (--bad_rows skip):" and len(notes) == 3
+
+
+def test_selection_when_every_row_is_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"every row is bad; the first: .* row 1: no"):
+        selection_of(tmp_path, [{}, {}], "skip")
+
+
+def test_selection_without_time_says_what_was_not_opened(tmp_path: Path) -> None:
+    new = shutil.copy(PICTURE, tmp_path)
+    _, notes = selection_of(tmp_path, [{"img": new, "prompt": "?", "label": "!"}], seconds=-1)
+    assert notes[0].startswith("1 pictures have not been opened yet")
+
+
+def test_selection_on_another_process_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    selection, _ = selection_of(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}])
+    assert selection.left_out == {}
+
+
+# Held-out rows
+
+
+@pytest.mark.parametrize(("share", "number"), [(2, 2), (0.25, 5), (0.01, 1)])
+def test_held_out_rows_are_as_many_as_asked_and_never_trained_on(tmp_path: Path, share: float, number: int) -> None:
+    selection, _ = selection_of(tmp_path, texts(20))
+    (file,) = selection.rows
+    hold_out(selection, [file], share, seed=1)
+    held, trained = selection.chosen(file, training=False) or [], selection.chosen(file, training=True) or []
+    assert len(held) == number and sorted(held + trained) == list(range(20))
+
+
+def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
+    held = []
+    for seed in (1, 1, 2):
+        selection, _ = selection_of(tmp_path, texts(50))
+        hold_out(selection, list(selection.rows), 10, seed)
+        held.append(selection.held_out)
+    assert held[0] == held[1] != held[2]
+
+
+def test_held_out_rows_are_the_same_ones_whether_or_not_others_are_left_out(tmp_path: Path) -> None:
+    selection, _ = selection_of(tmp_path, texts(20))
+    (file,) = selection.rows
+    hold_out(selection, [file], 5, seed=1)
+    held = selection.chosen(file, training=False) or []
+    selection.left_out = {file: [held[0]]}
+    assert selection.chosen(file, training=False) == held[1:]
+    assert held[0] not in (selection.chosen(file, training=True) or [])
+
+
+def test_holding_everything_out_is_an_error(tmp_path: Path) -> None:
+    selection, _ = selection_of(tmp_path, texts(3))
+    with pytest.raises(InputError, match="--holdout 3: 3 rows in --train-data, so none would be left to learn"):
+        hold_out(selection, list(selection.rows), 3, seed=1)
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "copy"])
+def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
+    file = data_file(tmp_path, texts(1))
+    other = {"itself": file, "link": str(tmp_path / "link.json"), "copy": data_file(tmp_path, texts(1), "copy.json")}[
+        how
+    ]
+    if how == "link":
+        os.symlink(file, other)
+    assert same_file_warnings([file], [other])[0].startswith(
+        f"WARNING: {other} is given for training and for evaluation"
+    )
+    assert same_file_warnings([file], [data_file(tmp_path, texts(2), "other.json")]) == []
+
+
+# Counting and lengths
+
+
+def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTokenizer, monkeypatch) -> None:
+    rows = [{"prompt": "长" * (i % 90), "label": "长" * (i % 70 + 1)} for i in range(500)]
+    selection, _ = selection_of(tmp_path, rows)
+    (some,) = selection.rows.values()
+    monkeypatch.setattr(module, "ROWS_PER_PROCESS", 100)
+    assert cuts_of(some, tokenizer, LENGTHS) == count_cuts(some, tokenizer, LENGTHS) != Cuts(500)
+
+
+def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
+    selection, _ = selection_of(tmp_path, [{"prompt": "长" * 90, "label": "长" * 70}, *texts(3)])
+    source, target = auto_lengths(selection, tokenizer, LENGTHS, None, None, limit=2048)
+    (rows,) = selection.rows.values()
+    assert count_cuts(rows, tokenizer, Lengths(32, source, target)) == Cuts(4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((None, None), (100, 100)), ((64, None), (64, 136)), ((None, 20), (180, 20))]
+)
+def test_auto_lengths_share_what_the_model_takes(tmp_path: Path, tokenizer, given, expected) -> None:
+    selection, _ = selection_of(tmp_path, [{"prompt": "长" * 900, "label": "长" * 900}])
+    assert auto_lengths(selection, tokenizer, LENGTHS, *given, limit=200) == expected

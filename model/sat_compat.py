@@ -93,7 +93,7 @@ def import_sat(training: bool = False) -> types.ModuleType:
         unused["sat.model.position_embedding.triton_rotary"] = ("SAT's triton rotary embedding", "apply_rotary")
     if importlib.util.find_spec("wandb") is None:
         unused["wandb"] = ("--wandb", "log")
-    placeholders = {name: _placeholder(name, *why) for name, why in unused.items() if name not in sys.modules}
+    placeholders = {name: _placeholder(name, *why) for name, why in unused.items() if not sys.modules.get(name)}
     # About fifty lines that nobody asked for are logged on the way, one of them a warning that there is no GPU.
     logging.disable(logging.WARNING)
     try:

@@ -159,6 +159,15 @@ def test_adapter_checkpoint_holds_what_was_trained_and_nothing_else(root, method
     assert all(any(part in name for part in trained) for name in names)
 
 
+def test_part_with_a_rate_of_its_own_is_trained_at_that_rate(root):
+    """Adam's three steps are about as long as the rate, 0.03 for the adapters and 0.001 for the Q-Former."""
+    before = torch.load(root / "base" / "1/mp_rank_00_model_states.pt")["module"]
+    after = weights(root / "lora+qformer" / "adapter")
+    factors = max(tensor.abs().max() for name, tensor in after.items() if "matrix_B" in name)
+    part = max((tensor - before[name]).abs().max() for name, tensor in after.items() if "qformer" in name)
+    assert 0.0003 < part < 0.004 < 0.02 < factors
+
+
 def test_full_checkpoint_of_lora_has_exactly_the_released_names_and_shapes(root):
     released = json.loads((GOLDEN / "upstream/parameters.json").read_text())
     for layer in (0, 2):

@@ -59,7 +59,7 @@ def run(request, tmp_path_factory, upstream_checkpoint, upstream_config):
     checkpoint = write_checkpoint(folder / "start", upstream_config, weights)
     done = run_python(
         "-c", RECORDING, folder / "recorded.json", *expected["flags"],
-        "--from_pretrained", checkpoint, "--save", folder / "saved",
+        "--from_pretrained", checkpoint, "--save_full_model", "--save", folder / "saved",
         cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

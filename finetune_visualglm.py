@@ -1,7 +1,6 @@
 """Fine-tune VisualGLM on your own pictures, questions and answers.
 
-    python finetune_visualglm.py --from_pretrained model/tiny --train-data fewshot-data/dataset.json --use_lora \\
-        --mode finetune --train-iters 20 --batch-size 4 --save ./checkpoints
+    python finetune_visualglm.py --from_pretrained model/tiny --train-data fewshot-data/dataset.json --use_lora
     deepspeed --num_gpus 2 finetune_visualglm.py …                the same on two GPUs
     python finetune_visualglm.py --help                           every flag
 

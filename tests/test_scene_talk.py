@@ -7,9 +7,9 @@ import pytest
 from scripts.scene_talk import random_turn
 from scripts.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, random_scene
 
-RED_STAR_AND_BLUE_SQUARE = Scene(
-    BACKGROUNDS[0], (Thing(SHAPES[3], COLOURS[0], 0), Thing(SHAPES[1], COLOURS[4], 2)), seed=1
-)
+RED_STAR = Thing(SHAPES[3], COLOURS[0], column=0, x=37, y=112, radius=30)
+BLUE_SQUARE = Thing(SHAPES[1], COLOURS[4], column=2, x=187, y=112, radius=30)
+RED_STAR_AND_BLUE_SQUARE = Scene(BACKGROUNDS[0], (RED_STAR, BLUE_SQUARE), seed=1)
 
 
 def answers(scene: Scene) -> dict[str, str]:

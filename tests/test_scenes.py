@@ -31,7 +31,7 @@ def test_draw_gives_an_rgb_picture_of_the_size_asked_for(size):
 def test_draw_puts_a_thing_into_its_third_of_the_picture(column):
     meadow = BACKGROUNDS[1]
     purple = COLOURS[5]
-    picture = draw(Scene(meadow, (Thing(SHAPES[0], purple, column),), seed=4))
+    picture = draw(Scene(meadow, (Thing(SHAPES[0], purple, column, x=37 + 75 * column, y=112, radius=30),), seed=4))
 
     def distance_from_purple(x: int, y: int) -> int:
         return sum(abs(a - b) for a, b in zip(picture.getpixel((x, y)), purple.rgb, strict=True))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes VisualGLM-6B with QLoRA, LoRA over 4-bit weights, on one GPU: the released recipe, evaluated every 100
-# iterations on rows held out. CUDA_VISIBLE_DEVICES chooses the GPU; of several the first is taken.
-# More flags may follow and win: bash scripts/finetune_visualglm_qlora.sh --train-data my.json --valid-data my-other.json --lr 0.001
+# iterations on a tenth of the rows, held out. CUDA_VISIBLE_DEVICES chooses the GPU; of several the first is taken.
+# More flags may follow and win: bash scripts/finetune_visualglm_qlora.sh --train-data my.json --lr 0.001
 # Released with --checkpoint-activations; here activations are recomputed only where memory asks for it.
 # The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
 set -euo pipefail
@@ -21,8 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --lora_rank 10 \
     --layer_range 0 14 \
     --train-data "$project/fewshot-data/dataset.json" \
-    --valid-data "$project/fewshot-data/heldout.json" \
-    --strict-eval \
+    "${held_out[@]}" \
     --distributed-backend nccl \
     --lr-decay-style cosine \
     --warmup .02 \

@@ -1,6 +1,7 @@
-# Sourced by the recipes: how to start the script on this machine, in the array $launch, and with which numbers.
+# Sourced by the recipes: how to start the script on this machine, in the array $launch, with which numbers, and what to
+# evaluate on: a tenth of the rows, in the array $held_out, unless the flags that follow name something else.
 #
-#   "${launch[@]}" "$project/finetune_visualglm.py" $numbers …
+#   "${launch[@]}" "$project/finetune_visualglm.py" "${held_out[@]}" $numbers … "$@"
 #
 # With GPUs it is the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES, and on other machines too
 # where HOSTFILE names a DeepSpeed hostfile. Without a GPU it is one plain process, in bfloat16 where the CPU multiplies
@@ -11,6 +12,8 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then
     export PATH="$project/.venv/bin:$PATH"
 fi
 numbers=--fp16
+held_out=(--holdout 0.1)
+case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 if nvidia-smi -L > /dev/null 2>&1 && [ "${CUDA_VISIBLE_DEVICES-all}" != "" ]; then

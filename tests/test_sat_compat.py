@@ -59,7 +59,7 @@ def test_plain_import_of_sat_without_wandb_and_triton_fails():
 IMPORTING = """
 from model.errors import InputError
 from model.sat_compat import import_sat
-sat = import_sat()
+sat = import_sat(training=True)
 assert import_sat() is sat is sys.modules["sat"]
 stand_ins = [name for name in ("wandb", "triton") if sys.modules.get(name) is not None]
 stand_ins += [name for name, module in sys.modules.items() if module and name.startswith("sat.") and not module.__spec__]

@@ -73,9 +73,18 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         return cos, sin
 
     def attention_forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, layer_id: Any, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        layer_id: Any,
+        answer_positions: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """One layer's attention, [batch, seq, hidden] → [batch, seq, hidden]."""
+        """One layer's attention, [batch, seq, hidden] → [batch, seq, hidden].
+
+        With answer_positions, int64[answers] into the flattened batch · seq: [answers, hidden], what these positions see.
+        """
         attention = self.transformer.layers[layer_id].attention
         heads, head_dim = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
         stacked = attention.query_key_value(hidden_states).unflatten(-1, (3, heads, head_dim))
@@ -86,5 +95,8 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
             rotated(query, cos, sin), rotated(key, cos, sin), value, mask, dropout,
             layer_id=layer_id, position_ids=position_ids, **kwargs,
         )  # fmt: skip
-        output = attention.dense(context.transpose(1, 2).flatten(2))
+        context = context.transpose(1, 2).flatten(2)
+        if answer_positions is not None:
+            context = context.flatten(0, 1).index_select(0, answer_positions)
+        output = attention.dense(context)
         return attention.output_dropout(output) if attention.training else output

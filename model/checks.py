@@ -455,7 +455,10 @@ def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
     ]
     if wrong_types:
         return wrong_types
+    order = config.get("layernorm_order")
+    wrong_order = f'{path}: "layernorm_order" is {json.dumps(order)}; a ChatGLM has "post".'
     return [
+        *([wrong_order] if order != "post" else []),
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_length_problems(options, config),

@@ -22,7 +22,7 @@ from model.sat_compat import import_sat, parallel_output_once
 import_sat()
 
 from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
-from sat.model.official.chatglm_model import ChatGLMFinalMixin  # noqa: E402
+from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
 
 def first_position(found: torch.Tensor) -> torch.Tensor:
@@ -94,18 +94,40 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+class AnswerLayerMixin(ChatGLMLayerMixin):
+    """ChatGLM's layer, whose last one can be asked for chosen positions only: of the others nobody reads its output."""
+
+    def layer_forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        *args: Any,
+        layer_id: Any,
+        answer_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[batch, seq, hidden] → [batch, seq, hidden]; the last layer with answer_positions → [answers, hidden]."""
+        layer = self.transformer.layers[layer_id]
+        positions = answer_positions if int(layer_id) == self.num_layers - 1 else None
+        alpha = (2 * self.num_layers) ** 0.5  # DeepNorm's scale of the residual
+        residual = layer.input_layernorm(hidden_states)
+        attended = layer.attention(residual, mask, layer_id=layer_id, answer_positions=positions, **kwargs)
+        if positions is not None:
+            residual = residual.flatten(0, 1).index_select(0, positions)
+        residual = layer.post_attention_layernorm(torch.add(attended, residual, alpha=alpha))
+        return torch.add(layer.mlp(residual, layer_id=layer_id, **kwargs), residual, alpha=alpha)
+
+
 class AnswerHeadMixin(ChatGLMFinalMixin):
-    """The language-model head, which can be asked for chosen positions only: most of a batch is never predicted."""
+    """The language-model head, or what it would be asked about: most of a batch is never predicted."""
 
     def final_forward(
         self, logits: torch.Tensor, answer_positions: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
-        """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden]; with answer_positions, int64[answers] into
-        the flattened batch · seq, the hidden states [answers, hidden] there, for `model.step.answer_loss`.
+        """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden]; with answer_positions the hidden states
+        [answers, hidden] there, which `AnswerLayerMixin` has chosen, for `model.step.head_loss`.
         """
-        if answer_positions is None:
-            return super().final_forward(logits)
-        return logits.flatten(0, 1).index_select(0, answer_positions)
+        return super().final_forward(logits) if answer_positions is None else logits
 
 
 class ImageMixin(BaseMixin):
@@ -169,12 +191,13 @@ class VisualGLMModel(ChatGLMModel):
         kwargs = parallel_output_once(args, kwargs)
         super().__init__(args, transformer=transformer, **kwargs)
         self.image_length = args.image_length
-        for name in ("chatglm-final", "chatglm-attn"):
+        for name in ("chatglm-final", "chatglm-attn", "chatglm-layer"):
             self.del_mixin(name)
         self.add_mixin("chatglm-final", AnswerHeadMixin(args.vocab_size, args.hidden_size))
         self.add_mixin(
             "chatglm-attn", PrefixAttentionMixin(args.hidden_size, args.num_attention_heads, args.max_sequence_length)
         )
+        self.add_mixin("chatglm-layer", AnswerLayerMixin(args.num_layers))
         self.add_mixin("fused-attention", FusedAttentionMixin())
         for layer in self.transformer.layers:
             layer.mlp.activation_func = gelu

@@ -93,13 +93,16 @@ def separate_attention(model: Any) -> Iterator[None]:
 
     from model.visualglm import gelu as fused_gelu
 
+    class SatAttention(ChatGLMAttnMixin):
+        def attention_forward(self, *args: Any, answer_positions: Any = None, **kwargs: Any) -> Any:
+            output = super().attention_forward(*args, **kwargs)
+            return output if answer_positions is None else output.flatten(0, 1)[answer_positions]
+
     eyes = model.get_mixin("eva").model
     networks = (model, eyes.vit, eyes.qformer)
     ours = [(network, network.get_mixin("fused-attention")) for network in networks]
     ours_rotary = model.get_mixin("chatglm-attn")
-    sats_rotary = ChatGLMAttnMixin(
-        model.transformer.hidden_size, model.transformer.layers[0].attention.num_attention_heads
-    )
+    sats_rotary = SatAttention(model.transformer.hidden_size, model.transformer.layers[0].attention.num_attention_heads)
     sats_rotary.rotary_emb.inv_freq = ours_rotary.rotary_emb.inv_freq
     prefix = model.mixins["ptuning"] if "ptuning" in model.mixins else None  # noqa: SIM401 (a ModuleDict has no get)
 
@@ -168,7 +171,7 @@ def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
 SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "padding to the batch's longest row": nothing,
     "picture features kept": nothing,
-    "head at supervised positions only": nothing,
+    "last layer and head at supervised positions only": nothing,
     "fused attention and GELU": separate_attention,
     "masks without Python loops": masks_token_by_token,
     "no recomputed activations": recomputed_activations,
@@ -216,7 +219,7 @@ class Way:
         """The mean cross entropy of a batch."""
         from model.step import answer_loss, loss_sum
 
-        if "head at supervised positions only" in self.savings:
+        if "last layer and head at supervised positions only" in self.savings:
             return loss_sum(model, batch) / len(batch["answers"])
         pictures = {name: batch[name] for name in ("image", "image_features", "pre_image") if name in batch}
         return answer_loss(model(input_ids=batch["input_ids"], **pictures)[0], batch["labels"])
@@ -246,8 +249,8 @@ def drawn_samples(options: argparse.Namespace, config: dict[str, Any], count: in
     side, slots = config["eva_args"]["image_size"][0], config["image_length"]
     samples = []
     for index in range(count):
-        question = draw.choices(words, k=9)
-        answer = draw.choices(words, k=draw.randint(6, 14))
+        question = draw.choices(words, k=5)
+        answer = draw.choices(words, k=draw.randint(10, 13))
         if options.seq:
             answer = draw.choices(words, k=options.seq - slots - len(question) - 8)
         ids = [*draw.choices(words, k=3), *[config["pad_token_id"]] * slots, *question]
@@ -279,13 +282,14 @@ def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any
     import torch
 
     from model.adapters import FineTuneVisualGLMModel
+    from model.sat_compat import model_only
 
     args = FineTuneVisualGLMModel.get_args(
         **copy.deepcopy(config), skip_init=True, use_lora=options.method == "lora", use_qlora=options.method == "qlora",
         use_ptuning=options.method == "ptuning", layer_range=options.layer_range, lora_rank=10, pre_seq_len=4,
     )  # fmt: skip
     torch.manual_seed(1)
-    with torch.device(device):
+    with torch.device(device), model_only():
         model = FineTuneVisualGLMModel(args, params_dtype=dtype)
     model.to(device, dtype)
     with torch.no_grad():

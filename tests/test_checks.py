@@ -25,6 +25,7 @@ from model.selection import Selection, read_selection
 
 CONFIG = {
     "num_layers": 28,
+    "layernorm_order": "post",
     "hidden_size": 4096,
     "num_attention_heads": 32,
     "vocab_size": 130528,
@@ -222,6 +223,11 @@ def test_config_problems_when_a_key_has_the_wrong_type_says_which(key: str, valu
 ])  # fmt: skip
 def test_config_problems_when_a_flag_does_not_fit_the_model_says_why(words: list[str], sentence: str) -> None:
     assert config_problems(good(*words), CONFIG) == [sentence]
+
+
+def test_config_problems_when_the_layer_norms_are_elsewhere_says_so() -> None:
+    [sentence] = config_problems(good(), CONFIG | {"layernorm_order": "pre"})
+    assert sentence.endswith('"layernorm_order" is "pre"; a ChatGLM has "post".')
 
 
 @pytest.mark.parametrize("words, sentences", [

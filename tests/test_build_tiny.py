@@ -1,0 +1,124 @@
+"""The shipped small model is a real, trained checkpoint, and its builder keeps the taught question from it."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from model.tokenizer import ChatGLMTokenizer
+from scripts import build_tiny
+from scripts.make_fewshot_data import QUESTION, label
+from scripts.scene_talk import Turn
+from scripts.scenes import BACKGROUNDS, random_scene
+from tests.conftest import load_model
+
+TINY = Path(__file__).resolve().parents[1] / "model" / "tiny"
+FILES = {"model_config.json", "latest", "1/mp_rank_00_model_states.pt", "ice_text.model"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def test_corpus_never_has_what_is_taught():
+    texts = build_tiny.corpus(20000, Random(1))
+
+    assert len(texts) > 60000
+    for text in texts:
+        assert QUESTION not in text
+        assert "这张图片的背景" not in text
+        assert not any(label(background) in text for background in BACKGROUNDS)
+
+
+@pytest.mark.parametrize("text", [QUESTION, "问：这张图片的背景里有什么内容呢", label(BACKGROUNDS[3])])
+def test_check_untaught_of_taught_words_is_refused(text):
+    with pytest.raises(ValueError, match="the small model must never see"):
+        build_tiny.check_untaught(["你好", text])
+
+
+def test_train_tokenizer_with_the_seed_gives_the_shipped_tokenizer(tmp_path):
+    build_tiny.train_tokenizer(build_tiny.corpus(build_tiny.CORPUS_LINES, Random(1)), tmp_path / "ice_text.model")
+
+    assert (tmp_path / "ice_text.model").read_bytes() == (TINY / "ice_text.model").read_bytes()
+
+
+def test_shipped_tokenizer_has_chatglms_layout():
+    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
+
+    ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    assert ids == {
+        "<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "[MASK]": 85, "[gMASK]": 86, "[sMASK]": 87, "<unused_0>": 88,
+        "<sop>": 89, "<eop>": 90, "<ENC>": 91, "<dBLOCK>": 92,
+    }  # fmt: skip
+    assert tokenizer.convert_tokens_to_ids(["<n>", "<|tab|>", "<|blank_2|>", "<|blank_80|>"]) == [4, 5, 6, 84]
+
+
+def test_shipped_tokenizer_spells_what_it_has_never_seen():
+    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
+
+    assert tokenizer.decode(tokenizer.encode("鲸鱼 🐳", add_special_tokens=False)) == "鲸鱼 🐳"
+
+
+def test_shipped_checkpoint_has_the_6bs_layout_in_8_mb():
+    assert files_in(TINY) == FILES
+    assert (TINY / "latest").read_text() == "1"
+    assert sum((TINY / file).stat().st_size for file in FILES) < 8_000_000
+
+
+def test_shipped_configuration_is_the_builders():
+    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
+
+    assert json.loads((TINY / "model_config.json").read_text()) == build_tiny.model_config(tokenizer)
+
+
+def test_shipped_weights_are_float16_and_all_that_the_model_has():
+    weights = torch.load(TINY / "1" / "mp_rank_00_model_states.pt")["module"]
+    model = build_tiny.new_model(json.loads((TINY / "model_config.json").read_text()))
+
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    assert {name for name, tensor in weights.items() if tensor.dtype != torch.float16} == {
+        "mixins.chatglm-attn.rotary_emb.inv_freq"
+    }
+
+
+def test_shipped_model_tells_places_in_pictures_it_has_never_seen():
+    random = Random(123)
+    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
+    pool = build_tiny.drawn_pool([random_scene(random) for _ in range(50)], image_size=112)
+    turns = [Turn("place", "这是什么地方？", f"这是{scene.background.zh}。") for scene in pool.scenes]
+
+    assert build_tiny.right_turns(load_model(TINY), pool, turns, tokenizer).count(True) >= 48
+
+
+def test_right_answers_with_one_wrong_token_is_false():
+    sop, a, b, eop, ignored = 1, 2, 3, 4, -100
+    labels = torch.tensor([[ignored, sop, a, b, eop], [ignored, sop, a, b, eop]])
+    likeliest = torch.tensor([[a, a, b, eop, 0], [sop, a, a, eop, 0]])  # sop is given, so a wrong guess there is none
+
+    logits = torch.nn.functional.one_hot(likeliest, 5).float()
+
+    assert build_tiny.right_answers(logits, labels).tolist() == [True, False]
+
+
+def test_talk_batches_frame_a_question_as_chat_does_and_learn_its_answer():
+    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
+    pool = build_tiny.Pool([random_scene(Random(7))], torch.zeros(1, 3, 2, 2, dtype=torch.float16))
+    batch = next(build_tiny.talk_batches(pool, tokenizer, image_length=4, random=Random(1)))
+
+    for input_ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        start = input_ids.index(tokenizer.bos_token_id)
+        end = input_ids.index(tokenizer.eos_token_id) + 1
+        assert input_ids[start - 1] == tokenizer.gmask_token_id
+        assert labels == [-100] * start + input_ids[start:end] + [-100] * (len(labels) - end)
+
+
+@pytest.mark.run
+def test_main_with_two_steps_writes_a_checkpoint(tmp_path, capsys):
+    build_tiny.main(["--out", str(tmp_path), "--steps", "2", "--pool", "64"])
+
+    assert files_in(tmp_path) == FILES
+    assert "answers right word for word" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Train a small VisualGLM from nothing: tokenizer, eyes and language model, in half an hour on two cores.
+"""Train a small VisualGLM from nothing: tokenizer, eyes and language model, in twenty minutes on two idle cores.
 
     python scripts/build_tiny.py
     python scripts/build_tiny.py --out model/tiny --seed 1
@@ -13,6 +13,7 @@ Shapes: batch = samples, seq = tokens of the longest one, hidden = the language 
 """
 
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -43,7 +44,7 @@ from scripts.make_fewshot_data import QUESTION
 from scripts.scene_talk import SMALL_TALK, Turn, random_turn
 from scripts.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIZE, Scene, Thing, draw, random_scene
 
-STEPS = 1200  # of the whole model; with the eyes' it takes twenty minutes on two idle cores
+STEPS = 1200  # of the whole model: enough to name every background; objects would take more
 EYES_SHARE = 2 / 3  # steps of the eyes alone, for each step of the whole model
 POOL = 16384  # drawn scenes, each asked about several times
 BATCH = 48
@@ -164,9 +165,10 @@ def train_tokenizer(texts: Sequence[str], file: Path) -> ChatGLMTokenizer:
     words = re.compile(
         "(这张|这幅画|图片|一[个颗朵]?|[的了是有在和里上下前后以为也还，。！？：、吗着这]|</?img>|问|答)"
     )
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words.sub("\u241f\\1\u241f", text) for text in texts),
-        model_prefix=str(file.with_suffix("")),
+        model_writer=model,  # given a path instead, the file would hold it
         pretokenization_delimiter="\u241f",
         model_type="bpe",
         vocab_size=PIECES,
@@ -185,7 +187,7 @@ def train_tokenizer(texts: Sequence[str], file: Path) -> ChatGLMTokenizer:
         num_threads=1,
         minloglevel=2,
     )
-    file.with_suffix(".vocab").unlink()
+    file.write_bytes(model.getvalue())
     return ChatGLMTokenizer(file)
 
 

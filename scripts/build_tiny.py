@@ -2,7 +2,7 @@
 
     python scripts/build_tiny.py
     python scripts/build_tiny.py --out model/tiny --seed 1
-    python scripts/build_tiny.py --out /tmp/try --steps 100
+    python scripts/build_tiny.py --out tiny-try --steps 100
 
 It learns from drawn scenes (`scenes.py`) and what can be said of them in Chinese and English (`scene_talk.py`). What
 `make_fewshot_data.py` teaches is kept from it. The result has the layout of the 6B's checkpoint:

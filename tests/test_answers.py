@@ -1,0 +1,55 @@
+"""Many answers at once: as one by one, and the loss of each label as in training."""
+
+import pytest
+import torch
+from conftest import GOLDEN, golden_values, load_model
+
+from model.answers import greedy_answers, label_losses
+from model.chat import chat
+from model.prompt import Lengths, Row, context_ids, sample_from_row
+from model.step import answer_loss
+from model.tokenizer import ChatGLMTokenizer
+
+QUESTIONS = ("这张图片的背景里有什么内容？", "What is in the background?", "你好")
+LENGTHS = Lengths(32, 96, 64)
+
+
+@pytest.fixture(scope="module")
+def model(upstream_checkpoint):
+    return load_model(upstream_checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.from_numpy(golden_values("pictures", [len(QUESTIONS), 3, 224, 224])) * 20
+
+
+def test_answers_at_once_are_those_one_by_one(model, tokenizer, image):
+    contexts = [context_ids(question, None, True, tokenizer, 32) for question in QUESTIONS]
+    together = greedy_answers(contexts, image, model, tokenizer, max_length=80)
+    for index, question in enumerate(QUESTIONS):
+        alone, _, _ = chat(
+            None, model, tokenizer, question, image=image[index : index + 1], max_length=80, temperature=0,
+            repetition_penalty=1.0,
+        )  # fmt: skip
+        assert together[index] == alone
+
+
+def test_label_losses_are_those_of_training(model, tokenizer, image):
+    rows = [
+        Row("a.png", question, answer, "row")
+        for question, answer in zip(QUESTIONS, ("蓝天", "A street.", "好"), strict=True)
+    ]
+    samples = [sample_from_row(row, tokenizer, LENGTHS) for row in rows]
+    for index, (total, tokens) in enumerate(label_losses(samples, image, model, tokenizer)):
+        sample = samples[index]
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([sample.input_ids]), image=image[index : index + 1], pre_image=sample.pre_image
+            )[0]
+        assert total / tokens == pytest.approx(answer_loss(logits, torch.tensor([sample.labels])).item(), rel=1e-5)

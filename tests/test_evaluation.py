@@ -1,0 +1,34 @@
+"""Evaluation while training: a mean over tokens, and the best checkpoint so far."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from model.evaluation import BEST_FILE, best_loss, mean_over_tokens
+
+
+def test_mean_over_tokens_counts_every_token_alike():
+    metrics = {"loss_sum": torch.tensor([10.0, 2.0]), "tokens": torch.tensor([5.0, 1.0])}
+    assert mean_over_tokens(metrics)["loss"].item() == pytest.approx(2.0)
+
+
+def test_mean_over_tokens_of_nothing_is_zero():
+    metrics = {"loss_sum": torch.zeros(2), "tokens": torch.zeros(2)}
+    assert mean_over_tokens(metrics)["loss"].item() == 0
+
+
+def test_best_loss_when_nothing_is_kept_is_infinite(tmp_path):
+    assert best_loss(tmp_path) == math.inf
+
+
+def test_best_loss_is_what_was_written(tmp_path):
+    (tmp_path / BEST_FILE).write_text(json.dumps({"iteration": 4, "loss": 0.25}))
+    assert best_loss(tmp_path) == 0.25
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"iteration": 4}', '{"loss": null}'])
+def test_best_loss_when_its_file_was_cut_short_is_infinite(tmp_path, text):
+    (tmp_path / BEST_FILE).write_text(text)
+    assert best_loss(tmp_path) == math.inf

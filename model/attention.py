@@ -1,4 +1,4 @@
-"""Attention in one fused kernel, under the prefix mask and with ChatGLM's two rotary positions.
+"""Attention without questions to the device, fused where that pays, under the prefix mask and with ChatGLM's two rotary positions.
 
 SAT takes its fused path for full and causal masks only, and finds out which one it has by asking the device twice in
 every layer. Its rotary embedding asks once more. Here nothing is asked, and the numbers are the same.
@@ -18,13 +18,15 @@ import_sat()
 from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # noqa: E402
 
-INVISIBLE = (
-    -10_000.0
-)  # SAT's score of a position that is not seen; finite, so that a row that sees nothing stays finite
+SHORT_ON_CPU = 256  # keys; up to here torch's fused CPU kernel takes several times as long as its parts (torch 2.13)
+INVISIBLE = -10_000.0  # SAT's score of a position that isn't seen; finite, so what sees nothing stays finite
 
 
 class FusedAttentionMixin(BaseMixin):
-    """SAT's hook `attention_fn`: softmax(q kᵀ / √head_dim + mask) v in one kernel. P-Tuning and caches stack on it."""
+    """SAT's hook `attention_fn`: softmax(q kᵀ / √head_dim + mask) v, in one kernel where that pays.
+
+    P-Tuning and caches stack on it.
+    """
 
     def attention_fn(
         self,
@@ -38,6 +40,10 @@ class FusedAttentionMixin(BaseMixin):
         """Context [batch, heads, seq, head_dim]; mask [batch, 1, seq, keys] holds 1 where a key is seen, or is one 1."""
         bias = None if mask.numel() == 1 else ((mask - 1) * -INVISIBLE).to(query.dtype)
         dropped = dropout.p if dropout is not None and dropout.training else 0.0
+        if query.device.type == "cpu" and key.shape[-2] <= SHORT_ON_CPU:
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+            return F.dropout(weights, dropped, training=dropped > 0) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
 
 

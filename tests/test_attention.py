@@ -3,11 +3,14 @@
 import pytest
 import torch
 from conftest import golden_values, load_model
-from sat.model.official.chatglm_model import ChatGLMAttnMixin
-from sat.transformer_defaults import standard_attention
 
+from model import attention
 from model.attention import FusedAttentionMixin, rotated
 from model.visualglm import prefix_mask
+
+# sat can be imported only after the model's modules have done so.
+from sat.model.official.chatglm_model import ChatGLMAttnMixin  # isort: skip
+from sat.transformer_defaults import standard_attention  # isort: skip
 
 
 def heads(name: str, keys: int = 6) -> torch.Tensor:
@@ -23,6 +26,15 @@ def test_fused_attention_under_the_prefix_mask_equals_sats() -> None:
     query, key, value = heads("q"), heads("k"), heads("v")
     fused = FusedAttentionMixin().attention_fn(query, key, value, mask)
     torch.testing.assert_close(fused, standard_attention(query, key, value, mask))
+
+
+@pytest.mark.parametrize("short", [0, 256])
+def test_fused_attention_equals_sats_for_few_keys_and_for_many(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORT_ON_CPU", short)
+    mask = prefix_mask(lengths(3, 5), lengths(0, 0), 6).float()
+    query, key, value = heads("q"), heads("k"), heads("v")
+    found = FusedAttentionMixin().attention_fn(query, key, value, mask)
+    torch.testing.assert_close(found, standard_attention(query, key, value, mask))
 
 
 def test_fused_attention_when_everything_is_seen_equals_sats() -> None:

@@ -100,8 +100,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     if options.image_size:
-        model.get_mixin("eva").model.vit.set_image_size(options.image_size)
-        args.eva_args["image_size"] = [options.image_size] * 2
+        model.take_pictures_of(options.image_size, args)
     model.freeze()
     recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
 

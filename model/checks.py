@@ -97,7 +97,7 @@ def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int)
     Args:
         config: the starting checkpoint's. full_size: bytes of its weights, or of its base's.
     """
-    if options.save_full_model or options.train_parts:
+    if options.save_full_model or options.train_parts or options.image_size:
         return full_size
     settings = settings_to_go_on(config, vars(options))
     hidden = config["hidden_size"]

@@ -224,6 +224,16 @@ class VisualGLMModel(ChatGLMModel):
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
 
+    def take_pictures_of(self, edge: int, args: Any) -> None:
+        """Take pictures of edge × edge pixels, and note in args, SAT's namespace, what a checkpoint must then hold.
+
+        The position embeddings are other ones than the base's: only a full checkpoint has them.
+        """
+        self.get_mixin("eva").model.vit.set_image_size(edge)
+        if args.eva_args["image_size"] != [edge] * 2:
+            args.eva_args["image_size"] = [edge] * 2
+            args.save_full_model = True
+
     @classmethod
     def from_pretrained(
         cls, name: str, args: Any = None, *, build_only: bool = False, prefix: str = "", **kwargs: Any

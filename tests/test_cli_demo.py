@@ -108,6 +108,8 @@ def test_ctrl_c_ends_politely(upstream_checkpoint):
         [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        # Tests that run in the background of a shell ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline().startswith("输入 clear")
     process.send_signal(signal.SIGINT)

@@ -150,7 +150,7 @@ print(most)
 """
     run = run_python("-c", code, OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 100  # MiB
+    assert int(run.stdout) < 256  # MiB, half of what is written: the allocator keeps some of what was freed
     written = torch.load(tmp_path / "weights.pt", mmap=True)["module"]
     assert [tensor[0, 0].item() for tensor in written.values()] == list(range(32))
 

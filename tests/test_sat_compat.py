@@ -435,6 +435,8 @@ found = [
     str(image.dtype), pre_image,
 ]
 pathlib.Path(sys.argv[1], str(rank)).write_text(json.dumps(found))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -567,6 +569,9 @@ def test_run_holds_the_rate_at_a_twentieth_for_the_first_steps_only(run):
 def test_run_prints_nothing_but_what_is_for_a_person(run):
     known = (
         r"dataset\.json: 6 rows",
+        r"WARNING: dataset\.json is given for training and for evaluation: .*",
+        r"--eval-iters is not used: .*",
+        r"Training on 6 samples: 6 steps of \d+ see \d+ samples, .*",
         r"The first 2 steps use at most 5 % of --lr .*",
         r"Trainable, [\d,]+ of [\d,]+ parameters in 24 tensors:",
         r"  transformer\S+ \[\d+, \d+\]",

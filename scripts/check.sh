@@ -6,4 +6,4 @@ source scripts/setup.sh tests/requirements.txt
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 "$python" -m mypy
-exec "$python" -m pytest tests -p no:cacheprovider -q -m "not run and not slow" "$@"
+exec "$python" -m pytest tests -p no:cacheprovider -q -n 2 -m "not run and not slow" "$@"

@@ -124,6 +124,7 @@ def test_quieten_leaves_warnings_and_errors(monkeypatch):
 # --- starting
 
 
+@pytest.mark.run
 def test_deepspeed_without_a_launcher_refuses_to_start(upstream_checkpoint, alone):
     import deepspeed
 

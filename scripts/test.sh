@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does, then runs all tests; arguments go to pytest (-m "" adds those marked slow).
+# Sets up as quickstart.sh does, then runs all tests; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt

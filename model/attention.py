@@ -1,4 +1,4 @@
-"""Attention without questions to the device, fused where that pays, under the prefix mask and with ChatGLM's two rotary positions.
+"""Attention under the prefix mask, with ChatGLM's two rotary positions; fused where that pays.
 
 SAT takes its fused path for full and causal masks only, and finds out which one it has by asking the device twice in
 every layer. Its rotary embedding asks once more. Here nothing is asked, and the numbers are the same.
@@ -53,7 +53,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
         head_dim   a1 a2 | b1 b2        a by the first position, b by the second
         turned to  a1·cos - a2·sin, a2·cos + a1·sin | the same for b
 
-    cos, sin are [batch, 1, seq, head_dim], from `RotaryTable`.
+    cos, sin are [batch, 1, seq, head_dim], from `PrefixAttentionMixin.cos_sin`.
     """
     halves = x.unflatten(-1, (2, 2, -1))
     quarter_turn = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).flatten(-3)

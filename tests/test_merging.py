@@ -148,9 +148,10 @@ def value(name):
 write_weights(Path({str(tmp_path / "weights.pt")!r}), like, value)
 print(most)
 """
-    run = run_python("-c", code, OMP_NUM_THREADS="1")
+    # What is freed goes back to the system at once, so that what is held can be told from what the allocator keeps.
+    run = run_python("-c", code, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_=str(2**20))
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 256  # MiB, half of what is written: the allocator keeps some of what was freed
+    assert int(run.stdout) < 100  # MiB
     written = torch.load(tmp_path / "weights.pt", mmap=True)["module"]
     assert [tensor[0, 0].item() for tensor in written.values()] == list(range(32))
 

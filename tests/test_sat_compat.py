@@ -273,9 +273,10 @@ def test_args_without_a_gpu_are_for_the_cpu(sat_args, flags):
 
 
 @without_gpu
-def test_args_with_fp16_without_a_gpu_are_not_float16(sat_args):
+def test_args_with_fp16_without_a_gpu_are_float32(sat_args):
     args = sat_args("--fp16")
     assert args.fp16 is False
+    assert args.bf16 is False
     assert args.deepspeed_config["fp16"]["enabled"] is False
 
 

@@ -28,6 +28,18 @@ class FusedAttentionMixin(BaseMixin):
     P-Tuning and caches stack on it.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: tuple[Any, Any] = (None, None)  # a mask, and its bias: every layer comes with the same
+
+    def bias(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores under mask, None where it hides nothing; see `attention_fn`."""
+        if mask.numel() == 1:
+            return None
+        if self.last[0] is not mask:
+            self.last = mask, ((mask - 1) * -INVISIBLE).to(dtype)
+        return self.last[1]
+
     def attention_fn(
         self,
         query: torch.Tensor,
@@ -38,26 +50,60 @@ class FusedAttentionMixin(BaseMixin):
         **_: Any,
     ) -> torch.Tensor:
         """Context [batch, heads, seq, head_dim]; mask [batch, 1, seq, keys] holds 1 where a key is seen, or is one 1."""
-        bias = None if mask.numel() == 1 else ((mask - 1) * -INVISIBLE).to(query.dtype)
+        bias = self.bias(mask, query.dtype)
         dropped = dropout.p if dropout is not None and dropout.training else 0.0
         if query.device.type == "cpu" and key.shape[-2] <= SHORT_ON_CPU:
-            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-            weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+            scores, scale = query @ key.transpose(-1, -2), query.shape[-1] ** -0.5
+            weights = (scores * scale if bias is None else torch.add(bias, scores, alpha=scale)).softmax(dim=-1)
             return F.dropout(weights, dropped, training=dropped > 0) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [batch, heads, seq, head_dim] turned: the halves of head_dim each by their own position.
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, forward: int = 1) -> None:
+    """Write x [..., heads, seq, head_dim] into out, turned: the halves of head_dim each by their own position.
 
         head_dim   a1 a2 | b1 b2        a by the first position, b by the second
         turned to  a1·cos - a2·sin, a2·cos + a1·sin | the same for b
 
-    cos, sin are [batch, 1, seq, head_dim], from `PrefixAttentionMixin.cos_sin`.
+    cos, sin are [batch, 1, seq, head_dim], from `PrefixAttentionMixin.cos_sin`; forward is 1, or -1 to turn back.
     """
-    halves = x.unflatten(-1, (2, 2, -1))
-    quarter_turn = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).flatten(-3)
-    return x * cos + quarter_turn * sin
+    torch.mul(x, cos, out=out)
+    (x1, x2), (turned1, turned2) = (tensor.unflatten(-1, (2, 2, -1)).unbind(-2) for tensor in (x, out))
+    sin1 = sin.unflatten(-1, (2, 2, -1))[..., 0, :]
+    turned1.addcmul_(x2, sin1, value=-forward)
+    turned2.addcmul_(x1, sin1, value=forward)
+
+
+class _TurnedHeads(torch.autograd.Function):
+    """`turned_heads`; its gradient is turned back, straight into the place of the projection's."""
+
+    @staticmethod
+    def forward(ctx: Any, stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        parts = stacked.permute(2, 0, 3, 1, 4)
+        turned = parts.new_empty(2, *parts.shape[1:])
+        turn(parts[:2], cos, sin, out=turned)
+        return turned[0], turned[1], parts[2].clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        batch, heads, seq, head_dim = grads[0].shape
+        gradient = grads[0].new_empty(batch, seq, 3, heads, head_dim)
+        parts = gradient.permute(2, 0, 3, 1, 4)
+        for part, turned in zip(parts[:2], grads[:2], strict=True):
+            turn(turned, cos, sin, out=part, forward=-1)
+        parts[2].copy_(grads[2])
+        return gradient, None, None
+
+
+def turned_heads(
+    stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query and key, turned by their positions, and value, each [batch, heads, seq, head_dim], of stacked
+    [batch, seq, 3, heads, head_dim]; see `turn`.
+    """
+    return _TurnedHeads.apply(stacked, cos, sin)
 
 
 class PrefixAttentionMixin(ChatGLMAttnMixin):
@@ -67,6 +113,7 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         super().__init__(hidden_size, num_heads)
         self.max_sequence_length = max_sequence_length
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.last: tuple[Any, Any] = (None, None)  # position_ids, and what they gave: every layer asks with the same
 
     def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Each [batch, 1, seq, head_dim], for position_ids int64[batch, 2, seq] below max_sequence_length."""
@@ -75,8 +122,15 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
             positions = torch.arange(self.max_sequence_length, device=position_ids.device, dtype=torch.float32)
             angles = (positions[:, None] * frequencies).repeat(1, 2)
             self.table = angles.cos().to(dtype), angles.sin().to(dtype)
-        cos, sin = (F.embedding(position_ids, table).transpose(1, 2).flatten(-2).unsqueeze(1) for table in self.table)
-        return cos, sin
+            self.last = None, None
+        if self.last[0] is not position_ids:
+            self.last = (
+                position_ids,
+                tuple(
+                    F.embedding(position_ids, table).transpose(1, 2).flatten(-2).unsqueeze(1) for table in self.table
+                ),
+            )
+        return self.last[1]
 
     def attention_forward(  # type: ignore[override]
         self,
@@ -94,12 +148,10 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         attention = self.transformer.layers[layer_id].attention
         heads, head_dim = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
         stacked = attention.query_key_value(hidden_states).unflatten(-1, (3, heads, head_dim))
-        query, key, value = stacked.permute(2, 0, 3, 1, 4)  # each [batch, heads, seq, head_dim]
-        cos, sin = self.cos_sin(position_ids, query.dtype)
+        query, key, value = turned_heads(stacked, *self.cos_sin(position_ids, stacked.dtype))
         dropout = attention.attention_dropout if attention.training else None
         context = self.transformer.hooks["attention_fn"](
-            rotated(query, cos, sin), rotated(key, cos, sin), value, mask, dropout,
-            layer_id=layer_id, position_ids=position_ids, **kwargs,
+            query, key, value, mask, dropout, layer_id=layer_id, position_ids=position_ids, **kwargs,
         )  # fmt: skip
         context = context.transpose(1, 2).flatten(2)
         if answer_positions is not None:

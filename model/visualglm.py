@@ -94,6 +94,23 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def normalized(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """norm's output for x, in the dtype of norm's weights."""
+    # Not norm itself: SAT's copies bfloat16 into float32 and back on a CPU, where torch's kernel sums in float32 anyway.
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps).to(norm.weight.dtype)
+
+
+def residual_sum(branch: torch.Tensor, residual: torch.Tensor, alpha: float) -> torch.Tensor:
+    """branch + alpha · residual; in float32 where the two are bfloat16 on a CPU.
+
+    Rounding these sums makes two thirds of the gradient's error in bfloat16. A GPU would pay for it in memory.
+    """
+    if branch.dtype == torch.bfloat16 and branch.device.type == "cpu":
+        branch = branch.float()
+    return torch.add(branch, residual, alpha=alpha)
+
+
 class AnswerLayerMixin(ChatGLMLayerMixin):
     """ChatGLM's layer, whose last one can be asked for chosen positions only: of the others nobody reads its output."""
 
@@ -110,12 +127,13 @@ class AnswerLayerMixin(ChatGLMLayerMixin):
         layer = self.transformer.layers[layer_id]
         positions = answer_positions if int(layer_id) == self.num_layers - 1 else None
         alpha = (2 * self.num_layers) ** 0.5  # DeepNorm's scale of the residual
-        residual = layer.input_layernorm(hidden_states)
+        residual = normalized(hidden_states, layer.input_layernorm)
         attended = layer.attention(residual, mask, layer_id=layer_id, answer_positions=positions, **kwargs)
         if positions is not None:
             residual = residual.flatten(0, 1).index_select(0, positions)
-        residual = layer.post_attention_layernorm(torch.add(attended, residual, alpha=alpha))
-        return torch.add(layer.mlp(residual, layer_id=layer_id, **kwargs), residual, alpha=alpha)
+        residual = normalized(residual_sum(attended, residual, alpha), layer.post_attention_layernorm)
+        output = residual_sum(layer.mlp(residual, layer_id=layer_id, **kwargs), residual, alpha)
+        return output.to(residual.dtype) if int(layer_id) == self.num_layers - 1 else output
 
 
 class AnswerHeadMixin(ChatGLMFinalMixin):
@@ -171,7 +189,9 @@ class ImageMixin(BaseMixin):
         words = torch.nn.functional.embedding(input_ids, self.transformer.word_embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.is_trained()):
+        used = self.model if image_features is None else self.model.glm_proj
+        is_trained = any(parameter.requires_grad for parameter in used.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             if image_features is None and image is not None and len(image):
                 image_features = self.model.features(image.to(words.dtype))
             if image_features is None:

@@ -89,7 +89,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.dataset import data_collator, packed_collator
     from model.evaluation import BestCheckpoint, mean_over_tokens
     from model.features import FeatureCache
-    from model.memory import recompute_where_needed
+    from model.memory import fit_into_memory
     from model.report import TrainingReport
     from model.step import evaluation_step, forward_step, token_normalized_step
 
@@ -102,7 +102,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     if options.image_size:
         model.take_pictures_of(options.image_size, args)
     model.freeze()
-    recompute_where_needed(model, args.batch_size * (args.max_source_length + args.max_target_length))
+    fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
 
     def samples_planned(rows: int) -> int:
         return rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options)

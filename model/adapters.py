@@ -3,13 +3,10 @@
 LoRA (Hu et al. 2021): y = W x + b + (alpha / r) · B A x, with W and b frozen, A [r, in] random and B [out, r] zero at
 the start, so that training begins at the base model's own answers.
 
-QLoRA (Dettmers et al. 2023) is LoRA over weights kept in 4 bits, here in bitsandbytes' NF4: blocks of 64 numbers share
-a scale, and each number is one of 16 levels.
+QLoRA (Dettmers et al. 2023) is LoRA over weights kept in 4 bits: see `model.frozen`.
 """
 
 import argparse
-import functools
-import logging
 import math
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 
 from model.description import METHODS, has_lora, settings_to_go_on
 from model.files import find_weights, read_json_object
+from model.frozen import FrozenLinear, keep_in_4_bits
 from model.options import DEFAULT_LORA_TARGETS, add_method_flags, part_rates
 from model.progress import say
 from model.sat_compat import import_sat
@@ -24,8 +22,7 @@ from model.visualglm import VisualGLMModel
 
 import_sat()
 
-from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
-from sat.model import BaseMixin  # noqa: E402
+from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.finetune import PTuningV2Mixin  # noqa: E402
 
 TRAINED_NAMES = {
@@ -81,15 +78,15 @@ class LoraLinear(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
         # All parts' A in one product; then each part's B on its own r columns.
-        low_rank = self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T
+        low_rank = (self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T) * self.scale
         parts = low_rank.split(self.matrix_A[0].shape[0], dim=-1)
         change = torch.cat([part @ b.T for part, b in zip(parts, self.matrix_B, strict=True)], dim=-1)
-        return torch.add(self.original(hidden_states), change, alpha=self.scale)
+        return self.original(hidden_states) + change
 
     @torch.no_grad()
     def merged(self) -> torch.nn.Module:
         """The original linear with the change folded into its weight; from 4 bits, a plain linear of the same width."""
-        plain = self.original.dequantized() if isinstance(self.original, Nf4Linear) else self.original
+        plain = self.original.plain() if isinstance(self.original, FrozenLinear) else self.original
         plain.weight.copy_(folded(plain.weight, list(self.matrix_A), list(self.matrix_B), self.scale))
         return plain
 
@@ -152,130 +149,6 @@ class LoraMixin(BaseMixin):
 
     def _layers(self) -> list[Any]:
         return [self.transformer.layers[index] for index in self.layer_range]
-
-
-# --- 4-bit weights ----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def import_bitsandbytes() -> Any:
-    """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
-    logging.disable(logging.WARNING)
-    try:
-        import bitsandbytes.functional
-
-        return bitsandbytes.functional
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """weight [out, in] in NF4: uint8[out · in / 2, 1] and bitsandbytes' state to undo it.
-
-    The scales stay in float32: quantising the result of `dequantized` again then gives the very same numbers, and a model
-    that was saved in full width is the one that was trained.
-    """
-    return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
-
-
-def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that `quantized` gave packed and state for, rounded to dtype."""
-    state.dtype = dtype  # what bitsandbytes unpacks to, without a copy in float32 on the way
-    return import_bitsandbytes().dequantize_4bit(packed, state)
-
-
-class _Nf4Product(torch.autograd.Function):
-    """x W^T + b with W in NF4. The gradient goes through to x; W is unpacked again for it rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, state: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.packed, ctx.state = packed, state
-        return torch.nn.functional.linear(x, dequantized(packed, state, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return grads[0] @ dequantized(ctx.packed, ctx.state, grads[0].dtype), None, None, None
-
-
-class Nf4Linear(torch.nn.Module):
-    """A frozen linear whose weight is kept in 4 bits, NF4.
-
-    It holds no weight until one is loaded: `load_state_dict` packs it, one tensor at a time, on the module's device.
-    `state_dict` gives the weight in full width under its ordinary name, so that checkpoints are ordinary ones.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: torch.nn.Parameter | None, dtype: torch.dtype
-    ) -> None:
-        """dtype is that of the weight in full width; the bias is taken as it is."""
-        super().__init__()
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.bias = bias
-        self.packed: torch.Tensor
-        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
-        self.state: Any = None
-
-    def pack(self, weight: torch.Tensor) -> None:
-        """Keep weight [out, in] in 4 bits."""
-        if weight.shape != (self.out_features, self.in_features):
-            raise ValueError(f"a weight of shape {list(weight.shape)}, not {[self.out_features, self.in_features]}")
-        self.packed, self.state = quantized(weight.to(self.packed.device))
-
-    def _unpacking_state(self) -> Any:
-        if self.state.absmax.device != self.packed.device:
-            self.state.to(self.packed.device)
-        return self.state
-
-    def weight_in_full(self) -> torch.Tensor:
-        """The weight [out, in] as the model sees it."""
-        return dequantized(self.packed, self._unpacking_state(), self.dtype)
-
-    def dequantized(self) -> torch.nn.Linear:
-        """A plain linear with the same weight, in full width, and the same bias."""
-        plain = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = torch.nn.Parameter(self.weight_in_full(), requires_grad=False)
-        if self.bias is not None:
-            plain.bias = self.bias
-        return plain
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b, [..., in] → [..., out]."""
-        return _Nf4Product.apply(x, self.packed, self._unpacking_state(), self.bias)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
-    ) -> None:
-        weight = state_dict.get(prefix + "weight")
-        others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
-        super()._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)
-        if weight is None:
-            missing.append(prefix + "weight")
-            return
-        try:
-            self.pack(weight)
-        except ValueError as problem:
-            errors.append(f"{prefix}weight: {problem}")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.state is not None:
-            destination[prefix + "weight"] = self.weight_in_full()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        applied = super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype  # .half() and its like
-        return applied
-
-
-def keep_in_4_bits(module: torch.nn.Module) -> None:
-    """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
-    linears = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinear)
-    for name, child in module.named_children():
-        if isinstance(child, linears):
-            out_features, in_features = child.weight.shape
-            setattr(module, name, Nf4Linear(in_features, out_features, child.bias, child.weight.dtype))
-        else:
-            keep_in_4_bits(child)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""Whether a step's activations fit into memory, or are better computed again in the backward pass."""
+"""What a step keeps in memory: activations, where they fit; on a CPU packed weights, and the memory that it frees."""
 
+import ctypes
 from typing import Any
 
 import psutil
 import torch
 
+from model.frozen import can_pack, frozen_plain_linears, pack_linears
 from model.progress import say
 
 # Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer
@@ -26,16 +28,49 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def recompute_where_needed(model: Any, tokens: int) -> None:
-    """Turn activation checkpointing on, and say so, where a micro-batch of so many tokens doesn't fit without it."""
+def fit_into_memory(model: Any, tokens: int) -> None:
+    """Choose what is kept for a micro-batch of so many tokens, by what is free.
+
+    Where activations don't fit, checkpointing of activations is turned on, and that is said. Where they fit on a CPU
+    with room to spare, the language model's frozen linears are packed (`model.frozen`), which takes as much again as
+    they do, for the gradient's order.
+    """
     transformer, weight = model.transformer, model.transformer.word_embeddings.weight
-    if transformer.checkpoint_activations:
-        return
+    free = USABLE * free_bytes(weight.device)
     needed = activation_bytes(len(transformer.layers), transformer.hidden_size, tokens, weight.element_size())
-    free = free_bytes(weight.device)
-    if needed > USABLE * free:
+    if transformer.checkpoint_activations:
+        needed = 0
+    elif needed > free:
         transformer.checkpoint_activations = True
         say(
-            f"Activations of {tokens} tokens take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: they are "
-            "computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
+            f"Activations of {tokens} tokens take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB can be used: they "
+            "are computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
         )
+        return
+    if not can_pack(weight):
+        return
+    keep_freed_memory()
+    networks = (transformer.layers, model.get_mixin("chatglm-final"))
+    linears = [getattr(parent, name) for network in networks for parent, name in frozen_plain_linears(network)]
+    if needed + sum(linear.weight.nbytes for linear in linears) <= free:
+        for network in networks:
+            pack_linears(network)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt, from its malloc.h
+KEPT_BYTES = 2**30  # a larger allocation goes back to the system when it is freed
+
+
+def keep_freed_memory(largest: int = KEPT_BYTES, most: int = 2**31 - 1) -> None:
+    """Let this process keep the memory that it frees, on Linux's usual C library; elsewhere do nothing.
+
+    A step on a CPU allocates and frees the same megabytes again and again. By default the larger ones go back to the
+    system each time, and the new ones' pages are made and cleared at the first touch: a tenth of a step and more.
+
+    Args:
+        largest: bytes up to which an allocation stays with the process. most: bytes that stay in all.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, largest)
+        set_option(M_TRIM_THRESHOLD, most)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from model.dataset import heed_problems
+from model.frozen import FrozenLinear, input_gradient, product
 from model.prompt import IGNORE_INDEX
 from model.sat_compat import broadcast_data, import_sat
 from model.visualglm import packed_prefix_mask
@@ -82,41 +83,41 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss` for a frozen head: the gradient is made beside the loss, and no chunk's scores are kept."""
+    """`head_loss`'s sum: the gradient is made beside it, and no chunk's scores are kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // head.shape[0])
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, rows: int
+    ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            scores = F.linear(part, head).float()
-            log_sum = scores.logsumexp(dim=1, keepdim=True)
-            total += (log_sum - scores.gather(1, target)).sum()
+            log_p = product(head, part).log_softmax(dim=1, dtype=torch.float32)
+            total -= log_p.gather(1, target).sum()
             if gradient is not None:
                 # d loss / d scores = softmax(scores) - one_hot(target)
-                softmax = scores.sub_(log_sum).exp_()
-                softmax.scatter_add_(1, target, -torch.ones_like(log_sum))
-                gradient[start : start + rows] = softmax.to(head.dtype) @ head
+                scores_gradient = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
+                gradient[start : start + rows] = input_gradient(head, scores_gradient.to(hidden.dtype))
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None
 
 
-def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross entropies, scalar float32, of the tokens that hidden [answers, hidden] predicts.
 
     Chunk by chunk: all scores are never held at once. The head stays as it is; it gets no gradient.
 
     Args:
-        head: [vocab, hidden]. targets: int64[answers].
+        head: a linear, [..., hidden] → [..., vocab], without a bias. targets: int64[answers].
     """
-    return _HeadLoss.apply(hidden, head.detach(), targets)
+    vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
+    return _HeadLoss.apply(hidden, head, targets, max(1, CHUNK_LOGITS // vocab))
 
 
 Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -175,8 +176,9 @@ def loss_sum(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Sum of the cross entropies, scalar float32, of the supervised tokens of a batch on the model's device."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     network: Any = getattr(model, "module", model)  # inside DeepSpeed's engine, or by itself
-    head = network.get_mixin("chatglm-final").lm_head.weight
+    head = network.get_mixin("chatglm-final").lm_head
     if "segments" in batch:
-        inputs["attention_mask"] = packed_prefix_mask(batch["segments"], batch["in_context"]).to(head.dtype)
+        dtype = network.transformer.word_embeddings.weight.dtype
+        inputs["attention_mask"] = packed_prefix_mask(batch["segments"], batch["in_context"]).to(dtype)
     hidden = model(**inputs)[0]
     return head_loss(hidden, head, batch["answers"])

@@ -1,12 +1,14 @@
-"""Activation checkpointing is turned on where memory asks for it, and nowhere else."""
+"""Activation checkpointing is turned on where memory asks for it, and weights are packed where there is room for them."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_model
 
 from model import memory
-from model.memory import activation_bytes, recompute_where_needed
+from model.frozen import PackedLinear
+from model.memory import activation_bytes, fit_into_memory
 
 
 def model(checkpointing=False):
@@ -31,7 +33,7 @@ def test_activations_of_the_released_recipe_take_about_six_gib():
 def test_activations_that_fit_are_kept(free, capsys):
     free(40)
     kept = model()
-    recompute_where_needed(kept, 4 * 320)
+    fit_into_memory(kept, 4 * 320)
     assert not kept.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
 
@@ -39,18 +41,57 @@ def test_activations_that_fit_are_kept(free, capsys):
 def test_activations_that_do_not_fit_are_recomputed_and_it_is_said(free, capsys):
     free(4)
     recomputed = model()
-    recompute_where_needed(recomputed, 4 * 320)
+    fit_into_memory(recomputed, 4 * 320)
     assert recomputed.transformer.checkpoint_activations
-    assert "5.8 GiB, 4.0 GiB are free" in capsys.readouterr().out
+    assert "5.8 GiB, 3.2 GiB can be used" in capsys.readouterr().out
 
 
 def test_activations_when_checkpointing_was_typed_stay_recomputed_in_silence(free, capsys):
     free(1000)
     typed = model(checkpointing=True)
-    recompute_where_needed(typed, 1)
+    fit_into_memory(typed, 1)
     assert typed.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
 
 
 def test_free_memory_of_the_cpu_is_what_the_system_has():
     assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
+
+
+@pytest.fixture
+def lora(upstream_checkpoint):
+    """The golden model with LoRA, frozen as for training."""
+    tuned = load_model(upstream_checkpoint, "FineTuneVisualGLMModel", use_lora=True, lora_rank=2, layer_range=[0])
+    tuned.freeze()
+    return tuned
+
+
+def packed_linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+def test_frozen_linears_of_the_language_model_are_packed_where_there_is_room(lora, free):
+    free(40)
+    fit_into_memory(lora, 64)
+    packed = packed_linears(lora)
+    assert len(packed) == 3 * 4 + 1  # every layer's linears, and the head
+    assert "transformer.layers.0.attention.query_key_value.original" in packed
+    assert "mixins.chatglm-final.lm_head" in packed
+
+
+def test_frozen_linears_stay_plain_where_their_second_copy_has_no_room(lora, free, capsys):
+    weights = sum(p.nbytes for p in lora.parameters() if not p.requires_grad and p.dim() == 2)
+    free(weights / 4 / 2**30)
+    fit_into_memory(lora, 1)
+    assert packed_linears(lora) == []
+    assert not lora.transformer.checkpoint_activations
+
+
+def test_kept_memory_is_asked_of_the_c_library_and_of_no_other(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *words: asked.append(words)))
+    memory.keep_freed_memory()
+    assert asked == [(-3, 2**30), (-1, 2**31 - 1)]
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())
+    memory.keep_freed_memory()
+    assert len(asked) == 2

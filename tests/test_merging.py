@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import PROJECT, load_model, run_python, write_tuned
 
-from model.adapters import dequantized, quantized
 from model.chat import load_for_answering
 from model.checkpoint import read_weights
 from model.errors import InputError
+from model.frozen import dequantized, quantized
 from model.merging import is_packed_in_qlora, merge, write_weights
 from model.sat_compat import import_sat
 

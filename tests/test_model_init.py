@@ -12,7 +12,18 @@ PUBLIC = (
     "forward_step", "data_collator", "BlipImageEvalProcessor", "chat",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in (PROJECT / "model").glob("*.py") if path.stem != "__init__")
-WITH_SAT = {"answers", "attention", "blip2", "visualglm", "adapters", "step", "checkpoint", "chat", "sat_compat"}
+WITH_SAT = {
+    "answers",
+    "attention",
+    "blip2",
+    "visualglm",
+    "adapters",
+    "frozen",
+    "step",
+    "checkpoint",
+    "chat",
+    "sat_compat",
+}
 WITHOUT_TORCH = ("checks", "errors", "files", "options", "progress", "prompt", "rows", "sat_compat", "tokenizer")
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 

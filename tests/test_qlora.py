@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import load_model, run_python
 
-from model.adapters import LoraLinear, Nf4Linear, dequantized, quantized
+from model.adapters import LoraLinear
 from model.checks import method_problems
+from model.frozen import Nf4Linear, dequantized, quantized
 from model.options import parse
 
 QLORA = {"use_qlora": True, "lora_rank": 4}
@@ -57,7 +58,7 @@ def test_output_is_that_of_the_unpacked_linear(weight, bias):
 
 def test_gradient_of_the_input_is_that_of_the_unpacked_linear(weight, bias):
     linear = nf4(weight, bias)
-    plain = linear.dequantized()
+    plain = linear.plain()
     x = torch.randn(2, 5, 64)
     gradients = []
     for module in (linear, plain):
@@ -177,7 +178,7 @@ def test_missing_bitsandbytes_is_one_sentence(monkeypatch):
 @pytest.mark.run
 def test_bitsandbytes_is_imported_without_a_word_and_only_when_it_is_needed():
     code = (
-        "import sys, model.adapters as a; print('bitsandbytes' in sys.modules); a.import_bitsandbytes(); "
+        "import sys, model.frozen as a; print('bitsandbytes' in sys.modules); a.import_bitsandbytes(); "
         "print('bitsandbytes' in sys.modules)"
     )
     run = run_python("-c", code)

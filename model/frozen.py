@@ -1,0 +1,258 @@
+"""Linears that are never learned, with their weights kept in another form than rows of numbers.
+
+`Nf4Linear`     4 bits a number, for QLoRA (Dettmers et al. 2023): bitsandbytes' NF4, in which blocks of 64 numbers share
+                a scale, and each number is one of 16 levels.
+`PackedLinear`  the blocks in which oneDNN's matrix kernels read a weight on a CPU. Given plain rows they bring them into
+                that order at every product, which takes up to half of the time when there are a few hundred tokens.
+
+A gradient goes through them to their input, and `state_dict` gives their weights in full width under ordinary names, so
+that checkpoints are ordinary ones.
+"""
+
+import abc
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.sat_compat import import_sat
+
+import_sat()
+
+from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+
+PLAIN_LINEARS = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinear)
+TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured, packing for 64 or 1024 is as fast
+
+
+class FrozenLinear(torch.nn.Module, abc.ABC):
+    """y = x W^T + b, with W in a form of the subclass's own; it holds no weight until `pack` is given one.
+
+    `load_state_dict` packs one tensor at a time, on the module's device.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: torch.nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        """dtype is that of the weight in full width; the bias is taken as it is."""
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.bias = bias
+        self.has_weight = False
+
+    def pack(self, weight: torch.Tensor) -> None:
+        """Keep weight [out, in].
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"a weight of shape {list(weight.shape)}, not {[self.out_features, self.in_features]}")
+        self._keep(weight)
+        self.has_weight = True
+
+    @abc.abstractmethod
+    def _keep(self, weight: torch.Tensor) -> None:
+        """Keep weight [out, in] in this class's form."""
+
+    @abc.abstractmethod
+    def weight_in_full(self) -> torch.Tensor:
+        """The weight [out, in] as the model sees it."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b, [..., in] → [..., out], without a gradient."""
+        return F.linear(x, self.weight_in_full(), self.bias)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """g W, [..., out] → [..., in]: the gradient with respect to x."""
+        return gradient @ self.weight_in_full()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b, [..., in] → [..., out]."""
+        return _Product.apply(x, self)
+
+    def plain(self) -> torch.nn.Linear:
+        """A plain linear with the same weight, in full width, and the same bias."""
+        linear = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = torch.nn.Parameter(self.weight_in_full(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        weight = state_dict.get(prefix + "weight")
+        others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        super()._load_from_state_dict(others, prefix, metadata, strict, missing, unexpected, errors)
+        if weight is None:
+            missing.append(prefix + "weight")
+            return
+        try:
+            self.pack(weight)
+        except ValueError as problem:
+            errors.append(f"{prefix}weight: {problem}")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.has_weight:
+            destination[prefix + "weight"] = self.weight_in_full()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class _Product(torch.autograd.Function):
+    """A FrozenLinear's product, with the gradient to its input alone. The weight is not kept for it a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: FrozenLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.linear.input_gradient(grads[0]), None
+
+
+def product(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """x W^T, [..., in] → [..., out], of a linear of any kind without a bias; no gradient."""
+    return linear.product(x) if isinstance(linear, FrozenLinear) else F.linear(x, linear.weight)
+
+
+def input_gradient(linear: Any, gradient: torch.Tensor) -> torch.Tensor:
+    """g W, [..., out] → [..., in], of a linear of any kind."""
+    return linear.input_gradient(gradient) if isinstance(linear, FrozenLinear) else gradient @ linear.weight
+
+
+# --- 4 bits -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def import_bitsandbytes() -> Any:
+    """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
+    logging.disable(logging.WARNING)
+    try:
+        import bitsandbytes.functional
+
+        return bitsandbytes.functional
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """weight [out, in] in NF4: uint8[out · in / 2, 1] and bitsandbytes' state to undo it.
+
+    The scales stay in float32: quantising the result of `dequantized` again then gives the very same numbers, and a model
+    that was saved in full width is the one that was trained.
+    """
+    return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
+
+
+def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] that `quantized` gave packed and state for, rounded to dtype."""
+    state.dtype = dtype  # what bitsandbytes unpacks to, without a copy in float32 on the way
+    return import_bitsandbytes().dequantize_4bit(packed, state)
+
+
+class Nf4Linear(FrozenLinear):
+    """A linear whose weight is kept in 4 bits, NF4. It is unpacked for every product, and again for the gradient."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.packed: torch.Tensor
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
+        self.state: Any = None
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        self.packed, self.state = quantized(weight.to(self.packed.device))
+
+    def weight_in_full(self) -> torch.Tensor:
+        if self.state.absmax.device != self.packed.device:
+            self.state.to(self.packed.device)
+        return dequantized(self.packed, self.state, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype  # .half() and its like
+        return applied
+
+
+def keep_in_4_bits(module: torch.nn.Module) -> None:
+    """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
+    for name, child in module.named_children():
+        if isinstance(child, PLAIN_LINEARS):
+            out_features, in_features = child.weight.shape
+            setattr(module, name, Nf4Linear(in_features, out_features, child.bias, child.weight.dtype))
+        else:
+            keep_in_4_bits(child)
+
+
+# --- in oneDNN's own order --------------------------------------------------------------------------------------------
+# torch has these two operations for its own compiler; its public mkldnn modules copy every input and output.
+
+
+def _in_onednn_order(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
+
+
+def _onednn_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies by weight on this machine, with instructions of the CPU's own for its dtype."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+class PackedLinear(FrozenLinear):
+    """A linear on a CPU whose weight lies in oneDNN's order, once for the product and once for the gradient.
+
+    The second is made when the first gradient comes: the layers below the lowest trained one never need it.
+    """
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.packed: torch.Tensor  # not buffers: nothing of torch's can copy or convert them
+        self.packed_transposed: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, linear: Any) -> "PackedLinear":
+        """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
+        packed = cls(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype)
+        packed.pack(linear.weight.detach())
+        linear.weight.data = linear.weight.data.new_empty(0)
+        return packed
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        self.packed, self.packed_transposed = _in_onednn_order(weight.to(self.dtype)), None
+
+    def weight_in_full(self) -> torch.Tensor:
+        return self.packed.to_dense()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return _onednn_product(x, self.packed, self.bias)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.packed_transposed is None:
+            self.packed_transposed = _in_onednn_order(self.weight_in_full().T)
+        return _onednn_product(gradient.contiguous(), self.packed_transposed, None)
+
+
+def frozen_plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """(parent, name) of every plain linear under module that isn't learned."""
+    return [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PLAIN_LINEARS) and not child.weight.requires_grad
+    ]
+
+
+def pack_linears(module: torch.nn.Module) -> None:
+    """Replace every plain linear under module that isn't learned, in place, by a `PackedLinear`."""
+    for parent, name in frozen_plain_linears(module):
+        setattr(parent, name, PackedLinear.of(getattr(parent, name)))

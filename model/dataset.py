@@ -101,6 +101,13 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             return {"image_features": self.features[row.img]}
         return {"image": self.processor(open_picture(row.img, getattr(self.processor, "image_size", None)))}
 
+    def text_length(self, index: int) -> int:
+        """About how many tokens a sample has: its characters, and its picture's slots."""
+        row = self._turn(index)
+        history = sum(len(question) + len(answer) for question, answer in row.history)
+        source = history + len(row.prompt) + (self.lengths.image_length if row.img else 0)
+        return min(source, self.lengths.max_source_length) + min(len(row.label), self.lengths.max_target_length)
+
     def pictures(self) -> list[str]:
         """The paths of all pictures that its samples have, each once."""
         rows = range(len(self.rows)) if self._samples is None else self._samples[0]

@@ -129,6 +129,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "optimizer step, however it is cut (default %(default)s).")
     add("--packing", action="store_true",
         help="Put several short rows of a batch behind each other in one sequence; the loss stays the same.")
+    add("--group_by_length", action="store_true",
+        help="Put rows of about the same length into a batch, so that less of it is padding; the order of the batches "
+             "stays one of chance.")
     add("--auto_warmup_steps", type=int, default=100, metavar="N",
         help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
     # fmt: on

@@ -8,6 +8,7 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -350,6 +351,20 @@ def without_compiling() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+def without_compiler() -> None:
+    """Keep torch's Adam from importing torch's compiler, a second of every start, only to be left alone by it.
+
+    Three methods of every optimizer ask for the compiler at their first call and remember its answer at the function
+    itself; Adam's step tells it at every call that it switches gradients off.
+    """
+    import torch
+
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        function.__dict__["__dynamo_disable"] = function
+    torch.optim.Adam.step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))  # type: ignore[method-assign]
+
+
 def silence_known_warnings() -> None:
     """Hide what SAT and DeepSpeed make torch warn of and no user can change.
 
@@ -454,6 +469,7 @@ def adapt_training(
     training: Any = importlib.import_module("sat.training.deepspeed_training")
     synchronize_only_with_gpu(training)
     without_compiling()
+    without_compiler()
     silence_known_warnings()
     checkpoint_without_gpu()
     training.save_checkpoint = save_checkpoint
@@ -491,7 +507,7 @@ class LazyLoader:
 
 
 def adapt_data(args: argparse.Namespace) -> None:
-    """Let the order of training rows follow --seed, and mend --epochs with --gradient-accumulation-steps.
+    """Let the order of training rows follow --seed and --group_by_length, and mend --epochs with accumulation.
 
     SAT draws rows by a hash of their place in the order alone, so that every seed gives the same order; here that is the
     order of SAT's default seed only. With --epochs it repeats one permutation; here every epoch has its own, the
@@ -499,6 +515,8 @@ def adapt_data(args: argparse.Namespace) -> None:
     takes several.
     """
     import numpy
+
+    from model.grouping import GroupedByLength, lengths_of
 
     configure_data: Any = importlib.import_module("sat.data_utils.configure_data")
     training: Any = importlib.import_module("sat.training.deepspeed_training")
@@ -521,6 +539,14 @@ def adapt_data(args: argparse.Namespace) -> None:
 
     configure_data.RandomMappingDataset = SeededMapping
     configure_data.RandomDataset = EpochPermutations
+    make_data_loader = configure_data.make_data_loader
+
+    def make_grouped_loader(dataset: Any, batch_size: int, args: argparse.Namespace, split: str, **more: Any) -> Any:
+        if split == "train" and args.group_by_length:
+            dataset = GroupedByLength(dataset, lengths_of(dataset), batch_size, seed)
+        return make_data_loader(dataset, batch_size, args, split, **more)
+
+    configure_data.make_data_loader = make_grouped_loader
     make_loaders = training.make_loaders
 
     def make_lazy_loaders(args: argparse.Namespace, *rest: Any, **more: Any) -> tuple[Any, ...]:

@@ -496,6 +496,26 @@ def test_safe_checkpoint_types_let_numpys_random_state_through(tmp_path):
     assert numpy.array_equal(keys, numpy.random.get_state()[1])
 
 
+OPTIMIZING = """
+import sys, torch
+from model import sat_compat
+parameter = torch.nn.Parameter(torch.ones(2))
+if sys.argv[1:]:
+    sat_compat.without_compiler()
+optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 0.1}])
+parameter.grad = torch.tensor([1.0, -2.0])
+optimizer.step()
+print("torch._dynamo" in sys.modules, parameter.requires_grad, parameter.tolist())
+"""
+
+
+@pytest.mark.run
+def test_optimizer_step_is_the_same_without_torchs_compiler():
+    plain, without = (run_python("-c", OPTIMIZING, *words).stdout.split(maxsplit=1) for words in ((), ("without",)))
+    assert (plain[0], without[0]) == ("True", "False")
+    assert plain[1] == without[1]
+
+
 def test_placeholder_names_what_needs_it():
     module = sat_compat._placeholder("wandb", "--wandb", "log")
     with pytest.raises(InputError, match="--wandb is not available"):

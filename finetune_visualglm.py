@@ -107,7 +107,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     def samples_planned(rows: int) -> int:
         return rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options)
 
-    cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers)
+    cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers, options.feature_cache)
     report = TrainingReport()
     sat_compat.adapt_training(
         save_checkpoint=save_checkpoint,

@@ -23,7 +23,7 @@ from model.description import (
     settings_to_go_on,
 )
 from model.errors import raise_problems
-from model.files import checkpoint_problem, find_weights, read_json_object, save_problems
+from model.files import checkpoint_problem, find_weights, folder_problems, read_json_object, save_problems
 from model.options import (
     DEFAULT_LORA_TARGETS,
     LARGEST_SEED,
@@ -77,6 +77,8 @@ def checked(options: Options) -> Inputs:
     check_special_ids(tokenizer, config)
     raise_problems(frame_problems(options, tokenizer, config["image_length"]))
     raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
+    if options.feature_cache is not None:
+        raise_problems(folder_problems("--feature_cache", options.feature_cache))
     valid_files = [*(options.valid_data or []), *(options.test_data or [])]
     selection, row_notes = read_selection([*options.train_data, *valid_files], options.bad_rows, options.check_seconds)
     notes += row_notes

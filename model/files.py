@@ -134,17 +134,20 @@ def save_problems(options: Options, bytes_needed: int) -> list[str]:
     Args:
         bytes_needed: what the run's checkpoints will take together.
     """
-    if options.save is None:
-        return []
-    target = Path(options.save).expanduser().absolute()
+    return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
+
+
+def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
+    """Why so many bytes can't be put into the folder that flag names, which may not be there yet."""
+    target = Path(folder).expanduser().absolute()
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir():
-        return [f"--save {options.save}: {existing} is a file; a folder is needed."]
+        return [f"{flag} {folder}: {existing} is a file; a folder is needed."]
     if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"--save {options.save}: {existing} can't be written to; a folder of your own is needed."]
+        return [f"{flag} {folder}: {existing} can't be written to; a folder of your own is needed."]
     free = shutil.disk_usage(existing).free
     if free < bytes_needed:
-        return [f"--save {options.save}: {_size(free)} free on its disk; {_size(bytes_needed)} are needed."]
+        return [f"{flag} {folder}: {_size(free)} free on its disk; {_size(bytes_needed)} are needed."]
     return []
 
 

@@ -124,6 +124,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Text put before every prompt (default: none).")
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
         help="Whether padding is left out of the loss (default true).")
+    add("--feature_cache", metavar="FOLDER",
+        help="Keep what the frozen eyes make of each picture there, so that later runs need not look at it again "
+             "(default: kept for this run only).")
     add("--loss_normalization", choices=["micro_batch", "token"], default="micro_batch",
         help="What the loss is a mean over: each process's micro-batch, as released, or all supervised tokens of an "
              "optimizer step, however it is cut (default %(default)s).")

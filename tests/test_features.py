@@ -1,15 +1,17 @@
 """Features of a picture stand for the picture: the same loss and gradient, computed once."""
 
+import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, load_model
+from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_python
 
 from model import features
 from model.dataset import FewShotDataset, data_collator
 from model.errors import InputError
-from model.features import FeatureCache, picture_features
+from model.features import FeatureCache, FeatureStore, feature_file, picture_features
 from model.image import BlipImageEvalProcessor
 from model.step import loss_sum
 from model.tokenizer import ChatGLMTokenizer
@@ -107,6 +109,112 @@ def test_eyes_leave_when_every_data_set_has_its_features(eyes, dataset, monkeypa
     assert sent == ["vit", "qformer"]
 
 
+def looked_at(eyes, monkeypatch):
+    """How many pictures the eyes look at from now on, as a list that grows."""
+    seen, features_of = [], eyes.features
+    monkeypatch.setattr(eyes, "features", lambda images: seen.extend(range(len(images))) or features_of(images))
+    return seen
+
+
+def test_picture_under_two_names_is_looked_at_once(eyes, dataset, monkeypatch, tmp_path):
+    twin = tmp_path / "twin.png"
+    twin.write_bytes(Path(dataset.rows[0].img).read_bytes())
+    seen = looked_at(eyes, monkeypatch)
+    kept = picture_features([dataset.rows[0].img, str(twin)], dataset.processor, eyes)
+    assert len(seen) == 1
+    assert torch.equal(kept[str(twin)], kept[dataset.rows[0].img])
+
+
+def cached(eyes, dataset, folder, paths=None):
+    file = feature_file(str(folder), eyes, dataset.processor)
+    return picture_features(paths or [row.img for row in dataset.rows], dataset.processor, eyes, file=file)
+
+
+def test_features_kept_in_a_folder_are_not_made_again(eyes, dataset, monkeypatch, tmp_path):
+    first = cached(eyes, dataset, tmp_path / "new", [row.img for row in dataset.rows[:4]])
+    seen = looked_at(eyes, monkeypatch)
+    again = cached(eyes, dataset, tmp_path / "new")
+    assert len(seen) == 2  # the two that are new
+    assert all(torch.equal(again[path], features) for path, features in first.items())
+    plain = picture_features([row.img for row in dataset.rows], dataset.processor, eyes)
+    assert all(torch.allclose(again[path], plain[path], atol=1e-6) for path in plain)
+    cached(eyes, dataset, tmp_path / "new")
+    assert len(seen) == 2 + len(plain)
+
+
+@pytest.mark.parametrize("change", ["weights", "size", "dtype", "bytes"])
+def test_features_are_made_again_when_what_they_come_from_changes(change, eyes, dataset, monkeypatch, tmp_path):
+    copied = tmp_path / "picture.png"
+    copied.write_bytes(Path(dataset.rows[0].img).read_bytes())
+    cached(eyes, dataset, tmp_path, [str(copied)])
+    if change == "weights":
+        next(eyes.qformer.parameters()).data.add_(1.0)
+    elif change == "size":
+        eyes.vit.set_image_size(112)
+        dataset.processor = BlipImageEvalProcessor(112)
+    elif change == "dtype":
+        eyes.to(torch.bfloat16)
+    else:
+        copied.write_bytes(Path(dataset.rows[1].img).read_bytes())
+    seen = looked_at(eyes, monkeypatch)
+    cached(eyes, dataset, tmp_path, [str(copied)])
+    assert len(seen) == 1
+
+
+def test_features_not_noted_before_a_kill_are_made_again(eyes, dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "PICTURES_AT_ONCE", 1)
+    monkeypatch.setattr(features, "NEW_BEFORE_NOTED", 2)
+    features_of, calls = eyes.features, []
+
+    def dies_at_the_fourth(images):
+        calls.append(images)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return features_of(images)
+
+    monkeypatch.setattr(eyes, "features", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        cached(eyes, dataset, tmp_path)
+    monkeypatch.setattr(eyes, "features", features_of)
+    gc.collect()  # the dead run's lock goes with it
+    seen = looked_at(eyes, monkeypatch)
+    assert len(cached(eyes, dataset, tmp_path)) == 6
+    assert len(seen) == 4  # two were noted
+
+
+def test_features_of_a_second_run_at_the_same_time_are_for_that_run_only(eyes, dataset, tmp_path):
+    file = feature_file(str(tmp_path), eyes, dataset.processor)
+    store = FeatureStore(6, (32, 48), torch.float32, file)
+    second = cached(eyes, dataset, tmp_path)
+    assert len(second) == 6
+    assert not file.with_suffix(".index").read_bytes()
+    store.close()
+    assert torch.equal(cached(eyes, dataset, tmp_path)[dataset.rows[0].img], second[dataset.rows[0].img])
+    assert len(file.with_suffix(".index").read_bytes()) == 6 * 16
+
+
+def test_features_whose_file_is_gone_are_made_again(eyes, dataset, monkeypatch, tmp_path):
+    cached(eyes, dataset, tmp_path)
+    feature_file(str(tmp_path), eyes, dataset.processor).unlink()
+    seen = looked_at(eyes, monkeypatch)
+    cached(eyes, dataset, tmp_path)
+    cached(eyes, dataset, tmp_path)
+    assert len(seen) == 6
+
+
+def test_features_with_no_room_on_the_disk_are_one_sentence(eyes, dataset, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="No space left on device; 1 MiB are needed there"):
+        cached(eyes, dataset, tmp_path, [dataset.rows[0].img] * 170)
+
+
+def test_rows_that_training_meets_once_have_features_when_those_are_kept(eyes, dataset, tmp_path):
+    assert "image_features" in FeatureCache(eyes, lambda rows: rows, folder=str(tmp_path)).given_to(dataset)[0]
+
+
 def test_features_of_a_picture_that_cannot_be_opened_are_left_out(eyes, dataset):
     good = dataset.rows[0].img
     assert list(picture_features(["gone.png", good], dataset.processor, eyes)) == [good]
@@ -117,3 +225,30 @@ def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(eye
     dataset.processor = lambda image: (_ for _ in ()).throw(InputError("gone"))
     with pytest.raises(InputError, match="gone"):
         dataset[0]
+
+
+TRAINING = ("--use_lora", "--mode", "finetune", "--train-iters", "3", "--batch-size", "2", "--num-workers", "1")
+
+
+@pytest.mark.run
+def test_runs_with_a_feature_cache_have_the_losses_of_one_without(upstream_checkpoint, tmp_path):
+    def losses(*flags):
+        command = (PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *TRAINING)
+        run = run_python(*command, "--train-data", "dataset.json", *flags, cwd=GOLDEN / "upstream")
+        assert run.returncode == 0, run.stderr
+        return printed_losses(run.stdout)
+
+    cache = ("--feature_cache", tmp_path / "cache")
+    assert losses(*cache) == losses(*cache) == losses()
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".features", ".index"]
+
+
+@pytest.mark.run
+def test_feature_cache_in_the_place_of_a_file_is_refused_before_a_model_is_loaded(upstream_checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    command = (PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *TRAINING)
+    run = run_python(
+        *command, "--train-data", "dataset.json", "--feature_cache", tmp_path / "file", cwd=GOLDEN / "upstream"
+    )
+    assert run.returncode == 2
+    assert run.stderr.endswith(f"--feature_cache {tmp_path}/file: {tmp_path}/file is a file; a folder is needed.\n")

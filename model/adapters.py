@@ -77,11 +77,9 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
-        # All parts' A in one product; then each part's B on its own r columns.
+        # Two products, however many parts: the A of all below each other, and each part's B on its own r columns.
         low_rank = (self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T) * self.scale
-        parts = low_rank.split(self.matrix_A[0].shape[0], dim=-1)
-        change = torch.cat([part @ b.T for part, b in zip(parts, self.matrix_B, strict=True)], dim=-1)
-        return self.original(hidden_states) + change
+        return self.original(hidden_states) + low_rank @ torch.block_diag(*self.matrix_B).T
 
     @torch.no_grad()
     def merged(self) -> torch.nn.Module:

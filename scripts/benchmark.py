@@ -201,13 +201,13 @@ def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
 
 # What is saved, and how the model goes without it; the first three concern the batch and the loss, see `Way`.
 SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
-    "padding to the batch's longest row": nothing,
-    "picture features kept": nothing,
+    "padding to the longest row": nothing,
+    "kept picture features": nothing,
     "last layer and head at supervised positions only": nothing,
     "fused attention and GELU": separate_attention,
-    "masks without Python loops": masks_token_by_token,
-    "no recomputed activations": recomputed_activations,
-    "LoRA's A factors in one product": separate_lora_products,
+    "masks made from lengths": masks_token_by_token,
+    "kept activations": recomputed_activations,
+    "LoRA in two products": separate_lora_products,
     "frozen weights packed (CPU)": plain_weights,
     "freed memory kept (CPU)": freed_memory_given_back,
 }
@@ -234,13 +234,13 @@ class Way:
         """The samples as this way feeds them to the model."""
         from model.dataset import data_collator
 
-        pictures = "picture features kept" in self.savings
+        pictures = "kept picture features" in self.savings
         chosen = [
             {key: value for key, value in sample.items() if key not in ("image", "path")}
             | ({"image_features": features[sample["path"]]} if pictures else {"image": sample["image"]})
             for sample in samples
         ]
-        if "padding to the batch's longest row" not in self.savings:
+        if "padding to the longest row" not in self.savings:
             full = self.options.max_source_length + self.options.max_target_length
             chosen = [padded_to(sample, full) for sample in chosen]
         batch = data_collator(chosen)

@@ -198,3 +198,13 @@ def test_constructor_takes_parallel_output_as_the_2023_script_gave_it(upstream_c
     args = FineTuneVisualGLMModel.get_args(**upstream_config, use_lora=True)
     model = FineTuneVisualGLMModel(args, transformer=None, parallel_output=True, params_dtype=torch.float32)
     assert isinstance(model.transformer.layers[0].attention.dense, LoraLinear)
+
+
+def test_layers_below_the_lowest_adapted_one_build_no_gradient_graph(build):
+    model = build(use_lora=True, layer_range=[1])
+    model.freeze()
+    needs_gradient = []
+    for layer in model.transformer.layers:
+        layer.mlp.register_forward_hook(lambda *args: needs_gradient.append(args[-1].requires_grad))
+    model(input_ids=torch.tensor([[5, 6, 86, 89, 7, 90]]))
+    assert needs_gradient == [False, True, True]

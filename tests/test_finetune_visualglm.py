@@ -190,6 +190,26 @@ def test_two_processes_that_share_the_work_by_zero_2_train(train):
     assert all(math.isfinite(loss) for loss in run.losses)
 
 
+@pytest.mark.run
+@pytest.mark.slow
+def test_one_batch_of_four_trains_like_two_of_two_and_like_two_processes_of_two(train, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT)
+    common = ("--loss_normalization", "token", "--hidden-dropout", "0", "--attention-dropout", "0")
+
+    def weights_of(name, *flags, launcher=(SCRIPT,)):
+        train(*common, "--save", tmp_path / name, *flags, launcher=launcher)
+        (weights,) = tmp_path.glob(f"{name}/*/3/*.pt")
+        return torch.load(weights)["module"]
+
+    whole = weights_of("whole", "--batch-size", "4")
+    for other in (
+        weights_of("accumulated", "--batch-size", "2", "--gradient-accumulation-steps", "2"),
+        weights_of("two", "--batch-size", "2", launcher=torchrun),
+    ):
+        for name, tensor in whole.items():
+            assert (other[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
 # --- wrong command lines and data: told before torch is even imported
 
 # Runs each command line of a JSON file of lists, and tells for each how it ended.

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
-from model import dataset
+from model import dataset, step
 from model.dataset import data_collator
-from model.step import answer_loss, forward_step, get_batch
+from model.step import answer_loss, forward_step, get_batch, head_loss
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
 
@@ -161,3 +161,25 @@ def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
     loss, _ = forward_step(iter([batch()]), process_group.bfloat16(), sat_args(bf16=True), Timers())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 2**26])
+def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, monkeypatch):
+    monkeypatch.setattr(step, "CHUNK_LOGITS", chunk * 11)
+    torch.manual_seed(1)
+    head, targets = torch.nn.Linear(5, 11, bias=False), torch.randint(0, 11, (7,))
+    hidden, plain = (torch.full((7, 5), 0.5).mul_(torch.arange(5)).requires_grad_() for _ in range(2))
+    loss = head_loss(hidden, head, targets)
+    expected = torch.nn.functional.cross_entropy(plain @ head.weight.T, targets, reduction="sum")
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, plain.grad)
+
+
+def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(step, "CHUNK_LOGITS", 2 * 11)
+    asked, plain_product = [], step.product
+    monkeypatch.setattr(step, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
+    head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
+    assert asked == [2, 2, 2, 1]

@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN, golden_values, load_model
 
 from model.sat_compat import import_sat
-from model.visualglm import first_position, glm_position_ids, prefix_mask
+from model.visualglm import first_position, glm_position_ids, normalized, prefix_mask, residual_sum
 
 import_sat()
 
@@ -219,3 +219,21 @@ def test_trained_projection_gets_a_gradient(model, image):
     freeze(projection, trained=True)
     model(input_ids=torch.tensor(WITHOUT_PADDING), image=image, pre_image=1)[0].square().mean().backward()
     assert projection.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "summed"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_residual_sum_on_a_cpu_is_float32(dtype, summed):
+    branch, residual = (torch.tensor([value], dtype=dtype) for value in (1.0, 256.0))
+    total = residual_sum(branch, residual, alpha=1.0)
+    assert (total.dtype, total.item()) == (summed, 257.0)  # which bfloat16 would round to 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalized_is_the_norm_in_the_dtype_of_its_weights(dtype):
+    norm = torch.nn.LayerNorm(8, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8)
+    expected = torch.nn.functional.layer_norm(x, (8,), norm.weight.float(), norm.bias.float(), 1e-3)
+    found = normalized(x, norm)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)

@@ -164,6 +164,19 @@ def separate_lora_products(_: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def eyes_on_the_device(model: Any) -> Iterator[None]:
+    """The vision tower and the Q-Former where the language model is: without their features they are asked every step."""
+    eyes, device = model.get_mixin("eva").model, model.transformer.word_embeddings.weight.device
+    for part in (eyes.vit, eyes.qformer):
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in (eyes.vit, eyes.qformer):
+            part.cpu()
+
+
+@contextlib.contextmanager
 def plain_weights(model: Any) -> Iterator[None]:
     """Frozen linears with their weights in rows."""
     from model.frozen import PackedLinear
@@ -199,10 +212,10 @@ def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-# What is saved, and how the model goes without it; the first three concern the batch and the loss, see `Way`.
+# What is saved, and how the model goes without it; the first three concern the batch and the loss too, see `Way`.
 SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "padding to the longest row": nothing,
-    "kept picture features": nothing,
+    "kept picture features": eyes_on_the_device,
     "last layer and head at supervised positions only": nothing,
     "fused attention and GELU": separate_attention,
     "masks made from lengths": masks_token_by_token,
@@ -316,6 +329,7 @@ def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any
     import torch
 
     from model.adapters import FineTuneVisualGLMModel
+    from model.frozen import Nf4Linear
     from model.sat_compat import model_only
 
     args = FineTuneVisualGLMModel.get_args(
@@ -332,6 +346,9 @@ def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 parameter.normal_(std=0.02)
+        for module in model.modules():
+            if isinstance(module, Nf4Linear):
+                module.pack(0.02 * torch.randn(module.out_features, module.in_features, device=device))
     model.freeze()
     return model.train()
 
@@ -430,7 +447,7 @@ class Bench:
 
         eyes = self.model.get_mixin("eva").model
         known = {}
-        with torch.no_grad():
+        with torch.no_grad(), eyes_on_the_device(self.model):
             for sample in samples:
                 if sample["path"] not in known:
                     image = sample["image"].unsqueeze(0).to(self.device, self.dtype)

@@ -16,7 +16,7 @@ def bench(*words: str) -> Bench:
     return Bench(parsed(["--shape", str(SHAPE), "--batch-size", "2", "--steps", "2", *words]))
 
 
-@pytest.fixture(scope="module", params=["lora", "ptuning"])
+@pytest.fixture(scope="module", params=["lora", "qlora", "ptuning"])
 def small(request: pytest.FixtureRequest) -> Bench:
     return bench("--method", request.param)
 

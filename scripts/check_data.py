@@ -231,7 +231,7 @@ def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths:
                 target.append(len(sample.labels) - context)
         if len(rows):
             needed = [max(pair) for pair in zip(needed, needed_lengths(rows, tokenizer, lengths), strict=True)]
-        found = count_cuts(rows, tokenizer, lengths)
+        found = count_cuts(rows.values(), tokenizer, lengths)
         cuts = [a + b for a, b in zip(cuts, (found.prompts, found.labels, found.histories), strict=True)]
     return {
         "source": _distribution(source),

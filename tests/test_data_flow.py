@@ -79,6 +79,18 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, upstream_checkpo
     assert "Training on 5 samples" in done.stdout
 
 
+def test_very_many_rows_are_checked_beside_the_imports_and_every_cut_is_counted(tmp_path, upstream_checkpoint):
+    rows = [{"prompt": f"{number}？", "label": "天。"} for number in range(25_000)]
+    rows[24_000] |= {"prompt": "长" * 90}
+    rows[7] |= {"label": "长" * 300}
+    done = train(upstream_checkpoint, data_file(tmp_path, rows), "--train-iters", "1")
+    assert done.returncode == 0, done.stderr
+    assert "25000 rows; cut to fit: 1 prompts (--max_source_length), 1 labels (--max_target_length)" in done.stdout
+    bad = train(upstream_checkpoint, data_file(tmp_path, [*rows, {"prompt": "?"}]), "--train-iters", "1")
+    assert (bad.returncode, bad.stdout, "Traceback" in bad.stderr) == (2, "", False)
+    assert 'row 25001: no "label"' in bad.stderr
+
+
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, upstream_checkpoint, policy):
     (tmp_path / "broken.jpg").write_text("no picture")

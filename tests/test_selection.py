@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from model import selection as module
 from model.errors import InputError
 from model.prompt import Cuts, Lengths, count_cuts
-from model.selection import auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
+from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings
 from model.tokenizer import ChatGLMTokenizer
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
@@ -132,16 +132,17 @@ def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
 def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTokenizer, monkeypatch) -> None:
     rows = [{"prompt": "长" * (i % 90), "label": "长" * (i % 70 + 1)} for i in range(500)]
     selection, _ = selection_of(tmp_path, rows)
-    (some,) = selection.rows.values()
+    ((file, some),) = selection.rows.items()
     monkeypatch.setattr(module, "ROWS_PER_PROCESS", 100)
-    assert cuts_of(some, tokenizer, LENGTHS) == count_cuts(some, tokenizer, LENGTHS) != Cuts(500)
+    in_processes = begin_to_count_cuts(selection, tokenizer, LENGTHS)()
+    assert in_processes == {file: count_cuts(some.values(), tokenizer, LENGTHS)} != {file: Cuts(500)}
 
 
 def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     selection, _ = selection_of(tmp_path, [{"prompt": "长" * 90, "label": "长" * 70}, *texts(3)])
     source, target = auto_lengths(selection, tokenizer, LENGTHS, None, None, limit=2048)
     (rows,) = selection.rows.values()
-    assert count_cuts(rows, tokenizer, Lengths(32, source, target)) == Cuts(4)
+    assert count_cuts(rows.values(), tokenizer, Lengths(32, source, target)) == Cuts(4)
 
 
 @pytest.mark.parametrize(

@@ -108,19 +108,48 @@ def check_pictures(selection: Selection, problems: list[str], bad_rows: str, che
 def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int) -> None:
     """Take rows out of files for evaluation: a number of rows (1 or more), or a share of them (below 1).
 
-    The same seed takes the same rows, whatever the process, the restart and --bad_rows.
+    Rows that share a picture stay together, so that none is evaluated on whose picture is trained on; the number then
+    differs from what was asked by less than the smallest such group that is left has rows. The same seed takes the same
+    rows, whatever the process, the restart and --bad_rows.
 
     Raises:
         InputError: nothing would be left to train on.
     """
-    places = [(file, index) for file in files for index in range(len(selection.rows[file]))]
-    number = int(share) if share >= 1 else max(1, round(share * len(places)))
-    if number >= len(places):
+    groups = _rows_by_picture(selection, files)
+    total = sum(map(len, groups))
+    number = int(share) if share >= 1 else max(1, round(share * total))
+    if number >= total:
         raise InputError(
-            f"--holdout {share:g}: {len(places)} rows in --train-data, so none would be left to learn; less is needed."
+            f"--holdout {share:g}: {total} rows in --train-data, so none would be left to learn; less is needed."
         )
-    for file, index in sorted(random.Random(f"holdout {seed}").sample(places, number)):
+    if len(groups) == 1:
+        raise InputError(
+            f"--holdout {share:g}: all {total} rows in --train-data have the same picture, so none would be left to learn;"
+            " rows with other pictures are needed, or --valid-data."
+        )
+    random.Random(f"holdout {seed}").shuffle(groups)
+    held: list[tuple[str, int]] = []
+    left: list[list[tuple[str, int]]] = []
+    for group in groups:
+        if len(group) <= number - len(held):
+            held += group
+        else:
+            left.append(group)
+    smallest, missing = min(left, key=len), number - len(held)
+    if not held or (len(smallest) < 2 * missing and len(left) > 1):  # rather some too many than more too few
+        held += smallest
+    for file, index in sorted(held):
         selection.held_out.setdefault(file, []).append(index)
+
+
+def _rows_by_picture(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
+    """File and index of all rows, those that share a picture together; rows without a picture are by themselves."""
+    groups: dict[object, list[tuple[str, int]]] = {}
+    for file in dict.fromkeys(files):
+        for index, (img, *_) in enumerate(selection.rows[file].values()):
+            key = (file, index) if img is None else os.path.abspath(img)
+            groups.setdefault(key, []).append((file, index))
+    return list(groups.values())
 
 
 def begin_to_count_cuts(selection: Selection, tokenizer: Tokenizer, lengths: Lengths) -> Callable[[], dict[str, Cuts]]:

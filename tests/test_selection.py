@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from model import selection as module
 from model.errors import InputError
 from model.prompt import Cuts, Lengths, count_cuts
-from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings
+from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings, scan_files
 from model.tokenizer import ChatGLMTokenizer
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
@@ -104,6 +104,46 @@ def test_held_out_rows_are_the_same_ones_whether_or_not_others_are_left_out(tmp_
     selection.left_out = {file: [held[0]]}
     assert selection.chosen(file, training=False) == held[1:]
     assert held[0] not in (selection.chosen(file, training=True) or [])
+
+
+def shared(*pictures: str) -> list[dict]:
+    return [{"img": picture, "prompt": f"{i}?", "label": "!"} for i, picture in enumerate(pictures)]
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.1, 3), (1, 3), (4, 3), (5, 6), (8, 9), (29, 27)])
+def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, share: float, number: int) -> None:
+    rows = shared(*(f"{i % 10}.png" for i in range(30)))  # three rows for each of ten pictures
+    selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+    (file,) = selection.rows
+    hold_out(selection, [file], share, seed=1)
+    held = {rows[index]["img"] for index in selection.chosen(file, training=False) or []}
+    trained = {rows[index]["img"] for index in selection.chosen(file, training=True) or []}
+    assert len(selection.held_out[file]) == number
+    assert held and trained and not held & trained
+
+
+def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path: Path) -> None:
+    rows = [*shared(*["large.png"] * 50), *texts(50)]
+    for seed in range(5):
+        selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+        hold_out(selection, list(selection.rows), 20, seed)
+        assert [len(held) for held in selection.held_out.values()] == [20]
+
+
+def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling(tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copy(PICTURE, tmp_path / f"{name}.png")
+    one = data_file(tmp_path, shared("a.png", "b.png"))
+    other = data_file(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json")
+    selection, _ = scan_files([one, other], "error")
+    hold_out(selection, [one, other], 2, seed=1)
+    assert selection.held_out[one] == selection.held_out[other] and len(selection.held_out[one]) == 1
+
+
+def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:
+    selection, _ = scan_files([data_file(tmp_path, shared("a.png", "a.png", "a.png"))], "error")
+    with pytest.raises(InputError, match="--holdout 1: all 3 rows in --train-data have the same picture"):
+        hold_out(selection, list(selection.rows), 1, seed=1)
 
 
 def test_holding_everything_out_is_an_error(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     return grey.point(lambda value: value * (255 / white) + 0.5).convert("L")  # + 0.5: Pillow truncates from F to L
 
 
-def first_lines(problems: list[str]) -> list[str]:
+def first_lines(problems: list[str], where_all_are: str = "; scripts/check_data.py lists all.") -> list[str]:
     """As many problems as a screen has room for, and how many more there are."""
     more = len(problems) - MOST_PROBLEM_LINES
-    return problems if more <= 0 else [*problems[:MOST_PROBLEM_LINES], f"… and {more} more"]
+    return problems if more <= 0 else [*problems[:MOST_PROBLEM_LINES], f"… and {more} more{where_all_are}"]

@@ -105,6 +105,21 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
     assert len(printed_losses(done.stdout)) == (0 if policy == "error" else 2)
 
 
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_picture_that_breaks_on_one_of_two_processes_stops_both_or_none(tmp_path, upstream_checkpoint, policy):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    data = data_file(tmp_path, [SHAPES[0], SHAPES[2], SHAPES[0] | {"img": "broken.jpg"}, SHAPES[3]])
+    done = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", PROJECT / "finetune_visualglm.py", "--from_pretrained",
+        upstream_checkpoint, "--use_lora", "--mode", "finetune", "--train-data", data, "--batch-size", "1", "--epochs",
+        "2", "--bad_rows", policy, "--check_seconds", "0", *NO_DROPOUT, cwd=tmp_path, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    said = "finetune_visualglm.py: error: " if policy == "error" else "Left out: "
+    assert f"{said}{data} row 3: broken.jpg isn't a picture" in done.stderr
+    assert (done.returncode == 0) == (policy == "skip")
+    assert policy == "error" or len(printed_losses(done.stdout)) == 4
+
+
 def test_order_of_rows_follows_the_seed(tmp_path, upstream_checkpoint):
     shutil.copytree(GOLDEN / "upstream/images", tmp_path / "images")
     data = Path(shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path))

@@ -4,8 +4,10 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 from model.errors import InputError
 
@@ -32,15 +34,7 @@ def done_beside(task: Callable[[], Result], meanwhile: Callable[[], object]) -> 
     try:
         if not wait([receiver, process.sentinel], PATIENCE):
             meanwhile()
-        # Not the receiver alone: processes that task has started keep it open.
-        if receiver not in wait([receiver, process.sentinel]):
-            raise EOFError
-        result, problem = receiver.recv()
-    except EOFError as error:
-        process.join()
-        raise InputError(
-            f"The process that checks the data died (status {process.exitcode}; no memory left?)."
-        ) from error
+        result, problem = _answer(receiver, process)
     finally:
         receiver.close()
         process.terminate()
@@ -48,6 +42,15 @@ def done_beside(task: Callable[[], Result], meanwhile: Callable[[], object]) -> 
     if problem is not None:
         raise problem
     return result
+
+
+def _answer(receiver: Connection, process: BaseProcess) -> tuple[Any, InputError | None]:
+    # Not the receiver alone is waited for: processes that the task has started keep it open.
+    if receiver in wait([receiver, process.sentinel]):
+        with suppress(EOFError):  # told below
+            return receiver.recv()
+    process.join()
+    raise InputError(f"The process that checks the data died (status {process.exitcode}; no memory left?).")
 
 
 def _do(task: Callable[[], object], receiver: Connection, sender: Connection) -> None:

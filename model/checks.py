@@ -41,8 +41,8 @@ from model.selection import (
     Selection,
     auto_lengths,
     begin_to_count_cuts,
-    check_pictures,
     hold_out,
+    picture_notes,
     same_file_warnings,
     scan_files,
 )
@@ -112,7 +112,7 @@ def checked_data(options: Options, config: Mapping[str, Any], tokenizer: ChatGLM
     lengths = settled_lengths(options, config, tokenizer, selection)
     # Nobody but the first process tells it, and counting takes a while.
     cuts = begin_to_count_cuts(selection, tokenizer, lengths) if is_first_process() else None
-    notes = check_pictures(selection, problems, options.bad_rows, options.check_seconds)
+    notes = picture_notes(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in options.train_data}))
     notes += same_file_warnings(options.train_data, valid_files)
     if options.holdout is not None:

@@ -6,6 +6,7 @@ Standard library and Pillow only.
 import multiprocessing
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,9 +49,9 @@ class Selection:
 
 
 def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) -> tuple[Selection, list[str]]:
-    """The rows of files, and notes for the person at the prompt: `scan_files`, then `check_pictures`."""
+    """The rows of files, and notes for the person at the prompt: `scan_files`, then `picture_notes`."""
     selection, problems = scan_files(files, bad_rows)
-    return selection, check_pictures(selection, problems, bad_rows, check_seconds)
+    return selection, picture_notes(selection, problems, bad_rows, check_seconds)
 
 
 def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str]]:
@@ -71,21 +72,21 @@ def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str
     return selection, problems
 
 
-def check_pictures(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
+def picture_notes(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
     """Leave rows with bad pictures out, and give notes for the person. Only the first process looks at pictures.
 
     Args:
         problems: of the rows that were left out already.
-        check_seconds: how long pictures that are not remembered may be opened.
+        check_seconds: how long pictures that are not remembered may be opened, those of all files together.
 
     Raises:
         InputError: there are bad rows (the first 20 are named) and bad_rows is "error", or there are no others.
     """
-    notes = []
+    notes, end = [], time.monotonic() + check_seconds
     memory = PictureMemory() if is_first_process() else None
     unopened = 0
     for file, rows in selection.rows.items() if memory is not None else ():
-        check = check_rows(rows, memory, check_seconds)
+        check = check_rows(rows, memory, end - time.monotonic())
         problems += check.problems.values()
         selection.left_out[file] = list(check.problems)
         unopened += check.unopened

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import GOLDEN
 
 from model import selection as module
 from model.errors import InputError
+from model.picture_check import PictureCheck
 from model.prompt import Cuts, Lengths, count_cuts
 from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings, scan_files
 from model.tokenizer import ChatGLMTokenizer
@@ -67,6 +69,19 @@ def test_selection_without_time_says_what_was_not_opened(tmp_path: Path) -> None
     new = shutil.copy(PICTURE, tmp_path)
     _, notes = selection_of(tmp_path, [{"img": new, "prompt": "?", "label": "!"}], seconds=-1)
     assert notes[0].startswith("1 pictures have not been opened yet")
+
+
+def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, monkeypatch) -> None:
+    seconds: list[float] = []
+
+    def slow_check(rows, memory, left):
+        seconds.append(left)
+        time.sleep(0.2)
+        return PictureCheck()
+
+    monkeypatch.setattr(module, "check_rows", slow_check)
+    read_selection([data_file(tmp_path, texts(1), name) for name in ("a.json", "b.json")], "error", 5.0)
+    assert 4.5 < seconds[0] <= 5 and seconds[1] <= 4.8
 
 
 def test_selection_on_another_process_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

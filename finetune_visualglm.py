@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parse(argv)
     try:
-        inputs = checked(options)
+        inputs = checked(options, lambda: importlib.import_module("model.sat_compat").import_sat(training=True))
         announce(options, inputs.notes)
         train(argv, options, inputs)
     except InputError as problem:

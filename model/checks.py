@@ -1,4 +1,4 @@
-"""Everything that can fail, checked in seconds, before a model or even torch is loaded.
+"""Everything that can fail, checked in seconds before a model is loaded; before torch is, unless there is much data.
 
 A function named …_problems returns sentences: where, what was found, what is needed; an empty list when all is well.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.beside import done_beside
 from model.description import (
     LORA_SIZES,
     METHODS,
@@ -36,7 +37,15 @@ from model.options import (
 )
 from model.progress import is_first_process
 from model.prompt import LEAST_TARGET_LENGTH, Cuts, Lengths, least_source_length
-from model.selection import Selection, auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
+from model.selection import (
+    Selection,
+    auto_lengths,
+    begin_to_count_cuts,
+    hold_out,
+    picture_notes,
+    same_file_warnings,
+    scan_files,
+)
 from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 
 
@@ -53,8 +62,10 @@ class Inputs:
     notes: list[str]  # sentences for the person at the prompt
 
 
-def checked(options: Options) -> Inputs:
+def checked(options: Options, meanwhile: Callable[[], object] = lambda: None) -> Inputs:
     """Check everything, the quickest first, and stop at the first kind of problem.
+
+    Where there is much data, checking it takes seconds, in a process of its own; meanwhile is then called here.
 
     Raises:
         InputError: lists every problem of that kind.
@@ -79,18 +90,39 @@ def checked(options: Options) -> Inputs:
     raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
+    data = done_beside(lambda: checked_data(options, config, tokenizer), meanwhile)
+    return Inputs(checkpoint, weights, config, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The part of Inputs that comes from the data files."""
+
+    selection: Selection
+    lengths: Lengths
+    notes: list[str]
+
+
+def checked_data(options: Options, config: Mapping[str, Any], tokenizer: ChatGLMTokenizer) -> Data:
+    """Check the data files: rows, then pictures, while what the lengths cut off is counted in other processes.
+
+    Raises:
+        InputError: lists every problem of the first kind that there is.
+    """
     valid_files = [*(options.valid_data or []), *(options.test_data or [])]
-    selection, row_notes = read_selection([*options.train_data, *valid_files], options.bad_rows, options.check_seconds)
-    notes += row_notes
+    selection, problems = scan_files([*options.train_data, *valid_files], options.bad_rows)
+    lengths = settled_lengths(options, config, tokenizer, selection)
+    # Nobody but the first process tells it, and counting takes a while.
+    cuts = begin_to_count_cuts(selection, tokenizer, lengths) if is_first_process() else None
+    notes = picture_notes(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in options.train_data}))
     notes += same_file_warnings(options.train_data, valid_files)
     if options.holdout is not None:
         hold_out(selection, options.train_data, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
-    lengths = settled_lengths(options, config, tokenizer, selection)
-    if is_first_process():  # nobody else says it, and counting takes a while
-        notes += data_notes(options, selection, tokenizer, lengths)
-    return Inputs(checkpoint, weights, config, tokenizer, selection, lengths, notes)
+    if cuts is not None:
+        notes += data_notes(options, selection, lengths, cuts())
+    return Data(selection, lengths, notes)
 
 
 def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int) -> int:
@@ -134,15 +166,15 @@ def settled_lengths(
     return replace(unsettled, max_source_length=source, max_target_length=target)
 
 
-def data_notes(options: Options, selection: Selection, tokenizer: ChatGLMTokenizer, lengths: Lengths) -> list[str]:
-    """What the run will do with its data: rows, what is cut of them, held-out ones, samples seen and epochs."""
+def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: Mapping[str, Cuts]) -> list[str]:
+    """What the run will do with its data: rows, the cuts of each file, held-out ones, samples seen and epochs."""
     notes = []
     if None in (options.max_source_length, options.max_target_length):
         notes.append(
             f"--max_source_length {lengths.max_source_length} --max_target_length {lengths.max_target_length} (auto)"
         )
     for file, rows in selection.rows.items():
-        notes.append(f"{file}: {len(rows)} rows{cut_note(cuts_of(rows, tokenizer, lengths), len(rows))}")
+        notes.append(f"{file}: {len(rows)} rows{cut_note(cuts[file], len(rows))}")
     held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
         notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")

@@ -114,10 +114,11 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="What to do about rows that can't be used and pictures that can't be opened: name them and stop, or leave "
              "them out and say how many (default %(default)s).")
     add("--check_seconds", type=float, default=2.0, metavar="S",
-        help="How long pictures may be opened before training, those remembered from earlier runs aside; the rest are "
-             "opened while training; inf opens all first (default %(default)s).")
+        help="How long pictures may be looked for and opened before training, those remembered from earlier runs aside; "
+             "the rest are opened while training; inf opens all first (default %(default)s).")
     add("--holdout", type=float, metavar="N|FRACTION",
-        help="Rows of --train-data to evaluate on and never train on: how many, or which share (default: none).")
+        help="Rows of --train-data to evaluate on, and whose pictures are never trained on: how many, or which share "
+             "(default: none).")
     add("--keep_best", action="store_true",
         help="Keep the checkpoint with the lowest evaluation loss, in the folder best beside the others.")
     add("--source_prefix", default="", metavar="TEXT",

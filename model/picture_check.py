@@ -90,15 +90,18 @@ def check_rows(
     """Look at every distinct picture of rows: is it a file, and can it be opened?
 
     Files are looked for in any case. They are opened in as many threads as there are CPUs, but for those that memory
-    knows, in an order of chance, until the seconds are over.
+    knows, in an order of chance, until the seconds are over; looking for them may take half of that away.
 
     With progress, stderr shows how far it is and the time left, once it has taken two seconds.
     """
+    started = time.monotonic()
     result = PictureCheck()
     bad: dict[str, str] = {}
     to_open: list[str] = []
-    pictures = rows.pictures() if isinstance(rows, Rows) else (row.img for row in rows if row.img is not None)
+    pictures = (values[0] for values in rows.values()) if isinstance(rows, Rows) else (row.img for row in rows)
     for path in dict.fromkeys(pictures):
+        if path is None:
+            continue
         try:
             status = checked_file(path)
         except InputError as problem:
@@ -109,6 +112,7 @@ def check_rows(
         else:
             to_open.append(path)
     random.Random(0).shuffle(to_open)
+    seconds = max(seconds / 2, seconds - (time.monotonic() - started))
     checked: Iterable[tuple[str, str | None]] = _opened(to_open, seconds)
     if progress and is_first_process():
         checked = with_progress(checked, len(to_open), "Checking pictures", stops_after=seconds)

@@ -14,7 +14,7 @@ from typing import IO, cast, overload
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from model.errors import InputError, raise_problems
-from model.prompt import ROW_NEEDS, Row, row_from_json
+from model.prompt import ROW_NEEDS, Row, RowValues, plain_values, row_from_json
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
 LEAST_REDUCTION = 3  # times the resized edge: what a JPEG decoded at reduced size still has
@@ -59,22 +59,20 @@ class Rows(Sequence[Row]):
         self._numbers = array("L")
         self.turns = array("L")  # of each row, earlier ones and its own
 
-    def append(self, row: Row, number: int, img: str | None) -> None:
-        """Add a row, the file's number-th, counted from 1, whose picture is at img."""
-        self._texts += marshal.dumps((img, row.prompt, row.label, row.history, row.lang))
+    def append(self, values: RowValues, number: int) -> None:
+        """Add a row by its values: the file's number-th, counted from 1."""
+        self._texts += marshal.dumps(values)
         self._ends.append(len(self._texts))
         self._numbers.append(number)
-        self.turns.append(1 + len(row.history))
+        self.turns.append(1 + len(values[3]))
 
-    def pictures(self) -> Iterator[str]:
-        """The path of each row's picture; rows without one are passed over. Quicker than asking for the rows."""
-        start = 0
+    def values(self, start: int = 0, stop: int | None = None) -> Iterator[RowValues]:
+        """(img, prompt, label, history, lang) of each row from start to before stop. Quicker than asking for the rows."""
+        begin = self._ends[start - 1] if start else 0
         with memoryview(self._texts) as texts:
-            for end in self._ends:
-                img = marshal.loads(texts[start:end])[0]
-                start = end
-                if img is not None:
-                    yield img
+            for end in self._ends[start:stop]:
+                yield marshal.loads(texts[begin:end])
+                begin = end
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -87,9 +85,7 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        with memoryview(self._texts) as texts:
-            img, prompt, label, history, lang = marshal.loads(texts[start : self._ends[index]])
+        ((img, prompt, label, history, lang),) = self.values(index, index + 1)
         return Row(img, prompt, label, f"{self.path} row {self._numbers[index]}", history, lang)
 
 
@@ -121,11 +117,13 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
         try:
             if isinstance(entry, InputError):
                 raise entry
-            row = row_from_json(entry, f"{file} row {count}")
+            values = plain_values(entry) or row_from_json(entry, f"{file} row {count}").values()
         except InputError as problem:
             problems.append(str(problem))
             continue
-        rows.append(row, count, row.img and (_place_of(row.img, folder, folders) or row.img))
+        img = values[0]
+        place = img and (_place_of(img, folder, folders) or img)
+        rows.append((place, *values[1:]), count)
     if not count:
         raise InputError(f"{path}: the list is empty; at least one row is needed.")
     return rows, problems
@@ -366,7 +364,7 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     return grey.point(lambda value: value * (255 / white) + 0.5).convert("L")  # + 0.5: Pillow truncates from F to L
 
 
-def first_lines(problems: list[str]) -> list[str]:
+def first_lines(problems: list[str], where_all_are: str = "; scripts/check_data.py lists all.") -> list[str]:
     """As many problems as a screen has room for, and how many more there are."""
     more = len(problems) - MOST_PROBLEM_LINES
-    return problems if more <= 0 else [*problems[:MOST_PROBLEM_LINES], f"… and {more} more"]
+    return problems if more <= 0 else [*problems[:MOST_PROBLEM_LINES], f"… and {more} more{where_all_are}"]

@@ -6,15 +6,18 @@ Standard library and Pillow only.
 import multiprocessing
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from model.errors import InputError, raise_problems
 from model.picture_check import PictureMemory, check_rows
 from model.progress import is_first_process
-from model.prompt import Cuts, Lengths, Row, Tokenizer, count_cuts, needed_lengths
+from model.prompt import Cuts, Lengths, Tokenizer, count_cuts, needed_lengths
 from model.rows import Rows, first_lines, scan_rows
 
 HELD_OUT = "held-out rows of --train-data"  # stands for a file of --valid-data
@@ -46,25 +49,44 @@ class Selection:
 
 
 def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) -> tuple[Selection, list[str]]:
-    """The rows of files, and notes for the person at the prompt. Only the first process looks at pictures.
+    """The rows of files, and notes for the person at the prompt: `scan_files`, then `picture_notes`."""
+    selection, problems = scan_files(files, bad_rows)
+    return selection, picture_notes(selection, problems, bad_rows, check_seconds)
+
+
+def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str]]:
+    """The good rows of files, and a sentence for each bad one.
 
     Args:
         bad_rows: "error" stops at bad rows, "skip" leaves them out.
-        check_seconds: how long pictures that are not remembered may be opened.
 
     Raises:
-        InputError: a file can't be used, or there are bad rows (the first 20 are named), or nothing but bad rows.
+        InputError: a file can't be used, or there are bad rows (the first 20 are named).
     """
-    selection, problems, notes = Selection({}), [], []
+    selection, problems = Selection({}), []
     for file in dict.fromkeys(files):
         selection.rows[file], bad = scan_rows(file)
         problems += bad
     if bad_rows == "error":
         raise_problems(first_lines(problems))
+    return selection, problems
+
+
+def picture_notes(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
+    """Leave rows with bad pictures out, and give notes for the person. Only the first process looks at pictures.
+
+    Args:
+        problems: of the rows that were left out already.
+        check_seconds: how long pictures that are not remembered may be opened, those of all files together.
+
+    Raises:
+        InputError: there are bad rows (the first 20 are named) and bad_rows is "error", or there are no others.
+    """
+    notes, end = [], time.monotonic() + check_seconds
     memory = PictureMemory() if is_first_process() else None
     unopened = 0
     for file, rows in selection.rows.items() if memory is not None else ():
-        check = check_rows(rows, memory, check_seconds)
+        check = check_rows(rows, memory, end - time.monotonic())
         problems += check.problems.values()
         selection.left_out[file] = list(check.problems)
         unopened += check.unopened
@@ -81,30 +103,76 @@ def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) ->
     for file, rows in selection.rows.items():
         if len(selection.left_out.get(file, ())) == len(rows):
             raise InputError(f"{file}: every row is bad; the first: {problems[0]}")
-    return selection, notes
+    return notes
 
 
 def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int) -> None:
     """Take rows out of files for evaluation: a number of rows (1 or more), or a share of them (below 1).
 
-    The same seed takes the same rows, whatever the process, the restart and --bad_rows.
+    Rows that share a picture stay together, so that none is evaluated on whose picture is trained on; the number then
+    differs from what was asked by less than the smallest such group that is left has rows. The same seed takes the same
+    rows, whatever the process, the restart and --bad_rows.
 
     Raises:
         InputError: nothing would be left to train on.
     """
-    places = [(file, index) for file in files for index in range(len(selection.rows[file]))]
-    number = int(share) if share >= 1 else max(1, round(share * len(places)))
-    if number >= len(places):
+    groups = _rows_by_picture(selection, files)
+    total = sum(map(len, groups))
+    number = int(share) if share >= 1 else max(1, round(share * total))
+    if number >= total:
         raise InputError(
-            f"--holdout {share:g}: {len(places)} rows in --train-data, so none would be left to learn; less is needed."
+            f"--holdout {share:g}: {total} rows in --train-data, so none would be left to learn; less is needed."
         )
-    for file, index in sorted(random.Random(f"holdout {seed}").sample(places, number)):
+    if len(groups) == 1:
+        raise InputError(
+            f"--holdout {share:g}: all {total} rows in --train-data have the same picture, so none would be left to learn;"
+            " rows with other pictures are needed, or --valid-data."
+        )
+    random.Random(f"holdout {seed}").shuffle(groups)
+    held: list[tuple[str, int]] = []
+    left: list[list[tuple[str, int]]] = []
+    for group in groups:
+        if len(group) <= number - len(held):
+            held += group
+        else:
+            left.append(group)
+    smallest, missing = min(left, key=len), number - len(held)
+    if not held or (len(smallest) < 2 * missing and len(left) > 1):  # rather some too many than more too few
+        held += smallest
+    for file, index in sorted(held):
         selection.held_out.setdefault(file, []).append(index)
 
 
-def cuts_of(rows: Rows, tokenizer: Tokenizer, lengths: Lengths) -> Cuts:
-    """What lengths cut off from rows, counted in as many processes as there are CPUs where there are very many rows."""
-    return sum(_in_processes(lambda some: count_cuts(some, tokenizer, lengths), rows), Cuts())
+def _rows_by_picture(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
+    """File and index of all rows, those that share a picture together; rows without a picture are by themselves."""
+    groups: dict[object, list[tuple[str, int]]] = {}
+    for file in dict.fromkeys(files):
+        for index, (img, *_) in enumerate(selection.rows[file].values()):
+            key = (file, index) if img is None else os.path.abspath(img)
+            groups.setdefault(key, []).append((file, index))
+    return list(groups.values())
+
+
+def begin_to_count_cuts(selection: Selection, tokenizer: Tokenizer, lengths: Lengths) -> Callable[[], dict[str, Cuts]]:
+    """What lengths cut off from the rows of every file; returned is a function that waits until they are counted.
+
+    Very many rows are counted in processes of their own, while this one does something else.
+    """
+
+    def cuts(part: Part) -> Cuts:
+        file, some = part
+        return count_cuts(selection.rows[file].values(some.start, some.stop), tokenizer, lengths)
+
+    parts = _parts(selection)
+    counted = _begun(cuts, parts)
+
+    def by_file() -> dict[str, Cuts]:
+        found = dict.fromkeys(selection.rows, Cuts())
+        for (file, _), some in zip(parts, counted(), strict=True):
+            found[file] += some
+        return found
+
+    return by_file
 
 
 def auto_lengths(
@@ -117,11 +185,12 @@ def auto_lengths(
     Args:
         limit: tokens that the model takes, the two together.
     """
-    needed = [
-        pair
-        for rows in selection.rows.values()
-        for pair in _in_processes(lambda some: needed_lengths(some, tokenizer, lengths), rows)
-    ]
+
+    def needed_by(part: Part) -> tuple[int, int]:
+        file, some = part
+        return needed_lengths(selection.rows[file][some.start : some.stop], tokenizer, lengths)
+
+    needed = _begun(needed_by, _parts(selection))()
     needed_source, needed_target = (max(pair[part] for pair in needed) for part in (0, 1))
     if source is None:
         source = min(needed_source, limit - target if target is not None else max(limit - needed_target, limit // 2))
@@ -147,25 +216,49 @@ def _is_same(one: str, other: str) -> bool:
     return same_size and Path(one).read_bytes() == Path(other).read_bytes()
 
 
+Part = tuple[str, range]  # a file, and some of its rows
 Result = TypeVar("Result")
-_task: Callable[[Sequence[Row]], object] | None = None
-_rows: Rows | None = None
+_task: Callable[[Part], object] | None = None  # of a process that was started for it
 
 
-def _in_processes(task: Callable[[Sequence[Row]], Result], rows: Rows) -> list[Result]:
-    """Results of task for consecutive parts of rows; processes are forked, so nothing but results is copied."""
-    global _task, _rows
-    if len(rows) < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
-        return [task(rows)]
-    starts = range(0, len(rows), ROWS_PER_PROCESS)
-    _task, _rows = task, rows
-    try:
-        with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, len(starts))) as pool:
-            return pool.map(_part, starts)  # type: ignore[arg-type]
-    finally:
-        _task = _rows = None
+def _parts(selection: Selection) -> list[Part]:
+    """All rows of a selection in parts; each file has one at least."""
+    return [
+        (file, range(start, min(start + ROWS_PER_PROCESS, len(rows))))
+        for file, rows in selection.rows.items()
+        for start in range(0, max(1, len(rows)), ROWS_PER_PROCESS)
+    ]
 
 
-def _part(start: int) -> object:
-    assert _task is not None and _rows is not None
-    return _task(_rows[start : start + ROWS_PER_PROCESS])
+def _begun(task: Callable[[Part], Result], parts: list[Part]) -> Callable[[], list[Result]]:
+    """A function that waits for task's results for parts, from processes on all CPUs but one, which goes on here.
+
+    The processes are forked, so nothing but results is copied.
+    """
+    number = sum(len(rows) for _, rows in parts)
+    if number < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
+        return lambda: [task(part) for part in parts]
+    workers = ProcessPoolExecutor(
+        max(1, (os.cpu_count() or 1) - 1), multiprocessing.get_context("fork"), _take, (task,)
+    )
+    results = [cast("Future[Result]", workers.submit(_result, part)) for part in parts]
+
+    def found() -> list[Result]:
+        try:
+            return [result.result() for result in results]
+        except BrokenProcessPool as error:
+            raise InputError("A process that counted tokens died (no memory left?).") from error
+        finally:
+            workers.shutdown()
+
+    return found
+
+
+def _take(task: Callable[[Part], object]) -> None:
+    global _task
+    _task = task
+
+
+def _result(part: Part) -> object:
+    assert _task is not None
+    return _task(part)

@@ -271,7 +271,7 @@ def _option_file(option: Path) -> Path:
 
 def _with_blank_pieces(text: str) -> str:
     text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
-    return SPACES.sub(lambda spaces: f"<|blank_{len(spaces[0])}|>", text)
+    return SPACES.sub(lambda spaces: f"<|blank_{len(spaces[0])}|>", text) if "  " in text else text
 
 
 def _with_blanks(text: str) -> str:

@@ -27,7 +27,7 @@ from model.files import find_checkpoint, read_json_object
 from model.picture_check import PictureMemory
 from model.progress import say, warn, with_progress
 from model.prompt import Lengths, Row, count_cuts, needed_lengths, row_turns, sample_from_row
-from model.rows import Rows, checked_file, first_lines, open_picture, scan_rows
+from model.rows import Rows, checked_file, open_picture, scan_rows
 from model.tokenizer import ChatGLMTokenizer, find_tokenizer
 
 BARS = 8  # lines of a histogram
@@ -231,7 +231,7 @@ def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths:
                 target.append(len(sample.labels) - context)
         if len(rows):
             needed = [max(pair) for pair in zip(needed, needed_lengths(rows, tokenizer, lengths), strict=True)]
-        found = count_cuts(rows, tokenizer, lengths)
+        found = count_cuts(rows.values(), tokenizer, lengths)
         cuts = [a + b for a, b in zip(cuts, (found.prompts, found.labels, found.histories), strict=True)]
     return {
         "source": _distribution(source),
@@ -271,7 +271,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         turns = f", {file['samples']} samples (one for every turn)" if file["samples"] > file["rows"] else ""
         without = f", {file['without_picture']} without a picture" if file["without_picture"] else ""
         lines.append(f"{file['file']}: {file['rows']} rows{turns}{without}, {len(file['problems'])} bad")
-        lines += [f"  {problem}" for problem in first_lines(file["problems"])]
+        lines += [f"  {problem}" for problem in file["problems"]]
     pictures = report["pictures"]
     lines.append(
         f"pictures: {pictures['distinct']}, {pictures['bad']} bad, {pictures['same_content']} the same as another under"

@@ -71,13 +71,20 @@ def convert(options: argparse.Namespace) -> None:
         except InputError as problem:
             problems.append(str(problem))
     if options.bad_rows == "error":
-        raise_problems(first_lines(problems))
+        raise_problems(first_lines(problems, where_all_are=""))
     if not rows:
         raise InputError(f"{options.conversations}: no conversation in it; at least one is needed.")
     write_rows(rows, Path(options.rows))
     say(f"{options.rows}: {len(rows)} rows, {sum(1 + len(row.get('history', ())) for row in rows)} turns")
     if problems:
-        say("\n".join([f"Left out, {len(problems)} bad conversations (--bad_rows skip):", *first_lines(problems)]))
+        say(
+            "\n".join(
+                [
+                    f"Left out, {len(problems)} bad conversations (--bad_rows skip):",
+                    *first_lines(problems, where_all_are=""),
+                ]
+            )
+        )
 
 
 def row_of(entry: object, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:

@@ -30,13 +30,18 @@ from PIL import Image
 
 from model.errors import InputError
 from model.progress import say, with_progress
-from model.selection import read_selection
+from model.prompt import Lengths
+from model.selection import begin_to_count_cuts, read_selection
+from model.tokenizer import ChatGLMTokenizer
 from scripts import check_data
 
 SEED = 20230517
 MOST_SECONDS = 60  # for one file; more is a hang
 ROWS_IN_A_FILE = 100
-SENTENCE = re.compile(r"[^\n]+: [^\n]+[.!…]|… and \d+ more")
+SENTENCE = re.compile(r"[^\n]+: [^\n]+[.!…]|… and \d+ more; [^\n]+\.")
+TINY = str(Path(__file__).resolve().parent.parent / "model/tiny")  # whose tokenizer counts
+FLAGS = ("--workers", "1", "--from_pretrained", TINY, "--max_target_length", "64")
+LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
 HARMLESS = (
     lambda row, rng: row,
     lambda row, rng: row | {"prompt": random_text(rng, 0)},
@@ -99,6 +104,7 @@ class Judge:
     def __init__(self) -> None:
         self.good = self.refused = 0
         self.failures: list[str] = []
+        self.tokenizer = ChatGLMTokenizer.from_pretrained(TINY)
 
     @contextmanager
     def watching(self, what: str) -> Iterator[None]:
@@ -126,7 +132,7 @@ class Judge:
         """Let both checks judge a data file whose rows should be good (True), bad (False) or either (None)."""
         bad: set[int] | None = None
         with self.watching(f"check_data.py {path}"):
-            report = check_data.data_report(check_data.command_line().parse_args([path, "--workers", "1"]))
+            report = check_data.data_report(check_data.command_line().parse_args([path, *FLAGS]))
             problems = report["files"][0]["problems"]
             self.sentences([*problems, *check_data.report_lines(report)[1:2]] if problems else [], path)
             bad = {
@@ -143,6 +149,7 @@ class Judge:
             bad = set(range(1, len(expected) + 1))
         with self.watching(f"training checks {path}"):
             selection, _ = read_selection([path], "skip", float("inf"))
+            begin_to_count_cuts(selection, self.tokenizer, LENGTHS)()
             usable = len(selection.rows[path]) - len(selection.left_out[path])
             if usable != len(expected) - len(bad):
                 self.failures.append(

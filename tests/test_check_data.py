@@ -47,6 +47,11 @@ def test_report_names_every_bad_row_and_picture(tmp_path: Path, row: dict) -> No
     assert (report["pictures"]["bad"], report["wrong"]) == (2, True)
 
 
+def test_report_lists_all_bad_rows_however_many(tmp_path: Path, row: dict) -> None:
+    lines = report_lines(report_of(data_file(tmp_path, [row, *[{}] * 30])))
+    assert sum("row " in line and ": no " in line for line in lines) == 30
+
+
 def test_report_finds_pictures_of_the_same_content_and_their_sizes(tmp_path: Path, row: dict) -> None:
     picture(tmp_path, "b.png")
     picture(tmp_path, "c.png", "blue")

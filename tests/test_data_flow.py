@@ -79,6 +79,18 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, upstream_checkpo
     assert "Training on 5 samples" in done.stdout
 
 
+def test_very_many_rows_are_checked_beside_the_imports_and_every_cut_is_counted(tmp_path, upstream_checkpoint):
+    rows = [{"prompt": f"{number}？", "label": "天。"} for number in range(25_000)]
+    rows[24_000] |= {"prompt": "长" * 90}
+    rows[7] |= {"label": "长" * 300}
+    done = train(upstream_checkpoint, data_file(tmp_path, rows), "--train-iters", "1")
+    assert done.returncode == 0, done.stderr
+    assert "25000 rows; cut to fit: 1 prompts (--max_source_length), 1 labels (--max_target_length)" in done.stdout
+    bad = train(upstream_checkpoint, data_file(tmp_path, [*rows, {"prompt": "?"}]), "--train-iters", "1")
+    assert (bad.returncode, bad.stdout, "Traceback" in bad.stderr) == (2, "", False)
+    assert 'row 25001: no "label"' in bad.stderr
+
+
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, upstream_checkpoint, policy):
     (tmp_path / "broken.jpg").write_text("no picture")
@@ -91,6 +103,21 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
     assert "pictures have not been opened yet" in done.stdout
     assert done.returncode == (2 if policy == "error" else 0)
     assert len(printed_losses(done.stdout)) == (0 if policy == "error" else 2)
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_picture_that_breaks_on_one_of_two_processes_stops_both_or_none(tmp_path, upstream_checkpoint, policy):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    data = data_file(tmp_path, [SHAPES[0], SHAPES[2], SHAPES[0] | {"img": "broken.jpg"}, SHAPES[3]])
+    done = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", PROJECT / "finetune_visualglm.py", "--from_pretrained",
+        upstream_checkpoint, "--use_lora", "--mode", "finetune", "--train-data", data, "--batch-size", "1", "--epochs",
+        "2", "--bad_rows", policy, "--check_seconds", "0", *NO_DROPOUT, cwd=tmp_path, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    said = "finetune_visualglm.py: error: " if policy == "error" else "Left out: "
+    assert f"{said}{data} row 3: broken.jpg isn't a picture" in done.stderr
+    assert (done.returncode == 0) == (policy == "skip")
+    assert policy == "error" or len(printed_losses(done.stdout)) == 4
 
 
 def test_order_of_rows_follows_the_seed(tmp_path, upstream_checkpoint):

@@ -1,6 +1,7 @@
 """The pictures of many rows: each looked at once, remembered until it changes, and named when it is bad."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_check_pictures_when_some_are_bad_names_each_row(tmp_path: Path) -> None
 
 
 def test_check_pictures_when_very_many_are_bad_names_twenty_and_counts_the_rest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"… and 5 more$"):
+    with pytest.raises(InputError, match=r"… and 5 more; scripts/check_data.py lists all\.$"):
         check_pictures([row_of(tmp_path / f"{number}.png", number) for number in range(25)])
 
 
@@ -102,6 +103,17 @@ def test_memory_is_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest
 def test_check_of_rows_without_time_looks_for_files_and_counts_the_unopened(tmp_path: Path) -> None:
     check = check_rows([row_of(picture(tmp_path), 1), row_of(tmp_path / "no.png", 2)], seconds=-1)
     assert (check.opened, check.unopened, list(check.problems)) == (0, 1, [1])
+
+
+def test_check_of_rows_opens_pictures_for_half_the_time_although_looking_for_them_took_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[float] = []
+    monkeypatch.setattr(module, "checked_file", lambda path: (time.sleep(0.2), os.stat(path))[1])
+    monkeypatch.setattr(module, "_opened", lambda paths, seconds: times.append(seconds) or [])
+    for seconds in (0.1, 60.2):
+        check_rows([row_of(picture(tmp_path), 1)], seconds=seconds)
+    assert times[0] == 0.05 and 59 < times[1] <= 60
 
 
 def test_check_pictures_when_it_is_quick_shows_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from model.prompt import (
     count_cuts,
     least_source_length,
     needed_lengths,
+    plain_values,
     row_from_json,
     row_turns,
     sample_from_row,
@@ -55,6 +56,10 @@ def row(prompt=QUESTION, label="蒙蒙细雨。"):
     return Row("0.png", prompt, label, "data.json row 1")
 
 
+def cuts_of(rows, tokenizer, lengths):
+    return count_cuts([one.values() for one in rows], tokenizer, lengths)
+
+
 def without_padding(ids):
     return ids[: ids.index(EOP) + 1]
 
@@ -65,6 +70,24 @@ def without_padding(ids):
 def test_row_when_keys_are_there_holds_them_and_where():
     found = row_from_json({"img": "a.png", "prompt": "?", "label": "!"}, "data.json row 3")
     assert found == Row("a.png", "?", "!", "data.json row 3")
+
+
+def test_plain_values_of_a_released_row_are_those_of_its_row():
+    entry = {"label": "!", "prompt": "", "img": "a.png"}
+    assert plain_values(entry) == row_from_json(entry, "").values() == ("a.png", "", "!", (), None)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, [], {}, "text", {"prompt": "?", "label": "!"}, {"prompt": "?", "label": "!", "image": "a.png"},
+        {"img": None, "prompt": "?", "label": "!"}, {"img": " ", "prompt": "?", "label": "!"},
+        {"img": "a.png", "prompt": 7, "label": "!"}, {"img": "a.png", "prompt": "?", "label": " \n"},
+        {"img": "a.png", "prompt": "\ud800", "label": "!"}, {"img": "a.png", "prompt": "?", "label": "!", "lang": "en"},
+    ],
+)  # fmt: skip
+def test_plain_values_of_anything_else_are_none(entry):
+    assert plain_values(entry) is None
 
 
 def test_row_when_it_has_another_key_is_accepted():
@@ -217,7 +240,7 @@ def test_sample_when_all_is_too_long_is_within_both_lengths(tokenizer):
 
 def test_cuts_of_rows_are_counted(tokenizer):
     lengths = dataclasses.replace(LENGTHS, max_target_length=7)  # five of the label's six tokens
-    assert count_cuts([row(), row(label="蒙。")], tokenizer, lengths) == Cuts(samples=2, labels=1)
+    assert cuts_of([row(), row(label="蒙。")], tokenizer, lengths) == Cuts(samples=2, labels=1)
 
 
 def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows):
@@ -226,7 +249,7 @@ def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows)
     for length in range(48, 90, 3):
         lengths = dataclasses.replace(LENGTHS, max_source_length=length, max_target_length=length - 40)
         samples = [sample_from_row(turn, tokenizer, lengths) for one in rows for turn in row_turns(one)]
-        assert count_cuts(rows, tokenizer, lengths) == Cuts(
+        assert cuts_of(rows, tokenizer, lengths) == Cuts(
             len(samples),
             sum(sample.prompt_tokens_cut > 0 for sample in samples),
             sum(sample.label_tokens_cut > 0 for sample in samples),
@@ -238,9 +261,9 @@ def test_needed_lengths_cut_nothing_and_one_token_less_does(tokenizer):
     rows = [row(LONG, "!"), row("?", LONG), Row(None, "?", "!", "", history=(("?", LONG),))]
     source, target = needed_lengths(rows, tokenizer, LENGTHS)
     enough = dataclasses.replace(LENGTHS, max_source_length=source, max_target_length=target)
-    assert count_cuts(rows, tokenizer, enough) == Cuts(samples=4)
-    assert count_cuts(rows, tokenizer, dataclasses.replace(enough, max_source_length=source - 1)).prompts == 1
-    assert count_cuts(rows, tokenizer, dataclasses.replace(enough, max_target_length=target - 1)).labels == 2
+    assert cuts_of(rows, tokenizer, enough) == Cuts(samples=4)
+    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_source_length=source - 1)).prompts == 1
+    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_target_length=target - 1)).labels == 2
 
 
 # Rows of other shapes

@@ -138,7 +138,7 @@ def test_rows_when_very_many_are_bad_names_twenty_and_counts_the_rest(tmp_path):
     with pytest.raises(InputError) as error:
         read_rows(written(tmp_path, [{}] * 25))
     lines = str(error.value).splitlines()
-    assert (len(lines), lines[-1]) == (21, "… and 5 more")
+    assert (len(lines), lines[-1]) == (21, "… and 5 more; scripts/check_data.py lists all.")
 
 
 def test_picture_of_a_row_beside_the_file_is_found_there(tmp_path):

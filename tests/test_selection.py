@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from conftest import GOLDEN
 
 from model import selection as module
 from model.errors import InputError
+from model.picture_check import PictureCheck
 from model.prompt import Cuts, Lengths, count_cuts
-from model.selection import auto_lengths, cuts_of, hold_out, read_selection, same_file_warnings
+from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings, scan_files
 from model.tokenizer import ChatGLMTokenizer
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
@@ -69,6 +71,19 @@ def test_selection_without_time_says_what_was_not_opened(tmp_path: Path) -> None
     assert notes[0].startswith("1 pictures have not been opened yet")
 
 
+def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, monkeypatch) -> None:
+    seconds: list[float] = []
+
+    def slow_check(rows, memory, left):
+        seconds.append(left)
+        time.sleep(0.2)
+        return PictureCheck()
+
+    monkeypatch.setattr(module, "check_rows", slow_check)
+    read_selection([data_file(tmp_path, texts(1), name) for name in ("a.json", "b.json")], "error", 5.0)
+    assert 4.5 < seconds[0] <= 5 and seconds[1] <= 4.8
+
+
 def test_selection_on_another_process_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     selection, _ = selection_of(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}])
@@ -106,6 +121,46 @@ def test_held_out_rows_are_the_same_ones_whether_or_not_others_are_left_out(tmp_
     assert held[0] not in (selection.chosen(file, training=True) or [])
 
 
+def shared(*pictures: str) -> list[dict]:
+    return [{"img": picture, "prompt": f"{i}?", "label": "!"} for i, picture in enumerate(pictures)]
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.1, 3), (1, 3), (4, 3), (5, 6), (8, 9), (29, 27)])
+def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, share: float, number: int) -> None:
+    rows = shared(*(f"{i % 10}.png" for i in range(30)))  # three rows for each of ten pictures
+    selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+    (file,) = selection.rows
+    hold_out(selection, [file], share, seed=1)
+    held = {rows[index]["img"] for index in selection.chosen(file, training=False) or []}
+    trained = {rows[index]["img"] for index in selection.chosen(file, training=True) or []}
+    assert len(selection.held_out[file]) == number
+    assert held and trained and not held & trained
+
+
+def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path: Path) -> None:
+    rows = [*shared(*["large.png"] * 50), *texts(50)]
+    for seed in range(5):
+        selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+        hold_out(selection, list(selection.rows), 20, seed)
+        assert [len(held) for held in selection.held_out.values()] == [20]
+
+
+def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling(tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copy(PICTURE, tmp_path / f"{name}.png")
+    one = data_file(tmp_path, shared("a.png", "b.png"))
+    other = data_file(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json")
+    selection, _ = scan_files([one, other], "error")
+    hold_out(selection, [one, other], 2, seed=1)
+    assert selection.held_out[one] == selection.held_out[other] and len(selection.held_out[one]) == 1
+
+
+def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:
+    selection, _ = scan_files([data_file(tmp_path, shared("a.png", "a.png", "a.png"))], "error")
+    with pytest.raises(InputError, match="--holdout 1: all 3 rows in --train-data have the same picture"):
+        hold_out(selection, list(selection.rows), 1, seed=1)
+
+
 def test_holding_everything_out_is_an_error(tmp_path: Path) -> None:
     selection, _ = selection_of(tmp_path, texts(3))
     with pytest.raises(InputError, match="--holdout 3: 3 rows in --train-data, so none would be left to learn"):
@@ -132,16 +187,17 @@ def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
 def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTokenizer, monkeypatch) -> None:
     rows = [{"prompt": "长" * (i % 90), "label": "长" * (i % 70 + 1)} for i in range(500)]
     selection, _ = selection_of(tmp_path, rows)
-    (some,) = selection.rows.values()
+    ((file, some),) = selection.rows.items()
     monkeypatch.setattr(module, "ROWS_PER_PROCESS", 100)
-    assert cuts_of(some, tokenizer, LENGTHS) == count_cuts(some, tokenizer, LENGTHS) != Cuts(500)
+    in_processes = begin_to_count_cuts(selection, tokenizer, LENGTHS)()
+    assert in_processes == {file: count_cuts(some.values(), tokenizer, LENGTHS)} != {file: Cuts(500)}
 
 
 def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     selection, _ = selection_of(tmp_path, [{"prompt": "长" * 90, "label": "长" * 70}, *texts(3)])
     source, target = auto_lengths(selection, tokenizer, LENGTHS, None, None, limit=2048)
     (rows,) = selection.rows.values()
-    assert count_cuts(rows, tokenizer, Lengths(32, source, target)) == Cuts(4)
+    assert count_cuts(rows.values(), tokenizer, Lengths(32, source, target)) == Cuts(4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import hashlib
 import json
 import marshal
 import os
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,7 @@ from model.prompt import Lengths, Row, count_cuts, needed_lengths, row_turns, sa
 from model.rows import Rows, checked_file, open_picture, scan_rows
 from model.tokenizer import ChatGLMTokenizer, find_tokenizer
 
+TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram
 BAR_WIDTH = 40  # characters
 NO_LIMIT = 1_000_000  # tokens
@@ -239,7 +241,25 @@ def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths:
         "lengths": {"max_source_length": lengths.max_source_length, "max_target_length": lengths.max_target_length},
         "cut": dict(zip(("prompts", "labels", "histories"), cuts, strict=True)),
         "cuts_nothing": {"max_source_length": needed[0], "max_target_length": needed[1]},
+        "padding": padding_shares(
+            [
+                min(question, lengths.max_source_length) + min(answer, lengths.max_target_length)
+                for question, answer in zip(source, target, strict=True)
+            ]
+        ),
     }
+
+
+def padding_shares(lengths: list[int]) -> dict[str, float]:
+    """How much of batches of TYPICAL_BATCH samples is padding, from 0 to 1: drawn by chance, and sorted by length."""
+    drawn = random.Random(0).sample(lengths, len(lengths))
+
+    def share(ordered: list[int]) -> float:
+        batches = [ordered[start : start + TYPICAL_BATCH] for start in range(0, len(ordered), TYPICAL_BATCH)]
+        positions = sum(len(batch) * max(batch) for batch in batches)
+        return 1 - sum(ordered) / positions if positions else 0.0
+
+    return {"by_chance": share(drawn), "group_by_length": share(sorted(lengths))}
 
 
 def _distribution(counts: list[int]) -> dict[str, Any]:
@@ -308,6 +328,8 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
         most = max(spread["up_to"].values(), default=1)
         for bound, count in spread["up_to"].items():
             lines.append(f"  up to {bound:>5} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}")
+    by_chance, grouped = tokens["padding"]["by_chance"], tokens["padding"]["group_by_length"]
+    lines.append(f"padding of batches of {TYPICAL_BATCH}: {by_chance:.0%}, and {grouped:.0%} with --group_by_length")
     cut, now, enough = tokens["cut"], tokens["lengths"], tokens["cuts_nothing"]
     lines.append(
         f"--max_source_length {now['max_source_length']} --max_target_length {now['max_target_length']} cut"

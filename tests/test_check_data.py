@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN, run_python
 from PIL import Image
 
-from scripts.check_data import command_line, data_report, main, report_lines
+from scripts.check_data import command_line, data_report, main, padding_shares, report_lines
 
 TOKENIZER = str(GOLDEN / "tokenizer")
 
@@ -106,3 +106,11 @@ def test_command_when_a_file_is_missing_says_so_in_a_sentence() -> None:
     done = run_python("scripts/check_data.py", "no.json")
     assert done.returncode == 2
     assert done.stderr == "check_data.py: error: no.json: No such file or directory; a JSON file of rows is needed.\n"
+
+
+def test_padding_is_none_for_rows_of_one_length_and_less_when_they_are_grouped() -> None:
+    assert padding_shares([7] * 9) == {"by_chance": 0.0, "group_by_length": 0.0}
+    assert padding_shares([]) == {"by_chance": 0.0, "group_by_length": 0.0}
+    shares = padding_shares([10, 100] * 40)
+    assert shares["group_by_length"] == 0.0
+    assert 0.3 < shares["by_chance"] < 0.45  # a batch of four has a long one in 15 of 16 cases: 1 - 55 / 94

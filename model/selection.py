@@ -231,10 +231,7 @@ def _parts(selection: Selection) -> list[Part]:
 
 
 def _begun(task: Callable[[Part], Result], parts: list[Part]) -> Callable[[], list[Result]]:
-    """A function that waits for task's results for parts, from processes on all CPUs but one, which goes on here.
-
-    The processes are forked, so nothing but results is copied.
-    """
+    """A function that waits for task's results for parts; processes are forked, so nothing but results is copied."""
     number = sum(len(rows) for _, rows in parts)
     if number < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
         return lambda: [task(part) for part in parts]

@@ -1,6 +1,5 @@
-"""What a step keeps in memory: activations, where they fit; on a CPU packed weights, and the memory that it frees."""
+"""What a step keeps in memory: activations, where they fit, and on a CPU packed weights."""
 
-import ctypes
 from typing import Any
 
 import psutil
@@ -49,28 +48,8 @@ def fit_into_memory(model: Any, tokens: int) -> None:
         return
     if not can_pack(weight):
         return
-    keep_freed_memory()
     networks = (transformer.layers, model.get_mixin("chatglm-final"))
     linears = [getattr(parent, name) for network in networks for parent, name in frozen_plain_linears(network)]
     if needed + sum(linear.weight.nbytes for linear in linears) <= free:
         for network in networks:
             pack_linears(network)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt, from its malloc.h
-KEPT_BYTES = 2**30  # a larger allocation goes back to the system when it is freed
-
-
-def keep_freed_memory(largest: int = KEPT_BYTES, most: int = 2**31 - 1) -> None:
-    """Let this process keep the memory that it frees, on Linux's usual C library; elsewhere do nothing.
-
-    A step on a CPU allocates and frees the same megabytes again and again. By default the larger ones go back to the
-    system each time, and the new ones' pages are made and cleared at the first touch: a tenth of a step and more.
-
-    Args:
-        largest: bytes up to which an allocation stays with the process. most: bytes that stay in all.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, largest)
-        set_option(M_TRIM_THRESHOLD, most)

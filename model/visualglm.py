@@ -95,20 +95,15 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """norm's output for x, in the dtype of norm's weights."""
-    # Not norm itself: SAT's copies bfloat16 into float32 and back on a CPU, where torch's kernel sums in float32 anyway.
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps).to(norm.weight.dtype)
+    """norm's output for x, in x's dtype; in float32 if x is bfloat16 on a CPU.
 
-
-def residual_sum(branch: torch.Tensor, residual: torch.Tensor, alpha: float) -> torch.Tensor:
-    """branch + alpha · residual; in float32 where the two are bfloat16 on a CPU.
-
-    Rounding these sums makes two thirds of the gradient's error in bfloat16. A GPU would pay for it in memory.
+    It is what the next sum starts from: rounded, these sums make three quarters of the gradient's error in bfloat16. A
+    GPU would pay for it in memory.
     """
-    if branch.dtype == torch.bfloat16 and branch.device.type == "cpu":
-        branch = branch.float()
-    return torch.add(branch, residual, alpha=alpha)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        x = x.float()
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 class AnswerLayerMixin(ChatGLMLayerMixin):
@@ -127,13 +122,14 @@ class AnswerLayerMixin(ChatGLMLayerMixin):
         layer = self.transformer.layers[layer_id]
         positions = answer_positions if int(layer_id) == self.num_layers - 1 else None
         alpha = (2 * self.num_layers) ** 0.5  # DeepNorm's scale of the residual
+        dtype = layer.input_layernorm.weight.dtype
         residual = normalized(hidden_states, layer.input_layernorm)
-        attended = layer.attention(residual, mask, layer_id=layer_id, answer_positions=positions, **kwargs)
+        attended = layer.attention(residual.to(dtype), mask, layer_id=layer_id, answer_positions=positions, **kwargs)
         if positions is not None:
             residual = residual.flatten(0, 1).index_select(0, positions)
-        residual = normalized(residual_sum(attended, residual, alpha), layer.post_attention_layernorm)
-        output = residual_sum(layer.mlp(residual, layer_id=layer_id, **kwargs), residual, alpha)
-        return output.to(residual.dtype) if int(layer_id) == self.num_layers - 1 else output
+        residual = normalized(torch.add(attended, residual, alpha=alpha), layer.post_attention_layernorm)
+        output = torch.add(layer.mlp(residual.to(dtype), layer_id=layer_id, **kwargs), residual, alpha=alpha)
+        return output.to(dtype) if int(layer_id) == self.num_layers - 1 else output
 
 
 class AnswerHeadMixin(ChatGLMFinalMixin):

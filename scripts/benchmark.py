@@ -196,18 +196,6 @@ def plain_weights(model: Any) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-@contextlib.contextmanager
-def freed_memory_given_back(_: Any) -> Iterator[None]:
-    """The C library's own thresholds, as they are once it has seen large blocks freed."""
-    from model.memory import keep_freed_memory
-
-    keep_freed_memory(32 * 2**20, 64 * 2**20)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-
-
 def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -222,7 +210,6 @@ SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "kept activations": recomputed_activations,
     "LoRA in two products": separate_lora_products,
     "frozen weights packed (CPU)": plain_weights,
-    "freed memory kept (CPU)": freed_memory_given_back,
 }
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does, then runs all tests; arguments go to pytest.
+# Sets up as quickstart.sh does, then runs all tests, two at a time; arguments go to pytest (-n 0: one after another).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt
-exec "$python" -m pytest tests -p no:cacheprovider "$@"
+exec "$python" -m pytest tests -p no:cacheprovider -n 2 "$@"

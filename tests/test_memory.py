@@ -85,13 +85,3 @@ def test_frozen_linears_stay_plain_where_their_second_copy_has_no_room(lora, fre
     fit_into_memory(lora, 1)
     assert packed_linears(lora) == []
     assert not lora.transformer.checkpoint_activations
-
-
-def test_kept_memory_is_asked_of_the_c_library_and_of_no_other(monkeypatch):
-    asked = []
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *words: asked.append(words)))
-    memory.keep_freed_memory()
-    assert asked == [(-3, 2**30), (-1, 2**31 - 1)]
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())
-    memory.keep_freed_memory()
-    assert len(asked) == 2

@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN, golden_values, load_model
 
 from model.sat_compat import import_sat
-from model.visualglm import first_position, glm_position_ids, normalized, prefix_mask, residual_sum
+from model.visualglm import first_position, glm_position_ids, normalized, prefix_mask
 
 import_sat()
 
@@ -221,19 +221,22 @@ def test_trained_projection_gets_a_gradient(model, image):
     assert projection.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize(("dtype", "summed"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_residual_sum_on_a_cpu_is_float32(dtype, summed):
-    branch, residual = (torch.tensor([value], dtype=dtype) for value in (1.0, 256.0))
-    total = residual_sum(branch, residual, alpha=1.0)
-    assert (total.dtype, total.item()) == (summed, 257.0)  # which bfloat16 would round to 256
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalized_is_the_norm_in_the_dtype_of_its_weights(dtype):
+def test_normalized_on_a_cpu_is_the_norm_in_float32(dtype):
     norm = torch.nn.LayerNorm(8, eps=1e-3).to(dtype)
     torch.nn.init.normal_(norm.weight)
-    x = torch.randn(3, 8)
-    expected = torch.nn.functional.layer_norm(x, (8,), norm.weight.float(), norm.bias.float(), 1e-3)
+    x = torch.randn(3, 8).to(dtype)
+    expected = torch.nn.functional.layer_norm(x.float(), (8,), norm.weight.float(), norm.bias.float(), 1e-3)
     found = normalized(x, norm)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_in_bfloat16_on_a_cpu_add_up_in_float32_until_the_last(model):
+    model.bfloat16()
+    added = []
+    mixin, layer_forward = model.get_mixin("chatglm-layer"), model.hooks["layer_forward"]
+    model.hooks["layer_forward"] = lambda *args, **kwargs: added.append(layer_forward(*args, **kwargs)) or added[-1]
+    logits = model(input_ids=torch.tensor([[5, 6, 86, 89, 7, 90]]))[0]
+    assert [output.dtype for output in added] == [torch.float32] * (mixin.num_layers - 1) + [torch.bfloat16]
+    assert logits.dtype == torch.bfloat16

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does, then runs all tests, two at a time; arguments go to pytest (-n 0: one after another).
+# Sets up as quickstart.sh does, then runs all tests, two files at a time; arguments go to pytest (-n 0: one after another).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt
-exec "$python" -m pytest tests -p no:cacheprovider -n 2 "$@"
+exec "$python" -m pytest tests -p no:cacheprovider -n 2 --dist loadfile "$@"

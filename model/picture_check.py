@@ -15,6 +15,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from model.errors import InputError, raise_problems
+from model.files import cache_folder
 from model.progress import is_first_process, with_progress
 from model.prompt import Row
 from model.rows import Rows, checked_file, first_lines, open_picture
@@ -69,9 +70,8 @@ class PictureMemory:
 
 
 def memory_file() -> Path:
-    """Where pictures are remembered: in the user's cache folder, never beside the data."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "visualglm", "pictures-1")
+    """Where pictures are remembered."""
+    return cache_folder() / "pictures-1"
 
 
 @dataclass

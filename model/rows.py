@@ -8,12 +8,15 @@ import stat
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast, overload
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from model.errors import InputError, raise_problems
+from model.files import cache_folder
+from model.progress import is_first_process
 from model.prompt import ROW_NEEDS, Row, RowValues, plain_values, row_from_json
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
@@ -364,7 +367,16 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     return grey.point(lambda value: value * (255 / white) + 0.5).convert("L")  # + 0.5: Pillow truncates from F to L
 
 
-def first_lines(problems: list[str], where_all_are: str = "; scripts/check_data.py lists all.") -> list[str]:
-    """As many problems as a screen has room for, and how many more there are."""
+def first_lines(problems: list[str]) -> list[str]:
+    """As many problems as a screen has room for; then how many more there are, and which file, made here, has them all."""
     more = len(problems) - MOST_PROBLEM_LINES
-    return problems if more <= 0 else [*problems[:MOST_PROBLEM_LINES], f"… and {more} more{where_all_are}"]
+    if more <= 0:
+        return problems
+    where_all_are = "scripts/check_data.py lists all"
+    if is_first_process():  # the others print nothing
+        with suppress(OSError):
+            file = cache_folder() / "bad-rows.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
+            where_all_are = f"all are in {file}"
+    return [*problems[:MOST_PROBLEM_LINES], f"… and {more} more; {where_all_are}."]

@@ -71,7 +71,7 @@ def convert(options: argparse.Namespace) -> None:
         except InputError as problem:
             problems.append(str(problem))
     if options.bad_rows == "error":
-        raise_problems(first_lines(problems, where_all_are=""))
+        raise_problems(first_lines(problems))
     if not rows:
         raise InputError(f"{options.conversations}: no conversation in it; at least one is needed.")
     write_rows(rows, Path(options.rows))
@@ -81,7 +81,7 @@ def convert(options: argparse.Namespace) -> None:
             "\n".join(
                 [
                     f"Left out, {len(problems)} bad conversations (--bad_rows skip):",
-                    *first_lines(problems, where_all_are=""),
+                    *first_lines(problems),
                 ]
             )
         )

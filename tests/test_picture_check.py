@@ -40,8 +40,11 @@ def test_check_pictures_when_some_are_bad_names_each_row(tmp_path: Path) -> None
     ]
 
 
-def test_check_pictures_when_very_many_are_bad_names_twenty_and_counts_the_rest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"… and 5 more; scripts/check_data.py lists all\.$"):
+def test_check_pictures_when_very_many_are_bad_names_twenty_and_counts_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"… and 5 more; all are in \S+/visualglm/bad-rows\.txt\.$"):
         check_pictures([row_of(tmp_path / f"{number}.png", number) for number in range(25)])
 
 

@@ -134,11 +134,27 @@ def test_rows_when_several_are_bad_names_each_in_a_line(tmp_path):
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [f"{path} row 1", f"{path} row 3"]
 
 
-def test_rows_when_very_many_are_bad_names_twenty_and_counts_the_rest(tmp_path):
+def test_rows_when_very_many_are_bad_names_twenty_and_the_file_that_has_them_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = written(tmp_path, [{}] * 25)
     with pytest.raises(InputError) as error:
-        read_rows(written(tmp_path, [{}] * 25))
+        read_rows(path)
     lines = str(error.value).splitlines()
-    assert (len(lines), lines[-1]) == (21, "… and 5 more; scripts/check_data.py lists all.")
+    listed = tmp_path / "visualglm/bad-rows.txt"
+    assert (len(lines), lines[-1]) == (21, f"… and 5 more; all are in {listed}.")
+    all_lines = listed.read_text().splitlines()
+    assert all_lines[:20] == lines[:20]
+    assert [line.split(":")[0] for line in all_lines[20:]] == [f"{path} row {number}" for number in range(21, 26)]
+
+
+@pytest.mark.parametrize("obstacle", ["another process", "no place to write"])
+def test_rows_when_very_many_are_bad_and_no_file_can_tell_name_the_command_that_does(tmp_path, monkeypatch, obstacle):
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path if obstacle == "another process" else tmp_path / "a file"))
+    monkeypatch.setenv("RANK", "1" if obstacle == "another process" else "0")
+    with pytest.raises(InputError, match=r"… and 5 more; scripts/check_data.py lists all\.$"):
+        read_rows(written(tmp_path, [{}] * 25))
+    assert not (tmp_path / "visualglm").exists()
 
 
 def test_picture_of_a_row_beside_the_file_is_found_there(tmp_path):

@@ -124,6 +124,16 @@ def input_gradient(linear: Any, gradient: torch.Tensor) -> torch.Tensor:
     return linear.input_gradient(gradient) if isinstance(linear, FrozenLinear) else gradient @ linear.weight
 
 
+def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    """(parent, name, linear) of every linear under module whose weight is kept as it is."""
+    return [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PLAIN_LINEARS)
+    ]
+
+
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,12 +189,8 @@ class Nf4Linear(FrozenLinear):
 
 def keep_in_4_bits(module: torch.nn.Module) -> None:
     """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
-    for name, child in module.named_children():
-        if isinstance(child, PLAIN_LINEARS):
-            out_features, in_features = child.weight.shape
-            setattr(module, name, Nf4Linear(in_features, out_features, child.bias, child.weight.dtype))
-        else:
-            keep_in_4_bits(child)
+    for parent, name, linear in plain_linears(module):
+        setattr(parent, name, Nf4Linear(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype))
 
 
 # --- in oneDNN's own order --------------------------------------------------------------------------------------------
@@ -242,17 +248,8 @@ class PackedLinear(FrozenLinear):
         return _onednn_product(gradient.contiguous(), self.packed_transposed, None)
 
 
-def frozen_plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """(parent, name) of every plain linear under module that isn't learned."""
-    return [
-        (parent, name)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, PLAIN_LINEARS) and not child.weight.requires_grad
-    ]
-
-
 def pack_linears(module: torch.nn.Module) -> None:
     """Replace every plain linear under module that isn't learned, in place, by a `PackedLinear`."""
-    for parent, name in frozen_plain_linears(module):
-        setattr(parent, name, PackedLinear.of(getattr(parent, name)))
+    for parent, name, linear in plain_linears(module):
+        if not linear.weight.requires_grad:
+            setattr(parent, name, PackedLinear.of(linear))

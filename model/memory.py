@@ -5,7 +5,7 @@ from typing import Any
 import psutil
 import torch
 
-from model.frozen import can_pack, frozen_plain_linears, pack_linears
+from model.frozen import can_pack, pack_linears, plain_linears
 from model.progress import say
 
 # Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer
@@ -49,7 +49,7 @@ def fit_into_memory(model: Any, tokens: int) -> None:
     if not can_pack(weight):
         return
     networks = (transformer.layers, model.get_mixin("chatglm-final"))
-    linears = [getattr(parent, name) for network in networks for parent, name in frozen_plain_linears(network)]
-    if needed + sum(linear.weight.nbytes for linear in linears) <= free:
+    weights = [linear.weight for network in networks for _, _, linear in plain_linears(network)]
+    if needed + sum(weight.nbytes for weight in weights if not weight.requires_grad) <= free:
         for network in networks:
             pack_linears(network)

@@ -77,14 +77,7 @@ def convert(options: argparse.Namespace) -> None:
     write_rows(rows, Path(options.rows))
     say(f"{options.rows}: {len(rows)} rows, {sum(1 + len(row.get('history', ())) for row in rows)} turns")
     if problems:
-        say(
-            "\n".join(
-                [
-                    f"Left out, {len(problems)} bad conversations (--bad_rows skip):",
-                    *first_lines(problems),
-                ]
-            )
-        )
+        say("\n".join([f"Left out, {len(problems)} bad conversations (--bad_rows skip):", *first_lines(problems)]))
 
 
 def row_of(entry: object, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:

@@ -59,31 +59,43 @@ class FusedAttentionMixin(BaseMixin):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, forward: int = 1) -> None:
-    """Write x [..., heads, seq, head_dim] into out, turned: the halves of head_dim each by their own position.
+def rows_to_turn_by(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [batch, seq, head_dim] as `turn` takes them: [batch, 1, seq · head_dim], and of the sines two such
+    rows, shorter by head_dim / 4: for the first number of each pair, without the end, and for the second, without the start.
+    """
+    step = cos.shape[-1] // 4
+    is_first = torch.arange(cos.shape[-1], device=cos.device) // step % 2 == 0
+    cos, first, second = (rows.flatten(1).unsqueeze(1) for rows in (cos, sin * is_first, sin * ~is_first))
+    return cos, torch.stack((first[..., :-step], second[..., step:]))
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, forward: int = 1) -> torch.Tensor:
+    """x [..., heads, seq · head_dim] turned: the halves of each token's head_dim each by their own position.
 
         head_dim   a1 a2 | b1 b2        a by the first position, b by the second
         turned to  a1·cos - a2·sin, a2·cos + a1·sin | the same for b
 
-    cos, sin are [batch, 1, seq, head_dim], from `PrefixAttentionMixin.cos_sin`; forward is 1, or -1 to turn back.
+    cos, sin are from `rows_to_turn_by`; forward is 1, or -1 to turn back.
+
+    A head's tokens are one long row, in which each number finds the other of its pair head_dim / 4 further on or back. Cut
+    into runs of head_dim / 4 numbers, most of the time would go into starting the next run.
     """
-    torch.mul(x, cos, out=out)
-    (x1, x2), (turned1, turned2) = (tensor.unflatten(-1, (2, 2, -1)).unbind(-2) for tensor in (x, out))
-    sin1 = sin.unflatten(-1, (2, 2, -1))[..., 0, :]
-    turned1.addcmul_(x2, sin1, value=-forward)
-    turned2.addcmul_(x1, sin1, value=forward)
+    step, (sin_first, sin_second) = x.shape[-1] - sin.shape[-1], sin.unbind()
+    turned = x * cos
+    turned[..., :-step].addcmul_(x[..., step:], sin_first, value=-forward)
+    turned[..., step:].addcmul_(x[..., :-step], sin_second, value=forward)
+    return turned
 
 
 class _TurnedHeads(torch.autograd.Function):
-    """`turned_heads`; its gradient is turned back, straight into the place of the projection's."""
+    """`turned_heads`; its gradient is turned back."""
 
     @staticmethod
     def forward(ctx: Any, stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        parts = stacked.permute(2, 0, 3, 1, 4)
-        turned = parts.new_empty(2, *parts.shape[1:])
-        turn(parts[:2], cos, sin, out=turned)
-        return turned[0], turned[1], parts[2].clone(memory_format=torch.contiguous_format)
+        parts = stacked.permute(2, 0, 3, 1, 4).contiguous()
+        query, key = turn(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
+        return query, key, parts[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -92,7 +104,7 @@ class _TurnedHeads(torch.autograd.Function):
         gradient = grads[0].new_empty(batch, seq, 3, heads, head_dim)
         parts = gradient.permute(2, 0, 3, 1, 4)
         for part, turned in zip(parts[:2], grads[:2], strict=True):
-            turn(turned, cos, sin, out=part, forward=-1)
+            part.copy_(turn(turned.flatten(-2), cos, sin, forward=-1).view_as(part))
         parts[2].copy_(grads[2])
         return gradient, None, None
 
@@ -101,7 +113,7 @@ def turned_heads(
     stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query and key, turned by their positions, and value, each [batch, heads, seq, head_dim], of stacked
-    [batch, seq, 3, heads, head_dim]; see `turn`.
+    [batch, seq, 3, heads, head_dim]; cos and sin are from `rows_to_turn_by`.
     """
     return _TurnedHeads.apply(stacked, cos, sin)
 
@@ -116,7 +128,7 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         self.last: tuple[Any, Any] = (None, None)  # position_ids, and what they gave: every layer asks with the same
 
     def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each [batch, 1, seq, head_dim], for position_ids int64[batch, 2, seq] below max_sequence_length."""
+        """What `turn` takes, for position_ids int64[batch, 2, seq] below max_sequence_length."""
         if self.table is None or self.table[0].dtype != dtype or self.table[0].device != position_ids.device:
             frequencies = self.rotary_emb.inv_freq.to(position_ids.device)
             positions = torch.arange(self.max_sequence_length, device=position_ids.device, dtype=torch.float32)
@@ -124,12 +136,8 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
             self.table = angles.cos().to(dtype), angles.sin().to(dtype)
             self.last = None, None
         if self.last[0] is not position_ids:
-            self.last = (
-                position_ids,
-                tuple(
-                    F.embedding(position_ids, table).transpose(1, 2).flatten(-2).unsqueeze(1) for table in self.table
-                ),
-            )
+            cos, sin = (F.embedding(position_ids, table).transpose(1, 2).flatten(2) for table in self.table)
+            self.last = position_ids, rows_to_turn_by(cos, sin)
         return self.last[1]
 
     def attention_forward(  # type: ignore[override]

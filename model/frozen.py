@@ -197,12 +197,16 @@ def keep_in_4_bits(module: torch.nn.Module) -> None:
 # torch has these two operations for its own compiler; its public mkldnn modules copy every input and output.
 
 
-def _in_onednn_order(weight: torch.Tensor) -> torch.Tensor:
+def in_onednn_order(weight: torch.Tensor) -> torch.Tensor:
+    """weight [out, in] as `onednn_product` reads it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
 
 
-def _onednn_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def onednn_product(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, then: str = "none"
+) -> torch.Tensor:
+    """x W^T + b, [..., in] → [..., out], without a gradient; `then` "gelu" gives its GELU, by tanh."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "tanh")
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -234,18 +238,18 @@ class PackedLinear(FrozenLinear):
         return packed
 
     def _keep(self, weight: torch.Tensor) -> None:
-        self.packed, self.packed_transposed = _in_onednn_order(weight.to(self.dtype)), None
+        self.packed, self.packed_transposed = in_onednn_order(weight.to(self.dtype)), None
 
     def weight_in_full(self) -> torch.Tensor:
         return self.packed.to_dense()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return _onednn_product(x, self.packed, self.bias)
+        return onednn_product(x, self.packed, self.bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.packed_transposed is None:
-            self.packed_transposed = _in_onednn_order(self.weight_in_full().T)
-        return _onednn_product(gradient.contiguous(), self.packed_transposed, None)
+            self.packed_transposed = in_onednn_order(self.weight_in_full().T)
+        return onednn_product(gradient.contiguous(), self.packed_transposed, None)
 
 
 def pack_linears(module: torch.nn.Module) -> None:

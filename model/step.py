@@ -25,6 +25,7 @@ MODEL_INPUTS = (
     "input_ids", "position_ids", "image", "image_features", "pre_image", "image_slots", "answer_positions",
 )  # fmt: skip
 CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
+CACHED_LOGITS = 2**16  # scores that a thread of a CPU turns into gradients at once: 256 KiB, which its cache holds
 
 
 def get_batch(
@@ -87,25 +88,27 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, rows: int
+        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, rows: int, cached: int
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
-            part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            log_p = product(head, part).log_softmax(dim=1, dtype=torch.float32)
-            total -= log_p.gather(1, target).sum()
+            scores, chosen = product(head, hidden[start : start + rows]), targets[start : start + rows, None]
+            for part, target in zip(scores.split(cached), chosen.split(cached), strict=True):
+                log_p = part.log_softmax(dim=1, dtype=torch.float32)
+                total -= log_p.gather(1, target).sum()
+                if gradient is not None:
+                    # d loss / d scores = softmax(scores) - one_hot(target), in the place of the scores
+                    part.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
             if gradient is not None:
-                # d loss / d scores = softmax(scores) - one_hot(target)
-                scores_gradient = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
-                gradient[start : start + rows] = input_gradient(head, scores_gradient.to(hidden.dtype))
+                gradient[start : start + rows] = input_gradient(head, scores)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
 
 
 def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
@@ -117,7 +120,9 @@ def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.T
         head: a linear, [..., hidden] → [..., vocab], without a bias. targets: int64[answers].
     """
     vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
-    return _HeadLoss.apply(hidden, head, targets, max(1, CHUNK_LOGITS // vocab))
+    rows = max(1, CHUNK_LOGITS // vocab)
+    cached = max(1, CACHED_LOGITS // vocab) * torch.get_num_threads() if hidden.device.type == "cpu" else rows
+    return _HeadLoss.apply(hidden, head, targets, rows, cached)
 
 
 Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]

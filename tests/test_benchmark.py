@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, run_python
 
+from scripts import benchmark
 from scripts.benchmark import SAVINGS, Bench, Way, compare, parsed
 
 SHAPE = GOLDEN / "upstream/model_config.json"
@@ -50,12 +51,26 @@ def test_rows_of_the_released_way_are_padded_to_the_flags() -> None:
     assert batch["input_ids"].shape == (2, 320)
 
 
-def test_comparison_in_bfloat16_measures_the_released_way_in_float32() -> None:
+def test_comparison_in_bfloat16_measures_the_released_way_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
     small = bench("--dtype", "bf16")
     results = compare(small)
     assert small.released_dtype == torch.float32
     assert results["loss difference"] < 1e-2
     assert results["gradient difference"] < 5e-2
+
+
+def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
+    small, asked = bench(), []
+    gradient = Bench.gradient
+
+    def worse_each_time(bench: Bench, model: object) -> torch.Tensor:
+        asked.append(model)
+        return gradient(bench, model) * (2.0 if len(asked) == 4 else 1.0)  # released, released, ours, ours
+
+    monkeypatch.setattr(Bench, "gradient", worse_each_time)
+    assert compare(small)["gradient difference"] == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.run

@@ -164,8 +164,10 @@ def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 2**26])
-def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, monkeypatch):
+@pytest.mark.parametrize("cached", [1, 2**26])
+def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, cached, monkeypatch):
     monkeypatch.setattr(step, "CHUNK_LOGITS", chunk * 11)
+    monkeypatch.setattr(step, "CACHED_LOGITS", cached * 11)
     torch.manual_seed(1)
     head, targets = torch.nn.Linear(5, 11, bias=False), torch.randint(0, 11, (7,))
     hidden, plain = (torch.full((7, 5), 0.5).mul_(torch.arange(5)).requires_grad_() for _ in range(2))

@@ -8,7 +8,6 @@ import stat
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast, overload
 
@@ -372,11 +371,12 @@ def first_lines(problems: list[str]) -> list[str]:
     more = len(problems) - MOST_PROBLEM_LINES
     if more <= 0:
         return problems
-    where_all_are = "scripts/check_data.py lists all"
+    file = cache_folder() / "bad-rows.txt"
+    where_all_are = f"all are in {file}"
     if is_first_process():  # the others print nothing
-        with suppress(OSError):
-            file = cache_folder() / "bad-rows.txt"
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
-            where_all_are = f"all are in {file}"
+        except OSError as error:
+            where_all_are = f"they can't be listed in {file}: {error.strerror}"
     return [*problems[:MOST_PROBLEM_LINES], f"… and {more} more; {where_all_are}."]

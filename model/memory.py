@@ -7,6 +7,7 @@ import torch
 
 from model.frozen import can_pack, pack_linears, plain_linears
 from model.progress import say
+from model.sat_compat import processes_here
 
 # Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer
 # norms and of GELU (1 + 1 + 4), query, key and value before and after their rotation (5), attention's output (1), two
@@ -21,10 +22,10 @@ def activation_bytes(layers: int, width: int, tokens: int, bytes_per_number: int
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
+    """Memory that is free on the device now: on a CPU this process's share, on a GPU all, as each process has its own."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // processes_here()[1]
 
 
 def fit_into_memory(model: Any, tokens: int) -> None:

@@ -142,7 +142,17 @@ def set_launcher_environment() -> None:
     if "WORLD_SIZE" not in os.environ:
         for name, value in single_process.items():
             os.environ.setdefault(name, str(value))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    # deepspeed's launcher calls it LOCAL_SIZE
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+
+
+def processes_here() -> tuple[int, int]:
+    """This process's number among the run's processes on this machine, and how many they are."""
+    import torch
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def deepspeed_settings(
@@ -586,3 +596,16 @@ def from_first_process(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_processes_here(value: Any) -> list[Any]:
+    """The value of each of the run's processes on this machine, in their order; all processes wait for each other."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return [value]
+    process, processes = processes_here()
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    first = torch.distributed.get_rank() - process
+    return values[first : first + processes]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,13 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
         text=True,
         timeout=600,
     )
+
+
+def free_port() -> int:
+    """A port for a launcher, free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def load_model(checkpoint: Path, name: str = "VisualGLMModel", **flags: Any) -> Any:

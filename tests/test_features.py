@@ -1,17 +1,19 @@
 """Features of a picture stand for the picture: the same loss and gradient, computed once."""
 
 import gc
+import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_python
+from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python
 
-from model import features
+from model import feature_files, features
 from model.dataset import FewShotDataset, data_collator
 from model.errors import InputError
-from model.features import FeatureCache, FeatureStore, feature_file, picture_features
+from model.features import FeatureCache, feature_file, picture_features
 from model.image import BlipImageEvalProcessor
 from model.step import loss_sum
 from model.tokenizer import ChatGLMTokenizer
@@ -64,7 +66,7 @@ def test_features_are_kept_per_picture_in_the_q_formers_width(eyes, dataset):
 def test_features_in_a_file_equal_those_in_memory(eyes, dataset, monkeypatch):
     paths = [row.img for row in dataset.rows]
     in_memory = picture_features(paths, dataset.processor, eyes)
-    monkeypatch.setattr(features, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(feature_files, "MEMORY_SHARE", 0.0)
     in_file = picture_features(paths, dataset.processor, eyes)
     for path in paths:
         torch.testing.assert_close(in_file[path], in_memory[path])
@@ -163,7 +165,7 @@ def test_features_are_made_again_when_what_they_come_from_changes(change, eyes, 
 
 def test_features_not_noted_before_a_kill_are_made_again(eyes, dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(features, "PICTURES_AT_ONCE", 1)
-    monkeypatch.setattr(features, "NEW_BEFORE_NOTED", 2)
+    monkeypatch.setattr(feature_files, "NEW_BEFORE_NOTED", 2)
     features_of, calls = eyes.features, []
 
     def dies_at_the_fourth(images):
@@ -184,11 +186,11 @@ def test_features_not_noted_before_a_kill_are_made_again(eyes, dataset, monkeypa
 
 def test_features_of_a_second_run_at_the_same_time_are_for_that_run_only(eyes, dataset, tmp_path):
     file = feature_file(str(tmp_path), eyes, dataset.processor)
-    store = FeatureStore(6, (32, 48), torch.float32, file)
+    part = feature_files.FeaturePart(6, (32, 48), torch.float32, file)
     second = cached(eyes, dataset, tmp_path)
     assert len(second) == 6
     assert not file.with_suffix(".index").read_bytes()
-    store.close()
+    part.close()
     assert torch.equal(cached(eyes, dataset, tmp_path)[dataset.rows[0].img], second[dataset.rows[0].img])
     assert len(file.with_suffix(".index").read_bytes()) == 6 * 16
 
@@ -206,7 +208,7 @@ def test_features_with_no_room_on_the_disk_are_one_sentence(eyes, dataset, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    monkeypatch.setattr(feature_files.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="No space left on device; 1 MiB are needed there"):
         cached(eyes, dataset, tmp_path, [dataset.rows[0].img] * 170)
 
@@ -241,6 +243,79 @@ def test_runs_with_a_feature_cache_have_the_losses_of_one_without(upstream_check
     cache = ("--feature_cache", tmp_path / "cache")
     assert losses(*cache) == losses(*cache) == losses()
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".features", ".index"]
+
+
+ONE_OF_TWO_PROCESSES = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from conftest import load_model
+
+from model.features import picture_features
+from model.image import BlipImageEvalProcessor
+from model.rows import open_picture
+
+checkpoint, file, *paths = sys.argv[1:]
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+eyes, processor = load_model(Path(checkpoint)).get_mixin("eva").model, BlipImageEvalProcessor(224)
+seen, features_of = [], eyes.features
+eyes.features = lambda images: seen.extend(images) or features_of(images)
+found = picture_features(paths, processor, eyes, file=Path(file) if file else None)
+assert list(found) == [path for path in paths if Path(path).exists()]
+with torch.no_grad():
+    expected = {path: features_of(processor(open_picture(path))[None])[0] for path in found}
+torch.testing.assert_close(found, expected)
+print(f"looked at {len(seen)}", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_checkpoint, tmp_path):
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO_PROCESSES)
+    paths = ["gone.png", *(row.img for row in dataset.rows)]
+    file = tmp_path / "cache/some.features" if in_folder else ""
+
+    def looks() -> list[str]:
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), script)
+        path = f"{PROJECT}:{PROJECT / 'tests'}"
+        run = run_python(*launcher, upstream_checkpoint, file, *paths, cwd=GOLDEN / "upstream", PYTHONPATH=path)
+        assert run.returncode == 0, run.stderr
+        return re.findall(r"looked at \d", run.stdout)
+
+    assert looks() == ["looked at 3"] * 2
+    if in_folder:
+        assert looks() == ["looked at 0"] * 2
+        assert sorted(part.name for part in file.parent.glob("*.features")) == ["some-1.features", "some.features"]
+
+
+@pytest.mark.run
+def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint, dataset, tmp_path):
+    script = tmp_path / "one_of_two.py"
+    fails_in_the_second = """
+import os
+
+from model import feature_files, features
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+if os.environ["RANK"] == "1":
+    feature_files.os.posix_fallocate = full
+"""
+    script.write_text(fails_in_the_second + ONE_OF_TWO_PROCESSES)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), script)
+    path = f"{PROJECT}:{PROJECT / 'tests'}"
+    run = run_python(
+        *launcher, upstream_checkpoint, "", *(row.img for row in dataset.rows), cwd=GOLDEN / "upstream", PYTHONPATH=path
+    )
+    assert run.returncode != 0
+    assert run.stderr.count(f"InputError: {tempfile.gettempdir()}: No space left on device") == 2
+    assert "looked at" not in run.stdout
 
 
 @pytest.mark.run

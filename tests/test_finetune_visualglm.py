@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_python, write_checkpoint
+from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python, write_checkpoint
 from PIL import Image
 
 SCRIPT = PROJECT / "finetune_visualglm.py"
@@ -163,12 +162,6 @@ def test_saving_says_where_and_when(both):
     folder = saved_checkpoint(both)
     assert both.out.splitlines()[-1] == f"Saved {folder} (iteration {STEPS})."
     assert re.fullmatch(r"MyModel-\d\d-\d\d-\d\d-\d\d", folder.name)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.run

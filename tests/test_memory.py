@@ -58,6 +58,12 @@ def test_free_memory_of_the_cpu_is_what_the_system_has():
     assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
 
 
+def test_free_memory_of_the_cpu_is_shared_by_the_processes_on_it(monkeypatch):
+    alone = memory.free_bytes(torch.device("cpu"))
+    monkeypatch.setattr(memory, "processes_here", lambda: (0, 4))
+    assert 0.2 < memory.free_bytes(torch.device("cpu")) / alone < 0.3
+
+
 @pytest.fixture
 def lora(upstream_checkpoint):
     """The golden model with LoRA, frozen as for training."""

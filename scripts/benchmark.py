@@ -466,15 +466,15 @@ class Bench:
         with way.of(model):
             learned = [(self.step(way, model, dtype, samples), self.gradient(model)) for samples in self.batches]
             times: list[float] = []
-            for samples in itertools.cycle(self.batches):
-                if len(times) >= self.options.steps and sum(times) >= MEASURED_SECONDS:
-                    return statistics.median(times), learned
+            rows_again = itertools.cycle(self.batches)
+            while len(times) < self.options.steps or sum(times) < MEASURED_SECONDS:
+                samples = next(rows_again)
                 synchronize(self.device)
                 start = time.perf_counter()
                 self.step(way, model, dtype, samples)
                 synchronize(self.device)
                 times.append(time.perf_counter() - start)
-        raise AssertionError("a cycle of batches has no end")
+        return statistics.median(times), learned
 
     def measured(self, way: Way, model: Any, dtype: Any) -> tuple[dict[str, float], list[tuple[float, Any]]]:
         """Time, rates and memory of a step this way; and the loss and gradient of each of --steps steps."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from model import distributed
 from model.checks import Inputs, checked, samples_per_step
 from model.errors import InputError, RowError
 from model.options import Options, parse, script_parser
@@ -93,7 +94,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.report import TrainingReport
     from model.step import evaluation_step, forward_step, token_normalized_step
 
-    sat_compat.set_launcher_environment()
+    distributed.set_launcher_environment()
     sat_compat.adapt_loading(load_checkpoint)
     args = sat_compat.get_args(argv, options, script_parser())
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
@@ -118,7 +119,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.adapt_data(args)
     if options.keep_best:
         sat_compat.after_evaluation(BestCheckpoint(save_checkpoint).consider, report)
-    inputs.selection.left_out = sat_compat.from_first_process(inputs.selection.left_out)
+    inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
     sat_compat.training_main()(
         args,
         model_cls=model,

@@ -15,7 +15,7 @@ import torch
 from model.description import METHODS, has_lora, settings_to_go_on
 from model.files import find_weights, read_json_object
 from model.frozen import FrozenLinear, keep_in_4_bits
-from model.options import DEFAULT_LORA_TARGETS, add_method_flags, part_rates
+from model.model_flags import DEFAULT_LORA_TARGETS, add_method_flags, part_rates
 from model.progress import say
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel

@@ -23,7 +23,7 @@ import torch
 from model.description import KEY, METHODS, Base, base_of, find_base, is_adapter, is_adapter_name
 from model.errors import InputError
 from model.files import read_json_object
-from model.options import DEFAULT_LORA_TARGETS, part_rates
+from model.model_flags import DEFAULT_LORA_TARGETS, part_rates
 from model.progress import say, warn
 from model.sat_compat import import_sat, safe_checkpoint_types
 

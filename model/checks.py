@@ -23,19 +23,11 @@ from model.description import (
     is_adapter,
     settings_to_go_on,
 )
+from model.distributed import is_first_process
 from model.errors import raise_problems
 from model.files import checkpoint_problem, find_weights, folder_problems, read_json_object, save_problems
-from model.options import (
-    DEFAULT_LORA_TARGETS,
-    LARGEST_SEED,
-    VISION_PARTS,
-    Options,
-    flag_names,
-    part_rates,
-    shown,
-    typed_flag,
-)
-from model.progress import is_first_process
+from model.model_flags import DEFAULT_LORA_TARGETS, VISION_PARTS, part_rates
+from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
 from model.prompt import LEAST_TARGET_LENGTH, Cuts, Lengths, least_source_length
 from model.selection import (
     Selection,

@@ -16,7 +16,8 @@ from typing import Any
 
 from model.errors import InputError
 from model.files import find_weights
-from model.options import DEFAULT_LORA_TARGETS, Options, typed_flag
+from model.model_flags import DEFAULT_LORA_TARGETS
+from model.options import Options, typed_flag
 
 KEY = "finetuning"
 METHODS = ("use_lora", "use_qlora", "use_ptuning")

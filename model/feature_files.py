@@ -14,8 +14,8 @@ from typing import IO
 import psutil
 import torch
 
+from model.distributed import from_processes_here, processes_here
 from model.errors import InputError
-from model.sat_compat import from_processes_here, processes_here
 
 MEMORY_SHARE = 0.25  # of what is free now; beyond it features lie in a file
 DIGEST_BYTES = 16

@@ -5,9 +5,9 @@ from typing import Any
 import psutil
 import torch
 
+from model.distributed import processes_here
 from model.frozen import can_pack, pack_linears, plain_linears
 from model.progress import say
-from model.sat_compat import processes_here
 
 # Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer
 # norms and of GELU (1 + 1 + 4), query, key and value before and after their rotation (5), attention's output (1), two

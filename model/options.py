@@ -9,19 +9,16 @@ import argparse
 import difflib
 import functools
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from model.model_flags import add_method_flags, add_model_flags
 from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
 LARGEST_SEED = 2**32 - 1  # numpy.random.seed takes no more
-LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # SAT's names of a layer's linears
-DEFAULT_LORA_TARGETS = ("query_key_value", "dense")  # what the released script trains
-VISION_PARTS = ("vit", "qformer", "glm_proj")  # BLIP2's, in the order that a picture goes through them
 
 EXAMPLES = """\
 examples:
@@ -39,51 +36,10 @@ examples:
 # --- flags: one table per group, read from top to bottom --------------------------------------------------------------
 
 
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare what is trained: the flags that SAT writes into the `model_config.json` of a fine-tuned checkpoint."""
-    add = parser.add_argument_group("what is trained (at least one method)").add_argument
-    # fmt: off
-    add("--use_lora", action="store_true",
-        help="Train LoRA factors on the attention of the language model.")
-    add("--use_qlora", action="store_true",
-        help="Train LoRA factors while the language model is kept in 4-bit NF4 (needs the package bitsandbytes).")
-    add("--use_ptuning", action="store_true",
-        help="Train P-Tuning v2 prefixes, alone or together with LoRA.")
-    add("--lora_rank", type=int, default=10, metavar="N",
-        help="Rank r of the LoRA factors (default %(default)s).")
-    add("--lora_alpha", type=float, default=1.0, metavar="X",
-        help="The factors' product is scaled by X/r (default %(default)s).")
-    add("--lora_dropout", type=float, default=0.0, metavar="P",
-        help="Dropout probability of what goes into the LoRA factors in training (default %(default)s).")
-    add("--lora_target", nargs="+", choices=LORA_TARGETS, metavar="NAME",
-        help=f"Linears that get LoRA, of {', '.join(LORA_TARGETS)}: the attention's two, then the feed-forward part's "
-             f"(default: {' '.join(DEFAULT_LORA_TARGETS)}).")
-    add("--layer_range", type=int, nargs="+", metavar="L",
-        help="Layers that get LoRA, counted from 0: a list, not a range, so that 0 14 means layer 0 and layer 14 "
-             "(default: all layers).")
-    add("--pre_seq_len", type=int, default=8, metavar="N",
-        help="Prefix positions per layer of P-Tuning v2 (default %(default)s).")
-    add("--train_parts", type=_part_and_rate, nargs="+", default=[], metavar="PART[=LR]",
-        help=f"Parts of the eyes to train too, of {', '.join(VISION_PARTS)}, each with a peak learning rate of its own "
-             "if one is given: qformer=1e-5 glm_proj (default: none).")
-    # fmt: on
+# fmt: on
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare what a checkpoint's `model_config.json` says of the picture's part and the token ids."""
-    add = parser.add_argument_group("VisualGLM (normally from the checkpoint's model_config.json)").add_argument
-    # fmt: off
-    add("--image_length", type=int, default=32, metavar="N",
-        help="Token positions that a picture takes (default %(default)s).")
-    add("--eva_args", type=_json_object, default={}, metavar="JSON",
-        help="Sizes of the vision tower, as a JSON object.")
-    add("--qformer_args", type=_json_object, default={}, metavar="JSON",
-        help="Sizes of the Q-Former, as a JSON object.")
-    add("--bos-token-id", type=int, metavar="ID", help="Token id of <sop>, which starts an answer.")
-    add("--mask-token-id", type=int, metavar="ID", help="Token id of [MASK].")
-    add("--gmask-token-id", type=int, metavar="ID", help="Token id of [gMASK], which stands before the answer.")
-    add("--pad-token-id", type=int, metavar="ID", help="Token id of <pad>, which fills rows up and holds image places.")
-    # fmt: on
+# fmt: on
 
 
 def _add_script_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,36 +299,6 @@ def _truth(text: str) -> bool:
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f'"{text}" found; true or false is needed')
     return words[text.lower()]
-
-
-def _part_and_rate(text: str) -> str:
-    """text, checked to be a part's name, with a learning rate after = if there is one."""
-    part, equals, rate = text.partition("=")
-    if part not in VISION_PARTS:
-        raise argparse.ArgumentTypeError(f'"{part}" found; one of {", ".join(VISION_PARTS)} is needed')
-    try:
-        good_rate = not equals or 0 < float(rate) < math.inf
-    except ValueError:
-        good_rate = False
-    if not good_rate:
-        raise argparse.ArgumentTypeError(f'"{text}" found; a learning rate above 0 is needed after =')
-    return text
-
-
-def part_rates(train_parts: Sequence[str]) -> dict[str, float | None]:
-    """What --train_parts means: the peak learning rate of each part, None where it is --lr."""
-    split = (text.partition("=") for text in train_parts)
-    return {part: float(rate) if equals else None for part, equals, rate in split}
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON at column {error.colno}; an object {{…}} is needed") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} found; a JSON object {{…}} is needed")
-    return value
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

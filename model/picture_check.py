@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.files import cache_folder
-from model.progress import is_first_process, with_progress
+from model.progress import with_progress
 from model.prompt import Row
 from model.rows import Rows, checked_file, first_lines, open_picture
 

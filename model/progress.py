@@ -1,21 +1,17 @@
 """What a run says while it works: one function prints, on one process, and knows how to write a time."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from model.distributed import is_first_process
+
 QUIET_SECONDS = 2.0
 SECONDS_BETWEEN_LOG_LINES = 30.0  # where stderr is a file
 
 Item = TypeVar("Item")
-
-
-def is_first_process() -> bool:
-    """Whether this process is rank 0 of the run (every launcher sets RANK; without one there is one process)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

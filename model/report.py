@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any
 
-from model.progress import duration, is_first_process, say
+from model.distributed import is_first_process
+from model.progress import duration, say
 
 
 class TrainingReport:

@@ -13,9 +13,9 @@ from typing import IO, cast, overload
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.files import cache_folder
-from model.progress import is_first_process
 from model.prompt import ROW_NEEDS, Row, RowValues, plain_values, row_from_json
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory

@@ -12,7 +12,6 @@ import inspect
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.distributed import from_first_process, has_gpu, start_gloo
 from model.errors import InputError
 from model.files import read_json_object
 from model.progress import say
@@ -118,41 +118,6 @@ def quieten() -> None:
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
-
-
-def has_gpu() -> bool:
-    """Whether torch can use a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def set_launcher_environment() -> None:
-    """Give a plain `python finetune_visualglm.py …` what a launcher would have set.
-
-    DeepSpeed refuses to start without LOCAL_RANK, and torch.distributed without the others.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    single_process = {
-        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port,
-    }  # fmt: skip
-    if "WORLD_SIZE" not in os.environ:
-        for name, value in single_process.items():
-            os.environ.setdefault(name, str(value))
-    # deepspeed's launcher calls it LOCAL_SIZE
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-
-
-def processes_here() -> tuple[int, int]:
-    """This process's number among the run's processes on this machine, and how many they are."""
-    import torch
-
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return 0, 1
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def deepspeed_settings(
@@ -265,7 +230,7 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
             numbers = "bfloat16" if bf16 else "float32"
             say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
         typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
-        _start_gloo()
+        start_gloo()
     with tempfile.TemporaryDirectory() as folder:
         settings_file = Path(folder, "deepspeed.json")
         settings_file.write_text(json.dumps(settings))
@@ -278,14 +243,6 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
         # A fresh run has nothing to skip, but SAT would skip validation batches on several processes.
         args.resume_dataloader = False
     return args
-
-
-def _start_gloo() -> None:
-    """Make the process group over gloo, before SAT would with a CUDA device that isn't there."""
-    import torch
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
 
 
 def parallel_output_once(args: argparse.Namespace, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -587,25 +544,3 @@ def after_evaluation(consider: Callable[..., None], report: Any) -> None:
         return result
 
     training.evaluate_and_print_results = evaluate_and_consider
-
-
-def from_first_process(value: Any) -> Any:
-    """The first process's value, on every process."""
-    import torch
-
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def from_processes_here(value: Any) -> list[Any]:
-    """The value of each of the run's processes on this machine, in their order; all processes wait for each other."""
-    import torch
-
-    if not torch.distributed.is_initialized():
-        return [value]
-    process, processes = processes_here()
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    first = torch.distributed.get_rank() - process
-    return values[first : first + processes]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
+from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.picture_check import PictureMemory, check_rows
-from model.progress import is_first_process
 from model.prompt import Cuts, Lengths, Tokenizer, count_cuts, needed_lengths
 from model.rows import Rows, first_lines, scan_rows
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from model.progress import duration, is_first_process, say, warn
+from model.distributed import is_first_process
+from model.progress import duration, say, warn
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN, load_model, run_python
 
-from model import sat_compat
+from model import distributed, sat_compat
 from model.errors import InputError
 from model.options import parse, script_parser
 
@@ -138,7 +138,7 @@ def test_launcher_environment_of_a_plain_run_is_one_process_with_a_free_port(alo
     import os
     import socket
 
-    sat_compat.set_launcher_environment()
+    distributed.set_launcher_environment()
     found = {name: os.environ[name] for name in LAUNCHER}
     port = int(found.pop("MASTER_PORT"))
     assert found == {
@@ -154,7 +154,7 @@ def test_launcher_environment_of_a_launcher_is_kept(alone, monkeypatch):
     launched = dict(zip(LAUNCHER[:3], ("3", "1", "4"), strict=True))
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    sat_compat.set_launcher_environment()
+    distributed.set_launcher_environment()
     assert {name: os.environ.get(name) for name in LAUNCHER} == {
         **launched, "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": None, "MASTER_PORT": None,
     }  # fmt: skip
@@ -253,7 +253,7 @@ def sat_args(alone):
 
     def given(*argv):
         argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json", *argv]
-        sat_compat.set_launcher_environment()
+        distributed.set_launcher_environment()
         return sat_compat.get_args(argv, parse(argv), script_parser())
 
     return given

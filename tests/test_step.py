@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
-from model import dataset, step
+from model import dataset, frozen, step
 from model.dataset import data_collator
 from model.step import answer_loss, forward_step, get_batch, head_loss
 
@@ -181,7 +181,7 @@ def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, cached, m
 
 def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
     monkeypatch.setattr(step, "CHUNK_LOGITS", 2 * 11)
-    asked, plain_product = [], step.product
+    asked, plain_product = [], frozen.product
     monkeypatch.setattr(step, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
     head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
     assert asked == [2, 2, 2, 1]

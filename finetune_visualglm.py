@@ -17,18 +17,18 @@ from typing import Any
 
 from model import distributed
 from model.checks import Inputs, checked, samples_per_step
+from model.data.split import HELD_OUT, Selection
 from model.errors import InputError, RowError
 from model.options import Options, parse, script_parser
 from model.progress import say, warn, warn_from_any_process
-from model.selection import HELD_OUT, Selection
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
     "VisualGLMModel": "model.visualglm",
     "FineTuneVisualGLMModel": "model.adapters",
-    "FewShotDataset": "model.dataset",
-    "data_collator": "model.dataset",
-    "BlipImageEvalProcessor": "model.image",
+    "FewShotDataset": "model.data.dataset",
+    "data_collator": "model.data.dataset",
+    "BlipImageEvalProcessor": "model.data.image_processor",
     "get_batch": "model.step",
     "forward_step": "model.step",
     "chat": "model.chat",
@@ -52,8 +52,8 @@ def create_dataset_function(
     from sat import get_tokenizer
     from torch.utils.data import ConcatDataset
 
-    from model.dataset import FewShotDataset
-    from model.image import BlipImageEvalProcessor
+    from model.data.dataset import FewShotDataset
+    from model.data.image_processor import BlipImageEvalProcessor
 
     processor = BlipImageEvalProcessor(args.eva_args["image_size"][0])
     if selection is None:
@@ -87,7 +87,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat(training=True)
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import load_checkpoint, save_checkpoint
-    from model.dataset import data_collator, packed_collator
+    from model.data.dataset import data_collator, packed_collator
     from model.evaluation import BestCheckpoint, mean_over_tokens
     from model.features import FeatureCache
     from model.memory import fit_into_memory

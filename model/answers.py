@@ -9,9 +9,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model.chat import answer_text, key_value_cache
-from model.prompt import IGNORE_INDEX, Sample
+from model.data.prompt import IGNORE_INDEX, Sample
+from model.data.tokenizer import ChatGLMTokenizer
 from model.sat_compat import import_sat
-from model.tokenizer import ChatGLMTokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 
 import_sat()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.attention import FusedAttentionMixin
+from model.data.image_processor import BlipImageEvalProcessor  # noqa: F401  (where scripts of 2023 import it from)
 from model.sat_compat import import_sat
 
 import_sat()

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
+from model.data.image_processor import BlipImageEvalProcessor
+from model.data.images import open_picture, picture_file
+from model.data.prompt import context_ids
+from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.description import is_finetuned
 from model.errors import InputError
 from model.files import find_weights, read_json_object
-from model.image import BlipImageEvalProcessor
-from model.pictures import picture_file
-from model.prompt import context_ids
-from model.rows import open_picture
 from model.sat_compat import import_sat, model_only, quieten
-from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 
 import_sat()

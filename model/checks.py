@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from model.beside import done_beside
+from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts
+from model.data.prompt import LEAST_TARGET_LENGTH, Lengths, least_source_length
+from model.data.split import Selection, hold_out, picture_notes, same_file_warnings, scan_files
+from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+from model.data.workers import done_beside
 from model.description import (
     LORA_SIZES,
     METHODS,
@@ -28,17 +32,6 @@ from model.errors import raise_problems
 from model.files import checkpoint_problem, find_weights, folder_problems, read_json_object, save_problems
 from model.model_flags import DEFAULT_LORA_TARGETS, VISION_PARTS, part_rates
 from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
-from model.prompt import LEAST_TARGET_LENGTH, Cuts, Lengths, least_source_length
-from model.selection import (
-    Selection,
-    auto_lengths,
-    begin_to_count_cuts,
-    hold_out,
-    picture_notes,
-    same_file_warnings,
-    scan_files,
-)
-from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 
 
 @dataclass(frozen=True)

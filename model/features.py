@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.blip2 import BLIP2
 from model.checkpoint import fingerprint
-from model.dataset import FewShotDataset
+from model.data.dataset import FewShotDataset
+from model.data.images import checked_file, open_picture
 from model.distributed import from_processes_here, is_first_process, processes_here
 from model.errors import InputError
 from model.feature_files import DIGEST_BYTES, FeaturePart, kept_in, part_of_this_process, placed, rows_in
 from model.progress import with_progress
-from model.rows import checked_file, open_picture
 
 PICTURES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions a picture
 

@@ -137,11 +137,6 @@ def save_problems(options: Options, bytes_needed: int) -> list[str]:
     return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
 
 
-def cache_folder() -> Path:
-    """Where things are kept from run to run: in the user's cache folder, never beside the data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "visualglm")
-
-
 def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     """Why so many bytes can't be put into the folder that flag names, which may not be there yet."""
     target = Path(folder).expanduser().absolute()

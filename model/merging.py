@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.adapters import folded
 from model.checkpoint import whole_weights, without_adapters, write_whole
+from model.data.tokenizer import find_tokenizer
 from model.description import KEY, LORA_SIZES, METHODS, PTUNING_SIZES, has_lora
 from model.errors import InputError
 from model.files import WEIGHTS_FILE, find_weights, read_json_object
 from model.frozen import dequantized, quantized
-from model.tokenizer import find_tokenizer
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 

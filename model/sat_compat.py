@@ -22,11 +22,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.data.split import HELD_OUT
 from model.distributed import from_first_process, has_gpu, start_gloo
 from model.errors import InputError
 from model.files import read_json_object
 from model.progress import say
-from model.selection import HELD_OUT
 
 RELEASED_SEED = 1234  # SAT's default of --seed
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
@@ -483,7 +483,7 @@ def adapt_data(args: argparse.Namespace) -> None:
     """
     import numpy
 
-    from model.grouping import GroupedByLength, lengths_of
+    from model.data.sampling import GroupedByLength, lengths_of
 
     configure_data: Any = importlib.import_module("sat.data_utils.configure_data")
     training: Any = importlib.import_module("sat.training.deepspeed_training")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.dataset import heed_problems
+from model.data.bad_rows import heed_problems
+from model.data.prompt import IGNORE_INDEX
 from model.frozen import FrozenLinear, input_gradient, product
-from model.prompt import IGNORE_INDEX
 from model.sat_compat import broadcast_data, import_sat
 from model.visualglm import packed_prefix_mask
 

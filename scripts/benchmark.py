@@ -234,7 +234,7 @@ class Way:
         self, samples: Sequence[dict[str, Any]], features: dict[str, Any], device: Any, dtype: Any
     ) -> dict[str, Any]:
         """The samples as this way feeds them to the model."""
-        from model.dataset import data_collator
+        from model.data.dataset import data_collator
 
         pictures = "kept picture features" in self.savings
         chosen = [
@@ -263,7 +263,7 @@ class Way:
 
 def padded_to(sample: dict[str, Any], length: int) -> dict[str, Any]:
     """sample with padding on the right that is not learned, as the released script pads."""
-    from model.prompt import IGNORE_INDEX
+    from model.data.prompt import IGNORE_INDEX
 
     missing = length - len(sample["input_ids"])
     return sample | {
@@ -279,7 +279,7 @@ def drawn_samples(options: argparse.Namespace, config: dict[str, Any], count: in
     """Samples with random words and pictures: as long as the released few-shot rows, or --seq tokens exactly."""
     import torch
 
-    from model.prompt import answer_labels
+    from model.data.prompt import answer_labels
 
     draw, words = random.Random(1), range(200, min(config["vocab_size"], 20_000))
     side, slots = config["eva_args"]["image_size"][0], config["image_length"]
@@ -302,9 +302,9 @@ def drawn_samples(options: argparse.Namespace, config: dict[str, Any], count: in
 
 def read_samples(options: argparse.Namespace, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of --data as samples, with the small checkpoint's tokenizer."""
-    from model.dataset import FewShotDataset
-    from model.image import BlipImageEvalProcessor
-    from model.tokenizer import ChatGLMTokenizer, find_tokenizer
+    from model.data.dataset import FewShotDataset
+    from model.data.image_processor import BlipImageEvalProcessor
+    from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(Path(__file__).resolve().parents[1] / "model/tiny"))
     dataset = FewShotDataset(

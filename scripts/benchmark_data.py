@@ -179,9 +179,9 @@ def reading_rate(options: argparse.Namespace, checkpoint: Path, data: Path) -> f
     """Samples per second that the data loader gives when nobody trains, after its first batches."""
     from torch.utils.data import DataLoader, Subset
 
-    from model.dataset import FewShotDataset, data_collator
-    from model.image import BlipImageEvalProcessor
-    from model.tokenizer import ChatGLMTokenizer, find_tokenizer
+    from model.data.dataset import FewShotDataset, data_collator
+    from model.data.image_processor import BlipImageEvalProcessor
+    from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 
     config = read_json_object(checkpoint / "model_config.json", "The checkpoint's configuration")
     lengths = argparse.Namespace(image_length=config["image_length"], max_source_length=64, max_target_length=64)

@@ -23,13 +23,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.data.image_check import PictureMemory
+from model.data.images import checked_file, open_picture
+from model.data.lengths import count_cuts, needed_lengths
+from model.data.prompt import Lengths, sample_from_row
+from model.data.rows import Row, Rows, row_turns, scan_rows
+from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError
 from model.files import find_checkpoint, read_json_object
-from model.picture_check import PictureMemory
 from model.progress import say, warn, with_progress
-from model.prompt import Lengths, Row, count_cuts, needed_lengths, row_turns, sample_from_row
-from model.rows import Rows, checked_file, open_picture, scan_rows
-from model.tokenizer import ChatGLMTokenizer, find_tokenizer
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram

@@ -13,11 +13,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.data.images import is_url, open_picture
 from model.errors import InputError
 from model.files import find_weights
-from model.pictures import is_url
 from model.progress import warn
-from model.rows import open_picture
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen

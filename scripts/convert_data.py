@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.data.bad_rows import first_lines
+from model.data.rows import row_from_json, values_of
 from model.errors import InputError, raise_problems
 from model.progress import say, warn
-from model.prompt import row_from_json
-from model.rows import first_lines, values_of
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 PICTURE_MARK = "<image>"

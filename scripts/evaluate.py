@@ -14,12 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.data.image_check import check_pictures
+from model.data.rows import Row, read_rows
 from model.errors import InputError
 from model.files import find_weights
-from model.picture_check import check_pictures
 from model.progress import say, warn
-from model.prompt import Row
-from model.rows import read_rows
 
 SHOWN = 3  # rows printed as examples
 
@@ -120,7 +119,7 @@ def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: i
 
     from model.answers import greedy_answers, label_losses
     from model.chat import image_tensor
-    from model.prompt import Lengths, context_ids, sample_from_row
+    from model.data.prompt import Lengths, context_ids, sample_from_row
 
     english = rows[0].lang == "en"
     pictures = [image_tensor(row.img, model) for row in rows if row.img is not None]

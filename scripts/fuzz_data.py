@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
+from model.data.lengths import begin_to_count_cuts
+from model.data.prompt import Lengths
+from model.data.split import read_selection
+from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.progress import say, with_progress
-from model.prompt import Lengths
-from model.selection import begin_to_count_cuts, read_selection
-from model.tokenizer import ChatGLMTokenizer
 from scripts import check_data
 
 SEED = 20230517

@@ -108,7 +108,7 @@ def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> P
 
     from model.adapters import FineTuneVisualGLMModel
     from model.checkpoint import save_checkpoint
-    from model.tokenizer import ChatGLMTokenizer
+    from model.data.tokenizer import ChatGLMTokenizer
 
     get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))
     args = FineTuneVisualGLMModel.get_args(skip_init=True, save=str(folder), save_full_model=full, lr=1.0, **flags)

@@ -6,9 +6,10 @@ from conftest import GOLDEN, golden_values, load_model
 
 from model.answers import greedy_answers, label_losses
 from model.chat import chat
-from model.prompt import Lengths, Row, context_ids, sample_from_row
+from model.data.prompt import Lengths, context_ids, sample_from_row
+from model.data.rows import Row
+from model.data.tokenizer import ChatGLMTokenizer
 from model.step import answer_loss
-from model.tokenizer import ChatGLMTokenizer
 
 QUESTIONS = ("这张图片的背景里有什么内容？", "What is in the background?", "你好")
 LENGTHS = Lengths(32, 96, 64)

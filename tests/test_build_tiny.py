@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from model.tokenizer import ChatGLMTokenizer
+from model.data.tokenizer import ChatGLMTokenizer
 from scripts import build_tiny
 from scripts.make_fewshot_data import QUESTION, label
 from scripts.scene_talk import Turn

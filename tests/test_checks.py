@@ -20,8 +20,8 @@ from model.checks import (
     split_row_problems,
     split_shares,
 )
+from model.data.split import Selection, read_selection
 from model.options import Options, parse
-from model.selection import Selection, read_selection
 
 CONFIG = {
     "num_layers": 28,

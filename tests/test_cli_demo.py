@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_python
 
 from model.chat import answer_so_far, chat
-from model.tokenizer import ChatGLMTokenizer
+from model.data.tokenizer import ChatGLMTokenizer
 from scripts.cli_demo import UNSETTLED, main, not_yet_printed
 
 COMMAND = PROJECT / "scripts/cli_demo.py"

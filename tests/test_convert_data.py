@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, run_python
 
+from model.data.rows import read_rows
 from model.errors import InputError
-from model.rows import read_rows
 from scripts.convert_data import main, row_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_benchmark import SHAPE
 
-from model.dataset import data_collator
+from model.data.dataset import data_collator
 from model.step import get_batch
 from scripts.benchmark import SAVINGS, Bench, Way, parsed
 

@@ -9,8 +9,9 @@ from conftest import GOLDEN, PROJECT, load_model, run_python, write_tuned
 
 from model.answers import greedy_answers, label_losses
 from model.chat import chat, image_tensor
-from model.prompt import Lengths, context_ids, row_from_json, sample_from_row
-from model.tokenizer import ChatGLMTokenizer
+from model.data.prompt import Lengths, context_ids, sample_from_row
+from model.data.rows import row_from_json
+from model.data.tokenizer import ChatGLMTokenizer
 from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
 
 ROWS = GOLDEN / "upstream/dataset.json"

@@ -11,12 +11,12 @@ import torch
 from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python
 
 from model import feature_files, features
-from model.dataset import FewShotDataset, data_collator
+from model.data.dataset import FewShotDataset, data_collator
+from model.data.image_processor import BlipImageEvalProcessor
+from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.features import FeatureCache, feature_file, picture_features
-from model.image import BlipImageEvalProcessor
 from model.step import loss_sum
-from model.tokenizer import ChatGLMTokenizer
 
 LENGTHS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
 
@@ -254,8 +254,8 @@ import torch
 from conftest import load_model
 
 from model.features import picture_features
-from model.image import BlipImageEvalProcessor
-from model.rows import open_picture
+from model.data.image_processor import BlipImageEvalProcessor
+from model.data.images import open_picture
 
 checkpoint, file, *paths = sys.argv[1:]
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))

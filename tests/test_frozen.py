@@ -5,7 +5,7 @@ import torch
 from conftest import load_model
 
 from model.adapters import LoraLinear
-from model.dataset import data_collator
+from model.data.dataset import data_collator
 from model.frozen import PackedLinear, can_pack, input_gradient, pack_linears, product
 from model.step import loss_sum
 

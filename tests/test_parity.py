@@ -16,7 +16,8 @@ pytestmark = pytest.mark.run
 RECORDING = """
 import json, sys
 import finetune_visualglm
-from model import dataset, report
+from model.data import dataset
+from model import report
 
 recorded = {"losses": [], "first_batch": None}
 report_step, data_collator = report.TrainingReport.step, dataset.data_collator

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
-from model import dataset, frozen, step
-from model.dataset import data_collator
+from model import frozen, step
+from model.data import dataset
+from model.data.dataset import data_collator
 from model.step import answer_loss, forward_step, get_batch, head_loss
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>

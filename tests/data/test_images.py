@@ -6,9 +6,9 @@ import threading
 import pytest
 from conftest import GOLDEN
 
-from model import pictures
+from model.data import images as pictures
+from model.data.images import downloaded, is_url, picture_file
 from model.errors import InputError
-from model.pictures import downloaded, is_url, picture_file
 
 PICTURE = GOLDEN / "upstream/images/0.png"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
-from model.dataset import data_collator, packed_collator
-from model.prompt import answer_labels
+from model.data.dataset import data_collator, packed_collator
+from model.data.prompt import answer_labels
 from model.step import forward_step, loss_sum, token_normalized_step
 from model.visualglm import packed_prefix_mask, prefix_mask
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import GOLDEN, load_model
 
-from model.dataset import FewShotDataset, data_collator
-from model.image import BlipImageEvalProcessor
+from model.data.dataset import FewShotDataset, data_collator
+from model.data.image_processor import BlipImageEvalProcessor
+from model.data.tokenizer import ChatGLMTokenizer
 from model.step import answer_loss, loss_sum
-from model.tokenizer import ChatGLMTokenizer
 
 ROWS = [
     {"prompt": "几点了？", "label": "三点。"},

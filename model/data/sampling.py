@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from model.dataset import FewShotDataset
+from model.data.dataset import FewShotDataset
 
 WINDOW_BATCHES = 64  # whose samples are sorted together; more would group hardly better
 

@@ -7,25 +7,20 @@ import sys
 import pytest
 from conftest import GOLDEN, run_python
 
-from model.errors import InputError
-from model.prompt import (
+from model.data.lengths import Cuts, count_cuts, needed_lengths
+from model.data.prompt import (
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
-    Cuts,
     Lengths,
-    Row,
     answer_labels,
     chat_prompt,
     context_ids,
-    count_cuts,
     least_source_length,
-    needed_lengths,
-    plain_values,
-    row_from_json,
-    row_turns,
     sample_from_row,
 )
-from model.tokenizer import ChatGLMTokenizer
+from model.data.rows import Row, plain_values, row_from_json, row_turns
+from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
 
 QUESTION = "这张图片的背景里有什么内容？"
 IMG = [563, 775, 2685]  # ▁< img >
@@ -418,7 +413,14 @@ def test_context_with_history_holds_one_image(tokenizer):
 
 @pytest.mark.parametrize(
     "module",
-    ["model.errors", "model.prompt", "model.tokenizer", "model.rows", "model.picture_check", "model.selection"],
+    [
+        "model.errors",
+        "model.data.prompt",
+        "model.data.tokenizer",
+        "model.data.rows",
+        "model.data.image_check",
+        "model.data.split",
+    ],
 )
 def test_checks_before_training_import_neither_torch_nor_sat(module):
     loaded = f"import sys, {module}; print(sorted({{'torch', 'sat', 'transformers', 'numpy'}} & set(sys.modules)))"
@@ -426,7 +428,7 @@ def test_checks_before_training_import_neither_torch_nor_sat(module):
     assert (finished.stdout.strip(), finished.stderr) == ("[]", "")
 
 
-@pytest.mark.parametrize("module", ["model.image", "model.dataset"])
+@pytest.mark.parametrize("module", ["model.data.image_processor", "model.data.dataset"])
 def test_data_modules_do_not_import_sat(module):
     finished = run_python("-c", f"import sys, {module}; print('sat' in sys.modules)")
     assert finished.stdout.strip() == "False", (sys.version, finished.stderr)

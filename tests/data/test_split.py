@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
-from model import selection as module
+from model.data import lengths as lengths_module
+from model.data import split as module
+from model.data.image_check import PictureCheck
+from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts, count_cuts
+from model.data.prompt import Lengths
+from model.data.split import hold_out, read_selection, same_file_warnings, scan_files
+from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
-from model.picture_check import PictureCheck
-from model.prompt import Cuts, Lengths, count_cuts
-from model.selection import auto_lengths, begin_to_count_cuts, hold_out, read_selection, same_file_warnings, scan_files
-from model.tokenizer import ChatGLMTokenizer
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
 LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
@@ -188,7 +190,7 @@ def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTo
     rows = [{"prompt": "长" * (i % 90), "label": "长" * (i % 70 + 1)} for i in range(500)]
     selection, _ = selection_of(tmp_path, rows)
     ((file, some),) = selection.rows.items()
-    monkeypatch.setattr(module, "ROWS_PER_PROCESS", 100)
+    monkeypatch.setattr(lengths_module, "ROWS_PER_PROCESS", 100)
     in_processes = begin_to_count_cuts(selection, tokenizer, LENGTHS)()
     assert in_processes == {file: count_cuts(some.values(), tokenizer, LENGTHS)} != {file: Cuts(500)}
 

@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 from conftest import GOLDEN
 
+from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.errors import InputError
-from model.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 
 VOCAB = GOLDEN / "tokenizer/ice_text.model"
 EXPECTED = json.loads((GOLDEN / "tokenizer/golden.json").read_text())

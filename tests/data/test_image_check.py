@@ -8,11 +8,11 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from model import picture_check as module
 from model import progress
+from model.data import image_check as module
+from model.data.image_check import PictureMemory, check_pictures, check_rows, memory_file, picture_problems
+from model.data.rows import Row
 from model.errors import InputError
-from model.picture_check import PictureMemory, check_pictures, check_rows, memory_file, picture_problems
-from model.prompt import Row
 
 
 def row_of(path: str | Path | None, number: int) -> Row:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from model.data.bad_rows import cache_folder, first_lines
+from model.data.images import checked_file, open_picture
+from model.data.rows import Row, Rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
-from model.files import cache_folder
 from model.progress import with_progress
-from model.prompt import Row
-from model.rows import Rows, checked_file, first_lines, open_picture
 
 MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million pictures; then the memory starts afresh
 

@@ -3,25 +3,20 @@
 Standard library and Pillow only.
 """
 
-import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
 
+from model.data.bad_rows import first_lines
+from model.data.image_check import PictureMemory, check_rows
+from model.data.rows import Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
-from model.picture_check import PictureMemory, check_rows
-from model.prompt import Cuts, Lengths, Tokenizer, count_cuts, needed_lengths
-from model.rows import Rows, first_lines, scan_rows
 
 HELD_OUT = "held-out rows of --train-data"  # stands for a file of --valid-data
-ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
 
 
 @dataclass
@@ -153,52 +148,6 @@ def _rows_by_picture(selection: Selection, files: Sequence[str]) -> list[list[tu
     return list(groups.values())
 
 
-def begin_to_count_cuts(selection: Selection, tokenizer: Tokenizer, lengths: Lengths) -> Callable[[], dict[str, Cuts]]:
-    """What lengths cut off from the rows of every file; returned is a function that waits until they are counted.
-
-    Very many rows are counted in processes of their own, while this one does something else.
-    """
-
-    def cuts(part: Part) -> Cuts:
-        file, some = part
-        return count_cuts(selection.rows[file].values(some.start, some.stop), tokenizer, lengths)
-
-    parts = _parts(selection)
-    counted = _begun(cuts, parts)
-
-    def by_file() -> dict[str, Cuts]:
-        found = dict.fromkeys(selection.rows, Cuts())
-        for (file, _), some in zip(parts, counted(), strict=True):
-            found[file] += some
-        return found
-
-    return by_file
-
-
-def auto_lengths(
-    selection: Selection, tokenizer: Tokenizer, lengths: Lengths, source: int | None, target: int | None, limit: int
-) -> tuple[int, int]:
-    """--max_source_length and --max_target_length, with what the data needs in the place of None.
-
-    Where both don't fit into the model together, a question has at least half of the room if it needs it.
-
-    Args:
-        limit: tokens that the model takes, the two together.
-    """
-
-    def needed_by(part: Part) -> tuple[int, int]:
-        file, some = part
-        return needed_lengths(selection.rows[file][some.start : some.stop], tokenizer, lengths)
-
-    needed = _begun(needed_by, _parts(selection))()
-    needed_source, needed_target = (max(pair[part] for pair in needed) for part in (0, 1))
-    if source is None:
-        source = min(needed_source, limit - target if target is not None else max(limit - needed_target, limit // 2))
-    if target is None:
-        target = min(needed_target, limit - source)
-    return source, target
-
-
 def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:
     """A sentence for each file that is both trained and evaluated on."""
     return [
@@ -214,48 +163,3 @@ def _is_same(one: str, other: str) -> bool:
         return True
     same_size = os.path.getsize(one) == os.path.getsize(other)
     return same_size and Path(one).read_bytes() == Path(other).read_bytes()
-
-
-Part = tuple[str, range]  # a file, and some of its rows
-Result = TypeVar("Result")
-_task: Callable[[Part], object] | None = None  # of a process that was started for it
-
-
-def _parts(selection: Selection) -> list[Part]:
-    """All rows of a selection in parts; each file has one at least."""
-    return [
-        (file, range(start, min(start + ROWS_PER_PROCESS, len(rows))))
-        for file, rows in selection.rows.items()
-        for start in range(0, max(1, len(rows)), ROWS_PER_PROCESS)
-    ]
-
-
-def _begun(task: Callable[[Part], Result], parts: list[Part]) -> Callable[[], list[Result]]:
-    """A function that waits for task's results for parts; processes are forked, so nothing but results is copied."""
-    number = sum(len(rows) for _, rows in parts)
-    if number < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
-        return lambda: [task(part) for part in parts]
-    workers = ProcessPoolExecutor(
-        max(1, (os.cpu_count() or 1) - 1), multiprocessing.get_context("fork"), _take, (task,)
-    )
-    results = [cast("Future[Result]", workers.submit(_result, part)) for part in parts]
-
-    def found() -> list[Result]:
-        try:
-            return [result.result() for result in results]
-        except BrokenProcessPool as error:
-            raise InputError("A process that counted tokens died (no memory left?).") from error
-        finally:
-            workers.shutdown()
-
-    return found
-
-
-def _take(task: Callable[[Part], object]) -> None:
-    global _task
-    _task = task
-
-
-def _result(part: Part) -> object:
-    assert _task is not None
-    return _task(part)

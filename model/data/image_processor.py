@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from model.rows import open_picture
+from model.data.images import open_picture
 
 # Mean and standard deviation of CLIP's training pixels, per channel R, G, B, in [0, 1]: the preprocessing released with
 # Radford et al. 2021. BLIP-2 and VisualGLM normalise with the same numbers.

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import GOLDEN, PROJECT, printed_losses, run_python
 
-from model import grouping
-from model.dataset import FewShotDataset
-from model.grouping import GroupedByLength, lengths_of
-from model.tokenizer import ChatGLMTokenizer
+from model.data import sampling as grouping
+from model.data.dataset import FewShotDataset
+from model.data.sampling import GroupedByLength, lengths_of
+from model.data.tokenizer import ChatGLMTokenizer
 
 # sat can be imported only after the model's modules have done so.
 from model.sat_compat import import_sat  # isort: skip

@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import PROJECT
 
-from model import beside as module
-from model.beside import done_beside
+from model.data import workers as module
+from model.data.workers import done_beside
 from model.errors import InputError
 
 LARGE = 2**20  # bytes: more than a pipe holds
@@ -61,7 +61,7 @@ def test_meanwhile_that_fails_ends_the_task(impatient):
 
 PARENT = f"""
 import os, sys, time
-from model.beside import done_beside
+from model.data.workers import done_beside
 
 def task():
     print(os.getpid(), flush=True)

@@ -3,7 +3,6 @@
 Shapes: batch rows, pictures those of them that have one, seq tokens, image[3, H, W].
 """
 
-import functools
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from model.errors import InputError, RowError
-from model.progress import warn_from_any_process
-from model.prompt import IGNORE_INDEX, Lengths, Row, Tokenizer, row_turns, sample_from_row
-from model.rows import Rows, open_picture, read_rows
+from model.data.images import open_picture
+from model.data.prompt import IGNORE_INDEX, Lengths, Tokenizer, sample_from_row
+from model.data.rows import Row, Rows, read_rows, row_turns
+from model.errors import InputError
 
 PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 PAD_MULTIPLE = 8  # tokens; half-precision matrix units work in tiles of 8
@@ -37,7 +36,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             can't be opened: an error in a worker process would end in its traceback. See `heed_problems`.
 
     Raises:
-        InputError: the file can't be used; as `model.rows.read_rows`.
+        InputError: the file can't be used; as `model.data.rows.read_rows`.
     """
 
     def __init__(
@@ -226,24 +225,3 @@ def _with_starts(row: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str,
     for example in row:
         yield start, example
         start += len(example["input_ids"])
-
-
-def heed_problems(batch: dict[str, Any], bad_rows: str) -> None:
-    """Do what --bad_rows says about rows of a batch whose pictures could no longer be opened.
-
-    "skip" tells each of them once: nothing is learned from it, and no other row takes its place, so that all processes stay
-    in step. "error" stops the run.
-
-    Raises:
-        RowError: bad_rows is "error" and there are such rows.
-    """
-    problems = batch.get("problems", [])
-    if problems and bad_rows != "skip":
-        raise RowError("\n".join(problems))
-    for problem in problems:
-        _tell_once(problem)
-
-
-@functools.cache
-def _tell_once(problem: str) -> None:
-    warn_from_any_process(f"Left out: {problem}")

@@ -11,10 +11,10 @@ import zlib
 import pytest
 from PIL import Image
 
-from model import rows as module
+from model.data import images
+from model.data.images import find_picture, open_picture
+from model.data.rows import Row, read_rows, scan_rows
 from model.errors import InputError
-from model.prompt import Row
-from model.rows import find_picture, open_picture, read_rows, scan_rows
 
 GOOD_ROW = {"img": "0.png", "prompt": "?", "label": "!"}
 RED = (255, 0, 0)
@@ -395,7 +395,7 @@ def test_picture_when_its_header_promises_more_than_it_holds_is_refused(tmp_path
 
 
 def test_picture_that_pillow_would_warn_about_is_opened_in_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 100)  # Pillow warns from half of it on
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)  # Pillow warns from half of it on
     path = saved(tmp_path, Image.new("RGB", (9, 9)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,11 +10,12 @@ import torch
 from conftest import GOLDEN
 from torch.utils.data import DataLoader
 
-from model.dataset import PAD_MULTIPLE, FewShotDataset, data_collator, heed_problems
+from model.data.bad_rows import heed_problems
+from model.data.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
+from model.data.image_processor import BlipImageEvalProcessor
+from model.data.prompt import IGNORE_INDEX
+from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError, RowError
-from model.image import BlipImageEvalProcessor
-from model.prompt import IGNORE_INDEX
-from model.tokenizer import ChatGLMTokenizer
 
 FIRST_BATCH = json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
 ARGS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)

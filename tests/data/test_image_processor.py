@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN
 from PIL import Image
 
-from model.image import CLIP_MEAN, CLIP_STD, BlipImageEvalProcessor
+from model.data.image_processor import CLIP_MEAN, CLIP_STD, BlipImageEvalProcessor
 
 IMAGES = sorted((GOLDEN / "upstream/images").glob("*.png"))
 

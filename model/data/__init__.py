@@ -1,0 +1,1 @@
+"""A row of a data file becomes part of a batch."""

@@ -1,0 +1,238 @@
+"""A JSON row becomes token ids: the question's frame, the image's slots, the labels, and what is cut when too long.
+
+One sample, and the flags that bound it (`·` are image_length pad tokens, replaced by the image inside the model):
+
+    <img> · · · </img> 问 ： question <n> 答 ： gMASK sop answer eop
+    '------- < max_source_length ------------' '- max_target_length -'
+
+A row without a picture goes without `<img> · · · </img>`. Earlier turns stand between the picture and the question, as
+in `chat`; each of them is a sample of its own too, so that a row with two earlier turns makes three samples.
+
+Only the standard library is imported, so that rows can be checked before torch is loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from model.data.rows import Row
+from model.errors import InputError
+
+IGNORE_INDEX = -100  # torch's cross_entropy default: no loss where a label holds it
+LEAST_TARGET_LENGTH = 3  # <sop>, one token of the answer, <eop>
+
+IMAGE_OPEN = "<img>"
+IMAGE_CLOSE = "</img>"
+CHINESE_TURN = ("问：", "答：")
+ENGLISH_TURN = ("Q:", "A:")
+
+
+class Tokenizer(Protocol):
+    """What a sample needs of a tokenizer; `model.data.tokenizer.ChatGLMTokenizer` is one."""
+
+    pad_token_id: int
+    bos_token_id: int
+
+    @property
+    def known_characters(self) -> frozenset[str]: ...  # as ChatGLMTokenizer's
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def token_counts(self, texts: list[str]) -> list[int]: ...
+
+    def build_inputs_with_special_tokens(self, a: list[int], b: list[int] | None = None) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a sample may be, in tokens, and what surrounds its texts. The names are those of the flags."""
+
+    image_length: int
+    max_source_length: int
+    max_target_length: int
+    source_prefix: str = ""
+    ignore_pad_token_for_loss: bool = True
+    lang: str = "zh"  # of rows that don't say
+
+    @classmethod
+    def from_args(cls, args: Any) -> "Lengths":
+        """Lengths from any object with the flags as attributes; the last three may be absent."""
+        return cls(
+            image_length=args.image_length,
+            max_source_length=args.max_source_length,
+            max_target_length=args.max_target_length,
+            source_prefix=getattr(args, "source_prefix", None) or "",
+            ignore_pad_token_for_loss=getattr(args, "ignore_pad_token_for_loss", True),
+            lang=getattr(args, "lang", None) or "zh",
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One turn as token ids. `pre_image` is the position of the first image slot, 0 without a picture.
+
+    What fits has cut counts of 0.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pre_image: int
+    prompt_tokens_cut: int
+    label_tokens_cut: int
+    turns_cut: int = 0
+
+
+def sample_from_row(row: Row, tokenizer: Tokenizer, lengths: Lengths) -> Sample:
+    """Sample of one row's last turn: int[seq] input_ids and labels of equal length, without padding.
+
+    A row that fits gives the released script's tokens. Where it doesn't, its earlier turns leave, the oldest first and
+    each as a whole; then the prompt (with its prefix) loses tokens at its end, never the frame nor the image's slots.
+    The label loses tokens at its end, and its <eop> with them.
+
+    With `ignore_pad_token_for_loss` off, padding is learned too, so the sample is padded here to the released script's
+    length, max_source_length + max_target_length: the mean loss depends on how much padding there is.
+
+    Raises:
+        InputError: the lengths leave no room for one token of the prompt, or of the label.
+    """
+    if lengths.max_target_length < LEAST_TARGET_LENGTH:
+        raise InputError(
+            f"--max_target_length {lengths.max_target_length} leaves no room for an answer;"
+            f" at least {LEAST_TARGET_LENGTH} is needed."
+        )
+    image_ids = tokenizer.encode(IMAGE_OPEN, add_special_tokens=False) if row.img else []
+    image_slots = [tokenizer.pad_token_id] * (lengths.image_length if row.img else 0)
+    # The released script counts one token less than the flag for the source, and two less for the label.
+    question_room = lengths.max_source_length - 1 - len(image_ids) - len(image_slots)
+    label_room = lengths.max_target_length - 2
+
+    question_ids, turns_cut = _question_ids(row, question_room, tokenizer, lengths)
+    prompt_tokens_cut = 0
+    if len(question_ids) > question_room:
+        least = least_source_length(tokenizer, lengths.image_length)
+        if lengths.max_source_length < least:
+            raise InputError(
+                f"--max_source_length {lengths.max_source_length} leaves no room for a question beside"
+                f" {lengths.image_length} image tokens; at least {least} is needed."
+            )
+        prompt, english = lengths.source_prefix + row.prompt, _is_english(row, lengths)
+        frame = _question_frame(tokenizer, row.img is not None, english)
+        question_ids, prompt_tokens_cut = _shortened_question(question_ids, prompt, question_room, tokenizer, frame)
+
+    label_ids = tokenizer.encode(row.label, add_special_tokens=False)
+    label_tokens_cut = max(0, len(label_ids) - label_room)
+    input_ids = tokenizer.build_inputs_with_special_tokens(
+        image_ids + image_slots + question_ids, label_ids[:label_room]
+    )
+    if label_tokens_cut:
+        input_ids.pop()  # <eop> after half an answer would teach the model to stop in mid-sentence
+    labels = answer_labels(input_ids, tokenizer.bos_token_id)
+    if not lengths.ignore_pad_token_for_loss:
+        padding_length = lengths.max_source_length + lengths.max_target_length - len(input_ids)
+        padding = [tokenizer.pad_token_id] * padding_length
+        input_ids, labels = input_ids + padding, labels + padding
+    return Sample(input_ids, labels, len(image_ids), prompt_tokens_cut, label_tokens_cut, turns_cut)
+
+
+def answer_labels(input_ids: list[int], bos_id: int) -> list[int]:
+    """Labels for one sample: the context is ignored, the answer is learned.
+
+        input_ids   <img> · · </img> question gMASK sop a  b  eop
+        labels        -   - -   -       -       -   sop a  b  eop
+
+    sop itself is learned too: released losses include it. The first sop counts, as it does in the model's own mask.
+
+    Raises:
+        ValueError: bos_id is not in input_ids.
+    """
+    context_length = input_ids.index(bos_id)
+    return [IGNORE_INDEX] * context_length + input_ids[context_length:]
+
+
+def least_source_length(tokenizer: Tokenizer, image_length: int) -> int:
+    """The smallest --max_source_length, in tokens, that leaves room for one token of prompt."""
+    image_ids = tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)
+    head, tail = max(
+        (_question_frame(tokenizer, True, english) for english in (False, True)), key=lambda f: len(f[0]) + len(f[1])
+    )
+    prompt_token, uncounted = 1, 1  # uncounted: the source may hold max_source_length - 1 tokens
+    return len(image_ids) + image_length + len(head) + prompt_token + len(tail) + uncounted
+
+
+def chat_prompt(query: str, history: Sequence[tuple[str, str]] | None, has_image: bool, english: bool = False) -> str:
+    """The text of a conversation up to where the answer begins.
+
+        <img></img>问：question\\n答：answer\\n问：query\\n答：
+        '- image -''------- history ---------'
+
+    history holds the past turns as (question, answer), oldest first.
+    """
+    ask, answer = ENGLISH_TURN if english else CHINESE_TURN
+    image = IMAGE_OPEN + IMAGE_CLOSE if has_image else ""
+    past = "".join(f"{ask}{old_query}\n{answer}{old_answer}\n" for old_query, old_answer in history or ())
+    return f"{image}{past}{ask}{query}\n{answer}"
+
+
+def context_ids(
+    query: str,
+    history: Sequence[tuple[str, str]] | None,
+    has_image: bool,
+    tokenizer: Tokenizer,
+    image_length: int,
+    english: bool = False,
+) -> tuple[list[int], int]:
+    """Token ids of a conversation, ending in [gMASK] <sop>, and the position of the first image slot (0 if no image).
+
+    One Chinese question about an image gives what training gives before the answer.
+    """
+    text = chat_prompt(query, history, has_image, english)
+    if not has_image:
+        return tokenizer.build_inputs_with_special_tokens(tokenizer.encode(text, add_special_tokens=False)), 0
+    image_ids = tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)
+    image_slots = [tokenizer.pad_token_id] * image_length
+    question_ids = tokenizer.encode(text.removeprefix(IMAGE_OPEN), add_special_tokens=False)
+    return tokenizer.build_inputs_with_special_tokens(image_ids + image_slots + question_ids), len(image_ids)
+
+
+def question_text(row: Row, lengths: Lengths, history: Sequence[tuple[str, str]]) -> str:
+    """What follows the image's slots in training; every question has the prefix, an earlier one too."""
+    prefix = lengths.source_prefix
+    past = [(prefix + question, answer) for question, answer in history]
+    text = chat_prompt(prefix + row.prompt, past, row.img is not None, _is_english(row, lengths))
+    return text.removeprefix(IMAGE_OPEN) if row.img else text
+
+
+def _question_ids(row: Row, room: int, tokenizer: Tokenizer, lengths: Lengths) -> tuple[list[int], int]:
+    """Token ids of `question_text` with as many of the latest earlier turns as room has place for, and how many left."""
+    for turns_cut in range(len(row.history) + 1):
+        text = question_text(row, lengths, row.history[turns_cut:])
+        question_ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(question_ids) <= room:
+            break
+    return question_ids, turns_cut
+
+
+def _is_english(row: Row, lengths: Lengths) -> bool:
+    return (row.lang or lengths.lang) == "en"
+
+
+def _question_frame(tokenizer: Tokenizer, has_image: bool = True, english: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids before and after the prompt: `</img>问：` and `<n>答：`, without the tag if there is no image."""
+    text = chat_prompt("", None, has_image, english).removeprefix(IMAGE_OPEN)
+    frame = tokenizer.encode(text, add_special_tokens=False)
+    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+    tail_start = len(frame) - 1 - frame[::-1].index(newline)
+    return frame[:tail_start], frame[tail_start:]
+
+
+def _shortened_question(
+    question_ids: list[int], prompt: str, room: int, tokenizer: Tokenizer, frame: tuple[list[int], list[int]]
+) -> tuple[list[int], int]:
+    """question_ids cut to room tokens at the prompt's end, and how many tokens that took."""
+    head, tail = frame
+    if question_ids[-len(tail) :] == tail:
+        body = question_ids[: -len(tail)]
+    else:  # the prompt's end and the frame melted into one token
+        body = head + tokenizer.encode(prompt, add_special_tokens=False)
+    kept = body[: room - len(tail)]
+    return kept + tail, len(body) - len(kept)

@@ -86,7 +86,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
 
     sat_compat.import_sat(training=True)
     from model.adapters import FineTuneVisualGLMModel
-    from model.checkpoint import load_checkpoint, save_checkpoint
+    from model.checkpoints.weights import load_checkpoint, save_checkpoint
     from model.data.dataset import data_collator, packed_collator
     from model.evaluation import BestCheckpoint, mean_over_tokens
     from model.features import FeatureCache

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from model.description import METHODS, has_lora, settings_to_go_on
-from model.files import find_weights, read_json_object
+from model.checkpoints.layout import find_weights, read_json_object
+from model.checkpoints.metadata import METHODS, has_lora, settings_to_go_on
 from model.frozen import FrozenLinear, keep_in_4_bits
 from model.model_flags import DEFAULT_LORA_TARGETS, add_method_flags, part_rates
 from model.progress import say
@@ -208,7 +208,7 @@ class FineTuneVisualGLMModel(VisualGLMModel):
 
     @classmethod
     def from_pretrained(cls, name: str, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-        """The model of a checkpoint of any kind (`model.description`), with the adapters that args asks for.
+        """The model of a checkpoint of any kind (`model.checkpoints.metadata`), with the adapters that args asks for.
 
         Adapters that the checkpoint has stay; what args asks for joins them, and it alone is trained.
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from model.checkpoints.layout import find_weights, read_json_object
+from model.checkpoints.metadata import is_finetuned
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.images import open_picture, picture_file
 from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.description import is_finetuned
 from model.errors import InputError
-from model.files import find_weights, read_json_object
 from model.sat_compat import import_sat, model_only, quieten
 from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
 

@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.layout import checkpoint_problem, find_weights, read_json_object
+from model.checkpoints.metadata import (
+    LORA_SIZES,
+    METHODS,
+    PTUNING_SIZES,
+    find_base,
+    has_lora,
+    is_adapter,
+    settings_to_go_on,
+)
+from model.checkpoints.sizes import folder_problems
 from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts
 from model.data.prompt import LEAST_TARGET_LENGTH, Lengths, least_source_length
 from model.data.split import Selection, hold_out, picture_notes, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.data.workers import done_beside
-from model.description import (
-    LORA_SIZES,
-    METHODS,
-    PTUNING_SIZES,
-    find_base,
-    going_on_problems,
-    has_lora,
-    is_adapter,
-    settings_to_go_on,
-)
 from model.distributed import is_first_process
 from model.errors import raise_problems
-from model.files import checkpoint_problem, find_weights, folder_problems, read_json_object, save_problems
 from model.model_flags import DEFAULT_LORA_TARGETS, VISION_PARTS, part_rates
 from model.options import LARGEST_SEED, Options, flag_names, shown, typed_flag
 
@@ -537,7 +537,7 @@ def _image_size_problems(options: Options, eva_args: Mapping[str, Any]) -> list[
 def overridden_by_config(options: Options, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each typed flag that differs from the checkpoint's config, which wins in SAT.
 
-    The method's flags are not among them, see `model.description`; nor is --model-parallel-size: SAT splits a checkpoint
+    The method's flags are not among them, see `model.checkpoints.metadata`; nor is --model-parallel-size: SAT splits a checkpoint
     anew.
     """
     path = _config_path(options)
@@ -599,3 +599,32 @@ def deepspeed_problems(settings: Mapping[str, Any], path: Path | str) -> list[st
     if _setting(settings, "zero_optimization.stage", 0) == 3:
         problems.append(f"{path}: ZeRO stage 3 can't partition this model as SAT builds it; 0, 1 or 2 is needed.")
     return problems
+
+
+def save_problems(options: Options, bytes_needed: int) -> list[str]:
+    """Why checkpoints can't be saved under --save, as far as its disk can tell now.
+
+    Args:
+        bytes_needed: what the run's checkpoints will take together.
+    """
+    return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
+
+
+def going_on_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
+    """Which typed sizes differ from those of the adapters that the checkpoint already has."""
+    settled = (LORA_SIZES if has_lora(config) else ()) + (PTUNING_SIZES if config.get("use_ptuning") else ())
+    settings = settings_to_go_on(config, vars(options))
+    return [
+        f"{typed_flag(name, getattr(options, name))}: {options.from_pretrained} already has adapters, with "
+        f"{typed_flag(name, settings[name]) if settings[name] else 'all'}; the same is needed to go on with them, or a "
+        "checkpoint without: scripts/merge_lora.py makes one."
+        for name in settled
+        if name in options.typed and _spelled(name, getattr(options, name)) != _spelled(name, settings[name])
+    ]
+
+
+def _spelled(name: str, value: Any) -> Any:
+    """A size so that two spellings of the same one are equal."""
+    if name == "lora_target":
+        return sorted(value or DEFAULT_LORA_TARGETS)
+    return sorted(value or []) if name == "layer_range" else value

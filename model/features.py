@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model.blip2 import BLIP2
-from model.checkpoint import fingerprint
+from model.checkpoints.weights import fingerprint
 from model.data.dataset import FewShotDataset
 from model.data.images import checked_file, open_picture
 from model.distributed import from_processes_here, is_first_process, processes_here

@@ -12,11 +12,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.adapters import folded
-from model.checkpoint import whole_weights, without_adapters, write_whole
+from model.checkpoints.layout import WEIGHTS_FILE, find_weights, read_json_object
+from model.checkpoints.metadata import KEY, LORA_SIZES, METHODS, PTUNING_SIZES, has_lora
+from model.checkpoints.weights import whole_weights, without_adapters, write_whole
 from model.data.tokenizer import find_tokenizer
-from model.description import KEY, LORA_SIZES, METHODS, PTUNING_SIZES, has_lora
 from model.errors import InputError
-from model.files import WEIGHTS_FILE, find_weights, read_json_object
 from model.frozen import dequantized, quantized
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
@@ -28,7 +28,7 @@ def merge(checkpoint: str, out: str, base: str | None = None, force_base: bool =
     From QLoRA the sum is that of the weights as they were in training: packed into 4 bits and unpacked again.
 
     Args:
-        checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything `model.files.find_weights` takes.
+        checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything `model.checkpoints.layout.find_weights` takes.
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
 
     Raises:

@@ -22,10 +22,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model.checkpoints.layout import read_json_object
 from model.data.split import HELD_OUT
 from model.distributed import from_first_process, has_gpu, start_gloo
 from model.errors import InputError
-from model.files import read_json_object
 from model.progress import say
 
 RELEASED_SEED = 1234  # SAT's default of --seed
@@ -379,25 +379,6 @@ def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
             taken, number = [f"{args.save}-{number}"], number + 1
     torch.distributed.broadcast_object_list(taken)
     args.save = taken[0]
-
-
-def safe_checkpoint_types() -> list[Any]:
-    """What old checkpoints may hold besides tensors: numpy's random state.
-
-    `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
-    """
-    import numpy
-
-    reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    return [
-        reconstruct,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
-        numpy.ndarray,
-        numpy.dtype,
-        numpy.dtypes.UInt32DType,
-        numpy.dtypes.Int64DType,
-        numpy.dtypes.Float64DType,
-    ]
 
 
 def training_main() -> Callable[..., Any]:

@@ -15,8 +15,8 @@ import torch
 
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
-from model.checkpoint import load_checkpoint
-from model.files import find_weights
+from model.checkpoints.layout import find_weights
+from model.checkpoints.weights import load_checkpoint
 from model.frozen import can_pack, in_onednn_order, onednn_product
 from model.model_flags import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once

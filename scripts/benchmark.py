@@ -28,8 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
 
+from model.checkpoints.layout import read_json_object
 from model.errors import InputError
-from model.files import read_json_object
 from model.progress import say, warn
 
 TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
+from model.checkpoints.layout import find_checkpoint, read_json_object
 from model.errors import InputError
-from model.files import find_checkpoint, read_json_object
 from model.progress import say, warn
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.checkpoints.layout import find_checkpoint, read_json_object
 from model.data.image_check import PictureMemory
 from model.data.images import checked_file, open_picture
 from model.data.lengths import count_cuts, needed_lengths
@@ -30,7 +31,6 @@ from model.data.prompt import Lengths, sample_from_row
 from model.data.rows import Row, Rows, row_turns, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError
-from model.files import find_checkpoint, read_json_object
 from model.progress import say, warn, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size

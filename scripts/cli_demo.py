@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.checkpoints.layout import find_weights
 from model.data.images import is_url, open_picture
 from model.errors import InputError
-from model.files import find_weights
 from model.progress import warn
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them

@@ -14,10 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.checkpoints.layout import find_weights
 from model.data.image_check import check_pictures
 from model.data.rows import Row, read_rows
 from model.errors import InputError
-from model.files import find_weights
 from model.progress import say, warn
 
 SHOWN = 3  # rows printed as examples

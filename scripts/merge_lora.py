@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command_line().parse_args(argv)
     try:
         # The folder is looked for before torch is loaded.
-        from model.files import find_weights
+        from model.checkpoints.layout import find_weights
 
         find_weights(options.checkpoint, "CHECKPOINT")
         from model.merging import merge

@@ -92,7 +92,7 @@ def free_port() -> int:
 def load_model(checkpoint: Path, name: str = "VisualGLMModel", **flags: Any) -> Any:
     """A checkpoint's model in this process, in eval mode; flags are attributes of SAT's namespace (use_lora=True, …)."""
     import finetune_visualglm
-    from model.checkpoint import load_checkpoint
+    from model.checkpoints.weights import load_checkpoint
 
     model_class = getattr(finetune_visualglm, name)
     args = model_class.get_args(skip_init=True, **flags)
@@ -107,7 +107,7 @@ def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> P
     from sat import get_tokenizer
 
     from model.adapters import FineTuneVisualGLMModel
-    from model.checkpoint import save_checkpoint
+    from model.checkpoints.weights import save_checkpoint
     from model.data.tokenizer import ChatGLMTokenizer
 
     get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))

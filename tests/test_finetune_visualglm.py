@@ -110,7 +110,7 @@ SAVING = """
 import sys
 import torch
 import finetune_visualglm
-from model import checkpoint
+from model.checkpoints import weights as checkpoint
 
 save_checkpoint = checkpoint.save_checkpoint
 

@@ -24,12 +24,12 @@ WITH_SAT = {
     "adapters",
     "frozen",
     "step",
-    "checkpoint",
+    "checkpoints.weights",
     "chat",
     "sat_compat",
 }
 WITHOUT_TORCH = (
-    "checks", "errors", "files", "options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
+    "checks", "errors", "checkpoints.layout", "checkpoints.metadata", "options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
 )  # fmt: skip
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 

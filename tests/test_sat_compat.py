@@ -18,6 +18,7 @@ import torch
 from conftest import GOLDEN, load_model, run_python
 
 from model import distributed, sat_compat
+from model.checkpoints import weights
 from model.errors import InputError
 from model.options import parse, script_parser
 
@@ -490,7 +491,7 @@ def test_run_that_saves_nothing_needs_no_place():
 
 def test_safe_checkpoint_types_let_numpys_random_state_through(tmp_path):
     torch.save(numpy.random.get_state(), tmp_path / "state")
-    with torch.serialization.safe_globals(sat_compat.safe_checkpoint_types()):
+    with torch.serialization.safe_globals(weights.safe_checkpoint_types()):
         name, keys, *_ = torch.load(tmp_path / "state", weights_only=True)
     assert name == "MT19937"
     assert numpy.array_equal(keys, numpy.random.get_state()[1])

@@ -6,13 +6,11 @@ Only the standard library is imported.
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
-from model.options import Options
 
 WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # SAT's name for the weights of model-parallel rank 0
 
@@ -126,30 +124,3 @@ def _what_to_give_instead(folder: Path) -> str:
 
 def _latest(folder: Path) -> str:
     return (folder / "latest").read_text().strip()
-
-
-def save_problems(options: Options, bytes_needed: int) -> list[str]:
-    """Why checkpoints can't be saved under --save, as far as its disk can tell now.
-
-    Args:
-        bytes_needed: what the run's checkpoints will take together.
-    """
-    return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
-
-
-def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
-    """Why so many bytes can't be put into the folder that flag names, which may not be there yet."""
-    target = Path(folder).expanduser().absolute()
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    if not existing.is_dir():
-        return [f"{flag} {folder}: {existing} is a file; a folder is needed."]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"{flag} {folder}: {existing} can't be written to; a folder of your own is needed."]
-    free = shutil.disk_usage(existing).free
-    if free < bytes_needed:
-        return [f"{flag} {folder}: {_size(free)} free on its disk; {_size(bytes_needed)} are needed."]
-    return []
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

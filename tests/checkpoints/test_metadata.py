@@ -9,9 +9,9 @@ from conftest import load_model, write_tuned
 
 from model.adapters import FineTuneVisualGLMModel
 from model.chat import load_for_answering
-from model.checkpoint import fingerprint, read_weights
+from model.checkpoints.metadata import find_base, settings_to_go_on
+from model.checkpoints.weights import fingerprint, read_weights
 from model.checks import config_problems
-from model.description import find_base, settings_to_go_on
 from model.errors import InputError
 from model.merging import merge
 from model.options import parse

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.layout import find_weights
 from model.errors import InputError
-from model.files import find_weights
-from model.model_flags import DEFAULT_LORA_TARGETS
-from model.options import Options, typed_flag
 
 KEY = "finetuning"
 METHODS = ("use_lora", "use_qlora", "use_ptuning")
@@ -103,23 +101,3 @@ def settings_to_go_on(config: Mapping[str, Any], asked: Mapping[str, Any]) -> di
     settings["lora_dropout"] = asked.get("lora_dropout", 0.0)
     settings["train_parts"] = list(asked.get("train_parts") or [])
     return settings
-
-
-def going_on_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
-    """Which typed sizes differ from those of the adapters that the checkpoint already has."""
-    settled = (LORA_SIZES if has_lora(config) else ()) + (PTUNING_SIZES if config.get("use_ptuning") else ())
-    settings = settings_to_go_on(config, vars(options))
-    return [
-        f"{typed_flag(name, getattr(options, name))}: {options.from_pretrained} already has adapters, with "
-        f"{typed_flag(name, settings[name]) if settings[name] else 'all'}; the same is needed to go on with them, or a "
-        "checkpoint without: scripts/merge_lora.py makes one."
-        for name in settled
-        if name in options.typed and _spelled(name, getattr(options, name)) != _spelled(name, settings[name])
-    ]
-
-
-def _spelled(name: str, value: Any) -> Any:
-    """A size so that two spellings of the same one are equal."""
-    if name == "lora_target":
-        return sorted(value or DEFAULT_LORA_TARGETS)
-    return sorted(value or []) if name == "layer_range" else value

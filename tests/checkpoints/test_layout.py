@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from model.checkpoints.layout import find_checkpoint, find_weights, read_json_object
+from model.checks import save_problems
 from model.errors import InputError
-from model.files import find_checkpoint, find_weights, read_json_object, save_problems
 from model.options import Options, parse
 
 WEIGHTS = "mp_rank_00_model_states.pt"

@@ -41,7 +41,7 @@ TRAIN = (
 import sys
 from argparse import Namespace
 import finetune_visualglm
-from model import checkpoint
+from model.checkpoints import weights as checkpoint
 
 folder, *argv = sys.argv[1:]
 save_checkpoint = checkpoint.save_checkpoint

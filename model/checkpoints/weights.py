@@ -6,7 +6,7 @@
     <iteration>/mp_rank_00_model_states.pt   {"module": weights, "iteration": int}
     latest                                   the iteration; written last
 
-The weights are those that differ from the base, or all of them with --save_full_model: see `model.description`.
+The weights are those that differ from the base, or all of them with --save_full_model: see `model.checkpoints.metadata`.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from model.description import KEY, METHODS, Base, base_of, find_base, is_adapter, is_adapter_name
+from model.checkpoints.layout import read_json_object
+from model.checkpoints.metadata import KEY, METHODS, Base, base_of, find_base, is_adapter, is_adapter_name
 from model.errors import InputError
-from model.files import read_json_object
 from model.model_flags import DEFAULT_LORA_TARGETS, part_rates
 from model.progress import say, warn
-from model.sat_compat import import_sat, safe_checkpoint_types
+from model.sat_compat import import_sat
 
 import_sat()
 
@@ -93,7 +93,7 @@ def trained_weights(module: Any) -> dict[str, torch.Tensor]:
 
 
 def description(args: argparse.Namespace, module: Any, full: bool) -> dict[str, Any]:
-    """What `model_config.json` says of the fine-tuning, under the key KEY of `model.description`."""
+    """What `model_config.json` says of the fine-tuning, under the key KEY of `model.checkpoints.metadata`."""
     settings = vars(args)
     packages = ("torch", "SwissArmyTransformer", "deepspeed", "transformers", "bitsandbytes")
     described: dict[str, Any] = {
@@ -267,3 +267,22 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
     return content["module"]
+
+
+def safe_checkpoint_types() -> list[Any]:
+    """What old checkpoints may hold besides tensors: numpy's random state.
+
+    `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
+    """
+    import numpy
+
+    reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    return [
+        reconstruct,
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
+        numpy.ndarray,
+        numpy.dtype,
+        numpy.dtypes.UInt32DType,
+        numpy.dtypes.Int64DType,
+        numpy.dtypes.Float64DType,
+    ]

@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 from model import distributed
-from model.checks import Inputs, checked, samples_per_step
+from model.cli.options import Options, parse, script_parser
+from model.cli.preflight import Inputs, checked, samples_per_step
 from model.data.split import HELD_OUT, Selection
 from model.errors import InputError, RowError
-from model.options import Options, parse, script_parser
 from model.progress import say, warn, warn_from_any_process
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.

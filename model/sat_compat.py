@@ -199,7 +199,7 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
     was not typed, it multiplies by None or divides by it: --eval-batch-size and --eval-interval get values.
 
     Args:
-        argv: the command line as typed. options: the same, parsed by `model.options`.
+        argv: the command line as typed. options: the same, parsed by `model.cli.options`.
         parser: knows the flags that are not SAT's.
     """
     sat = import_sat()

@@ -29,7 +29,7 @@ WITH_SAT = {
     "sat_compat",
 }
 WITHOUT_TORCH = (
-    "checks", "errors", "checkpoints.layout", "checkpoints.metadata", "options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
+    "cli.preflight", "errors", "checkpoints.layout", "checkpoints.metadata", "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
 )  # fmt: skip
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 
@@ -96,7 +96,7 @@ def test_nothing_imports_the_script():
 
 
 def test_parts_of_a_rows_way_know_nothing_of_the_parts_after_them():
-    standard = {"data.prompt", "errors", "progress", "options"}
+    standard = {"data.prompt", "errors", "progress", "cli.options"}
     for name in standard:
         outside = imported_names(MODULES[name]) - sys.stdlib_module_names - {"model"}
         assert outside == set(), name

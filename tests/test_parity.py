@@ -40,7 +40,7 @@ open(sys.argv[1], "w").write(json.dumps(recorded))
 
 def trainable_shapes(checkpoint, expected):
     """{name: shape} of the golden trainable tensors, as the model has them when it is built with the golden flags."""
-    from model.options import parse
+    from model.cli.options import parse
 
     options = parse(expected["flags"])
     names = ("use_lora", "use_ptuning", "lora_rank", "layer_range", "pre_seq_len")

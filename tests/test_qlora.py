@@ -5,9 +5,9 @@ import torch
 from conftest import load_model, run_python
 
 from model.adapters import LoraLinear
-from model.checks import method_problems
+from model.cli.flag_checks import method_problems
+from model.cli.options import parse
 from model.frozen import Nf4Linear, dequantized, quantized
-from model.options import parse
 
 QLORA = {"use_qlora": True, "lora_rank": 4}
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
@@ -170,7 +170,7 @@ def test_merged_model_has_the_base_models_names(model, upstream_checkpoint):
 
 
 def test_missing_bitsandbytes_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("model.checks._is_installed", lambda package: package != "bitsandbytes")
+    monkeypatch.setattr("model.cli.flag_checks._is_installed", lambda package: package != "bitsandbytes")
     [sentence] = method_problems(parse(["--use_qlora", "--train-data", "rows.json"]))
     assert sentence == ("--use_qlora: the package bitsandbytes is not installed; pip install bitsandbytes is needed.")
 

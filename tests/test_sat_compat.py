@@ -19,8 +19,8 @@ from conftest import GOLDEN, load_model, run_python
 
 from model import distributed, sat_compat
 from model.checkpoints import weights
+from model.cli.options import parse, script_parser
 from model.errors import InputError
-from model.options import parse, script_parser
 
 sat = sat_compat.import_sat()
 

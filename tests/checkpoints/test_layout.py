@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from model.checkpoints.layout import find_checkpoint, find_weights, read_json_object
-from model.checks import save_problems
+from model.cli.flag_checks import save_problems
+from model.cli.options import Options, parse
 from model.errors import InputError
-from model.options import Options, parse
 
 WEIGHTS = "mp_rank_00_model_states.pt"
 

@@ -11,10 +11,10 @@ from model.adapters import FineTuneVisualGLMModel
 from model.chat import load_for_answering
 from model.checkpoints.metadata import find_base, settings_to_go_on
 from model.checkpoints.weights import fingerprint, read_weights
-from model.checks import config_problems
+from model.cli.flag_checks import config_problems
+from model.cli.options import parse
 from model.errors import InputError
 from model.merging import merge
-from model.options import parse
 
 WEIGHTS = "1/mp_rank_00_model_states.pt"
 LORA = {"use_lora": True, "lora_rank": 3, "layer_range": [0, 2]}

@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 
-from model import checks as module
-from model.checks import (
+from model.cli import flag_checks
+from model.cli.flag_checks import (
     _image_size_problems,
     config_problems,
     deepspeed_problems,
-    epoch_problems,
-    epochs_note,
     method_problems,
     overridden_by_config,
     overridden_by_deepspeed,
     split_row_problems,
     split_shares,
 )
+from model.cli.options import Options, parse
+from model.cli.preflight import epoch_problems, epochs_note
 from model.data.split import Selection, read_selection
-from model.options import Options, parse
 
 CONFIG = {
     "num_layers": 28,
@@ -118,7 +117,7 @@ def test_method_problems_when_one_thing_is_wrong_says_where_what_and_what_is_nee
 
 
 def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_installed", lambda package: True)
+    monkeypatch.setattr(flag_checks, "_is_installed", lambda package: True)
     assert "--use_lora and --use_qlora: only one is needed" in problem("--use_qlora")
 
 
@@ -129,18 +128,18 @@ def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: py
 def test_method_problems_when_a_package_is_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, words: list[str], package: str
 ) -> None:
-    monkeypatch.setattr(module, "_is_installed", lambda package: False)
+    monkeypatch.setattr(flag_checks, "_is_installed", lambda package: False)
     [sentence] = method_problems(parse([*words, "--train-data", "rows.json", "--split", "1"]))
     assert f"pip install {package} is needed" in sentence
 
 
 def test_is_installed_when_the_package_exists_is_true() -> None:
-    assert module._is_installed("pytest")
+    assert flag_checks._is_installed("pytest")
 
 
 def test_is_installed_when_only_a_placeholder_stands_in_sys_modules_is_false(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "no_such_package", type(sys)("no_such_package"))
-    assert not module._is_installed("no_such_package")
+    assert not flag_checks._is_installed("no_such_package")
 
 
 def test_method_problems_when_train_data_is_missing_needs_a_file() -> None:

@@ -4,16 +4,16 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROJECT
 
-from model import options as module
-from model.checks import method_problems
-from model.options import full_parser, parse, script_parser
+from model.cli import options as module
+from model.cli.flag_checks import method_problems
+from model.cli.options import full_parser, parse, script_parser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = PROJECT
 RECIPE = (
     "--experiment-name finetune-visualglm-6b --model-parallel-size 1 --mode finetune --train-iters 300 "
     "--resume-dataloader --max_source_length 64 --max_target_length 256 --lora_rank 10 --layer_range 0 14 "
@@ -42,7 +42,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 SAT_FLAGS_SCRIPT = """
 import argparse, json
-from model.options import script_parser
+from model.cli.options import script_parser
 from model.sat_compat import import_sat
 
 class Built(Exception):
@@ -131,7 +131,7 @@ def test_script_parser_when_sat_adds_its_flags_knows_every_flag_once(sat_flags: 
 
 
 def test_import_takes_neither_torch_nor_sat_nor_numpy() -> None:
-    code = "import sys, model.options; print({'torch', 'sat', 'numpy', 'deepspeed'} & set(sys.modules))"
+    code = "import sys, model.cli.options; print({'torch', 'sat', 'numpy', 'deepspeed'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

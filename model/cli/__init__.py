@@ -1,0 +1,1 @@
+"""The command line: every flag, and what is checked before a model is loaded."""

@@ -1,0 +1,256 @@
+"""The command line of `finetune_visualglm.py`: every flag with its help.
+
+Our parser tells a person what is wrong; SAT's then reads the same command line again. So the names, types, choices and
+defaults of SAT's and DeepSpeed's flags are theirs exactly (SwissArmyTransformer 0.4.12, DeepSpeed 0.19), and a test
+compares them. Only the standard library is imported: a wrong command line is refused before torch would have loaded.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from model.cli.sat_flags import (
+    _add_data_flags,
+    _add_deepspeed_flags,
+    _add_evaluation_flags,
+    _add_generation_flags,
+    _add_model_config_flags,
+    _add_tokenization_flags,
+    _add_training_flags,
+)
+from model.model_flags import add_method_flags, add_model_flags
+from model.progress import warn
+
+SCRIPT = "finetune_visualglm.py"
+
+EXAMPLES = """\
+examples:
+  LoRA on your own rows, every row trained on:
+    python finetune_visualglm.py --use_lora --mode finetune --train-data rows.json --save checkpoints
+  LoRA in layers 0 and 14, evaluated every 50 iterations on rows of its own:
+    python finetune_visualglm.py --use_lora --layer_range 0 14 --mode finetune --train-data rows.json \\
+      --valid-data heldout.json --eval-interval 50 --eval-batch-size 4 --train-iters 300 --fp16 --save checkpoints
+  P-Tuning v2 on two GPUs:
+    deepspeed --num_gpus 2 finetune_visualglm.py --use_ptuning --pre_seq_len 4 --mode finetune --fp16 --zero-stage 1 \\
+      --train-data rows.json --save checkpoints
+"""
+
+
+# --- flags: one table per group, read from top to bottom --------------------------------------------------------------
+
+
+# fmt: on
+
+
+# fmt: on
+
+
+def _add_script_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("fine-tuning VisualGLM").add_argument
+    # fmt: off
+    add("-h", "--help", action="help", help="Show every flag and leave.")
+    add("--from_pretrained", default="visualglm-6b", metavar="NAME_OR_FOLDER",
+        help="Checkpoint to start from: a folder, or a name looked up in $SAT_HOME, which is ~/.sat_models unless set "
+             "(default %(default)s).")
+    add("--base", metavar="NAME_OR_FOLDER",
+        help="Base of an adapter checkpoint, where it isn't in the place that the checkpoint remembers.")
+    add("--force_base", action="store_true", help="Take --base although the adapter was trained on other weights.")
+    add("--save_full_model", action="store_true",
+        help="Save every weight, for the released tools, and not only what was trained.")
+    add("--tokenizer", metavar="PATH",
+        help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
+    add("--max_source_length", type=_length, default=64, metavar="N|auto",
+        help="Longest question in tokens, picture, frame and history included; where a row has more, the oldest turns "
+             "leave first, then the prompt is shortened; auto takes what the data needs (default %(default)s).")
+    add("--max_target_length", type=_length, default=256, metavar="N|auto",
+        help="Longest answer in tokens; longer labels are cut; auto takes what the data needs (default %(default)s).")
+    add("--lang", default="zh", choices=["zh", "en"],
+        help='The frame of rows without a "lang" of their own: 问：…答：… or Q:…A:… (default %(default)s).')
+    add("--image_size", type=int, metavar="N",
+        help="Edge of the picture in pixels; another one than the checkpoint's interpolates its position embeddings "
+             "(default: the checkpoint's).")
+    add("--bad_rows", default="error", choices=["error", "skip"],
+        help="What to do about rows that can't be used and pictures that can't be opened: name them and stop, or leave "
+             "them out and say how many (default %(default)s).")
+    add("--check_seconds", type=float, default=2.0, metavar="S",
+        help="How long pictures may be looked for and opened before training, those remembered from earlier runs aside; "
+             "the rest are opened while training; inf opens all first (default %(default)s).")
+    add("--holdout", type=float, metavar="N|FRACTION",
+        help="Rows of --train-data to evaluate on, and whose pictures are never trained on: how many, or which share "
+             "(default: none).")
+    add("--keep_best", action="store_true",
+        help="Keep the checkpoint with the lowest evaluation loss, in the folder best beside the others.")
+    add("--source_prefix", default="", metavar="TEXT",
+        help="Text put before every prompt (default: none).")
+    add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
+        help="Whether padding is left out of the loss (default true).")
+    add("--feature_cache", metavar="FOLDER",
+        help="Keep what the frozen eyes make of each picture there, so that later runs need not look at it again "
+             "(default: kept for this run only).")
+    add("--loss_normalization", choices=["micro_batch", "token"], default="micro_batch",
+        help="What the loss is a mean over: each process's micro-batch, as released, or all supervised tokens of an "
+             "optimizer step, however it is cut (default %(default)s).")
+    add("--packing", action="store_true",
+        help="Put several short rows of a batch behind each other in one sequence; the loss stays the same.")
+    add("--group_by_length", action="store_true",
+        help="Put rows of about the same length into a batch, so that less of it is padding; the order of the batches "
+             "stays one of chance.")
+    add("--auto_warmup_steps", type=int, default=100, metavar="N",
+        help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+    # fmt: on
+
+
+def _length(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" found; a whole number or auto is needed') from None
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f'"{text}" found; true or false is needed')
+    return words[text.lower()]
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+class Options(argparse.Namespace):
+    """A parsed command line: one attribute per flag, and in `typed` the attributes that the user gave a value."""
+
+    typed: frozenset[str]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse's parser, except that it tells an error in one sentence of ours and leaves the usage out."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print message on standard error, from rank 0 only, and exit with status 2."""
+        warn(f"{self.prog}: error: {_sentence(message)}")
+        sys.exit(2)
+
+
+def script_parser() -> FlagParser:
+    """A parser that knows the flags that are neither SAT's nor DeepSpeed's: `sat.get_args` adds those to it."""
+    parser = FlagParser(
+        prog=SCRIPT,
+        usage=f"{SCRIPT} (--use_lora | --use_qlora | --use_ptuning) --train-data FILE [FILE ...] [flags]",
+        description="Fine-tune VisualGLM on rows of picture, question and answer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # it would open a group of its own above ours
+    )
+    _add_script_flags(parser)
+    add_method_flags(parser)
+    add_model_flags(parser)
+    return parser
+
+
+def full_parser() -> FlagParser:
+    """A parser that knows every flag: ours, SAT's and DeepSpeed's."""
+    parser = script_parser()
+    _add_training_flags(parser)
+    _add_data_flags(parser)
+    _add_evaluation_flags(parser)
+    _add_model_config_flags(parser)
+    _add_tokenization_flags(parser)
+    _add_generation_flags(parser)
+    _add_deepspeed_flags(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of a command line, given without the script's name.
+
+    Prints and exits where argparse does: with status 0 for `--help`, with status 2 and a sentence on standard error for
+    an unknown flag, a missing value or a value of the wrong type.
+    """
+    parser = full_parser()
+    defaults = vars(parser.parse_args([]))
+    untyped = object()
+    found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
+    if unknown:
+        parser.error(_unknown_words(unknown, list(flag_names().values())))
+    typed = {name: value for name, value in vars(found).items() if value is not untyped}
+    return Options(**{**defaults, **typed, "typed": frozenset(typed)})
+
+
+# argparse's own messages and what we say in their place.
+_SENTENCES = (
+    (r"argument (\S+): invalid int value: '(.*)'", r"\1 \2: a whole number is needed."),
+    (r"argument (\S+): invalid float value: '(.*)'", r"\1 \2: a number is needed."),
+    (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 \2: one of \3 is needed."),
+    (r"argument (\S+): expected one argument", r"\1: no value found; one is needed."),
+    (r"argument (\S+): expected at least one argument", r"\1: no value found; one or more are needed."),
+    (r"argument (\S+): ignored explicit argument '(.*)'", r"\1=\2: it takes no value; \1 alone is needed."),
+    (r"ambiguous option: (\S+) could match (.*)", r"\1: it could be any of \2; the whole flag is needed."),
+    (r"argument (\S+): (.*)", r"\1: \2."),
+)
+
+
+def _sentence(message: str) -> str:
+    for pattern, sentence in _SENTENCES:
+        match = re.fullmatch(pattern, message, re.DOTALL)
+        if match:
+            return match.expand(sentence)
+    return message
+
+
+def _unknown_words(words: Sequence[str], flags: Sequence[str]) -> str:
+    """One sentence per word that looks like a flag; the other words are most likely their values."""
+    unknown_flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    if not unknown_flags:
+        return f'"{words[0]}": it follows no flag that takes it; a flag is needed before it.'
+    return "\n".join(f"{flag}: there is no such flag; {_did_you_mean(flag, flags)}" for flag in unknown_flags)
+
+
+def _did_you_mean(flag: str, flags: Sequence[str]) -> str:
+    by_spelling = {_spelling(known): known for known in flags}
+    close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)
+    return f"did you mean {by_spelling[close[0]]}?" if close else "see --help for all flags."
+
+
+def _spelling(flag: str) -> str:
+    """A flag without what people mix up: SAT's flags have dashes, the script's underscores."""
+    return flag.lower().lstrip("-").replace("_", "-")
+
+
+@functools.cache
+def flag_names() -> dict[str, str]:
+    """Which flag sets an attribute of Options: {"train_data": "--train-data", …}."""
+    return {action.dest: action.option_strings[-1] for action in full_parser()._actions}
+
+
+def typed_flag(name: str, value: Any) -> str:
+    """A flag and its value as a user would type them: `--layer_range 0 14`, `--fp16`."""
+    flag = flag_names()[name]
+    return flag if value is True else f"{flag} {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(shown(item) for item in value) or "nothing"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -25,7 +25,7 @@ from model.progress import say, warn, warn_from_any_process
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
     "VisualGLMModel": "model.visualglm",
-    "FineTuneVisualGLMModel": "model.adapters",
+    "FineTuneVisualGLMModel": "model.finetune",
     "FewShotDataset": "model.data.dataset",
     "data_collator": "model.data.dataset",
     "BlipImageEvalProcessor": "model.data.image_processor",
@@ -85,11 +85,11 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model import sat_compat
 
     sat_compat.import_sat(training=True)
-    from model.adapters import FineTuneVisualGLMModel
     from model.checkpoints.weights import load_checkpoint, save_checkpoint
     from model.data.dataset import data_collator, packed_collator
     from model.evaluation import BestCheckpoint, mean_over_tokens
     from model.features import FeatureCache
+    from model.finetune import FineTuneVisualGLMModel
     from model.memory import fit_into_memory
     from model.report import TrainingReport
     from model.step import evaluation_step, forward_step, token_normalized_step

@@ -10,7 +10,7 @@ from typing import Any
 
 _HOMES = {
     "VisualGLMModel": "model.visualglm",
-    "FineTuneVisualGLMModel": "model.adapters",
+    "FineTuneVisualGLMModel": "model.finetune",
     "chat": "model.chat",
 }
 __all__ = list(_HOMES)

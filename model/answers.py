@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from model.chat import answer_text, key_value_cache
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.tokenizer import ChatGLMTokenizer
+from model.masks import glm_position_ids, prefix_mask
 from model.sat_compat import import_sat
-from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
+from model.visualglm import VisualGLMModel
 
 import_sat()
 

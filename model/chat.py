@@ -18,8 +18,9 @@ from model.data.images import open_picture, picture_file
 from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.errors import InputError
+from model.masks import glm_position_ids, prefix_mask
 from model.sat_compat import import_sat, model_only, quieten
-from model.visualglm import VisualGLMModel, glm_position_ids, prefix_mask
+from model.visualglm import VisualGLMModel
 
 import_sat()
 
@@ -53,7 +54,7 @@ def load_for_answering(
     Raises:
         InputError: no such checkpoint, or one that can't be used; quant without a GPU.
     """
-    from model.adapters import FineTuneVisualGLMModel
+    from model.finetune import FineTuneVisualGLMModel
 
     quieten()
     if quant is not None and not torch.cuda.is_available():

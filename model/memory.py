@@ -5,8 +5,9 @@ from typing import Any
 import psutil
 import torch
 
+from model.cpu import can_pack, pack_linears
 from model.distributed import processes_here
-from model.frozen import can_pack, pack_linears, plain_linears
+from model.frozen import plain_linears
 from model.progress import say
 
 # Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer

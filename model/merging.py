@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.adapters import folded
 from model.checkpoints.layout import WEIGHTS_FILE, find_weights, read_json_object
 from model.checkpoints.metadata import KEY, LORA_SIZES, METHODS, PTUNING_SIZES, has_lora
 from model.checkpoints.weights import whole_weights, without_adapters, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
+from model.lora import folded
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 

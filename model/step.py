@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from model.data.bad_rows import heed_problems
-from model.data.prompt import IGNORE_INDEX
-from model.frozen import FrozenLinear, input_gradient, product
+from model.loss import head_loss
+from model.masks import packed_prefix_mask
 from model.sat_compat import broadcast_data, import_sat
-from model.visualglm import packed_prefix_mask
 
 import_sat()
 
@@ -24,8 +22,6 @@ from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 MODEL_INPUTS = (
     "input_ids", "position_ids", "image", "image_features", "pre_image", "image_slots", "answer_positions",
 )  # fmt: skip
-CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
-CACHED_LOGITS = 2**16  # scores that a thread of a CPU turns into gradients at once: 256 KiB, which its cache holds
 
 
 def get_batch(
@@ -66,63 +62,6 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
 def model_dtype(args: argparse.Namespace) -> torch.dtype:
     """The numbers that SAT's flags make the model of."""
     return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-
-
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy, scalar float32, over the supervised tokens; 0 if there are none.
-
-        tokens    question gMASK sop  a   b   eop
-        labels       -       -   sop  a   b   eop
-        predicted            sop  a   b   eop           logits at t are for the token at t + 1
-
-    Args:
-        logits: [batch, seq, vocab]. labels: int64[batch, seq], IGNORE_INDEX where nothing is learned.
-    """
-    predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-
-
-class _HeadLoss(torch.autograd.Function):
-    """`head_loss`'s sum: the gradient is made beside it, and no chunk's scores are kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, rows: int, cached: int
-    ) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), rows):
-            scores, chosen = product(head, hidden[start : start + rows]), targets[start : start + rows, None]
-            for part, target in zip(scores.split(cached), chosen.split(cached), strict=True):
-                log_p = part.log_softmax(dim=1, dtype=torch.float32)
-                total -= log_p.gather(1, target).sum()
-                if gradient is not None:
-                    # d loss / d scores = softmax(scores) - one_hot(target), in the place of the scores
-                    part.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
-            if gradient is not None:
-                gradient[start : start + rows] = input_gradient(head, scores)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
-
-
-def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies, scalar float32, of the tokens that hidden [answers, hidden] predicts.
-
-    Chunk by chunk: all scores are never held at once. The head stays as it is; it gets no gradient.
-
-    Args:
-        head: a linear, [..., hidden] → [..., vocab], without a bias. targets: int64[answers].
-    """
-    vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
-    rows = max(1, CHUNK_LOGITS // vocab)
-    cached = max(1, CACHED_LOGITS // vocab) * torch.get_num_threads() if hidden.device.type == "cpu" else rows
-    return _HeadLoss.apply(hidden, head, targets, rows, cached)
 
 
 Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]

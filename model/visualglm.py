@@ -8,7 +8,6 @@ Shapes: batch = samples, seq = tokens of the longest one, hidden = the language 
 """
 
 import argparse
-import functools
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
 from model.checkpoints.layout import find_weights
 from model.checkpoints.weights import load_checkpoint
-from model.frozen import can_pack, in_onednn_order, onednn_product
+from model.cpu import gelu
+from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once
 
@@ -25,102 +25,6 @@ import_sat()
 
 from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
-
-
-def first_position(found: torch.Tensor) -> torch.Tensor:
-    """int64[batch]: where each row of bool[batch, seq] is first true (0 if nowhere)."""
-    return found.int().argmax(dim=1)
-
-
-def prefix_mask(context_length: torch.Tensor, pad_length: torch.Tensor, seq_length: int) -> torch.Tensor:
-    """bool[batch, 1, seq, seq]: which position (row) sees which (column).
-
-    The context sees all of itself, the answer is causal, padding on the left neither sees nor is seen:
-
-                  · c c a a
-        padding · 0 0 0 0 0
-        context c 0 1 1 0 0
-        context c 0 1 1 0 0
-        answer  a 0 1 1 1 0
-        answer  a 0 1 1 1 1
-
-    Args:
-        context_length: int64[batch], tokens before <sop>, padding on the left included.
-        pad_length: int64[batch], tokens of padding on the left.
-        seq_length: tokens in all.
-    """
-    position = torch.arange(seq_length, device=context_length.device)
-    row, column = position[None, :, None], position[None, None, :]
-    visible = (column <= row) | (column < context_length[:, None, None])
-    padding = pad_length[:, None, None]
-    return (visible & (row >= padding) & (column >= padding)).unsqueeze(1)
-
-
-def packed_prefix_mask(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
-    """bool[batch, 1, seq, seq]: the prefix masks of several samples in one row, none of which sees another.
-
-    Args:
-        segments: int64[batch, seq], the sample of each token; -1 is padding, which sees padding only.
-        in_context: bool[batch, seq], before its sample's <sop>.
-    """
-    position = torch.arange(segments.shape[1], device=segments.device)
-    visible = (position <= position[:, None]) | in_context[:, None, :]
-    return (visible & (segments[:, :, None] == segments[:, None, :])).unsqueeze(1)
-
-
-def glm_position_ids(
-    context_length: torch.Tensor, mask_position: torch.Tensor, pad_length: torch.Tensor, seq_length: int
-) -> torch.Tensor:
-    """int64[batch, 2, seq]: ChatGLM's two positions of each token.
-
-        tokens   ·  c  c  gMASK sop a  a
-        first    0  0  1  2     2   2  2     counts the context, then stays where [gMASK] is
-        second   0  0  0  0     1   2  3     counts the answer, <sop> first
-
-    Args:
-        context_length: int64[batch], tokens before <sop>, padding on the left included.
-        mask_position: int64[batch], index of [gMASK] (or [MASK]).
-        pad_length: int64[batch], tokens of padding on the left.
-        seq_length: tokens in all.
-    """
-    position = torch.arange(seq_length, device=context_length.device).expand(len(context_length), -1)
-    start, pad = context_length[:, None], pad_length[:, None]
-    in_answer = position >= start
-    first = torch.where(in_answer, mask_position[:, None] - pad, (position - pad).clamp(min=0))
-    second = torch.where(in_answer, position - start + 1, 0)
-    return torch.stack((first, second), dim=1)
-
-
-ONE_WIDTH = 32  # numbers of a row that is multiplied by one
-
-
-@functools.cache
-def _packed_one() -> torch.Tensor:
-    return in_onednn_order(torch.eye(ONE_WIDTH, dtype=torch.bfloat16))
-
-
-class _OnednnGelu(torch.autograd.Function):
-    """`gelu` of bfloat16 on a CPU. torch works out its tanh number by number, which takes three times as long.
-
-    oneDNN has this function as what may follow a product, so the numbers are multiplied by one. It has a gradient for the
-    GELU by erf only: that differs by 0.0009 at most, a quarter of the step from one bfloat16 to the next below 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return onednn_product(x.reshape(-1, ONE_WIDTH), _packed_one(), None, then="gelu").view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.gelu_backward(grads[0], *ctx.saved_tensors, approximate="none")
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """ChatGLM's GELU, the tanh approximation: SAT spells it out in seven operations, each of which keeps a copy."""
-    if x.dtype == torch.bfloat16 and x.shape[-1] % ONE_WIDTH == 0 and can_pack(x):
-        return _OnednnGelu.apply(x)
-    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def normalized(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
@@ -168,7 +72,7 @@ class AnswerHeadMixin(ChatGLMFinalMixin):
         self, logits: torch.Tensor, answer_positions: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
         """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden]; with answer_positions the hidden states
-        [answers, hidden] there, which `AnswerLayerMixin` has chosen, for `model.step.head_loss`.
+        [answers, hidden] there, which `AnswerLayerMixin` has chosen, for `model.loss.head_loss`.
         """
         return super().final_forward(logits) if answer_positions is None else logits
 

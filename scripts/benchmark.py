@@ -93,7 +93,7 @@ def separate_attention(model: Any) -> Iterator[None]:
     """SAT's attention, rotary embedding and GELU, in the language model and in the eyes."""
     from sat.model.official.chatglm_model import ChatGLMAttnMixin, gelu
 
-    from model.visualglm import gelu as fused_gelu
+    from model.cpu import gelu as fused_gelu
 
     class SatAttention(ChatGLMAttnMixin):
         def attention_forward(self, *args: Any, answer_positions: Any = None, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ def separate_lora_products(_: Any) -> Iterator[None]:
     """Each part's A and B by themselves."""
     import torch
 
-    from model.adapters import LoraLinear
+    from model.lora import LoraLinear
 
     def forward(self: Any, hidden_states: Any) -> Any:
         changes = [(hidden_states @ a.T) @ b.T * self.scale for a, b in zip(self.matrix_A, self.matrix_B, strict=True)]
@@ -181,7 +181,7 @@ def eyes_on_the_device(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def plain_weights(model: Any) -> Iterator[None]:
     """Frozen linears with their weights in rows."""
-    from model.frozen import PackedLinear
+    from model.cpu import PackedLinear
 
     packed = [
         (parent, name, child)
@@ -253,7 +253,8 @@ class Way:
 
     def loss(self, model: Any, batch: dict[str, Any]) -> Any:
         """The mean cross entropy of a batch."""
-        from model.step import answer_loss, loss_sum
+        from model.loss import answer_loss
+        from model.step import loss_sum
 
         if "last layer and head at supervised positions only" in self.savings:
             return loss_sum(model, batch) / len(batch["answers"])
@@ -317,7 +318,7 @@ def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any
     """The model that config describes, with random weights of a useful size, and the method's adapters, not at zero."""
     import torch
 
-    from model.adapters import FineTuneVisualGLMModel
+    from model.finetune import FineTuneVisualGLMModel
     from model.frozen import Nf4Linear
     from model.sat_compat import model_only
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX, answer_labels, context_ids
 from model.data.tokenizer import VOCAB_FILE, ChatGLMTokenizer
+from model.loss import answer_loss
 from model.progress import duration, say
 from model.sat_compat import quieten
-from model.step import answer_loss
 from model.visualglm import VisualGLMModel
 from scripts.make_fewshot_data import QUESTION
 from scripts.scene_talk import SMALL_TALK, Turn, random_turn

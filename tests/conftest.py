@@ -106,9 +106,9 @@ def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> P
     import torch
     from sat import get_tokenizer
 
-    from model.adapters import FineTuneVisualGLMModel
     from model.checkpoints.weights import save_checkpoint
     from model.data.tokenizer import ChatGLMTokenizer
+    from model.finetune import FineTuneVisualGLMModel
 
     get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))
     args = FineTuneVisualGLMModel.get_args(skip_init=True, save=str(folder), save_full_model=full, lr=1.0, **flags)

@@ -9,7 +9,7 @@ from model.chat import chat
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import Row
 from model.data.tokenizer import ChatGLMTokenizer
-from model.step import answer_loss
+from model.loss import answer_loss
 
 QUESTIONS = ("这张图片的背景里有什么内容？", "What is in the background?", "你好")
 LENGTHS = Lengths(32, 96, 64)

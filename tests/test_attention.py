@@ -6,7 +6,7 @@ from conftest import golden_values, load_model
 
 from model import attention
 from model.attention import FusedAttentionMixin, rows_to_turn_by, turn, turned_heads
-from model.visualglm import prefix_mask
+from model.masks import prefix_mask
 
 # sat can be imported only after the model's modules have done so.
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # isort: skip

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import load_model
 
-from model.adapters import LoraLinear
+from model.cpu import PackedLinear, can_pack, pack_linears
 from model.data.dataset import data_collator
-from model.frozen import PackedLinear, can_pack, input_gradient, pack_linears, product
+from model.frozen import input_gradient, product
+from model.lora import LoraLinear
 from model.step import loss_sum
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

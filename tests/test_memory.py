@@ -7,7 +7,7 @@ import torch
 from conftest import load_model
 
 from model import memory
-from model.frozen import PackedLinear
+from model.cpu import PackedLinear
 from model.memory import activation_bytes, fit_into_memory
 
 

@@ -21,7 +21,8 @@ WITH_SAT = {
     "attention",
     "blip2",
     "visualglm",
-    "adapters",
+    "lora",
+    "finetune",
     "frozen",
     "step",
     "checkpoints.weights",
@@ -54,7 +55,7 @@ def test_public_name_can_be_imported_from_the_script(name):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("first", ["", "import model.chat, model.adapters\n"])
+@pytest.mark.parametrize("first", ["", "import model.chat, model.lora\n"])
 def test_models_names_can_be_imported_from_the_package(first):
     names = "VisualGLMModel, FineTuneVisualGLMModel, chat"
     done = run_python("-c", f"{first}from model import {names}\nprint(*(callable(name) for name in ({names})))")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import load_model, run_python
 
-from model.adapters import LoraLinear
 from model.cli.flag_checks import method_problems
 from model.cli.options import parse
 from model.frozen import Nf4Linear, dequantized, quantized
+from model.lora import LoraLinear
 
 QLORA = {"use_qlora": True, "lora_rank": 4}
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import golden_values, load_model
 
-from model import frozen, step
+from model import frozen
+from model import loss as loss_module
 from model.data import dataset
 from model.data.dataset import data_collator
-from model.step import answer_loss, forward_step, get_batch, head_loss
+from model.loss import answer_loss, head_loss
+from model.step import forward_step, get_batch
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
 
@@ -167,8 +169,8 @@ def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
 @pytest.mark.parametrize("chunk", [1, 3, 7, 2**26])
 @pytest.mark.parametrize("cached", [1, 2**26])
 def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, cached, monkeypatch):
-    monkeypatch.setattr(step, "CHUNK_LOGITS", chunk * 11)
-    monkeypatch.setattr(step, "CACHED_LOGITS", cached * 11)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk * 11)
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", cached * 11)
     torch.manual_seed(1)
     head, targets = torch.nn.Linear(5, 11, bias=False), torch.randint(0, 11, (7,))
     hidden, plain = (torch.full((7, 5), 0.5).mul_(torch.arange(5)).requires_grad_() for _ in range(2))
@@ -181,8 +183,8 @@ def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, cached, m
 
 
 def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(step, "CHUNK_LOGITS", 2 * 11)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2 * 11)
     asked, plain_product = [], frozen.product
-    monkeypatch.setattr(step, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
+    monkeypatch.setattr(loss_module, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
     head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
     assert asked == [2, 2, 2, 1]

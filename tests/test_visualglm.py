@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_values, load_model
 
-from model.frozen import can_pack
+from model.cpu import ONE_WIDTH, can_pack, gelu
+from model.masks import first_position, glm_position_ids, prefix_mask
 from model.sat_compat import import_sat
-from model.visualglm import ONE_WIDTH, first_position, gelu, glm_position_ids, normalized, prefix_mask
+from model.visualglm import normalized
 
 import_sat()
 

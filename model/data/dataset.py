@@ -151,7 +151,7 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
 
     segments       int64[batch, seq]      the sample that each token belongs to; none sees another's
     in_context     bool[batch, seq]       before <sop>
-    position_ids   int64[batch, 2, seq]   each sample's own; see `model.visualglm.glm_position_ids`
+    position_ids   int64[batch, 2, seq]   each sample's own; see `model.masks.glm_position_ids`
     """
     rows: list[list[dict[str, Any]]] = []
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):  # first fit, the longest first

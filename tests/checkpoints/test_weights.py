@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import GOLDEN, load_model, upstream_weights, write_checkpoint
 
-from model.adapters import FineTuneVisualGLMModel
 from model.checkpoints import weights as module
 from model.checkpoints.weights import load_checkpoint, read_weights, save_checkpoint, write_whole
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
+from model.finetune import FineTuneVisualGLMModel
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 

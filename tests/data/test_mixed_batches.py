@@ -10,7 +10,8 @@ from conftest import GOLDEN, load_model
 from model.data.dataset import FewShotDataset, data_collator
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.tokenizer import ChatGLMTokenizer
-from model.step import answer_loss, loss_sum
+from model.loss import answer_loss
+from model.step import loss_sum
 
 ROWS = [
     {"prompt": "几点了？", "label": "三点。"},

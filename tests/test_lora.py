@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import load_model
 
-from model.adapters import FineTuneVisualGLMModel, LoraLinear
+from model.finetune import FineTuneVisualGLMModel
+from model.lora import LoraLinear
 
 LORA = {"use_lora": True, "lora_rank": 4}
 PTUNING = {"use_ptuning": True, "pre_seq_len": 5}

@@ -1,0 +1,70 @@
+"""ChatGLM's prefix mask and its two positions.
+
+Shapes: batch = samples, seq = tokens of the longest one.
+"""
+
+import torch
+
+
+def first_position(found: torch.Tensor) -> torch.Tensor:
+    """int64[batch]: where each row of bool[batch, seq] is first true (0 if nowhere)."""
+    return found.int().argmax(dim=1)
+
+
+def prefix_mask(context_length: torch.Tensor, pad_length: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """bool[batch, 1, seq, seq]: which position (row) sees which (column).
+
+    The context sees all of itself, the answer is causal, padding on the left neither sees nor is seen:
+
+                  · c c a a
+        padding · 0 0 0 0 0
+        context c 0 1 1 0 0
+        context c 0 1 1 0 0
+        answer  a 0 1 1 1 0
+        answer  a 0 1 1 1 1
+
+    Args:
+        context_length: int64[batch], tokens before <sop>, padding on the left included.
+        pad_length: int64[batch], tokens of padding on the left.
+        seq_length: tokens in all.
+    """
+    position = torch.arange(seq_length, device=context_length.device)
+    row, column = position[None, :, None], position[None, None, :]
+    visible = (column <= row) | (column < context_length[:, None, None])
+    padding = pad_length[:, None, None]
+    return (visible & (row >= padding) & (column >= padding)).unsqueeze(1)
+
+
+def packed_prefix_mask(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
+    """bool[batch, 1, seq, seq]: the prefix masks of several samples in one row, none of which sees another.
+
+    Args:
+        segments: int64[batch, seq], the sample of each token; -1 is padding, which sees padding only.
+        in_context: bool[batch, seq], before its sample's <sop>.
+    """
+    position = torch.arange(segments.shape[1], device=segments.device)
+    visible = (position <= position[:, None]) | in_context[:, None, :]
+    return (visible & (segments[:, :, None] == segments[:, None, :])).unsqueeze(1)
+
+
+def glm_position_ids(
+    context_length: torch.Tensor, mask_position: torch.Tensor, pad_length: torch.Tensor, seq_length: int
+) -> torch.Tensor:
+    """int64[batch, 2, seq]: ChatGLM's two positions of each token.
+
+        tokens   ·  c  c  gMASK sop a  a
+        first    0  0  1  2     2   2  2     counts the context, then stays where [gMASK] is
+        second   0  0  0  0     1   2  3     counts the answer, <sop> first
+
+    Args:
+        context_length: int64[batch], tokens before <sop>, padding on the left included.
+        mask_position: int64[batch], index of [gMASK] (or [MASK]).
+        pad_length: int64[batch], tokens of padding on the left.
+        seq_length: tokens in all.
+    """
+    position = torch.arange(seq_length, device=context_length.device).expand(len(context_length), -1)
+    start, pad = context_length[:, None], pad_length[:, None]
+    in_answer = position >= start
+    first = torch.where(in_answer, mask_position[:, None] - pad, (position - pad).clamp(min=0))
+    second = torch.where(in_answer, position - start + 1, 0)
+    return torch.stack((first, second), dim=1)

@@ -5,7 +5,7 @@
     python finetune_visualglm.py --help                           every flag
 
 The way of a sample: JSON row → Row → input_ids, labels → + image → batch → logits → loss.
-                     (model/rows.py, prompt.py, image.py, dataset.py, step.py)
+                     model/data/                                    model/training/step.py, model/loss.py
 """
 
 import argparse
@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from model import distributed
+from model import distributed, sat_compat
 from model.cli.options import Options, parse, script_parser
 from model.cli.preflight import Inputs, checked, samples_per_step
 from model.data.split import HELD_OUT, Selection
 from model.errors import InputError, RowError
 from model.progress import say, warn, warn_from_any_process
+from model.training import sat_loop
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
@@ -29,8 +30,8 @@ _HOMES = {
     "FewShotDataset": "model.data.dataset",
     "data_collator": "model.data.dataset",
     "BlipImageEvalProcessor": "model.data.image_processor",
-    "get_batch": "model.step",
-    "forward_step": "model.step",
+    "get_batch": "model.training.step",
+    "forward_step": "model.training.step",
     "chat": "model.chat",
 }
 
@@ -47,7 +48,7 @@ def create_dataset_function(
     """The rows of one JSON file as SAT wants them: a data set of input_ids, labels, image and pre_image.
 
     SAT calls this for every file of --train-data and --valid-data. The picture's size is the model's. With a selection,
-    the rows are those that it has read and chosen; a cache (`model.features`) gives them their pictures' features.
+    the rows are those that it has read and chosen; a cache (`model.training.feature_cache`) gives them their pictures' features.
     """
     from sat import get_tokenizer
     from torch.utils.data import ConcatDataset
@@ -82,21 +83,19 @@ def announce(options: Options, notes: Sequence[str]) -> None:
 
 def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     """Load the model and let SAT train it."""
-    from model import sat_compat
-
     sat_compat.import_sat(training=True)
     from model.checkpoints.weights import load_checkpoint, save_checkpoint
     from model.data.dataset import data_collator, packed_collator
-    from model.evaluation import BestCheckpoint, mean_over_tokens
-    from model.features import FeatureCache
     from model.finetune import FineTuneVisualGLMModel
-    from model.memory import fit_into_memory
-    from model.report import TrainingReport
-    from model.step import evaluation_step, forward_step, token_normalized_step
+    from model.training.best_checkpoint import BestCheckpoint, mean_over_tokens
+    from model.training.feature_cache import FeatureCache
+    from model.training.memory import fit_into_memory
+    from model.training.metrics import TrainingReport
+    from model.training.step import evaluation_step, forward_step, token_normalized_step
 
     distributed.set_launcher_environment()
-    sat_compat.adapt_loading(load_checkpoint)
-    args = sat_compat.get_args(argv, options, script_parser())
+    sat_loop.adapt_loading(load_checkpoint)
+    args = sat_loop.get_args(argv, options, script_parser())
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
@@ -110,17 +109,17 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
 
     cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers, options.feature_cache)
     report = TrainingReport()
-    sat_compat.adapt_training(
+    sat_loop.adapt_training(
         save_checkpoint=save_checkpoint,
         report=report,
         auto_warmup_steps=options.auto_warmup_steps,
         when_ready=cache.send_eyes_away,
     )
-    sat_compat.adapt_data(args)
+    sat_loop.adapt_data(args)
     if options.keep_best:
-        sat_compat.after_evaluation(BestCheckpoint(save_checkpoint).consider, report)
+        sat_loop.after_evaluation(BestCheckpoint(save_checkpoint).consider, report)
     inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-    sat_compat.training_main()(
+    sat_loop.training_main()(
         args,
         model_cls=model,
         forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
@@ -128,7 +127,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         handle_metrics_function=mean_over_tokens,
         create_dataset_function=partial(create_dataset_function, selection=inputs.selection, cache=cache),
         collate_fn=packed_collator if options.packing else data_collator,
-        init_function=sat_compat.save_beside_earlier_runs,
+        init_function=sat_loop.save_beside_earlier_runs,
     )
 
 

@@ -254,7 +254,7 @@ class Way:
     def loss(self, model: Any, batch: dict[str, Any]) -> Any:
         """The mean cross entropy of a batch."""
         from model.loss import answer_loss
-        from model.step import loss_sum
+        from model.training.step import loss_sum
 
         if "last layer and head at supervised positions only" in self.savings:
             return loss_sum(model, batch) / len(batch["answers"])
@@ -400,8 +400,9 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from model.memory import fit_into_memory
-        from model.sat_compat import checkpoint_without_gpu, quieten
+        from model.sat_compat import quieten
+        from model.training.memory import fit_into_memory
+        from model.training.sat_loop import checkpoint_without_gpu
 
         quieten()
         checkpoint_without_gpu()

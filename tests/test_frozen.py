@@ -8,7 +8,7 @@ from model.cpu import PackedLinear, can_pack, pack_linears
 from model.data.dataset import data_collator
 from model.frozen import input_gradient, product
 from model.lora import LoraLinear
-from model.step import loss_sum
+from model.training.step import loss_sum
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

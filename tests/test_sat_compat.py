@@ -21,6 +21,7 @@ from model import distributed, sat_compat
 from model.checkpoints import weights
 from model.cli.options import parse, script_parser
 from model.errors import InputError
+from model.training import deepspeed_config, sat_loop
 
 sat = sat_compat.import_sat()
 
@@ -31,7 +32,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def settings(zero_stage=0, **values):
-    return sat_compat.deepspeed_settings(
+    return deepspeed_config.deepspeed_settings(
         **{
             "zero_stage": zero_stage, "fp16": False, "bf16": False, "batch_size": 2, "gradient_accumulation_steps": 3,
             "lr": 1e-3, "weight_decay": 0.01, **values,
@@ -212,7 +213,7 @@ def test_settings_turn_on_the_precision_asked_for(flag, enabled):
 
 def test_completed_settings_fill_what_the_file_leaves_out():
     defaults = settings()
-    completed = sat_compat.completed_settings({"zero_optimization": {"stage": 2}}, defaults)
+    completed = deepspeed_config.completed_settings({"zero_optimization": {"stage": 2}}, defaults)
     assert completed["zero_optimization"] == {"stage": 2}
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer"):
         assert completed[key] == defaults[key]
@@ -221,19 +222,19 @@ def test_completed_settings_fill_what_the_file_leaves_out():
 
 def test_completed_settings_fill_what_the_file_leaves_to_auto():
     own = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
-    completed = sat_compat.completed_settings(own, settings())
+    completed = deepspeed_config.completed_settings(own, settings())
     assert (completed["train_micro_batch_size_per_gpu"], completed["gradient_clipping"]) == (2, 0.1)
 
 
 def test_completed_settings_keep_the_files_own_values():
     own = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 7, "train_micro_batch_size_per_gpu": 5}
-    completed = sat_compat.completed_settings(own, settings())
+    completed = deepspeed_config.completed_settings(own, settings())
     assert {key: completed[key] for key in own} == own
 
 
 def test_completed_settings_of_sats_own_file_are_taken_by_deepspeed():
     own = json.loads((Path(sat.__file__).parent / "training/deepspeed_zero0.json").read_text())
-    completed = sat_compat.completed_settings(own, settings())
+    completed = deepspeed_config.completed_settings(own, settings())
     assert completed["fp16"]["min_loss_scale"] == 1
     assert own["fp16"]["min_loss_scale"] == 0.01
     validated(completed)
@@ -241,7 +242,7 @@ def test_completed_settings_of_sats_own_file_are_taken_by_deepspeed():
 
 @without_gpu
 def test_completed_settings_take_torchs_adam_where_deepspeeds_would_be_compiled():
-    completed = sat_compat.completed_settings({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, settings())
+    completed = deepspeed_config.completed_settings({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, settings())
     assert completed["optimizer"] == {"type": "Adam", "params": {"lr": 1.0, "torch_adam": True}}
 
 
@@ -255,7 +256,7 @@ def sat_args(alone):
     def given(*argv):
         argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json", *argv]
         distributed.set_launcher_environment()
-        return sat_compat.get_args(argv, parse(argv), script_parser())
+        return sat_loop.get_args(argv, parse(argv), script_parser())
 
     return given
 
@@ -378,7 +379,7 @@ def test_timers_without_a_gpu_measure_without_asking_it():
     import time
 
     training = sat_timers()
-    sat_compat.synchronize_only_with_gpu(training)
+    sat_loop.synchronize_only_with_gpu(training)
     timer = training.Timers()("step")
     timer.start()
     time.sleep(0.02)
@@ -390,7 +391,7 @@ def test_timers_without_a_gpu_measure_without_asking_it():
 @without_gpu
 def test_timers_of_one_name_are_one_timer():
     training = sat_timers()
-    sat_compat.synchronize_only_with_gpu(training)
+    sat_loop.synchronize_only_with_gpu(training)
     timers = training.Timers()
     assert timers("step") is timers("step")
     assert timers("step") is not timers("data loader")
@@ -418,7 +419,7 @@ import torch
 from model.sat_compat import broadcast_data, import_sat
 import_sat()
 from sat import mpu
-from model.step import get_batch
+from model.training.step import get_batch
 
 torch.distributed.init_process_group("gloo")
 mpu.initialize_model_parallel(2)
@@ -462,7 +463,7 @@ def test_pinning_without_a_gpu_warns_of_nothing():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if adapt:
-                sat_compat.silence_known_warnings()
+                sat_loop.silence_known_warnings()
             list(DataLoader([1, 2], pin_memory=True))
         return [str(warning.message) for warning in caught if "pin_memory" in str(warning.message)]
 
@@ -477,7 +478,7 @@ def test_run_that_would_overwrite_an_earlier_one_is_saved_beside_it(upstream_che
     saved = []
     for _ in range(3):
         args = SimpleNamespace(save=str(tmp_path / "run-11-22-10-46"))
-        sat_compat.save_beside_earlier_runs(args, None)
+        sat_loop.save_beside_earlier_runs(args, None)
         Path(args.save).mkdir()
         saved.append(Path(args.save).name)
     assert saved == ["run-11-22-10-46", "run-11-22-10-46-2", "run-11-22-10-46-3"]
@@ -485,7 +486,7 @@ def test_run_that_would_overwrite_an_earlier_one_is_saved_beside_it(upstream_che
 
 def test_run_that_saves_nothing_needs_no_place():
     args = SimpleNamespace(save=None)
-    sat_compat.save_beside_earlier_runs(args, None)
+    sat_loop.save_beside_earlier_runs(args, None)
     assert args.save is None
 
 
@@ -502,7 +503,7 @@ import sys, torch
 from model import sat_compat
 parameter = torch.nn.Parameter(torch.ones(2))
 if sys.argv[1:]:
-    sat_compat.without_compiler()
+    sat_loop.without_compiler()
 optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 0.1}])
 parameter.grad = torch.tensor([1.0, -2.0])
 optimizer.step()
@@ -529,7 +530,7 @@ RUN = (
     HIDE
     + """
 import finetune_visualglm
-from model import report
+from model.training import metrics as report
 watch = report.TrainingReport.watch
 
 def telling_watch(self, scheduler, optimizer):

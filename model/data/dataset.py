@@ -54,7 +54,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.lengths = Lengths.from_args(args)
         self.note_bad_pictures = note_bad_pictures
-        self.features: dict[str, torch.Tensor] = {}  # by picture path; see model.features
+        self.features: dict[str, torch.Tensor] = {}  # by picture path; see model.training.feature_cache
         self._samples = _samples(self.rows, chosen)
 
     def __len__(self) -> int:

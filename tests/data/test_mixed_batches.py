@@ -11,7 +11,7 @@ from model.data.dataset import FewShotDataset, data_collator
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.tokenizer import ChatGLMTokenizer
 from model.loss import answer_loss
-from model.step import loss_sum
+from model.training.step import loss_sum
 
 ROWS = [
     {"prompt": "几点了？", "label": "三点。"},

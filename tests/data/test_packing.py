@@ -9,7 +9,7 @@ from conftest import golden_values, load_model
 from model.data.dataset import data_collator, packed_collator
 from model.data.prompt import answer_labels
 from model.masks import packed_prefix_mask, prefix_mask
-from model.step import forward_step, loss_sum, token_normalized_step
+from model.training.step import forward_step, loss_sum, token_normalized_step
 
 PAD, GMASK, SOP, EOP = 3, 86, 89, 90
 

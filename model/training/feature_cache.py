@@ -21,8 +21,8 @@ from model.data.dataset import FewShotDataset
 from model.data.images import checked_file, open_picture
 from model.distributed import from_processes_here, is_first_process, processes_here
 from model.errors import InputError
-from model.feature_files import DIGEST_BYTES, FeaturePart, kept_in, part_of_this_process, placed, rows_in
 from model.progress import with_progress
+from model.training.feature_store import DIGEST_BYTES, FeaturePart, kept_in, part_of_this_process, placed, rows_in
 
 PICTURES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions a picture
 

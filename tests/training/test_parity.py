@@ -17,7 +17,7 @@ RECORDING = """
 import json, sys
 import finetune_visualglm
 from model.data import dataset
-from model import report
+from model.training import metrics as report
 
 recorded = {"losses": [], "first_batch": None}
 report_step, data_collator = report.TrainingReport.step, dataset.data_collator

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from model.evaluation import BEST_FILE, best_loss, mean_over_tokens
+from model.training.best_checkpoint import BEST_FILE, best_loss, mean_over_tokens
 
 
 def test_mean_over_tokens_counts_every_token_alike():

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from model import report as module
-from model.report import TrainingReport
+from model.training import metrics as module
+from model.training.metrics import TrainingReport
 
 ARGS = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, world_size=6, model_parallel_size=2, wandb=False)
 

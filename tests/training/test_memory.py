@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import load_model
 
-from model import memory
 from model.cpu import PackedLinear
-from model.memory import activation_bytes, fit_into_memory
+from model.training import memory
+from model.training.memory import activation_bytes, fit_into_memory
 
 
 def model(checkpointing=False):

@@ -12,7 +12,7 @@ from model import loss as loss_module
 from model.data import dataset
 from model.data.dataset import data_collator
 from model.loss import answer_loss, head_loss
-from model.step import forward_step, get_batch
+from model.training.step import forward_step, get_batch
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
 

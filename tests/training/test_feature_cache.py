@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python
 
-from model import feature_files, features
 from model.data.dataset import FewShotDataset, data_collator
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
-from model.features import FeatureCache, feature_file, picture_features
-from model.step import loss_sum
+from model.training import feature_cache as features
+from model.training import feature_store as feature_files
+from model.training.feature_cache import FeatureCache, feature_file, picture_features
+from model.training.step import loss_sum
 
 LENGTHS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
 
@@ -253,7 +254,7 @@ from pathlib import Path
 import torch
 from conftest import load_model
 
-from model.features import picture_features
+from model.training.feature_cache import picture_features
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.images import open_picture
 
@@ -299,7 +300,7 @@ def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint
     fails_in_the_second = """
 import os
 
-from model import feature_files, features
+from model.training import feature_store as feature_files, feature_cache as features
 
 def full(*_):
     raise OSError(28, "No space left on device")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from model import feature_files
-from model.feature_files import FeaturePart, kept_in, part_of_this_process, placed, rows_in
+from model.training import feature_store as feature_files
+from model.training.feature_store import FeaturePart, kept_in, part_of_this_process, placed, rows_in
 
 SHAPE, DTYPE = (2, 3), torch.float32
 DIGESTS = [bytes([number]) * feature_files.DIGEST_BYTES for number in range(4)]

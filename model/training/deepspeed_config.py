@@ -1,0 +1,78 @@
+"""DeepSpeed's settings for a run: SAT's values in a form that DeepSpeed takes today, or a user's own file completed."""
+
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from model.distributed import has_gpu
+
+
+def deepspeed_settings(
+    *,
+    zero_stage: int,
+    fp16: bool,
+    bf16: bool,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    lr: float,
+    weight_decay: float,
+) -> dict[str, Any]:
+    """DeepSpeed's settings for a run: the values of SAT's bundled files, in a form that DeepSpeed takes today.
+
+    The bundled file for stage 0 has `min_loss_scale: 0.01`, which must be a whole number now. `torch_adam` takes torch's
+    Adam in place of DeepSpeed's, which is compiled with g++ or nvcc at the first run; the update is the same.
+
+    Args:
+        lr: peak learning rate. weight_decay: per step, decoupled (DeepSpeed's "Adam" decouples it too).
+        batch_size: samples per process and micro-batch.
+    """
+    adam: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "torch_adam": True}
+    if zero_stage >= 1:
+        adam |= {"betas": [0.9, 0.95], "eps": 1e-8}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": 0.1,
+        "steps_per_print": sys.maxsize,
+        "zero_allow_untested_optimizer": True,
+        "fp16": {
+            "enabled": fp16,
+            "loss_scale": 0,
+            "loss_scale_window": 400 if zero_stage >= 1 else 200,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "bf16": {"enabled": bf16},
+        "optimizer": {"type": "Adam" if zero_stage >= 1 else "AdamW", "params": adam},
+    }
+    if zero_stage >= 1:
+        settings["zero_optimization"] = {
+            "stage": zero_stage,
+            "contiguous_gradients": False,
+            "overlap_comm": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 40_000_000,
+            "allgather_bucket_size": 100_000_000,
+            "load_from_fp32_weights": False,
+        }
+    return settings
+
+
+def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's DeepSpeed settings with what SAT needs and they leave out filled in from defaults.
+
+    SAT reads the micro-batch, the accumulation and the optimizer from the file alone, and fails on None where the file
+    is silent. `min_loss_scale` below 1, as in the files of SAT, is raised to the 1 that DeepSpeed needs.
+    """
+    settings = copy.deepcopy(dict(own))
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print",
+                "optimizer"):  # fmt: skip
+        if settings.get(key) in (None, "auto"):
+            settings[key] = defaults[key]
+    if "min_loss_scale" in settings.get("fp16", {}):
+        settings["fp16"]["min_loss_scale"] = max(1, int(settings["fp16"]["min_loss_scale"]))
+    optimizer = settings["optimizer"]
+    if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
+        optimizer.setdefault("params", {}).setdefault("torch_adam", True)
+    return settings

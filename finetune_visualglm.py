@@ -32,7 +32,7 @@ _HOMES = {
     "BlipImageEvalProcessor": "model.data.image_processor",
     "get_batch": "model.training.step",
     "forward_step": "model.training.step",
-    "chat": "model.chat",
+    "chat": "model.inference.chat",
 }
 
 

@@ -4,24 +4,21 @@ They are looked up when they are asked for, so that importing a part that needs 
 """
 
 import importlib
-import sys
-import types
 from typing import Any
 
 _HOMES = {
     "VisualGLMModel": "model.visualglm",
     "FineTuneVisualGLMModel": "model.finetune",
-    "chat": "model.chat",
+    "chat": "model.inference.chat",
 }
 __all__ = list(_HOMES)
 
 
-class _Package(types.ModuleType):
-    """This package, whose name `chat` is the function even after Python has put the module of that name there."""
-
-    def __getattribute__(self, name: str) -> Any:
-        home = _HOMES.get(name)
-        return super().__getattribute__(name) if home is None else getattr(importlib.import_module(home), name)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -109,7 +109,7 @@ class Demo:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from model.chat import load_for_answering
+        from model.inference.load import load_for_answering
 
         self.options = options
         self.words = ENGLISH if options.english else CHINESE
@@ -121,13 +121,13 @@ class Demo:
 
     def look(self, picture: str) -> Conversation:
         """A new conversation about a picture, or about none if it is empty."""
-        from model.chat import image_tensor
+        from model.inference.chat import image_tensor
 
         return Conversation(image_tensor(picture, self.model) if picture else None)
 
     def answer(self, conversation: Conversation, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
-        from model.chat import answer_so_far
+        from model.inference.chat import answer_so_far
 
         options, printed, response = self.options, "", ""
         for response in answer_so_far(

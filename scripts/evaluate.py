@@ -92,7 +92,7 @@ def results_of(checkpoint: str, rows: Sequence[Row], options: argparse.Namespace
     """Answer every row with a checkpoint, in batches."""
     from tqdm import tqdm
 
-    from model.chat import load_for_answering
+    from model.inference.load import load_for_answering
 
     model, tokenizer = load_for_answering(checkpoint, options.tokenizer, options.base, options.force_base)
     results: dict[int, Result] = {}
@@ -117,9 +117,9 @@ def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: i
     """The results of one batch of rows that are alike, each asked as in training."""
     import torch
 
-    from model.answers import greedy_answers, label_losses
-    from model.chat import image_tensor
     from model.data.prompt import Lengths, context_ids, sample_from_row
+    from model.inference.batch import greedy_answers, label_losses
+    from model.inference.chat import image_tensor
 
     english = rows[0].lang == "en"
     pictures = [image_tensor(row.img, model) for row in rows if row.img is not None]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_python
 
-from model.chat import answer_so_far, chat
 from model.data.tokenizer import ChatGLMTokenizer
+from model.inference.chat import answer_so_far, chat
 from scripts.cli_demo import UNSETTLED, main, not_yet_printed
 
 COMMAND = PROJECT / "scripts/cli_demo.py"

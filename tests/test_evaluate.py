@@ -7,11 +7,11 @@ import sacrebleu
 import torch
 from conftest import GOLDEN, PROJECT, load_model, run_python, write_tuned
 
-from model.answers import greedy_answers, label_losses
-from model.chat import chat, image_tensor
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
 from model.data.tokenizer import ChatGLMTokenizer
+from model.inference.batch import greedy_answers, label_losses
+from model.inference.chat import chat, image_tensor
 from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
 
 ROWS = GOLDEN / "upstream/dataset.json"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import PROJECT, load_model, run_python, write_tuned
 
-from model.chat import load_for_answering
 from model.checkpoints.weights import read_weights
 from model.errors import InputError
 from model.frozen import dequantized, quantized
+from model.inference.load import load_for_answering
 from model.merging import is_packed_in_qlora, merge, write_weights
 from model.sat_compat import import_sat
 

@@ -17,7 +17,7 @@ MODULES = {
     if path.stem != "__init__"
 }
 WITH_SAT = {
-    "answers",
+    "inference.batch",
     "attention",
     "blip2",
     "visualglm",
@@ -28,7 +28,8 @@ WITH_SAT = {
     "training.sat_loop",
     "training.feature_cache",
     "checkpoints.weights",
-    "chat",
+    "inference.chat",
+    "inference.load",
     "sat_compat",
 }
 WITHOUT_TORCH = (
@@ -57,7 +58,7 @@ def test_public_name_can_be_imported_from_the_script(name):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("first", ["", "import model.chat, model.lora\n"])
+@pytest.mark.parametrize("first", ["", "import model.inference.chat, model.lora\n"])
 def test_models_names_can_be_imported_from_the_package(first):
     names = "VisualGLMModel, FineTuneVisualGLMModel, chat"
     done = run_python("-c", f"{first}from model import {names}\nprint(*(callable(name) for name in ({names})))")

@@ -63,7 +63,8 @@ LOAD = (
     + """
 import json, sys
 from pathlib import Path
-from model.chat import chat, load_for_answering
+from model.inference.chat import chat
+from model.inference.load import load_for_answering
 from model.merging import merge
 
 root, picture = Path(sys.argv[1]), sys.argv[2]

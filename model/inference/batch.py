@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model.chat import answer_text, key_value_cache
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.tokenizer import ChatGLMTokenizer
+from model.inference.chat import answer_text, key_value_cache
 from model.masks import glm_position_ids, prefix_mask
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel

@@ -9,11 +9,12 @@ import torch
 from conftest import GOLDEN, load_model
 from PIL import Image
 
-from model.chat import chat, image_size, load_for_answering, tidied
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
+from model.inference.chat import chat, tidied
+from model.inference.load import image_size, load_for_answering
 
 PICTURE = GOLDEN / "upstream/images/0.png"
 CHATTY = {"max_length": 64, "temperature": 0}  # greedy, some twenty tokens

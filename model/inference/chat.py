@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.layout import find_weights, read_json_object
-from model.checkpoints.metadata import is_finetuned
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.images import open_picture, picture_file
 from model.data.prompt import context_ids
-from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
+from model.inference.load import image_size
 from model.masks import glm_position_ids, prefix_mask
-from model.sat_compat import import_sat, model_only, quieten
+from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
 import_sat()
@@ -32,54 +31,6 @@ Turn = tuple[str, str]  # question, answer
 
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = r"[\u4e00-\u9fff]"
-
-
-def load_for_answering(
-    checkpoint: str,
-    tokenizer_path: str | None = None,
-    base: str | None = None,
-    force_base: bool = False,
-    quant: int | None = None,
-) -> tuple[VisualGLMModel, ChatGLMTokenizer]:
-    """A checkpoint's model, in eval mode, and its tokenizer: a base, full, adapter or merged one.
-
-    The model is on the GPU in float16 where there is one, else on the CPU in float32.
-
-    Args:
-        checkpoint: a folder, an iteration's folder, its weights file, or a name in $SAT_HOME.
-        tokenizer_path: where to find the tokenizer if the folder has none.
-        base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
-        quant: 8 or 4, to keep the weights of linears in that many bits, on a GPU.
-
-    Raises:
-        InputError: no such checkpoint, or one that can't be used; quant without a GPU.
-    """
-    from model.finetune import FineTuneVisualGLMModel
-
-    quieten()
-    if quant is not None and not torch.cuda.is_available():
-        raise InputError(
-            f"--quant {quant}: SAT's kernels for it run on an NVIDIA GPU only; leave --quant out on a CPU."
-        )
-    weights = find_weights(checkpoint)
-    folder = weights.parent.parent
-    config = read_json_object(folder / "model_config.json", "The checkpoint's configuration")
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, tokenizer_path))
-    check_special_ids(tokenizer, config)
-    model_class = FineTuneVisualGLMModel if is_finetuned(config) else VisualGLMModel
-    args = model_class.get_args(skip_init=True, fp16=torch.cuda.is_available(), base=base, force_base=force_base)
-    with model_only():
-        model, _ = model_class.from_pretrained(str(weights), args)
-    if quant is not None:
-        from sat.quantization.kernels import quantize
-
-        quantize(model, quant)
-    return model.eval(), tokenizer
-
-
-def image_size(model: VisualGLMModel) -> int:
-    """Height and width, in pixels, of the pictures that the model takes."""
-    return model.get_mixin("eva").model.vit.transformer.property.image_size[0]
 
 
 @contextmanager

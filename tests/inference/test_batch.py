@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_values, load_model
 
-from model.answers import greedy_answers, label_losses
-from model.chat import chat
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import Row
 from model.data.tokenizer import ChatGLMTokenizer
+from model.inference.batch import greedy_answers, label_losses
+from model.inference.chat import chat
 from model.loss import answer_loss
 
 QUESTIONS = ("这张图片的背景里有什么内容？", "What is in the background?", "你好")

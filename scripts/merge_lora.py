@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from model.checkpoints.layout import find_weights
 
         find_weights(options.checkpoint, "CHECKPOINT")
-        from model.merging import merge
+        from model.convert.merge_lora import merge
 
         folder = merge(options.checkpoint, options.out, options.base, options.force_base)
     except InputError as problem:

@@ -8,7 +8,7 @@ from test_benchmark import SHAPE
 
 from model.data.dataset import data_collator
 from model.training.step import get_batch
-from scripts.benchmark import SAVINGS, Bench, Way, parsed
+from scripts.dev.benchmark import SAVINGS, Bench, Way, parsed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

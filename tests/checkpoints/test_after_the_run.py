@@ -65,7 +65,7 @@ import json, sys
 from pathlib import Path
 from model.inference.chat import chat
 from model.inference.load import load_for_answering
-from model.merging import merge
+from model.convert.merge_lora import merge
 
 root, picture = Path(sys.argv[1]), sys.argv[2]
 

@@ -11,10 +11,10 @@ from model.checkpoints.metadata import find_base, settings_to_go_on
 from model.checkpoints.weights import fingerprint, read_weights
 from model.cli.flag_checks import config_problems
 from model.cli.options import parse
+from model.convert.merge_lora import merge
 from model.errors import InputError
 from model.finetune import FineTuneVisualGLMModel
 from model.inference.load import load_for_answering
-from model.merging import merge
 
 WEIGHTS = "1/mp_rank_00_model_states.pt"
 LORA = {"use_lora": True, "lora_rank": 3, "layer_range": [0, 2]}

@@ -7,10 +7,10 @@ import torch
 from conftest import PROJECT, load_model, run_python, write_tuned
 
 from model.checkpoints.weights import read_weights
+from model.convert.merge_lora import is_packed_in_qlora, merge, write_weights
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.inference.load import load_for_answering
-from model.merging import is_packed_in_qlora, merge, write_weights
 from model.sat_compat import import_sat
 
 import_sat()
@@ -135,7 +135,7 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
     code = f"""
 import torch
 from pathlib import Path
-from model.merging import write_weights
+from model.convert.merge_lora import write_weights
 shape = (2048, 2048)
 like = {{str(number): torch.empty(shape, device="meta") for number in range(32)}}
 def anonymous():

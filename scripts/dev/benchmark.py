@@ -1,9 +1,9 @@
 """How much faster and smaller a training step is than the 2023 script's, both measured in one process.
 
-python scripts/benchmark.py --shape mini --steps 5
-python scripts/benchmark.py --shape mini --dtype bf16
-python scripts/benchmark.py --shape mini --ablate
-python scripts/benchmark.py --shape 6b --dtype fp16        on a GPU; random weights, no file needed
+python scripts/dev/benchmark.py --shape mini --steps 5
+python scripts/dev/benchmark.py --shape mini --dtype bf16
+python scripts/dev/benchmark.py --shape mini --ablate
+python scripts/dev/benchmark.py --shape 6b --dtype fp16        on a GPU; random weights, no file needed
 
 The released way: every row padded to --max_source_length + --max_target_length tokens, the vision tower run at every
 step, scores of all positions in float32, attention in separate operations, activations recomputed, masks made token by
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
 from model.checkpoints.layout import read_json_object
 from model.errors import InputError
@@ -307,7 +307,7 @@ def read_samples(options: argparse.Namespace, config: dict[str, Any]) -> list[di
     from model.data.image_processor import BlipImageEvalProcessor
     from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(Path(__file__).resolve().parents[1] / "model/tiny"))
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(Path(__file__).resolve().parents[2] / "model/tiny"))
     dataset = FewShotDataset(
         options.data, BlipImageEvalProcessor(config["eva_args"]["image_size"][0]), tokenizer, options
     )

@@ -6,15 +6,16 @@ from random import Random
 
 import pytest
 import torch
+from conftest import PROJECT
 
 from model.data.tokenizer import ChatGLMTokenizer
-from scripts import build_tiny
-from scripts.make_fewshot_data import QUESTION, label
-from scripts.scene_talk import Turn
-from scripts.scenes import BACKGROUNDS, random_scene
+from scripts.dev import build_tiny
+from scripts.dev.make_fewshot_data import QUESTION, label
+from scripts.dev.scene_talk import Turn
+from scripts.dev.scenes import BACKGROUNDS, random_scene
 from tests.conftest import load_model
 
-TINY = Path(__file__).resolve().parents[1] / "model" / "tiny"
+TINY = PROJECT / "model/tiny"
 FILES = {"model_config.json", "latest", "1/mp_rank_00_model_states.pt", "ice_text.model"}
 
 

@@ -1,7 +1,7 @@
 """Make fewshot-data/: 20 rows to fine-tune on, 50 other rows to try the result on, and their pictures.
 
-    python scripts/make_fewshot_data.py
-    python scripts/make_fewshot_data.py --out fewshot-data
+    python scripts/dev/make_fewshot_data.py
+    python scripts/dev/make_fewshot_data.py --out fewshot-data
 
 All rows ask one question, what is in a picture's background, that the small VisualGLM of build_tiny.py has never seen.
 The same command always makes the same files.
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
-from scripts.scenes import BACKGROUNDS, Background, draw, random_scene
+from scripts.dev.scenes import BACKGROUNDS, Background, draw, random_scene
 
 QUESTION = "这张图片的背景里有什么内容？"
 TRAIN_ROWS = 20

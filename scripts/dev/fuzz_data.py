@@ -1,7 +1,7 @@
 """Feed thousands of damaged rows and pictures to check_data.py and to the checks before training, and judge verdicts.
 
-    python scripts/fuzz_data.py                         10,000 rows and 2,000 pictures, the same ones each time
-    python scripts/fuzz_data.py --hostile               a folder of pictures made to hurt, and what is said of each
+    python scripts/dev/fuzz_data.py                         10,000 rows and 2,000 pictures, the same ones each time
+    python scripts/dev/fuzz_data.py --hostile               a folder of pictures made to hurt, and what is said of each
 
 Every verdict must be a good row, or one sentence in one line that names the row; nothing may hang, no row that is good
 may be refused, none that is bad accepted. Exit status 1 if something went otherwise.
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
@@ -40,7 +40,7 @@ SEED = 20230517
 MOST_SECONDS = 60  # for one file; more is a hang
 ROWS_IN_A_FILE = 100
 SENTENCE = re.compile(r"[^\n]+: [^\n]+[.!…]|… and \d+ more; [^\n]+\.")
-TINY = str(Path(__file__).resolve().parent.parent / "model/tiny")  # whose tokenizer counts
+TINY = str(Path(__file__).resolve().parents[2] / "model/tiny")  # whose tokenizer counts
 FLAGS = ("--workers", "1", "--from_pretrained", TINY, "--max_target_length", "64")
 LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
 HARMLESS = (

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from scripts.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Background, Scene, Thing, draw, random_scene
+from scripts.dev.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Background, Scene, Thing, draw, random_scene
 
 
 def test_draw_of_the_same_scene_gives_the_same_picture():

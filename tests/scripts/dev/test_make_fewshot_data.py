@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from PIL import Image
 
-from scripts.make_fewshot_data import QUESTION, label, main
-from scripts.scenes import BACKGROUNDS
+from scripts.dev.make_fewshot_data import QUESTION, label, main
+from scripts.dev.scenes import BACKGROUNDS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = PROJECT
 SHIPPED = ROOT / "fewshot-data"
 FILES = [("dataset.json", 20), ("heldout.json", 50)]
 
@@ -74,7 +75,7 @@ def test_label_is_that_of_the_background_drawn(monkeypatch, tmp_path):
         drawn.append(scene)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("scripts.make_fewshot_data.draw", drawn_blank)
+    monkeypatch.setattr("scripts.dev.make_fewshot_data.draw", drawn_blank)
     main(["--out", str(tmp_path)])
 
     made_rows = [row for name, _ in FILES for row in json.loads((tmp_path / name).read_text(encoding="utf-8"))]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, run_python
 
-from scripts import benchmark
-from scripts.benchmark import SAVINGS, Bench, Way, compare, parsed
+from scripts.dev import benchmark
+from scripts.dev.benchmark import SAVINGS, Bench, Way, compare, parsed
 
 SHAPE = GOLDEN / "upstream/model_config.json"
 
@@ -77,7 +77,7 @@ def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch
 def test_command_ends_with_the_four_figures(tmp_path) -> None:
     figures = tmp_path / "figures.json"
     words = ("--shape", SHAPE, "--steps", "1", "--batch-size", "1", "--json", figures)
-    run = run_python(PROJECT / "scripts/benchmark.py", *words)
+    run = run_python(PROJECT / "scripts/dev/benchmark.py", *words)
     assert run.returncode == 0, run.stderr
     last = run.stdout.splitlines()[-1]
     assert last.startswith("ratio ")
@@ -87,7 +87,7 @@ def test_command_ends_with_the_four_figures(tmp_path) -> None:
 
 @pytest.mark.run
 def test_command_when_the_shape_is_no_file_says_so() -> None:
-    run = run_python(PROJECT / "scripts/benchmark.py", "--shape", "no-such.json")
+    run = run_python(PROJECT / "scripts/dev/benchmark.py", "--shape", "no-such.json")
     assert run.returncode == 2
     assert "no-such.json" in run.stderr
     assert "Traceback" not in run.stderr

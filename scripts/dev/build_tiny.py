@@ -1,8 +1,8 @@
 """Train a small VisualGLM from nothing: tokenizer, eyes and language model, in twenty minutes on two idle cores.
 
-    python scripts/build_tiny.py
-    python scripts/build_tiny.py --out model/tiny --seed 1
-    python scripts/build_tiny.py --out tiny-try --steps 100
+    python scripts/dev/build_tiny.py
+    python scripts/dev/build_tiny.py --out model/tiny --seed 1
+    python scripts/dev/build_tiny.py --out tiny-try --steps 100
 
 It learns from drawn scenes (`scenes.py`) and what can be said of them in Chinese and English (`scene_talk.py`). What
 `make_fewshot_data.py` teaches is kept from it. The result has the layout of the 6B's checkpoint:
@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file: the project's root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
 import sentencepiece
 import torch
@@ -40,9 +40,9 @@ from model.loss import answer_loss
 from model.progress import duration, say
 from model.sat_compat import quieten
 from model.visualglm import VisualGLMModel
-from scripts.make_fewshot_data import QUESTION
-from scripts.scene_talk import SMALL_TALK, Turn, random_turn
-from scripts.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIZE, Scene, Thing, draw, random_scene
+from scripts.dev.make_fewshot_data import QUESTION
+from scripts.dev.scene_talk import SMALL_TALK, Turn, random_turn
+from scripts.dev.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIZE, Scene, Thing, draw, random_scene
 
 STEPS = 1200  # of the whole model: enough to name every background; objects would take more
 EYES_SHARE = 2 / 3  # steps of the eyes alone, for each step of the whole model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from scripts.scenes import BACKGROUNDS, COLOURS, COLUMNS, SHAPES, Scene, Thing
+from scripts.dev.scenes import BACKGROUNDS, COLOURS, COLUMNS, SHAPES, Scene, Thing
 
 NUMBERS_ZH = ["零", "一", "两", "三"]
 NUMBERS_EN = ["no", "one", "two", "three"]

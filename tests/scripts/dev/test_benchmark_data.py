@@ -6,7 +6,7 @@ import os
 import pytest
 from conftest import run_python
 
-from scripts.benchmark_data import made_data, memory_of
+from scripts.dev.benchmark_data import made_data, memory_of
 
 
 def test_made_data_has_a_picture_of_its_own_for_every_row(tmp_path):
@@ -23,7 +23,7 @@ def test_memory_of_a_process_is_at_least_what_it_holds():
 @pytest.mark.slow
 def test_command_measures_both_files_and_the_input(upstream_checkpoint):
     done = run_python(
-        "scripts/benchmark_data.py", "--from_pretrained", upstream_checkpoint, "--rows", "200", "--edge", "32",
+        "scripts/dev/benchmark_data.py", "--from_pretrained", upstream_checkpoint, "--rows", "200", "--edge", "32",
         "--steps", "2", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

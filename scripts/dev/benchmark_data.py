@@ -1,7 +1,7 @@
 """Measure what large data costs: time and memory before the first step, and pictures read per second.
 
-    python scripts/benchmark_data.py --from_pretrained model/tiny
-    python scripts/benchmark_data.py --from_pretrained model/tiny --rows 300000 --edge 640
+    python scripts/dev/benchmark_data.py --from_pretrained model/tiny
+    python scripts/dev/benchmark_data.py --from_pretrained model/tiny --rows 300000 --edge 640
 
 Makes a data file of 20 rows and one of many, each row with a text and a picture of its own (a hundred different
 pictures, the rest are links to them), trains one step on each in processes of their own, and compares. The first run
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
@@ -30,7 +30,7 @@ from model.checkpoints.layout import find_checkpoint, read_json_object
 from model.errors import InputError
 from model.progress import say, warn
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 FEW = 20
 DIFFERENT_PICTURES = 100
 MIB = 2**20

@@ -2,7 +2,7 @@
 # The whole table of one GPU in a few minutes: the 6B shape with random weights, our way against the released one.
 # Needs nothing but this repository and its packages; the figures go to $1 (default: benchmark_gpu/), a JSON file a row.
 set -euo pipefail
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=${1:-benchmark_gpu}
 mkdir -p "$out"
 
@@ -10,7 +10,7 @@ row() {
     local name=$1
     shift
     echo "== $name: $*"
-    python "$project/scripts/benchmark.py" --shape 6b --steps 5 --json "$out/$name.json" "$@"
+    python "$project/scripts/dev/benchmark.py" --shape 6b --steps 5 --json "$out/$name.json" "$@"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

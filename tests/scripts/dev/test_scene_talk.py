@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from scripts.scene_talk import random_turn
-from scripts.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, random_scene
+from scripts.dev.scene_talk import random_turn
+from scripts.dev.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, random_scene
 
 RED_STAR = Thing(SHAPES[3], COLOURS[0], column=0, x=37, y=112, radius=30)
 BLUE_SQUARE = Thing(SHAPES[1], COLOURS[4], column=2, x=187, y=112, radius=30)

@@ -1,4 +1,6 @@
-"""ChatGLM's prefix mask and its two positions.
+"""ChatGLM's prefix mask, its two positions, and which positions predict a supervised token.
+
+Tensors only: training, packing, chatting and evaluating all ask here.
 
 Shapes: batch = samples, seq = tokens of the longest one.
 """
@@ -68,3 +70,41 @@ def glm_position_ids(
     first = torch.where(in_answer, mask_position[:, None] - pad, (position - pad).clamp(min=0))
     second = torch.where(in_answer, position - start + 1, 0)
     return torch.stack((first, second), dim=1)
+
+
+def packed_position_ids(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
+    """int64[batch, 2, seq]: `glm_position_ids` of several samples in one row, each counted by itself; padding has 0.
+
+        tokens   c  c  gMASK sop a  | c  gMASK sop a  a
+        first    0  1  2     2   2  | 0  1     1   1  1
+        second   0  0  0     1   2  | 0  0     1   2  3
+
+    Args:
+        segments: int64[batch, seq], the sample of each token; -1 is padding.
+        in_context: bool[batch, seq], before its sample's <sop>.
+    """
+    position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    is_first = torch.ones_like(in_context)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = torch.where(is_first, position, 0).cummax(dim=1).values
+    context_end = torch.where(in_context, position, 0).cummax(dim=1).values  # the last context token so far
+    both = torch.stack((torch.where(in_context, position, context_end) - start, position - context_end), dim=1)
+    return both.masked_fill((segments < 0).unsqueeze(1), 0)
+
+
+def supervised_positions(labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of the flattened batch · seq predict a supervised token, and these tokens: int64[answers] each.
+
+        tokens    question gMASK sop  a   b   eop
+        labels       -       -   sop  a   b   eop
+        position             x    x   x   x                 the position before each supervised token
+
+    On a GPU this waits for the device: call it where the batch is made.
+
+    Args:
+        labels: int64[batch, seq], ignore_index where nothing is learned.
+    """
+    next_labels = torch.full_like(labels, ignore_index)
+    next_labels[:, :-1] = labels[:, 1:]
+    positions = (next_labels.flatten() != ignore_index).nonzero().squeeze(1)
+    return positions, next_labels.flatten()[positions]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -68,6 +69,47 @@ def upstream_config() -> dict:
 def upstream_checkpoint(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> Path:
     """That model, with the weights that golden/README.md gives."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "upstream", upstream_config, upstream_weights())
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """ChatGLM's tokenizer over the small golden vocabulary."""
+    from model.data.tokenizer import ChatGLMTokenizer
+
+    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture
+def small_model(upstream_checkpoint: Path) -> Any:
+    """The small model's base, in eval mode; loading it makes SAT's model-parallel groups."""
+    return load_model(upstream_checkpoint)
+
+
+class FakeTimers:
+    """Counts what is started and stopped, as SAT's timers are."""
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+        self.started: list[str] = []
+
+    def __call__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: self._start(name), stop=lambda: self.running.remove(name))
+
+    def _start(self, name: str) -> None:
+        self.running.append(name)
+        self.started.append(name)
+
+
+def write_rows(folder: Path, rows: list, name: str = "rows.json") -> Path:
+    """A data file of these rows."""
+    path = folder / name
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def run_program(name: str, *words: str | Path, cwd: Path = PROJECT, **environment: str) -> Any:
+    """Run tests/programs/<name>.py in a process of its own, and give what it printed; see `run_python`."""
+    return run_python(PROJECT / "tests/programs" / f"{name}.py", *words, cwd=cwd, **environment)
 
 
 def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:

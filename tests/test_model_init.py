@@ -104,3 +104,50 @@ def test_parts_of_a_rows_way_know_nothing_of_the_parts_after_them():
     for name in standard:
         outside = imported_names(MODULES[name]) - sys.stdlib_module_names - {"model"}
         assert outside == set(), name
+
+
+# Who may import whom. Everything may import what stands in its own room.
+GROUND = {"errors", "progress", "distributed", "adapter_config", "model_flags", "sat_compat", "masks"}
+MAY_IMPORT = {
+    "ground": set(),
+    "data": {"ground"},
+    "checkpoints": {"data", "ground"},
+    "cli": {"checkpoints", "data", "ground"},
+    "network": {"checkpoints", "data", "ground"},
+    "training": {"network", "cli", "checkpoints", "data", "ground"},
+    "inference": {"network", "checkpoints", "data", "ground"},
+    "convert": {"network", "cli", "checkpoints", "data", "ground"},
+}
+
+
+def room(module):
+    """The room that a module of `model` stands in; flat ones are the network's, but for the ground."""
+    first, *rest = module.split(".")
+    return first if rest or (PROJECT / "model" / first).is_dir() else "ground" if first in GROUND else "network"
+
+
+def modules_imported(path):
+    """(line, module) of every import of a part of `model`, wherever in the file; modules without the package's name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("model.") in MODULES else node.module for name in names]
+        else:
+            continue
+        yield from ((node.lineno, name.removeprefix("model.")) for name in names if name.startswith("model."))
+
+
+def test_imports_run_one_way():
+    wrong = [
+        f"model/{name.replace('.', '/')}.py line {line}: {room(name)} may not import {room(imported)} ({imported})"
+        for name, path in MODULES.items()
+        for line, imported in modules_imported(path)
+        if room(imported) not in MAY_IMPORT[room(name)] | {room(name)}
+    ]
+    assert wrong == []
+
+
+def test_every_room_of_the_house_is_in_the_table():
+    assert {room(name) for name in MODULES} == set(MAY_IMPORT)

@@ -17,6 +17,7 @@ from model.data.images import open_picture
 from model.data.prompt import IGNORE_INDEX, Lengths, Tokenizer, sample_from_row
 from model.data.rows import Row, Rows, read_rows, row_turns
 from model.errors import InputError
+from model.masks import packed_position_ids, supervised_positions
 
 PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 PAD_MULTIPLE = 8  # tokens; half-precision matrix units work in tiles of 8
@@ -151,7 +152,7 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
 
     segments       int64[batch, seq]      the sample that each token belongs to; none sees another's
     in_context     bool[batch, seq]       before <sop>
-    position_ids   int64[batch, 2, seq]   each sample's own; see `model.masks.glm_position_ids`
+    position_ids   int64[batch, 2, seq]   each sample's own; see `model.masks.packed_position_ids`
     """
     rows: list[list[dict[str, Any]]] = []
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):  # first fit, the longest first
@@ -164,7 +165,6 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
     batch = _batch(rows)
     segments = torch.full_like(batch["labels"], -1)
     in_context = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    position_ids = torch.zeros(len(rows), 2, segments.shape[1], dtype=torch.int64)
     for number, row in enumerate(rows):
         for segment, (start, example) in enumerate(_with_starts(row)):
             labels = example["labels"]
@@ -172,9 +172,7 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
             context = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
             segments[number, start:end] = segment
             in_context[number, start : start + context] = True
-            position_ids[number, 0, start : start + context] = torch.arange(context)
-            position_ids[number, 0, start + context : end] = context - 1
-            position_ids[number, 1, start + context : end] = torch.arange(end - start - context) + 1
+    position_ids = packed_position_ids(segments, in_context)
     return {**batch, "segments": segments, "in_context": in_context, "position_ids": position_ids}
 
 
@@ -195,9 +193,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 slots.append(torch.arange(first, first + example["image_length"]))
                 pictures.append(example)
     kind = "image_features" if pictures and "image_features" in pictures[0] else "image"
-    predicted = torch.full_like(labels, IGNORE_INDEX)
-    predicted[:, :-1] = labels[:, 1:]
-    positions = (predicted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    positions, answers = supervised_positions(labels, IGNORE_INDEX)
     batch = {
         "input_ids": input_ids,
         "labels": labels,
@@ -205,7 +201,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         "pre_image": pictures[0]["pre_image"] if pictures else 0,
         "image_slots": torch.stack(slots) if slots else torch.empty(0, 0, dtype=torch.int64),
         "answer_positions": positions,
-        "answers": predicted.flatten()[positions],
+        "answers": answers,
     }
     problems = [example["problem"] for example in examples if "problem" in example]
     return {**batch, "problems": problems} if problems else batch

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT, printed_losses, run_python
+from conftest import GOLDEN, PROJECT, printed_losses, run_python, write_rows
 
 pytestmark = pytest.mark.run
 
@@ -21,12 +21,6 @@ SHAPES = [
 NO_DROPOUT = ("--hidden-dropout", "0", "--attention-dropout", "0")
 
 
-def data_file(folder: Path, rows: list, name: str = "rows.json") -> Path:
-    path = folder / name
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
 def train(checkpoint: Path, data: Path, *flags: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return run_python(
         PROJECT / "finetune_visualglm.py", "--from_pretrained", checkpoint, "--use_lora", "--mode", "finetune",
@@ -36,7 +30,7 @@ def train(checkpoint: Path, data: Path, *flags: str | Path, **environment: str) 
 
 def test_epochs_with_every_shape_of_row_and_accumulation_sees_all_samples(tmp_path, upstream_checkpoint):
     done = train(
-        upstream_checkpoint, data_file(tmp_path, SHAPES * 2), "--epochs", "2", "--gradient-accumulation-steps", "2",
+        upstream_checkpoint, write_rows(tmp_path, SHAPES * 2), "--epochs", "2", "--gradient-accumulation-steps", "2",
         "--max_source_length", "auto", "--max_target_length", "auto",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -46,7 +40,7 @@ def test_epochs_with_every_shape_of_row_and_accumulation_sees_all_samples(tmp_pa
 
 
 def test_holdout_is_evaluated_and_the_best_checkpoint_can_be_loaded(tmp_path, upstream_checkpoint):
-    data = data_file(tmp_path, SHAPES * 3)
+    data = write_rows(tmp_path, SHAPES * 3)
     flags = ("--holdout", "0.25", "--keep_best", "--eval-interval", "1", "--train-iters", "2", "--save", "saved")
     done = train(upstream_checkpoint, data, *flags, "--lr", "0.01", "--auto_warmup_steps", "0")
     assert done.returncode == 0, done.stderr
@@ -65,7 +59,7 @@ def test_holdout_is_evaluated_and_the_best_checkpoint_can_be_loaded(tmp_path, up
 
 
 def test_bad_rows_stop_the_run_and_are_all_named(tmp_path, upstream_checkpoint):
-    data = data_file(tmp_path, [SHAPES[0], {"img": "no.png", "prompt": "?", "label": "!"}, SHAPES[2]])
+    data = write_rows(tmp_path, [SHAPES[0], {"img": "no.png", "prompt": "?", "label": "!"}, SHAPES[2]])
     done = train(upstream_checkpoint, data)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert f"{data} row 2: there is no file no.png" in done.stderr
@@ -73,7 +67,7 @@ def test_bad_rows_stop_the_run_and_are_all_named(tmp_path, upstream_checkpoint):
 
 def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, upstream_checkpoint):
     bad = [{"img": "no.png", "prompt": "?", "label": "!"}, {}, 7]
-    done = train(upstream_checkpoint, data_file(tmp_path, [*bad, *SHAPES]), "--bad_rows", "skip", "--train-iters", "1")
+    done = train(upstream_checkpoint, write_rows(tmp_path, [*bad, *SHAPES]), "--bad_rows", "skip", "--train-iters", "1")
     assert done.returncode == 0, done.stderr
     assert "Left out, 3 bad rows (--bad_rows skip):" in done.stdout
     assert "Training on 5 samples" in done.stdout
@@ -83,10 +77,10 @@ def test_very_many_rows_are_checked_beside_the_imports_and_every_cut_is_counted(
     rows = [{"prompt": f"{number}？", "label": "天。"} for number in range(25_000)]
     rows[24_000] |= {"prompt": "长" * 90}
     rows[7] |= {"label": "长" * 300}
-    done = train(upstream_checkpoint, data_file(tmp_path, rows), "--train-iters", "1")
+    done = train(upstream_checkpoint, write_rows(tmp_path, rows), "--train-iters", "1")
     assert done.returncode == 0, done.stderr
     assert "25000 rows; cut to fit: 1 prompts (--max_source_length), 1 labels (--max_target_length)" in done.stdout
-    bad = train(upstream_checkpoint, data_file(tmp_path, [*rows, {"prompt": "?"}]), "--train-iters", "1")
+    bad = train(upstream_checkpoint, write_rows(tmp_path, [*rows, {"prompt": "?"}]), "--train-iters", "1")
     assert (bad.returncode, bad.stdout, "Traceback" in bad.stderr) == (2, "", False)
     assert 'row 25001: no "label"' in bad.stderr
 
@@ -94,7 +88,7 @@ def test_very_many_rows_are_checked_beside_the_imports_and_every_cut_is_counted(
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, upstream_checkpoint, policy):
     (tmp_path / "broken.jpg").write_text("no picture")
-    data = data_file(tmp_path, [SHAPES[0], SHAPES[0] | {"img": "broken.jpg"}])
+    data = write_rows(tmp_path, [SHAPES[0], SHAPES[0] | {"img": "broken.jpg"}])
     done = train(
         upstream_checkpoint, data, "--bad_rows", policy, "--check_seconds", "0", "--epochs", "2", "--num-workers", "2"
     )
@@ -108,7 +102,7 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_picture_that_breaks_on_one_of_two_processes_stops_both_or_none(tmp_path, upstream_checkpoint, policy):
     (tmp_path / "broken.jpg").write_text("no picture")
-    data = data_file(tmp_path, [SHAPES[0], SHAPES[2], SHAPES[0] | {"img": "broken.jpg"}, SHAPES[3]])
+    data = write_rows(tmp_path, [SHAPES[0], SHAPES[2], SHAPES[0] | {"img": "broken.jpg"}, SHAPES[3]])
     done = run_python(
         "-m", "torch.distributed.run", "--nproc-per-node", "2", PROJECT / "finetune_visualglm.py", "--from_pretrained",
         upstream_checkpoint, "--use_lora", "--mode", "finetune", "--train-data", data, "--batch-size", "1", "--epochs",
@@ -133,14 +127,14 @@ def test_order_of_rows_follows_the_seed(tmp_path, upstream_checkpoint):
 
 
 def test_same_file_for_training_and_evaluation_is_warned_about(tmp_path, upstream_checkpoint):
-    data = data_file(tmp_path, SHAPES)
+    data = write_rows(tmp_path, SHAPES)
     copy = shutil.copy(data, tmp_path / "copy.json")
     done = train(upstream_checkpoint, data, "--valid-data", copy, "--train-iters", "1")
     assert f"WARNING: {copy} is given for training and for evaluation" in done.stdout
 
 
 def test_evaluation_on_two_processes_is_the_same_as_on_one(tmp_path, upstream_checkpoint):
-    data, valid = data_file(tmp_path, SHAPES), data_file(tmp_path, [*SHAPES, *SHAPES[2:]], "valid.json")
+    data, valid = write_rows(tmp_path, SHAPES), write_rows(tmp_path, [*SHAPES, *SHAPES[2:]], "valid.json")
     flags = ("--valid-data", valid, "--train-iters", "1", "--lr", "1e-9", "--eval-batch-size", "2")
     one = train(upstream_checkpoint, data, *flags)
     two = run_python(
@@ -153,7 +147,7 @@ def test_evaluation_on_two_processes_is_the_same_as_on_one(tmp_path, upstream_ch
 
 
 def test_larger_image_is_trained_and_saved_as_such(tmp_path, upstream_checkpoint):
-    data = data_file(tmp_path, SHAPES)
+    data = write_rows(tmp_path, SHAPES)
     size = 2 * 224
     done = train(upstream_checkpoint, data, "--image_size", str(size), "--train-iters", "1", "--save", "saved")
     assert done.returncode == 0, done.stderr

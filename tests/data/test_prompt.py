@@ -19,7 +19,6 @@ from model.data.prompt import (
     sample_from_row,
 )
 from model.data.rows import Row, plain_values, row_from_json, row_turns
-from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 
 QUESTION = "这张图片的背景里有什么内容？"
@@ -29,11 +28,6 @@ TAIL = [4, 2913, 2713]  # <n> 答 ：
 PAD, GMASK, SOP, EOP = 3, 86, 89, 90
 LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
 LONG = "一二三四五六七八九十" * 20
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
 
 
 @pytest.fixture(scope="module")

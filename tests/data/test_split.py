@@ -1,13 +1,12 @@
 """Which rows are trained on, held out and left out: the same ones everywhere, none in two places."""
 
-import json
 import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, write_rows
 
 from model.data import lengths as lengths_module
 from model.data import split as module
@@ -22,22 +21,12 @@ PICTURE = str(GOLDEN / "upstream/images/0.png")
 LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> ChatGLMTokenizer:
-    return ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-
-
-def data_file(folder: Path, rows: list, name: str = "rows.json") -> str:
-    (folder / name).write_text(json.dumps(rows))
-    return str(folder / name)
-
-
 def texts(number: int) -> list[dict]:
     return [{"prompt": f"{i}?", "label": f"{i}!"} for i in range(number)]
 
 
 def selection_of(folder: Path, rows: list, bad_rows: str = "error", seconds: float = 60.0):
-    return read_selection([data_file(folder, rows)], bad_rows, seconds)
+    return read_selection([str(write_rows(folder, rows))], bad_rows, seconds)
 
 
 # Bad rows
@@ -82,7 +71,7 @@ def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, m
         return PictureCheck()
 
     monkeypatch.setattr(module, "check_rows", slow_check)
-    read_selection([data_file(tmp_path, texts(1), name) for name in ("a.json", "b.json")], "error", 5.0)
+    read_selection([str(write_rows(tmp_path, texts(1), name)) for name in ("a.json", "b.json")], "error", 5.0)
     assert 4.5 < seconds[0] <= 5 and seconds[1] <= 4.8
 
 
@@ -130,7 +119,7 @@ def shared(*pictures: str) -> list[dict]:
 @pytest.mark.parametrize(("share", "number"), [(0.1, 3), (1, 3), (4, 3), (5, 6), (8, 9), (29, 27)])
 def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, share: float, number: int) -> None:
     rows = shared(*(f"{i % 10}.png" for i in range(30)))  # three rows for each of ten pictures
-    selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+    selection, _ = scan_files([str(write_rows(tmp_path, rows))], "error")
     (file,) = selection.rows
     hold_out(selection, [file], share, seed=1)
     held = {rows[index]["img"] for index in selection.chosen(file, training=False) or []}
@@ -142,7 +131,7 @@ def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, sh
 def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path: Path) -> None:
     rows = [*shared(*["large.png"] * 50), *texts(50)]
     for seed in range(5):
-        selection, _ = scan_files([data_file(tmp_path, rows)], "error")
+        selection, _ = scan_files([str(write_rows(tmp_path, rows))], "error")
         hold_out(selection, list(selection.rows), 20, seed)
         assert [len(held) for held in selection.held_out.values()] == [20]
 
@@ -150,15 +139,15 @@ def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path:
 def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling(tmp_path: Path) -> None:
     for name in "ab":
         shutil.copy(PICTURE, tmp_path / f"{name}.png")
-    one = data_file(tmp_path, shared("a.png", "b.png"))
-    other = data_file(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json")
+    one = str(write_rows(tmp_path, shared("a.png", "b.png")))
+    other = str(write_rows(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json"))
     selection, _ = scan_files([one, other], "error")
     hold_out(selection, [one, other], 2, seed=1)
     assert selection.held_out[one] == selection.held_out[other] and len(selection.held_out[one]) == 1
 
 
 def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:
-    selection, _ = scan_files([data_file(tmp_path, shared("a.png", "a.png", "a.png"))], "error")
+    selection, _ = scan_files([str(write_rows(tmp_path, shared("a.png", "a.png", "a.png")))], "error")
     with pytest.raises(InputError, match="--holdout 1: all 3 rows in --train-data have the same picture"):
         hold_out(selection, list(selection.rows), 1, seed=1)
 
@@ -171,16 +160,18 @@ def test_holding_everything_out_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["itself", "link", "copy"])
 def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
-    file = data_file(tmp_path, texts(1))
-    other = {"itself": file, "link": str(tmp_path / "link.json"), "copy": data_file(tmp_path, texts(1), "copy.json")}[
-        how
-    ]
+    file = str(write_rows(tmp_path, texts(1)))
+    other = {
+        "itself": file,
+        "link": str(tmp_path / "link.json"),
+        "copy": str(write_rows(tmp_path, texts(1), "copy.json")),
+    }[how]
     if how == "link":
         os.symlink(file, other)
     assert same_file_warnings([file], [other])[0].startswith(
         f"WARNING: {other} is given for training and for evaluation"
     )
-    assert same_file_warnings([file], [data_file(tmp_path, texts(2), "other.json")]) == []
+    assert same_file_warnings([file], [str(write_rows(tmp_path, texts(2), "other.json"))]) == []
 
 
 # Counting and lengths

@@ -20,11 +20,6 @@ CONFIG = json.loads((GOLDEN / "upstream/model_config.json").read_text())
 every_row = pytest.mark.parametrize("row", EXPECTED["rows"], ids=[repr(row["text"][:20]) for row in EXPECTED["rows"]])
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLMTokenizer.from_pretrained(VOCAB)
-
-
 @pytest.fixture
 def no_hub(monkeypatch):
     def refuse(*_):

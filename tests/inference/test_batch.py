@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, golden_values, load_model
+from conftest import golden_values, load_model
 
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import Row
-from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat
 from model.loss import answer_loss
@@ -18,11 +17,6 @@ LENGTHS = Lengths(32, 96, 64)
 @pytest.fixture(scope="module")
 def model(upstream_checkpoint):
     return load_model(upstream_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
 @pytest.fixture(scope="module")

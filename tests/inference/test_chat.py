@@ -11,7 +11,6 @@ from PIL import Image
 
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import context_ids
-from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.chat import chat, tidied
 from model.inference.load import image_size, load_for_answering
@@ -24,11 +23,6 @@ ADAPTERS = [
     {"use_ptuning": True, "pre_seq_len": 5},
     {"use_lora": True, "lora_rank": 4, "use_ptuning": True, "pre_seq_len": 5},
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
 @pytest.fixture

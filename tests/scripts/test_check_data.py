@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_python
+from conftest import GOLDEN, run_python, write_rows
 from PIL import Image
 
 from scripts.check_data import command_line, data_report, main, padding_shares, report_lines
@@ -15,11 +15,6 @@ TOKENIZER = str(GOLDEN / "tokenizer")
 def picture(folder: Path, name: str, colour: str = "red") -> Path:
     Image.new("RGB", (4, 3), colour).save(folder / name)
     return folder / name
-
-
-def data_file(folder: Path, rows: list, name: str = "rows.json") -> str:
-    (folder / name).write_text(json.dumps(rows))
-    return str(folder / name)
 
 
 def report_of(*words: str) -> dict:
@@ -33,7 +28,7 @@ def row(tmp_path: Path) -> dict:
 
 
 def test_report_of_good_rows_has_nothing_wrong(tmp_path: Path, row: dict) -> None:
-    report = report_of(data_file(tmp_path, [row, {"prompt": "?", "label": "!"}]))
+    report = report_of(str(write_rows(tmp_path, [row, {"prompt": "?", "label": "!"}])))
     (file,) = report["files"]
     assert (file["rows"], file["without_picture"], report["problems"], report["wrong"]) == (2, 1, 0, False)
     assert report_lines(report)[-1] == "2 rows: all is well."
@@ -42,13 +37,13 @@ def test_report_of_good_rows_has_nothing_wrong(tmp_path: Path, row: dict) -> Non
 def test_report_names_every_bad_row_and_picture(tmp_path: Path, row: dict) -> None:
     (tmp_path / "b.jpg").write_text("text")
     rows = [row, {}, row | {"img": "b.jpg"}, row | {"img": "no.png"}]
-    report = report_of(data_file(tmp_path, rows))
+    report = report_of(str(write_rows(tmp_path, rows)))
     assert [problem.split(":")[0][-5:] for problem in report["files"][0]["problems"]] == ["row 2", "row 3", "row 4"]
     assert (report["pictures"]["bad"], report["wrong"]) == (2, True)
 
 
 def test_report_lists_all_bad_rows_however_many(tmp_path: Path, row: dict) -> None:
-    lines = report_lines(report_of(data_file(tmp_path, [row, *[{}] * 30])))
+    lines = report_lines(report_of(str(write_rows(tmp_path, [row, *[{}] * 30]))))
     assert sum("row " in line and ": no " in line for line in lines) == 30
 
 
@@ -56,26 +51,28 @@ def test_report_finds_pictures_of_the_same_content_and_their_sizes(tmp_path: Pat
     picture(tmp_path, "b.png")
     picture(tmp_path, "c.png", "blue")
     rows = [row | {"img": name} for name in ("a.png", "b.png", "c.png", "a.png")]
-    found = report_of(data_file(tmp_path, rows))["pictures"]
+    found = report_of(str(write_rows(tmp_path, rows)))["pictures"]
     assert (found["distinct"], found["same_content"], found["largest"]) == (3, 1, (4, 3))
 
 
 def test_report_finds_rows_that_say_the_same_and_contradictions(tmp_path: Path, row: dict) -> None:
-    found = report_of(data_file(tmp_path, [row, row, row | {"label": "other"}, row | {"prompt": "other"}]))["repeated"]
+    found = report_of(str(write_rows(tmp_path, [row, row, row | {"label": "other"}, row | {"prompt": "other"}])))[
+        "repeated"
+    ]
     assert found == {"rows": 1, "same_question_other_answer": 1}
 
 
 def test_report_finds_what_evaluation_shares_with_training(tmp_path: Path, row: dict) -> None:
     picture(tmp_path, "b.png", "blue")
     valid = [row, row | {"img": "b.png"}, row | {"prompt": "new", "label": "new"}]
-    report = report_of(data_file(tmp_path, [row]), "--valid", data_file(tmp_path, valid, "valid.json"))
+    report = report_of(str(write_rows(tmp_path, [row])), "--valid", str(write_rows(tmp_path, valid, "valid.json")))
     assert report["overlap"] == {"rows": 1, "prompts": 2, "pictures": 2, "of": 3}
     assert report["wrong"]
 
 
 def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path, row: dict) -> None:
     rows = [row, row | {"label": "一二三四五六七八九十" * 3}, row | {"prompt": "一二三四五六七八九十" * 9}]
-    words = (data_file(tmp_path, rows), "--tokenizer", TOKENIZER, "--max_target_length", "20")
+    words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER, "--max_target_length", "20")
     tokens = report_of(*words)["tokens"]
     assert tokens["cut"] == {"prompts": 1, "labels": 1, "histories": 0}
     enough = [word for flag, length in tokens["cuts_nothing"].items() for word in (f"--{flag}", str(length))]
@@ -87,7 +84,7 @@ def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path,
 
 def test_report_in_processes_is_the_same(tmp_path: Path, row: dict) -> None:
     names = [picture(tmp_path, f"{number}.png").name for number in range(120)]
-    data = data_file(tmp_path, [row | {"img": name} for name in [*names, "no.png"]])
+    data = str(write_rows(tmp_path, [row | {"img": name} for name in [*names, "no.png"]]))
     assert report_of(data, "--workers", "2") == report_of(data, "--workers", "1")
 
 
@@ -96,7 +93,7 @@ def test_exit_status_says_whether_something_is_wrong(
     tmp_path: Path, rows: list, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        main([data_file(tmp_path, rows), "--json"])
+        main([str(write_rows(tmp_path, rows)), "--json"])
     assert left.value.code == status
     assert json.loads(capfd.readouterr().out)["wrong"] == bool(status)
 

@@ -9,7 +9,6 @@ from conftest import GOLDEN, PROJECT, load_model, run_python, write_tuned
 
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
-from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
 from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
@@ -18,11 +17,6 @@ ROWS = GOLDEN / "upstream/dataset.json"
 PICTURES = [GOLDEN / f"upstream/images/{number}.png" for number in range(3)]
 QUESTIONS = ["一", "这张图片的背景里有什么内容？", "描述这张图片。"]
 COMMAND = PROJECT / "scripts/evaluate.py"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
 @pytest.fixture(params=[{}, {"use_lora": True, "lora_rank": 4}, {"use_ptuning": True, "pre_seq_len": 5}])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import golden_values, load_model
+from conftest import FakeTimers, golden_values, load_model
 
 from model import frozen
 from model import loss as loss_module
@@ -15,20 +15,6 @@ from model.loss import answer_loss, head_loss
 from model.training.step import forward_step, get_batch
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
-
-
-class Timers:
-    """Counts what is started and stopped, as SAT's timers are."""
-
-    def __init__(self):
-        self.running, self.started = [], []
-
-    def __call__(self, name):
-        return SimpleNamespace(start=lambda: self._start(name), stop=lambda: self.running.remove(name))
-
-    def _start(self, name):
-        self.running.append(name)
-        self.started.append(name)
 
 
 def sat_args(**flags):
@@ -104,7 +90,7 @@ def test_loss_of_half_precision_logits_is_float32():
 
 def test_batch_in_float32_is_handed_on_as_it_is():
     given = batch()
-    input_ids, labels, image, pre_image = get_batch(iter([given]), sat_args(), Timers())
+    input_ids, labels, image, pre_image = get_batch(iter([given]), sat_args(), FakeTimers())
     assert torch.equal(input_ids, given["input_ids"])
     assert torch.equal(labels, given["labels"])
     assert torch.equal(image, given["image"])
@@ -113,7 +99,7 @@ def test_batch_in_float32_is_handed_on_as_it_is():
 
 @pytest.mark.parametrize(("flag", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_image_of_a_batch_gets_the_models_dtype(flag, dtype):
-    input_ids, labels, image, _ = get_batch(iter([batch()]), sat_args(**{flag: True}), Timers())
+    input_ids, labels, image, _ = get_batch(iter([batch()]), sat_args(**{flag: True}), FakeTimers())
     assert image.dtype == dtype
     assert input_ids.dtype == labels.dtype == torch.int64
 
@@ -121,11 +107,11 @@ def test_image_of_a_batch_gets_the_models_dtype(flag, dtype):
 def test_batches_are_taken_one_after_another():
     first, second = batch(), batch() | {"pre_image": 4}
     batches = iter([first, second])
-    assert [get_batch(batches, sat_args(), Timers())[3] for _ in range(2)] == [3, 4]
+    assert [get_batch(batches, sat_args(), FakeTimers())[3] for _ in range(2)] == [3, 4]
 
 
 def test_timers_are_stopped_again():
-    timers = Timers()
+    timers = FakeTimers()
     get_batch(iter([batch()]), sat_args(), timers)
     assert timers.started == ["data loader"]
     assert not timers.running
@@ -135,7 +121,7 @@ def test_timers_are_stopped_again():
 
 
 def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
-    model, given, timers = process_group, batch(), Timers()
+    model, given, timers = process_group, batch(), FakeTimers()
     loss, metrics = forward_step(iter([given]), model, sat_args(), timers)
 
     logits = model(input_ids=given["input_ids"], image=given["image"], pre_image=3)[0]
@@ -156,12 +142,12 @@ def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(process_grou
     losses = []
     for multiple in (1, 64):
         monkeypatch.setattr(dataset, "PAD_MULTIPLE", multiple)
-        losses.append(forward_step(iter([batch()]), process_group, sat_args(), Timers())[0])
+        losses.append(forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())[0])
     torch.testing.assert_close(*losses)
 
 
 def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
-    loss, _ = forward_step(iter([batch()]), process_group.bfloat16(), sat_args(bf16=True), Timers())
+    loss, _ = forward_step(iter([batch()]), process_group.bfloat16(), sat_args(bf16=True), FakeTimers())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
 

@@ -35,8 +35,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> 
     from conftest import upstream_weights
 
     copy = tmp_path_factory.mktemp("readme") / "project"
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "checkpoints", ".quickstart", "golden")
-    shutil.copytree(PROJECT, copy, ignore=ignored)
+    left_out = {PROJECT / name for name in (".git", ".venv", "runs", "checkpoints", ".quickstart")}
+    left_out |= {*PROJECT.rglob("__pycache__"), *PROJECT.rglob("golden")}
+    shutil.copytree(
+        PROJECT, copy, ignore=lambda folder, names: [name for name in names if Path(folder, name) in left_out]
+    )
     write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
     rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
     for name, some in (("my.json", rows[:8]), ("my-other.json", rows[8:12])):

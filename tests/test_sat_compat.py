@@ -500,7 +500,7 @@ def test_safe_checkpoint_types_let_numpys_random_state_through(tmp_path):
 
 OPTIMIZING = """
 import sys, torch
-from model import sat_compat
+from model.training import sat_loop
 parameter = torch.nn.Parameter(torch.ones(2))
 if sys.argv[1:]:
     sat_loop.without_compiler()

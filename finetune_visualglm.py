@@ -18,7 +18,6 @@ from typing import Any
 from model import distributed, sat_compat
 from model.cli.options import Options, parse, script_parser
 from model.cli.preflight import Inputs, checked, samples_per_step
-from model.data.split import HELD_OUT, Selection
 from model.errors import InputError, RowError
 from model.progress import say, warn, warn_from_any_process
 from model.training import sat_loop
@@ -34,6 +33,7 @@ _HOMES = {
     "forward_step": "model.training.step",
     "chat": "model.inference.chat",
 }
+__all__ = [*_HOMES, "create_dataset_function", "main"]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,32 +42,26 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def create_dataset_function(
-    path: str, args: argparse.Namespace, selection: Selection | None = None, cache: Any = None
-) -> Any:
-    """The rows of one JSON file as SAT wants them: a data set of input_ids, labels, image and pre_image.
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
-    SAT calls this for every file of --train-data and --valid-data. The picture's size is the model's. With a selection,
-    the rows are those that it has read and chosen; a cache (`model.training.feature_cache`) gives them their pictures' features.
+
+def create_dataset_function(
+    path: str, args: argparse.Namespace, rows: Any = None, chosen: Sequence[int] | None = None
+) -> Any:
+    """The samples of one JSON file: input_ids, labels, image and pre_image. The image's size is the model's.
+
+    Args:
+        rows: of that file, if they have been read; a bad image is then noted in its sample in place of raising.
+        chosen: which of them, counted from 0; all if absent.
     """
     from sat import get_tokenizer
-    from torch.utils.data import ConcatDataset
 
     from model.data.dataset import FewShotDataset
     from model.data.image_processor import BlipImageEvalProcessor
 
     processor = BlipImageEvalProcessor(args.eva_args["image_size"][0])
-    if selection is None:
-        return FewShotDataset(path, processor, get_tokenizer(), args)
-
-    def chosen_rows(file: str, training: bool) -> Any:
-        rows, chosen = selection.rows[file], selection.chosen(file, training)
-        dataset = FewShotDataset(file, processor, get_tokenizer(), args, rows, chosen, note_bad_pictures=True)
-        return dataset if cache is None else cache.given_to(dataset)
-
-    if path == HELD_OUT:
-        return ConcatDataset([chosen_rows(file, training=False) for file in selection.held_out])
-    return chosen_rows(path, training=True)
+    return FewShotDataset(path, processor, get_tokenizer(args), args, rows, chosen, note_bad_pictures=rows is not None)
 
 
 def announce(options: Options, notes: Sequence[str]) -> None:
@@ -81,21 +75,11 @@ def announce(options: Options, notes: Sequence[str]) -> None:
         )
 
 
-def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
-    """Load the model and let SAT train it."""
-    sat_compat.import_sat(training=True)
-    from model.checkpoints.weights import load_checkpoint, save_checkpoint
-    from model.data.dataset import data_collator, packed_collator
+def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tuple[Any, argparse.Namespace]:
+    """The checkpoint's model, frozen but for what is trained, and args with the checkpoint's sizes."""
     from model.finetune import FineTuneVisualGLMModel
-    from model.training.best_checkpoint import BestCheckpoint, mean_over_tokens
-    from model.training.feature_cache import FeatureCache
     from model.training.memory import fit_into_memory
-    from model.training.metrics import TrainingReport
-    from model.training.step import evaluation_step, forward_step, token_normalized_step
 
-    distributed.set_launcher_environment()
-    sat_loop.adapt_loading(load_checkpoint)
-    args = sat_loop.get_args(argv, options, script_parser())
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
@@ -103,32 +87,45 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         model.take_pictures_of(options.image_size, args)
     model.freeze()
     fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
+    return model, args
 
-    def samples_planned(rows: int) -> int:
-        return rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options)
 
-    cache = FeatureCache(model.get_mixin("eva").model, samples_planned, args.num_workers, options.feature_cache)
-    report = TrainingReport()
-    sat_loop.adapt_training(
-        save_checkpoint=save_checkpoint,
-        report=report,
-        auto_warmup_steps=options.auto_warmup_steps,
-        when_ready=cache.send_eyes_away,
-    )
-    sat_loop.adapt_data(args)
-    if options.keep_best:
-        sat_loop.after_evaluation(BestCheckpoint(save_checkpoint).consider, report)
-    inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-    sat_loop.training_main()(
-        args,
-        model_cls=model,
-        forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
-        forward_step_eval=evaluation_step,
-        handle_metrics_function=mean_over_tokens,
-        create_dataset_function=partial(create_dataset_function, selection=inputs.selection, cache=cache),
-        collate_fn=packed_collator if options.packing else data_collator,
-        init_function=sat_loop.save_beside_earlier_runs,
-    )
+def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
+    """Load the model and let SAT train it."""
+    sat_compat.import_sat(training=True)
+    from model.checkpoints.weights import load_checkpoint, save_checkpoint
+    from model.data.dataset import data_collator, packed_collator
+    from model.training.best_checkpoint import BestCheckpoint, mean_over_tokens
+    from model.training.feature_cache import FeatureCache
+    from model.training.loaders import make_loaders
+    from model.training.metrics import TrainingReport
+    from model.training.step import evaluation_step, forward_step, token_normalized_step
+
+    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
+    with distributed.launcher_environment(), sat_loop.adapted(hooks):
+        args = sat_loop.get_args(argv, options, script_parser())
+        model, args = load_model(args, options, inputs)
+        features = FeatureCache(
+            model.get_mixin("eva").model,
+            lambda rows: rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options),
+            args.num_workers,
+            options.feature_cache,
+        )
+        inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
+        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
+        hooks.when_ready = features.send_eyes_away
+        if options.keep_best:
+            hooks.after_evaluation = BestCheckpoint(save_checkpoint).consider
+        sat_loop.training_main()(
+            args,
+            model_cls=model,
+            forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
+            forward_step_eval=evaluation_step,
+            handle_metrics_function=mean_over_tokens,
+            create_dataset_function=create_dataset_function,
+            collate_fn=packed_collator if options.packing else data_collator,
+            init_function=sat_loop.save_beside_earlier_runs,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,8 @@ Only the standard library is imported; torch where it is needed.
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,23 +22,33 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def set_launcher_environment() -> None:
-    """Give a plain `python finetune_visualglm.py …` what a launcher would have set.
+@contextmanager
+def launcher_environment() -> Iterator[None]:
+    """Give a plain `python finetune_visualglm.py …` what a launcher would have set, inside the block only.
 
     DeepSpeed refuses to start without LOCAL_RANK, and torch.distributed without the others.
     """
+    added = _variables_of_a_launcher()
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _variables_of_a_launcher() -> dict[str, str]:
+    """The variables that this process lacks and a launcher would have set."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free_port = probe.getsockname()[1]
     single_process = {
-        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port,
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
     }  # fmt: skip
-    if "WORLD_SIZE" not in os.environ:
-        for name, value in single_process.items():
-            os.environ.setdefault(name, str(value))
-    # deepspeed's launcher calls it LOCAL_SIZE
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+    if "WORLD_SIZE" in os.environ:  # deepspeed's launcher calls it LOCAL_SIZE
+        single_process = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])}
+    return {name: value for name, value in single_process.items() if name not in os.environ}
 
 
 def processes_here() -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Every adaptation of SAT and DeepSpeed to today's machines, one function each.
 
 Written for SwissArmyTransformer 0.4.12 and DeepSpeed 0.19 on torch 2.13. Each function says what breaks without it.
-Nothing happens at import: `import_sat` is called by the modules that stand on SAT, `adapt_training` by the script.
+Nothing happens at import: the modules that stand on SAT call `import_sat`. What is replaced for a run stands in
+`model.training.sat_loop`.
 """
 
 import argparse

@@ -199,6 +199,7 @@ class VisualGLMModel(ChatGLMModel):
         """
         weights = find_weights(str(name))
         model, args = super().from_pretrained(str(weights.parent.parent), args, build_only=True, **kwargs)
+        args.checkpoint_folder = str(weights.parent.parent)  # where its tokenizer is looked for
         if not build_only:
             load_checkpoint(model, args, load_path=str(weights), prefix=prefix)
         return model, args

@@ -85,6 +85,17 @@ def small_model(upstream_checkpoint: Path) -> Any:
     return load_model(upstream_checkpoint)
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a launcher's variables; what a test sets is undone."""
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 class FakeTimers:
     """Counts what is started and stopped, as SAT's timers are."""
 

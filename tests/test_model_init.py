@@ -26,6 +26,7 @@ WITH_SAT = {
     "frozen",
     "training.step",
     "training.sat_loop",
+    "training.loaders",
     "training.feature_cache",
     "checkpoints.weights",
     "inference.chat",

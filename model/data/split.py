@@ -16,8 +16,6 @@ from model.data.rows import Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 
-HELD_OUT = "held-out rows of --train-data"  # stands for a file of --valid-data
-
 
 @dataclass
 class Selection:

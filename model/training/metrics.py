@@ -11,7 +11,7 @@ from model.progress import duration, say
 
 
 class TrainingReport:
-    """Prints what SAT hands over: `sat_compat.adapt_training` puts its methods in the place of SAT's own."""
+    """Prints what SAT hands over: `model.training.sat_loop` puts its methods in the place of SAT's own."""
 
     def __init__(self) -> None:
         self.learning_rate = 0.0

@@ -1,93 +1,232 @@
-"""SAT's training loop, and everything that is replaced in it for a run.
+"""SAT's training loop with our own parts in it.
 
-Written for SwissArmyTransformer 0.4.12 and DeepSpeed 0.19 on torch 2.13.
+    with distributed.launcher_environment(), adapted(hooks):
+        args = get_args(argv, options, parser)
+        …                                          # load the model; hooks may still be filled in
+        training_main()(args, …)
+
+`replacements` lists everything that is replaced in SAT, DeepSpeed and torch for a run, each with its reason. When the
+block ends all is as before, so that a run can be followed by another one in the same process.
+
+A script of 2023 that calls SAT itself needs one line at its top: `stay_adapted()`.
+
+Written for SwissArmyTransformer 0.4.12 and DeepSpeed 0.19 on torch 2.13. SAT's loop itself is kept: what it does between
+our parts (the order of logging, saving and evaluating) is the released script's.
 """
 
 import argparse
+import atexit
 import importlib
 import inspect
 import json
+import logging
 import os
+import sys
 import tempfile
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
-from model.data.split import HELD_OUT
-from model.distributed import from_first_process, has_gpu, start_gloo
+from model.cli.options import Options, full_parser
+from model.distributed import from_first_process, has_gpu, launcher_environment, start_gloo
 from model.progress import say
-from model.sat_compat import import_sat, quieten
+from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import completed_settings, deepspeed_settings
+from model.training.metrics import TrainingReport
 
-RELEASED_SEED = 1234  # SAT's default of --seed
+AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
+ABSENT = object()  # the old value of an attribute that was not there
 
-def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """SAT's namespace for a checked command line, on a machine with or without a GPU.
 
-    Three things are settled for SAT. Its DeepSpeed files don't pass DeepSpeed's validation, and it turns fp16 on for
-    ZeRO: it gets a file with our settings. Without a GPU it insists on a device number equal to LOCAL_RANK and then
-    selects that CUDA device: the process group is made beforehand, with gloo, and the device becomes "cpu". Where a flag
-    was not typed, it multiplies by None or divides by it: --eval-batch-size and --eval-interval get values.
+# --- what is replaced -------------------------------------------------------------------------------------------------
 
-    Args:
-        argv: the command line as typed. options: the same, parsed by `model.cli.options`.
-        parser: knows the flags that are not SAT's.
+
+@dataclass
+class Hooks:
+    """Our own parts in SAT's loop. They are read when SAT calls them, so they may be set after the loop is adapted.
+
+    Where `make_loaders` is None, SAT makes its own.
     """
-    sat = import_sat()
-    fp16, bf16 = options.fp16 and has_gpu(), options.bf16
-    settings = deepspeed_settings(
-        zero_stage=options.zero_stage,
-        fp16=fp16,
-        bf16=bf16,
-        batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-    )
-    if options.deepspeed_config:
-        settings = completed_settings(read_json_object(options.deepspeed_config, "--deepspeed_config"), settings)
-        if not has_gpu():
-            settings["fp16"] = {**settings.get("fp16", {}), "enabled": False}
-    evaluate_every = options.eval_interval or options.train_iters
-    typed = [*argv, "--log-interval", str(options.log_interval), "--split", options.split, "--strict-eval"]
-    if options.holdout is not None:
-        typed += ["--valid-data", HELD_OUT]
-    typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
-    typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
-    if not has_gpu():
-        typed_nccl = "distributed_backend" in options.typed and options.distributed_backend == "nccl"
-        instead = ["--fp16"] * options.fp16 + ["nccl"] * typed_nccl
-        if instead:
-            numbers = "bfloat16" if bf16 else "float32"
-            say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
-        typed += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
-        start_gloo()
-    with tempfile.TemporaryDirectory() as folder:
-        settings_file = Path(folder, "deepspeed.json")
-        settings_file.write_text(json.dumps(settings))
-        args = sat.get_args([*typed, "--deepspeed_config", str(settings_file)], parser=parser)
-    if not has_gpu():
-        args.device = "cpu"
-    if args.warmup == 0:
-        args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate
-    if args.mode == "finetune":
-        # A fresh run has nothing to skip, but SAT would skip validation batches on several processes.
-        args.resume_dataloader = False
-    return args
+
+    load_checkpoint: Callable[..., int]
+    save_checkpoint: Callable[..., None]
+    report: TrainingReport
+    auto_warmup_steps: int = AUTO_WARMUP_STEPS  # optimizer steps at 5 % of --lr at most, when fine-tuning
+    make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
+    when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
+    after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
 
 
-def synchronize_only_with_gpu(training: Any) -> None:
-    """SAT's timers without their `torch.cuda.synchronize()` when there is no GPU, where it raises."""
-    if has_gpu():
-        return
+class Replacement(NamedTuple):
+    """For a run, `owner.name` is `value`."""
 
-    class Timer(training.Timers.Timer):
+    owner: Any
+    name: str
+    value: Any
+    reason: str
+
+
+def replacements(hooks: Hooks) -> list[Replacement]:
+    """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
+    sat = import_sat(training=True)
+    base_model = importlib.import_module("sat.model.base_model")
+    loop: Any = importlib.import_module("sat.training.deepspeed_training")
+    table = [
+        Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
+        Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
+        Replacement(base_model, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files, and asks CUDA"),
+        Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "the same, for --load"),
+        Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
+        Replacement(loop, "report_iteration_metrics", hooks.report.step, "one line a step, with the time left"),
+        Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "one line, the mean over all tokens"),
+        Replacement(loop, "report_memory", lambda _: None, "SAT prints CUDA's figures, which may not be there"),
+        Replacement(loop, "print_args", lambda _: None, "SAT prints 150 lines"),
+        Replacement(
+            loop, "get_learning_rate_scheduler", _scheduler(loop, hooks), "--auto_warmup_steps; the rate shown"
+        ),
+        Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
+        Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
+        *without_torchs_compiler(),
+    ]
+    return table if has_gpu() else table + _without_gpu(loop)
+
+
+def _without_gpu(loop: Any) -> list[Replacement]:
+    """What calls CUDA, or compiles for it, without asking whether there is a GPU."""
+    mpu = importlib.import_module("sat.mpu")
+    transformer = importlib.import_module("sat.model.transformer")
+    # Not `import deepspeed.comm.torch as …`: that finds the name `torch` in deepspeed.comm, which is torch itself.
+    communication = importlib.import_module("deepspeed.comm.torch")
+
+    def broadcast(keys: Sequence[str], data: dict[str, Any], datatype: Any) -> dict[str, Any]:
+        return broadcast_data(keys, data, datatype, "cpu")
+
+    return [
+        Replacement(loop, "Timers", timers_without_gpu(loop.Timers), "SAT's wait for CUDA at each start and stop"),
+        Replacement(mpu, "broadcast_data", broadcast, "SAT's sends through CUDA memory"),
+        Replacement(transformer, "checkpoint", checkpointed, "SAT's leaves out use_reentrant, which torch warns of"),
+        Replacement(communication, "build_shm_op", lambda: None, "DeepSpeed compiles it with g++ for half a minute"),
+    ]
+
+
+def without_torchs_compiler() -> list[Replacement]:
+    """Importing torch's compiler takes a second of every start, only for it to leave Adam alone.
+
+    Three methods of every optimizer ask for the compiler at their first call and remember its answer at the function
+    itself. Adam's step tells the compiler at every call that it switches gradients off.
+    """
+    import torch
+
+    names = ("add_param_group", "state_dict", "load_state_dict")
+    methods = [inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in names]
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    return [
+        *(
+            Replacement(method, "__dynamo_disable", method, "the compiler's answer, without asking")
+            for method in methods
+        ),
+        Replacement(torch.optim.Adam, "step", step, "switches gradients off without telling the compiler"),
+        Replacement(torch.optim.AdamW, "step", step, "the same"),
+    ]
+
+
+@contextmanager
+def adapted(hooks: Hooks) -> Iterator[None]:
+    """Put everything of `replacements` in its place inside the block, and keep SAT, DeepSpeed and torch quiet there."""
+    with ExitStack() as undo, warnings.catch_warnings():
+        for name in ("sat", "DeepSpeed"):
+            undo.callback(logging.getLogger(name).setLevel, logging.getLogger(name).level)
+        quieten()
+        silence_known_warnings()
+        for owner, name, value, _ in replacements(hooks):
+            undo.callback(_put_back, owner, name, vars(owner).get(name, ABSENT))
+            setattr(owner, name, value)
+        yield
+
+
+def _put_back(owner: Any, name: str, value: Any) -> None:
+    if value is not ABSENT:
+        setattr(owner, name, value)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+def stay_adapted() -> None:
+    """Adapt SAT until this process ends: the one line that a script of 2023 needs at its top.
+
+    Such a script calls `sat.get_args` and `training_main` by itself. It then runs with or without a GPU, started plainly
+    or by a launcher; its rows come in SAT's order, and its checkpoints are written as ours are.
+    """
+    import_sat(training=True)
+    from model.checkpoints.weights import load_checkpoint, save_checkpoint
+
+    until_exit = ExitStack()
+    atexit.register(until_exit.close)
+    until_exit.enter_context(launcher_environment())
+    until_exit.enter_context(adapted(Hooks(load_checkpoint, save_checkpoint, TrainingReport())))
+
+
+def silence_known_warnings() -> None:
+    """Hide what SAT and DeepSpeed make torch warn of and no user can change.
+
+    SAT pins memory for a GPU that may not be there. DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
+    """
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+
+
+# --- the parts that take SAT's place ----------------------------------------------------------------------------------
+
+
+def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """SAT's learning rate schedule, with --auto_warmup_steps in place of its 100."""
+    schedule_of_sat = loop.get_learning_rate_scheduler
+
+    def scheduler(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
+        schedule = schedule_of_sat(optimizer, iteration, args, hooks.auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
+        hooks.report.watch(schedule, optimizer)
+        hooks.when_ready()
+        return schedule
+
+    return scheduler
+
+
+def _loaders(loop: Any, hooks: Hooks) -> Callable[..., tuple[Any, Any, Any]]:
+    loaders_of_sat = loop.make_loaders
+
+    def loaders(args: argparse.Namespace, *rest: Any, **named: Any) -> tuple[Any, Any, Any]:
+        return (hooks.make_loaders or loaders_of_sat)(args, *rest, **named)
+
+    return loaders
+
+
+def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """SAT's evaluation, and what comes after it: only the first process knows the loss, and tells the others."""
+    evaluate = loop.evaluate_and_print_results
+
+    def evaluate_and_go_on(
+        prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
+    ) -> Any:
+        result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        if hooks.after_evaluation is not None and named.get("split") == "val":
+            hooks.after_evaluation(model, args, args.iteration, from_first_process(hooks.report.evaluation_loss))
+        return result
+
+    return evaluate_and_go_on
+
+
+def timers_without_gpu(timers_of_sat: Any) -> Any:
+    """SAT's timers without their `torch.cuda.synchronize()`."""
+
+    class Timer(timers_of_sat.Timer):
         def start(self) -> None:
             self.start_time = time.time()
             self.started_ = True
@@ -96,64 +235,47 @@ def synchronize_only_with_gpu(training: Any) -> None:
             self.elapsed_ += time.time() - self.start_time
             self.started_ = False
 
-    class Timers(training.Timers):
+    class Timers(timers_of_sat):
         def __call__(self, name: str) -> Timer:
             return self.timers.setdefault(name, Timer(name))
 
-    training.Timers = Timers
+    return Timers
 
 
-def without_compiling() -> None:
-    """Keep DeepSpeed from compiling its shared-memory reduction with g++ at the first run on a CPU (half a minute)."""
-    if has_gpu():
-        return
-    # Not `import deepspeed.comm.torch as …`: that finds the name `torch` in deepspeed.comm, which is torch itself.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function's output, whose activations are computed again in the backward pass.
 
-
-def without_compiler() -> None:
-    """Keep torch's Adam from importing torch's compiler, a second of every start, only to be left alone by it.
-
-    Three methods of every optimizer ask for the compiler at their first call and remember its answer at the function
-    itself; Adam's step tells it at every call that it switches gradients off.
+    Not with use_reentrant=False: SAT's scripted rotary embedding saves other tensors the second time it runs, which that
+    variant refuses.
     """
-    import torch
-
-    for name in ("add_param_group", "state_dict", "load_state_dict"):
-        function = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-        function.__dict__["__dynamo_disable"] = function
-    torch.optim.Adam.step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))  # type: ignore[method-assign]
-
-
-def silence_known_warnings() -> None:
-    """Hide what SAT and DeepSpeed make torch warn of and no user can change.
-
-    SAT pins memory for a GPU that may not be there; DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
-    """
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
-
-
-def checkpoint_without_gpu() -> None:
-    """Activation checkpointing on the CPU the way torch wants it asked for, and only where gradients are.
-
-    SAT falls back to `torch.utils.checkpoint` there and leaves out `use_reentrant`, which warns now and will raise; in
-    an evaluation it warns of inputs without gradients. Not the other variant: SAT's scripted rotary embedding saves
-    other tensors the second time it runs, which that one refuses.
-    """
-    if has_gpu():
-        return
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    def checkpoint_gradients(function: Callable[..., Any], *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*inputs)
-        return checkpoint(function, *inputs, use_reentrant=True)
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=True)
 
-    transformer: Any = importlib.import_module("sat.model.transformer")
-    transformer.checkpoint = checkpoint_gradients
+
+def tokenizer_of_checkpoint(args: argparse.Namespace | None = None, **named: Any) -> Any:
+    """The tokenizer that was set, else the one of the checkpoint that args was filled from.
+
+    Args:
+        named: SAT's `outer_tokenizer` sets one.
+    """
+    from sat.tokenization import get_tokenizer
+
+    from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
+
+    if named or hasattr(get_tokenizer, "tokenizer"):
+        return get_tokenizer(**named)
+    file = find_tokenizer(getattr(args, "checkpoint_folder", None), getattr(args, "tokenizer", None))
+    return get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(file))
+
+
+def training_main() -> Callable[..., Any]:
+    """SAT's training loop."""
+    import_sat(training=True)
+    return importlib.import_module("sat.training.deepspeed_training").training_main
 
 
 def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
@@ -174,147 +296,82 @@ def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
     args.save = taken[0]
 
 
-def training_main() -> Callable[..., Any]:
-    """SAT's training loop."""
-    import_sat(training=True)
-    return importlib.import_module("sat.training.deepspeed_training").training_main
+# --- SAT's namespace --------------------------------------------------------------------------------------------------
 
 
-def adapt_loading(load_checkpoint: Callable[..., int]) -> None:
-    """Put our own loading into SAT's `from_pretrained`: its own refuses old checkpoints, and asks CUDA for a state."""
-    import_sat(training=True)
-    quieten()
-    for module in ("sat.model.base_model", "sat.training.deepspeed_training"):
-        importlib.import_module(module).load_checkpoint = load_checkpoint  # type: ignore[attr-defined]
+def get_args(argv: Sequence[str], options: Options, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """SAT's namespace for a checked command line, on a machine with or without a GPU.
 
-
-def adapt_training(
-    *,
-    save_checkpoint: Callable[..., None],
-    report: Any,
-    auto_warmup_steps: int,
-    when_ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Put our own saving and reporting into SAT's `training_main`, and mend what fails without a GPU.
-
-    SAT's own saving fails in ZeRO stage 0 ('FusedAdam' object has no attribute 'optimizer') and asks CUDA for its random
-    state. See each function called for the rest.
+    Where a flag was not given, SAT multiplies by None or divides by it: --eval-batch-size and --eval-interval get values.
 
     Args:
-        report: has `step(…)`, `evaluation(…)` and `watch(scheduler, optimizer)`; see `model.training.metrics`.
-        auto_warmup_steps: optimizer steps for which fine-tuning stays at 5 % of --lr at most (SAT: 100).
-        when_ready: called once the model is on its device and before the first step.
+        argv: the command line as given. options: the same, parsed by `model.cli.options`.
+        parser: knows the flags that are not SAT's.
     """
-    import_sat(training=True)
-    quieten()
-    training: Any = importlib.import_module("sat.training.deepspeed_training")
-    synchronize_only_with_gpu(training)
-    without_compiling()
-    without_compiler()
-    silence_known_warnings()
-    checkpoint_without_gpu()
-    training.save_checkpoint = save_checkpoint
-    training.report_iteration_metrics = report.step
-    training.report_evaluate_metrics = report.evaluation
-    training.report_memory = lambda _: None
-    training.print_args = lambda _: None
-
-    original_scheduler = training.get_learning_rate_scheduler
-
-    def scheduler_with_flag(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
-        scheduler = original_scheduler(optimizer, iteration, args, auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
-        report.watch(scheduler, optimizer)
-        when_ready()
-        return scheduler
-
-    training.get_learning_rate_scheduler = scheduler_with_flag
+    evaluate_every = options.eval_interval or options.train_iters
+    words = [*argv, "--log-interval", str(options.log_interval), "--split", options.split, "--strict-eval"]
+    words += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
+    words += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
+    args = _sat_args(words, options, parser, options.fp16)
+    if args.warmup == 0:
+        args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate
+    if args.mode == "finetune":
+        args.resume_dataloader = False  # a fresh run has nothing to skip
+    return args
 
 
-class LazyLoader:
-    """A data loader that starts its worker processes when the first batch is asked for.
+def get_args_of_2023(
+    args_list: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """`sat.get_args` for scripts that call it by themselves, on a machine with or without a GPU.
 
-    SAT asks for an iterator of the evaluation's rows at the start of training and throws it away later. It also tells
-    the evaluation to skip batches when it resumes; here that goes to `batch_sampler`, which may be nobody.
+    As in 2023, ZeRO without --fp16 or --bf16 turns fp16 on.
     """
-
-    def __init__(self, loader: Any, length: int, batch_sampler: Any) -> None:
-        self.loader, self.length, self.batch_sampler = loader, length, batch_sampler
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self.loader
+    words = list(sys.argv[1:] if args_list is None else args_list)
+    options = full_parser().parse_known_args(words)[0]
+    return _sat_args(words, options, parser, options.fp16 or (options.zero_stage > 0 and not options.bf16))
 
 
-def adapt_data(args: argparse.Namespace) -> None:
-    """Let the order of training rows follow --seed and --group_by_length, and mend --epochs with accumulation.
+def _sat_args(
+    words: Sequence[str], options: Any, parser: argparse.ArgumentParser | None, fp16: bool
+) -> argparse.Namespace:
+    """SAT's own `get_args` for words, where it refuses today.
 
-    SAT draws rows by a hash of their place in the order alone, so that every seed gives the same order; here that is the
-    order of SAT's default seed only. With --epochs it repeats one permutation; here every epoch has its own, the
-    first is SAT's. It also takes one optimizer step for every batch of --epochs, and runs out of data when a step
-    takes several.
+    Its DeepSpeed files don't pass DeepSpeed's validation: it gets a file with our settings. Without a GPU it insists on a
+    device number equal to LOCAL_RANK and then selects that CUDA device: the process group is made beforehand, with gloo,
+    and the device becomes "cpu".
     """
-    import numpy
-
-    from model.data.sampling import GroupedByLength, lengths_of
-
-    configure_data: Any = importlib.import_module("sat.data_utils.configure_data")
-    training: Any = importlib.import_module("sat.training.deepspeed_training")
-    seed = args.seed
-
-    class SeededMapping(configure_data.RandomMappingDataset):
-        def __getitem__(self, index: int) -> Any:
-            return super().__getitem__(index if seed == RELEASED_SEED else index + (seed << 64))
-
-    class EpochPermutations(configure_data.RandomDataset):
-        epoch = 0
-
-        def __getitem__(self, index: int) -> Any:
-            epoch, place = divmod(index, len(self.wrapped_data))
-            if epoch != self.epoch:
-                self.epoch = epoch
-                key = seed if epoch == 0 else [seed, epoch]
-                self.indices = numpy.random.default_rng(key).permutation(len(self.wrapped_data))
-            return self.wrapped_data[int(self.indices[place])]
-
-    configure_data.RandomMappingDataset = SeededMapping
-    configure_data.RandomDataset = EpochPermutations
-    make_data_loader = configure_data.make_data_loader
-
-    def make_grouped_loader(dataset: Any, batch_size: int, args: argparse.Namespace, split: str, **more: Any) -> Any:
-        if split == "train" and args.group_by_length:
-            dataset = GroupedByLength(dataset, lengths_of(dataset), batch_size, seed)
-        return make_data_loader(dataset, batch_size, args, split, **more)
-
-    configure_data.make_data_loader = make_grouped_loader
-    make_loaders = training.make_loaders
-
-    def make_lazy_loaders(args: argparse.Namespace, *rest: Any, **more: Any) -> tuple[Any, ...]:
-        train, *others = make_loaders(args, *rest, **more)
-        if train is not None:
-            batches_per_step = args.gradient_accumulation_steps if args.epochs else 1
-            train = LazyLoader(train, max(1, len(train) // batches_per_step), train.batch_sampler)
-        nobody = types.SimpleNamespace
-        return train, *(loader and LazyLoader(loader, len(loader), nobody()) for loader in others)
-
-    training.make_loaders = make_lazy_loaders
+    words = list(words)
+    if not has_gpu():
+        instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
+        if instead:
+            numbers = "bfloat16" if options.bf16 else "float32"
+            say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
+        words += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
+        start_gloo()
+    with tempfile.TemporaryDirectory() as folder:
+        settings_file = Path(folder, "deepspeed.json")
+        settings_file.write_text(json.dumps(_settings(options, fp16 and has_gpu())))
+        get_args_of_sat = importlib.import_module("sat.arguments").get_args
+        args = get_args_of_sat([*words, "--deepspeed_config", str(settings_file)], parser=parser)
+    if not has_gpu():
+        args.device = "cpu"
+    return args
 
 
-def after_evaluation(consider: Callable[..., None], report: Any) -> None:
-    """Call consider(model, args, iteration, loss) on every process after each evaluation while training.
-
-    SAT has no such place, and only its first process knows the loss.
-    """
-    training: Any = importlib.import_module("sat.training.deepspeed_training")
-    evaluate = training.evaluate_and_print_results
-
-    def evaluate_and_consider(
-        prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
-    ) -> Any:
-        result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
-        if named.get("split") == "val":
-            consider(model, args, args.iteration, from_first_process(report.evaluation_loss))
-        return result
-
-    training.evaluate_and_print_results = evaluate_and_consider
+def _settings(options: Any, fp16: bool) -> dict[str, Any]:
+    """DeepSpeed's settings: those of --deepspeed_config where there is one, ours for the rest."""
+    settings = deepspeed_settings(
+        zero_stage=options.zero_stage,
+        fp16=fp16,
+        bf16=options.bf16,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+    )
+    if options.deepspeed_config:
+        settings = completed_settings(read_json_object(options.deepspeed_config, "--deepspeed_config"), settings)
+        if not has_gpu():
+            settings["fp16"] = {**settings.get("fp16", {}), "enabled": False}
+    return settings

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
 from model.checkpoints.layout import read_json_object
+from model.distributed import has_gpu
 from model.errors import InputError
 from model.progress import say, warn
 
@@ -146,7 +148,11 @@ def masks_token_by_token(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def recomputed_activations(model: Any) -> Iterator[None]:
     """Activation checkpointing in every layer, as the released recipe has it."""
-    with replaced(model.transformer, "checkpoint_activations", True):
+    from model.training import sat_loop
+
+    layers = importlib.import_module("sat.model.transformer")
+    checkpoint = layers.checkpoint if has_gpu() else sat_loop.checkpointed
+    with replaced(model.transformer, "checkpoint_activations", True), replaced(layers, "checkpoint", checkpoint):
         yield
 
 
@@ -402,10 +408,8 @@ class Bench:
 
         from model.sat_compat import quieten
         from model.training.memory import fit_into_memory
-        from model.training.sat_loop import checkpoint_without_gpu
 
         quieten()
-        checkpoint_without_gpu()
         self.options = options
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]

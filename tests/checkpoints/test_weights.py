@@ -333,3 +333,11 @@ def test_base_models_class_reads_a_base_checkpoint_through_from_pretrained(upstr
     model, args = VisualGLMModel.from_pretrained(str(upstream_checkpoint), VisualGLMModel.get_args(skip_init=True))
     assert args.image_length == 32
     assert not model.training
+
+
+def test_safe_checkpoint_types_let_numpys_random_state_through(tmp_path):
+    torch.save(numpy.random.get_state(), tmp_path / "state")
+    with torch.serialization.safe_globals(module.safe_checkpoint_types()):
+        name, keys, *_ = torch.load(tmp_path / "state", weights_only=True)
+    assert name == "MT19937"
+    assert numpy.array_equal(keys, numpy.random.get_state()[1])

@@ -1,0 +1,166 @@
+"""The data loaders of a run: which rows, in which order, in which batches of this process.
+
+SAT's own draw rows by a hash of their place that no seed changes, repeat one permutation in every epoch, take one optimizer
+step for every batch of --epochs, and fail with --split on shares of nothing. `model.data.sampling.SampleOrder` gives SAT's
+order where that is the released one; batches are slices of it.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
+
+from model.data.dataset import FewShotDataset
+from model.data.sampling import SampleOrder
+from model.data.split import Selection
+from model.distributed import has_gpu
+from model.sat_compat import import_sat
+from model.training.feature_cache import FeatureCache
+
+import_sat()
+
+from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+from sat.data_utils.configure_data import get_split  # noqa: E402
+
+TRAINING, EVALUATION, TEST = range(3)  # the parts of --split
+
+
+class OrderedBatches(Sampler[list[int]]):
+    """This process's samples of each micro-batch of an order."""
+
+    def __init__(self, order: SampleOrder, batches_per_step: int = 1) -> None:
+        """batches_per_step is how many micro-batches an optimizer step takes."""
+        self.order, self.batches_per_step = order, batches_per_step
+        self.start_iter = 0  # optimizer steps to leave out; SAT sets it with --resume-dataloader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        group = mpu.get_data_parallel_group()
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        return self.order.batches(rank, ranks, self.start_iter * self.batches_per_step)
+
+    def __len__(self) -> int:
+        return self.order.batch_count
+
+
+class Loader:
+    """A data loader that starts its worker processes when the first batch is asked for.
+
+    SAT asks for an iterator of the evaluation's rows at the start of training and throws it away later. Its length is in
+    optimizer steps: that is how SAT counts --epochs.
+    """
+
+    def __init__(
+        self, samples: Any, order: SampleOrder, args: argparse.Namespace, collate_fn: Any, batches_per_step: int = 1
+    ) -> None:
+        self.batch_sampler = OrderedBatches(order, batches_per_step)
+        self._batches = DataLoader(
+            samples,
+            batch_sampler=self.batch_sampler,
+            num_workers=args.num_workers,
+            pin_memory=has_gpu(),
+            collate_fn=collate_fn,
+            prefetch_factor=args.prefetch_factor if args.num_workers > 0 else None,
+        )
+
+    def __len__(self) -> int:
+        return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._batches
+
+
+def make_loaders(
+    args: argparse.Namespace,
+    create_dataset_function: Callable[..., FewShotDataset],
+    collate_fn: Any = None,
+    *,
+    selection: Selection,
+    features: FeatureCache,
+) -> tuple[Loader | None, Loader | None, Loader | None]:
+    """The loaders of training, evaluation and test, as SAT's function of this name gives them.
+
+    Notes in args what SAT asks of it later: `do_train` and its like, and how the ranks share an evaluation's last batch.
+
+    Args:
+        selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
+    """
+
+    def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
+        return [
+            features.given_to(
+                create_dataset_function(file, args, selection.rows[file], selection.chosen(file, training))
+            )
+            for file in files
+        ]
+
+    def loader_in_order(datasets: Sequence[FewShotDataset], part: int, split: str) -> Loader:
+        order = SampleOrder(
+            counts=tuple(map(len, datasets)), seed=args.seed, part=part, shares=shares if part else (1.0,), block_size=args.block_size,
+            batch=eval_batch,
+        )  # fmt: skip
+        _note_last_batch(args, split, order, ranks)
+        return Loader(ConcatDataset(datasets), order, args, collate_fn)
+
+    ranks = torch.distributed.get_world_size(mpu.get_data_parallel_group())
+    batch, eval_batch = args.batch_size * ranks, (args.eval_batch_size or args.batch_size) * ranks
+    shares = tuple(get_split(args))
+    training_rows = samples_of(args.train_data)
+    order = training_order(args, training_rows, shares, batch)
+    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps)
+    valid = test = None
+    if args.valid_data is not None:
+        valid = loader_in_order(samples_of(args.valid_data), 0, "val")
+    elif selection.held_out:
+        valid = loader_in_order(samples_of(list(selection.held_out), training=False), 0, "val")
+    elif shares[EVALUATION]:
+        valid = loader_in_order(training_rows, EVALUATION, "val")
+    if args.test_data is not None:
+        test = loader_in_order(samples_of(args.test_data), 0, "test")
+    elif shares[TEST]:
+        test = loader_in_order(training_rows, TEST, "test")
+    args.do_train, args.do_valid, args.do_test = True, valid is not None, test is not None
+    return train, valid, test
+
+
+def training_order(
+    args: argparse.Namespace, datasets: Sequence[FewShotDataset], shares: tuple[float, ...], batch: int
+) -> SampleOrder:
+    """The order of the training rows. batch is that of all processes, in samples."""
+    lengths: ConcatDataset[int] = ConcatDataset([TextLengths(dataset) for dataset in datasets])
+    return SampleOrder(
+        counts=tuple(map(len, datasets)),
+        seed=args.seed,
+        epochs=args.epochs,
+        draws=None if args.epochs else args.train_iters * batch * args.gradient_accumulation_steps,
+        weights=tuple(args.train_data_weights) if args.train_data_weights else None,
+        shares=shares,
+        block_size=args.block_size,
+        lengths=lengths.__getitem__ if args.group_by_length else None,
+        batch=batch,
+    )
+
+
+class TextLengths(torch.utils.data.Dataset[int]):
+    """The text length of every sample of a data set, counted when it is asked for."""
+
+    def __init__(self, dataset: FewShotDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int:
+        return self.dataset.text_length(index)
+
+
+def _note_last_batch(args: argparse.Namespace, split: str, order: SampleOrder, ranks: int) -> None:
+    """Tell SAT how many samples each rank has of the last batch, where it is a short one, and how many ranks have none.
+
+    A rank without samples evaluates one that is left out of the result.
+    """
+    left, share = len(order) % order.batch, order.batch // ranks
+    shapes = [min(share, max(1, left - rank * share)) for rank in range(ranks)] if left else []
+    setattr(args, f"{split}_last_shape", shapes)
+    setattr(args, f"{split}_drop_number", sum(rank * share >= left for rank in range(ranks)) if left else 0)

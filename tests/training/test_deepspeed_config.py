@@ -1,0 +1,104 @@
+"""DeepSpeed's settings: SAT's own as they are refused, and ours as they are taken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.sat_compat import import_sat
+from model.training import deepspeed_config
+
+sat = import_sat()
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle is there without a GPU only")
+
+
+def settings(zero_stage=0, **values):
+    return deepspeed_config.deepspeed_settings(
+        **{
+            "zero_stage": zero_stage, "fp16": False, "bf16": False, "batch_size": 2, "gradient_accumulation_steps": 3,
+            "lr": 1e-3, "weight_decay": 0.01, **values,
+        }
+    )  # fmt: skip
+
+
+def validated(config):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    return DeepSpeedConfig(str(config) if isinstance(config, Path) else config)
+
+
+def test_sats_own_deepspeed_file_is_refused_by_deepspeed():
+    bundled = Path(sat.__file__).parent / "training/deepspeed_zero0.json"
+    with pytest.raises(ValueError, match="min_loss_scale"):
+        validated(bundled)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_settings_of_each_stage_are_taken_by_deepspeed_with_sats_values(zero_stage):
+    config = validated(settings(zero_stage))
+    bundled = json.loads((Path(sat.__file__).parent / f"training/deepspeed_zero{zero_stage}.json").read_text())
+    assert config.gradient_clipping == bundled["gradient_clipping"] == 0.1
+    assert config.zero_optimization_stage == zero_stage
+    assert config.train_micro_batch_size_per_gpu == 2
+    assert config.gradient_accumulation_steps == 3
+    assert config.optimizer_name == bundled["optimizer"]["type"].lower() == ("adam" if zero_stage else "adamw")
+    adam = {key: value for key, value in config.optimizer_params.items() if key != "torch_adam"}
+    released = bundled["optimizer"]["params"]
+    assert adam == {**released, "lr": 1e-3, "weight_decay": 0.01}
+    if zero_stage:
+        assert (adam["betas"], adam["eps"]) == ([0.9, 0.95], 1e-8)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_settings_have_every_value_of_sats_files_but_the_invalid_one(zero_stage):
+    bundled = json.loads((Path(sat.__file__).parent / f"training/deepspeed_zero{zero_stage}.json").read_text())
+    ours = settings(zero_stage)
+    fp16 = {key: value for key, value in bundled["fp16"].items() if key not in ("enabled", "min_loss_scale")}
+    assert {key: ours["fp16"][key] for key in fp16} == fp16
+    zero = bundled.get("zero_optimization", {})
+    assert {
+        key: ours["zero_optimization"].get(key, False) for key in zero
+    } == zero  # DeepSpeed's default of a switch is off
+
+
+@pytest.mark.parametrize(("flag", "enabled"), [("fp16", (True, False)), ("bf16", (False, True))])
+def test_settings_turn_on_the_precision_asked_for(flag, enabled):
+    ours = settings(1, **{flag: True})
+    assert (ours["fp16"]["enabled"], ours["bf16"]["enabled"]) == enabled
+
+
+def test_completed_settings_fill_what_the_file_leaves_out():
+    defaults = settings()
+    completed = deepspeed_config.completed_settings({"zero_optimization": {"stage": 2}}, defaults)
+    assert completed["zero_optimization"] == {"stage": 2}
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer"):
+        assert completed[key] == defaults[key]
+    validated(completed)
+
+
+def test_completed_settings_fill_what_the_file_leaves_to_auto():
+    own = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    completed = deepspeed_config.completed_settings(own, settings())
+    assert (completed["train_micro_batch_size_per_gpu"], completed["gradient_clipping"]) == (2, 0.1)
+
+
+def test_completed_settings_keep_the_files_own_values():
+    own = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 7, "train_micro_batch_size_per_gpu": 5}
+    completed = deepspeed_config.completed_settings(own, settings())
+    assert {key: completed[key] for key in own} == own
+
+
+def test_completed_settings_of_sats_own_file_are_taken_by_deepspeed():
+    own = json.loads((Path(sat.__file__).parent / "training/deepspeed_zero0.json").read_text())
+    completed = deepspeed_config.completed_settings(own, settings())
+    assert completed["fp16"]["min_loss_scale"] == 1
+    assert own["fp16"]["min_loss_scale"] == 0.01
+    validated(completed)
+
+
+@without_gpu
+def test_completed_settings_take_torchs_adam_where_deepspeeds_would_be_compiled():
+    completed = deepspeed_config.completed_settings({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, settings())
+    assert completed["optimizer"] == {"type": "Adam", "params": {"lr": 1.0, "torch_adam": True}}

@@ -1,0 +1,325 @@
+"""SAT's loop with our parts in it: each obstacle as it is, that it is gone, and that all is put back afterwards."""
+
+import importlib
+import json
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_program, run_python
+
+from model import distributed, sat_compat
+from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.cli.options import parse, script_parser
+from model.training import sat_loop
+from model.training.metrics import TrainingReport
+
+sat = sat_compat.import_sat()
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle is there without a GPU only")
+
+
+@pytest.fixture
+def sat_args(no_launcher):
+    """Gives SAT's namespace for a command line."""
+
+    def given(*argv):
+        argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json", *argv]
+        with distributed.launcher_environment():
+            return sat_loop.get_args(argv, parse(argv), script_parser())
+
+    return given
+
+
+@without_gpu
+def test_sats_own_get_args_without_a_gpu_refuses_to_train(no_launcher):
+    argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json"]
+    with pytest.raises(ValueError, match="inconsistent"):
+        sat.get_args(argv, parser=script_parser())
+
+
+@without_gpu
+@pytest.mark.parametrize("flags", [[], ["--device", "0"], ["--distributed-backend", "nccl"]])
+def test_args_without_a_gpu_are_for_the_cpu(sat_args, flags):
+    assert sat_args(*flags).device == "cpu"
+
+
+@without_gpu
+def test_args_with_fp16_without_a_gpu_are_float32(sat_args):
+    args = sat_args("--fp16")
+    assert args.fp16 is False
+    assert args.bf16 is False
+    assert args.deepspeed_config["fp16"]["enabled"] is False
+
+
+@pytest.mark.parametrize("zero_stage", ["1", "2"])
+def test_args_with_zero_and_no_precision_flag_are_float32(sat_args, zero_stage):
+    args = sat_args("--zero-stage", zero_stage)
+    assert (args.fp16, args.bf16) == (False, False)
+    assert args.deepspeed_config["zero_optimization"]["stage"] == int(zero_stage)
+
+
+def test_args_with_bf16_are_bf16(sat_args):
+    args = sat_args("--zero-stage", "1", "--bf16")
+    assert (args.fp16, args.bf16) == (False, True)
+
+
+def test_args_hold_what_was_typed(sat_args):
+    args = sat_args("--lr", "0.5", "--weight-decay", "0.2", "--batch-size", "7", "--gradient-accumulation-steps", "3")
+    assert (args.lr, args.weight_decay, args.batch_size, args.gradient_accumulation_steps) == (0.5, 0.2, 7, 3)
+
+
+@pytest.mark.parametrize(("flags", "interval"), [([], 1), (["--log-interval", "9"], 9)])
+def test_args_report_every_step_unless_told_otherwise(sat_args, flags, interval):
+    assert sat_args(*flags).log_interval == interval
+
+
+def test_args_with_a_deepspeed_file_hold_the_files_values_and_the_typed_ones_it_leaves_open(sat_args, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 6, "zero_optimization": {"stage": 2}}))
+    args = sat_args("--deepspeed_config", str(file), "--batch-size", "2", "--lr", "0.5")
+    assert (args.batch_size, args.lr, args.gradient_accumulation_steps) == (6, 0.5, 1)
+    assert args.deepspeed_config["zero_optimization"] == {"stage": 2}
+
+
+@without_gpu
+def test_args_with_a_deepspeed_file_that_asks_for_fp16_are_float32_without_a_gpu(sat_args, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"fp16": {"enabled": true, "min_loss_scale": 0.01}}')
+    assert sat_args("--deepspeed_config", str(file)).fp16 is False
+
+
+def scheduler(warmup):
+    """An optimizer and SAT's schedule of 4 iterations at rate 1, of which the first is held down as in fine-tuning."""
+    sat_compat.import_sat(training=True)
+    training = importlib.import_module("sat.training.deepspeed_training")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return optimizer, training.AnnealingLR(optimizer, 1.0, warmup * 4, 4, "constant", auto_warmup_steps=1)
+
+
+def test_sats_schedule_with_warmup_0_divides_by_zero():
+    with pytest.raises(ZeroDivisionError):
+        scheduler(0)
+
+
+def test_schedule_of_args_with_warmup_0_is_at_the_full_rate_after_that(sat_args):
+    optimizer, schedule = scheduler(sat_args("--warmup", "0").warmup)
+    schedule.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def sat_timers():
+    """SAT's module of timers, as it is imported."""
+    return importlib.import_module("sat.training.utils").Timers
+
+
+@without_gpu
+def test_sats_timers_without_a_gpu_fail():
+    with pytest.raises((AssertionError, RuntimeError)):
+        sat_timers()()("step").start()
+
+
+@without_gpu
+def test_timers_without_a_gpu_measure_without_asking_it():
+    import time
+
+    timer = sat_loop.timers_without_gpu(sat_timers())()("step")
+    timer.start()
+    time.sleep(0.02)
+    timer.stop()
+    assert 0.02 <= timer.elapsed(reset=True) < 2
+    assert timer.elapsed() == 0
+
+
+@without_gpu
+def test_timers_of_one_name_are_one_timer():
+    timers = sat_loop.timers_without_gpu(sat_timers())()
+    assert timers("step") is timers("step")
+    assert timers("step") is not timers("data loader")
+
+
+@without_gpu
+def test_pinning_without_a_gpu_warns_of_nothing():
+    from torch.utils.data import DataLoader
+
+    def pinning_warnings():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if adapt:
+                sat_loop.silence_known_warnings()
+            list(DataLoader([1, 2], pin_memory=True))
+        return [str(warning.message) for warning in caught if "pin_memory" in str(warning.message)]
+
+    adapt = False
+    assert pinning_warnings()
+    adapt = True
+    assert not pinning_warnings()
+
+
+def test_run_that_would_overwrite_an_earlier_one_is_saved_beside_it(upstream_checkpoint, tmp_path):
+    load_model(upstream_checkpoint)  # sets up a process group
+    saved = []
+    for _ in range(3):
+        args = SimpleNamespace(save=str(tmp_path / "run-11-22-10-46"))
+        sat_loop.save_beside_earlier_runs(args, None)
+        Path(args.save).mkdir()
+        saved.append(Path(args.save).name)
+    assert saved == ["run-11-22-10-46", "run-11-22-10-46-2", "run-11-22-10-46-3"]
+
+
+def test_run_that_saves_nothing_needs_no_place():
+    args = SimpleNamespace(save=None)
+    sat_loop.save_beside_earlier_runs(args, None)
+    assert args.save is None
+
+
+@pytest.mark.run
+def test_optimizer_step_is_the_same_without_torchs_compiler():
+    plain, without = (run_program("optimize", *words).stdout.split(maxsplit=1) for words in ((), ("without",)))
+    assert (plain[0], without[0]) == ("True", "False")
+    assert plain[1] == without[1]
+
+
+@pytest.fixture(scope="module")
+def run(upstream_checkpoint, tmp_path_factory):
+    """A run of six steps with ZeRO 1, evaluated once: what it printed, and where it may have left files."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "extensions").mkdir()
+    (folder / "bin").mkdir()
+    done = run_program(
+        "train_and_tell_the_optimizer", "--from_pretrained", upstream_checkpoint, "--use_lora", "--lora_rank", "4", "--mode", "finetune",
+        "--train-data", "dataset.json", "--valid-data", "dataset.json", "--split", "1", "--eval-interval", "3",
+        "--eval-iters", "1", "--train-iters", "6", "--batch-size", "2", "--max_source_length", "64",
+        "--max_target_length", "64", "--zero-stage", "1", "--lr", "1e-3", "--lr-decay-style", "constant",
+        "--warmup", "0", "--auto_warmup_steps", "2", "--save", folder / "saved", "--summary-dir", folder,
+        cwd=GOLDEN / "upstream", TORCH_EXTENSIONS_DIR=str(folder / "extensions"), CXX=str(folder / "bin/none"),
+        PATH=str(folder / "bin"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(folder=folder, out=done.stdout, err=done.stderr)
+
+
+@pytest.mark.run
+@without_gpu
+def test_run_without_a_compiler_compiles_nothing(run):
+    assert not list((run.folder / "extensions").rglob("*"))
+
+
+@pytest.mark.run
+def test_run_with_zero_1_and_no_precision_flag_saves_float32(run):
+    (saved,) = (run.folder / "saved").glob("*/6/mp_rank_00_model_states.pt")
+    weights = torch.load(saved)["module"]
+    assert {tensor.dtype for name, tensor in weights.items() if "inv_freq" not in name} == {torch.float32}
+
+
+@pytest.mark.run
+def test_run_with_zero_1_is_optimised_by_torchs_adamw_with_sats_values(run):
+    assert "optimizer torch AdamW 0.9 0.95 1e-08 0.01" in run.out.splitlines()
+
+
+@pytest.mark.run
+def test_run_holds_the_rate_at_a_twentieth_for_the_first_steps_only(run):
+    rates = re.findall(r"^step \d/6  loss \S+  lr (\S+)  ", run.out, re.MULTILINE)
+    assert rates == ["5.00e-05"] * 2 + ["1.00e-03"] * 4
+
+
+@pytest.mark.run
+def test_run_prints_nothing_but_what_is_for_a_person(run):
+    known = (
+        r"dataset\.json: 6 rows",
+        r"WARNING: dataset\.json is given for training and for evaluation: .*",
+        r"--eval-iters is not used: .*",
+        r"Training on 6 samples: 6 steps of \d+ see \d+ samples, .*",
+        r"The first 2 steps use at most 5 % of --lr .*",
+        r"Trainable, [\d,]+ of [\d,]+ parameters in 24 tensors:",
+        r"  transformer\S+ \[\d+, \d+\]",
+        r"step \d/6  loss \S+  lr \S+  \S+ samples/s  .* left",
+        r".*: validation loss \S+, perplexity \S+",
+        r"Saved .* \(iteration 6\)\.",
+        r"optimizer .*",  # this test's own
+    )
+    unknown = [line for line in run.out.splitlines() if not any(re.fullmatch(one, line) for one in known)]
+    assert unknown == []
+    assert run.err == ""
+
+
+@pytest.mark.run
+def test_run_evaluates_where_it_was_told_to(run):
+    lines = [line for line in run.out.splitlines() if line.startswith("step") or "validation loss" in line]
+    assert ["validation loss" in line for line in lines[:4]] == [False, False, False, True]
+    assert lines[3].startswith("iteration 3: ")
+
+
+# --- all is put back
+
+
+def hooks() -> sat_loop.Hooks:
+    return sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport())
+
+
+def test_every_replacement_has_a_reason_and_an_owner_that_has_the_attribute():
+    for owner, name, value, reason in sat_loop.replacements(hooks()):
+        assert reason, name
+        assert hasattr(owner, name) or name == "__dynamo_disable", (owner, name)
+        assert getattr(owner, name, None) is not value, name
+
+
+def test_what_is_replaced_for_a_run_is_as_before_afterwards():
+    def found():
+        return [vars(owner).get(name) for owner, name, _, _ in table]
+
+    table = sat_loop.replacements(hooks())
+    before, filters = found(), list(warnings.filters)
+    with sat_loop.adapted(hooks()):
+        assert all(one is not other for one, other in zip(found(), before, strict=True))
+    assert found() == before
+    assert list(warnings.filters) == filters
+
+
+def test_what_is_replaced_is_put_back_after_an_error():
+    loop = importlib.import_module("sat.training.deepspeed_training")
+    before = loop.save_checkpoint
+    with pytest.raises(ZeroDivisionError), sat_loop.adapted(hooks()):
+        assert loop.save_checkpoint is save_checkpoint
+        raise ZeroDivisionError
+    assert loop.save_checkpoint is before
+
+
+@pytest.mark.run
+def test_main_three_times_in_one_process_trains_each_time_as_the_first(upstream_checkpoint, tmp_path):
+    done = run_program(
+        "main_three_times", "--from_pretrained", upstream_checkpoint, "--mode", "finetune", "--train-data",
+        GOLDEN / "upstream/dataset.json", "--train-iters", "3", "--hidden-dropout", "0", "--attention-dropout", "0",
+        "--num-workers", "0", "--auto_warmup_steps", "0", cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *losses, environment = done.stdout.split("== ")[1:]
+    lora, ptuning, again = map(printed_losses, losses)
+    assert len(lora) == len(ptuning) == 3
+    assert lora == again != ptuning
+    assert environment.strip() == "the environment is as before"
+
+
+@pytest.mark.run
+def test_script_in_the_manner_of_2023_trains_as_ours_does(upstream_checkpoint, tmp_path):
+    flags = (
+        "--mode", "finetune", "--train-iters", "3", "--train-data", "dataset.json", "--max_source_length", "64",
+        "--max_target_length", "64", "--lora_rank", "4", "--hidden-dropout", "0", "--attention-dropout", "0", "--use_lora",
+        "--num-workers", "0", "--batch-size", "2",
+    )  # fmt: skip
+    theirs = run_program(
+        "script_of_2023", upstream_checkpoint, *flags, "--split", "1", "--log-interval", "1", "--save", tmp_path,
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert theirs.returncode == 0, theirs.stderr
+    ours = run_python(
+        PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *flags, cwd=GOLDEN / "upstream"
+    )
+    assert printed_losses(theirs.stdout) == pytest.approx(printed_losses(ours.stdout), abs=1e-4)
+    assert len(printed_losses(ours.stdout)) == 3
+    (saved,) = tmp_path.glob("*/3/mp_rank_00_model_states.pt")
+    assert len(torch.load(saved)["module"]) == 24

@@ -10,7 +10,6 @@ import torch
 from conftest import GOLDEN, golden_values, load_model
 
 from model.cpu import ONE_WIDTH, can_pack, gelu
-from model.masks import first_position, glm_position_ids, prefix_mask
 from model.sat_compat import import_sat
 from model.visualglm import normalized
 
@@ -113,45 +112,6 @@ def test_mask_and_positions_when_given_are_kept(model):
     given = model.get_inputs(torch.tensor(WITHOUT_PADDING), attention_mask=mask, position_ids=positions)
     assert given[0] is mask
     assert given[1] is positions
-
-
-def test_prefix_mask_with_padding_and_an_answer_is_as_drawn():
-    mask = prefix_mask(context_length=torch.tensor([3]), pad_length=torch.tensor([1]), seq_length=5)
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [
-        [
-            [
-                [0, 0, 0, 0, 0],  # padding
-                [0, 1, 1, 0, 0],  # context
-                [0, 1, 1, 0, 0],
-                [0, 1, 1, 1, 0],  # answer
-                [0, 1, 1, 1, 1],
-            ]
-        ]
-    ]
-
-
-def test_prefix_mask_of_two_rows_gives_each_its_own_context():
-    mask = prefix_mask(torch.tensor([1, 2]), torch.tensor([0, 0]), 3)
-    assert mask.shape == (2, 1, 3, 3)
-    assert mask[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 1, 0], [1, 1, 0], [1, 1, 1]]]
-
-
-def test_glm_position_ids_with_padding_and_an_answer_are_as_drawn():
-    # tokens: · c c gMASK sop a a
-    positions = glm_position_ids(torch.tensor([4]), torch.tensor([3]), torch.tensor([1]), 7)
-    assert positions.tolist() == [[[0, 0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 1, 2, 3]]]
-
-
-def test_glm_position_ids_when_the_mask_stands_inside_stay_there():
-    # tokens: c MASK c sop a
-    positions = glm_position_ids(torch.tensor([3]), torch.tensor([1]), torch.tensor([0]), 5)
-    assert positions.tolist() == [[[0, 1, 2, 1, 1], [0, 0, 0, 1, 2]]]
-
-
-def test_first_position_of_several_or_none_is_the_first_or_0():
-    found = torch.tensor([[False, True, True], [False, False, False]])
-    assert first_position(found).tolist() == [1, 0]
 
 
 # the picture

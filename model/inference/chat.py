@@ -17,7 +17,7 @@ from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.load import image_size
-from model.masks import glm_position_ids, prefix_mask
+from model.masks import first_position, mask_and_positions
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
@@ -168,11 +168,9 @@ def masks_and_position_ids(tokenizer: ChatGLMTokenizer) -> Any:
     """What SAT's filling_sequence asks for one sequence int64[seq], whose tokens after the context are still -1."""
 
     def of_sequence(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sop = tokens.tolist().index(tokenizer.bos_token_id)
-        context_length, gmask_position, no_padding = tokens.new_tensor([[sop], [sop - 1], [0]]).unbind()
-        mask = prefix_mask(context_length, no_padding, len(tokens)).float()
-        positions = glm_position_ids(context_length, gmask_position, no_padding, len(tokens))
-        return tokens.unsqueeze(0), mask, positions
+        context_length = first_position(tokens.unsqueeze(0) == tokenizer.bos_token_id)
+        mask, positions = mask_and_positions(context_length, torch.zeros_like(context_length), len(tokens))
+        return tokens.unsqueeze(0), mask.float(), positions
 
     return of_sequence
 

@@ -37,6 +37,7 @@ from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX, answer_labels, context_ids
 from model.data.tokenizer import VOCAB_FILE, ChatGLMTokenizer
 from model.loss import answer_loss
+from model.masks import next_labels
 from model.progress import duration, say
 from model.sat_compat import quieten
 from model.visualglm import VisualGLMModel
@@ -443,10 +444,10 @@ def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     It does so exactly if each token of the answer is the likeliest after the tokens before it, so one forward pass over
     the answer tells. <sop> is given, not guessed, when a question is asked.
     """
-    wanted = labels[:, 1:].clone()
+    wanted = next_labels(labels, IGNORE_INDEX)
     first = (wanted != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
     wanted.scatter_(1, first, IGNORE_INDEX)
-    return ((logits[:, :-1].argmax(-1) == wanted) | (wanted == IGNORE_INDEX)).all(dim=1)
+    return ((logits.argmax(-1) == wanted) | (wanted == IGNORE_INDEX)).all(dim=1)
 
 
 def right_turns(model: VisualGLMModel, pool: Pool, turns: Sequence[Turn], tokenizer: ChatGLMTokenizer) -> list[bool]:

@@ -1,12 +1,11 @@
 """Linears that are never learned, with their weights kept in another form than rows of numbers.
 
-`Nf4Linear`     4 bits a number, for QLoRA (Dettmers et al. 2023): bitsandbytes' NF4, in which blocks of 64 numbers share
-                a scale, and each number is one of 16 levels.
-`PackedLinear`  the blocks in which oneDNN's matrix kernels read a weight on a CPU. Given plain rows they bring them into
-                that order at every product, which takes up to half of the time when there are a few hundred tokens.
+    FrozenLinear      what they share: the gradient to their input, and ordinary checkpoints
+    Nf4Linear         4 bits a number, for QLoRA: bitsandbytes' NF4 (Dettmers et al. 2023), in which a block of 64 numbers
+                      shares a scale, and each number is one of 16 levels
+    PrepackedLinear   in `model.cpu`: the order in which oneDNN reads a weight
 
-A gradient goes through them to their input, and `state_dict` gives their weights in full width under ordinary names, so
-that checkpoints are ordinary ones.
+`state_dict` gives their weights in full width under ordinary names.
 """
 
 import abc
@@ -27,9 +26,9 @@ PLAIN_LINEARS = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinea
 
 
 class FrozenLinear(torch.nn.Module, abc.ABC):
-    """y = x W^T + b, with W in a form of the subclass's own; it holds no weight until `pack` is given one.
+    """y = x W^T + b, with W in a form of the subclass's own.
 
-    `load_state_dict` packs one tensor at a time, on the module's device.
+    It holds no weight until `pack` is given one. `load_state_dict` packs one tensor at a time, on the module's device.
     """
 
     def __init__(
@@ -190,7 +189,3 @@ def keep_in_4_bits(module: torch.nn.Module) -> None:
     """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
     for parent, name, linear in plain_linears(module):
         setattr(parent, name, Nf4Linear(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype))
-
-
-# --- in oneDNN's own order --------------------------------------------------------------------------------------------
-# torch has these two operations for its own compiler; its public mkldnn modules copy every input and output.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_values, load_model
 
-from model.cpu import ONE_WIDTH, can_pack, gelu
 from model.sat_compat import import_sat
 from model.visualglm import normalized
 
@@ -202,20 +201,3 @@ def test_layers_in_bfloat16_on_a_cpu_add_up_in_float32_until_the_last(model):
     logits = model(input_ids=torch.tensor([[5, 6, 86, 89, 7, 90]]))[0]
     assert [output.dtype for output in added] == [torch.float32] * (mixin.num_layers - 1) + [torch.bfloat16]
     assert logits.dtype == torch.bfloat16
-
-
-@pytest.mark.skipif(not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="needs a CPU with bfloat16 instructions")
-def test_gelu_of_every_bfloat16_is_torchs_own_and_its_gradient_as_near_as_bfloat16_can_tell() -> None:
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    x = every[every.isfinite() & (every.abs() < 2**13)].view(-1, ONE_WIDTH).requires_grad_()
-    exact = x.detach().double().requires_grad_()
-    found, expected = gelu(x), torch.nn.functional.gelu(exact, approximate="tanh")
-    found.sum().backward()
-    expected.sum().backward()
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-8, atol=1e-3)
-
-
-def test_gelu_of_a_width_that_onednn_cant_be_asked_for_is_torchs_own() -> None:
-    x = torch.randn(3, ONE_WIDTH + 1).bfloat16()
-    assert torch.equal(gelu(x), torch.nn.functional.gelu(x, approximate="tanh"))

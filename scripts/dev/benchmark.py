@@ -181,13 +181,13 @@ def eyes_on_the_device(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def plain_weights(model: Any) -> Iterator[None]:
     """Frozen linears with their weights in rows."""
-    from model.cpu import PackedLinear
+    from model.cpu import PrepackedLinear
 
     packed = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, PackedLinear)
+        if isinstance(child, PrepackedLinear)
     ]
     for parent, name, child in packed:
         setattr(parent, name, child.plain())

@@ -8,9 +8,13 @@ from conftest import FakeTimers, golden_values, load_model
 
 from model.data import dataset
 from model.data.dataset import data_collator
-from model.training.step import forward_step, get_batch
+from model.errors import RowError
+from model.training.step import evaluation_step, forward_step, get_batch, token_normalized_step
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
+
+
+ARGS_OF_2023 = SimpleNamespace(device="cpu", fp16=False)
 
 
 def sat_args(**flags):
@@ -34,6 +38,11 @@ def batch():
             for answer, picture in zip(answers, pictures, strict=True)
         ]
     )
+
+
+def batch_of_2023():
+    """The same rows as the released script's collator gives them."""
+    return {name: value for name, value in batch().items() if name in ("input_ids", "labels", "image", "pre_image")}
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +116,38 @@ def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
     loss, _ = forward_step(iter([batch()]), process_group.bfloat16(), sat_args(bf16=True), FakeTimers())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
+
+
+# what a script of 2023 hands over
+
+
+def test_batch_with_the_args_of_2023_is_handed_on_in_float32():
+    input_ids, _, image, _ = get_batch(iter([batch()]), ARGS_OF_2023, FakeTimers())
+    assert torch.equal(input_ids, batch()["input_ids"])
+    assert image.dtype == torch.float32
+
+
+def test_batch_in_fp16_with_the_args_of_2023_is_float16():
+    args = SimpleNamespace(device="cpu", fp16=True)
+    assert get_batch(iter([batch()]), args, FakeTimers())[2].dtype == torch.float16
+
+
+def test_batch_of_2023_is_handed_on_as_it_is():
+    given = batch_of_2023()
+    found = get_batch(iter([given]), ARGS_OF_2023, FakeTimers())
+    assert all(
+        torch.equal(tensor, given[name]) for tensor, name in zip(found, ("input_ids", "labels", "image"), strict=False)
+    )
+    assert found[3] == 3
+
+
+@pytest.mark.parametrize("step", [forward_step, evaluation_step, token_normalized_step()])
+def test_loss_of_a_batch_of_2023_is_that_of_our_collators(process_group, step):
+    expected, _ = forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())
+    loss, _ = step(iter([batch_of_2023()]), process_group, ARGS_OF_2023, FakeTimers())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_row_that_cannot_be_used_with_the_args_of_2023_is_an_error():
+    with pytest.raises(RowError, match="row 3: gone"):
+        get_batch(iter([batch() | {"problems": ["row 3: gone"]}]), ARGS_OF_2023, FakeTimers())

@@ -63,7 +63,7 @@ def create_dataset_function(
     def chosen_rows(file: str, training: bool) -> Any:
         rows, chosen = selection.rows[file], selection.chosen(file, training)
         dataset = FewShotDataset(file, processor, get_tokenizer(), args, rows, chosen, note_bad_pictures=True)
-        return dataset if cache is None else cache.given_to(dataset)
+        return dataset if cache is None else cache.with_features(dataset)
 
     if path == HELD_OUT:
         return ConcatDataset([chosen_rows(file, training=False) for file in selection.held_out])
@@ -113,7 +113,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         save_checkpoint=save_checkpoint,
         report=report,
         auto_warmup_steps=options.auto_warmup_steps,
-        when_ready=cache.send_eyes_away,
+        when_ready=cache.offload_vision,
     )
     sat_loop.adapt_data(args)
     if options.keep_best:

@@ -100,7 +100,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     if options.image_size:
-        model.take_pictures_of(options.image_size, args)
+        model.set_image_size(options.image_size, args)
     model.freeze()
     fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
 

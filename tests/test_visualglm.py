@@ -1,4 +1,4 @@
-"""The model: released names and numbers, GLM's mask and positions, and the picture among the words.
+"""The model: released names and numbers, SAT's mask and positions, and the image among the words.
 
 Token ids of the golden model: [MASK] 85, [gMASK] 86, <sop> 89, <eop> 90, <pad> 3.
 """
@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN, golden_values, load_model
 
 from model.sat_compat import import_sat
-from model.visualglm import normalized
+from model.visualglm import residual_layer_norm
 
 import_sat()
 
@@ -148,25 +148,25 @@ def test_logits_of_another_picture_are_others(model, image):
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
-def test_frozen_eyes_when_the_model_trains_stay_in_eval_mode(model):
+def test_frozen_vision_when_the_model_trains_stays_in_eval_mode(model):
     freeze(model.get_mixin("eva"))
     model.train()
     assert model.transformer.training
     assert not any(module.training for module in model.get_mixin("eva").modules())
 
 
-def test_part_of_the_eyes_that_is_trained_goes_to_train_mode_and_back_alone(model):
-    eyes = model.get_mixin("eva").model
-    freeze(eyes)
-    eyes.glm_proj.bias.requires_grad_(True)
+def test_part_of_the_vision_that_is_trained_goes_to_train_mode_and_back_alone(model):
+    vision = model.get_mixin("eva").model
+    freeze(vision)
+    vision.glm_proj.bias.requires_grad_(True)
     model.train()
-    in_train_mode = {name for name, part in eyes.named_children() if any(m.training for m in part.modules())}
+    in_train_mode = {name for name, part in vision.named_children() if any(m.training for m in part.modules())}
     assert in_train_mode == {"glm_proj"}
     model.eval()
-    assert not any(module.training for module in eyes.modules())
+    assert not any(module.training for module in vision.modules())
 
 
-def test_frozen_eyes_build_no_gradient_graph(model, image):
+def test_frozen_vision_builds_no_gradient_graph(model, image):
     freeze(model.get_mixin("eva"))
     image = image.clone().requires_grad_(True)
     model(input_ids=torch.tensor(WITHOUT_PADDING), image=image, pre_image=1)[0].mean().backward()
@@ -183,12 +183,12 @@ def test_trained_projection_gets_a_gradient(model, image):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalized_on_a_cpu_is_the_norm_in_float32(dtype):
+def test_residual_layer_norm_on_a_cpu_is_the_norm_in_float32(dtype):
     norm = torch.nn.LayerNorm(8, eps=1e-3).to(dtype)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 8).to(dtype)
     expected = torch.nn.functional.layer_norm(x.float(), (8,), norm.weight.float(), norm.bias.float(), 1e-3)
-    found = normalized(x, norm)
+    found = residual_layer_norm(x, norm)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 

@@ -34,7 +34,7 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
     def __init__(
         self, in_features: int, out_features: int, bias: torch.nn.Parameter | None, dtype: torch.dtype
     ) -> None:
-        """dtype is that of the weight in full width; the bias is taken as it is."""
+        """dtype is the weight's in full width. The bias is taken as it is."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bias = bias
@@ -100,7 +100,7 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
 
 
 class _Product(torch.autograd.Function):
-    """A FrozenLinear's product, with the gradient to its input alone. The weight is not kept for it a second time."""
+    """A FrozenLinear's product, with a gradient to its input only. No copy of the weight is kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: FrozenLinear) -> torch.Tensor:
@@ -123,7 +123,7 @@ def input_gradient(linear: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
-    """(parent, name, linear) of every linear under module whose weight is kept as it is."""
+    """(parent, name, linear) of every linear under module that is no FrozenLinear."""
     return [
         (parent, name, child)
         for parent in module.modules()
@@ -137,7 +137,7 @@ def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, A
 
 @functools.cache
 def import_bitsandbytes() -> Any:
-    """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
+    """`bitsandbytes.functional`. What it logs at import, about kernels that a machine lacks, is not shown."""
     logging.disable(logging.WARNING)
     try:
         import bitsandbytes.functional
@@ -150,20 +150,20 @@ def import_bitsandbytes() -> Any:
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """weight [out, in] in NF4: uint8[out · in / 2, 1] and bitsandbytes' state to undo it.
 
-    The scales stay in float32: quantising the result of `dequantized` again then gives the very same numbers, and a model
-    that was saved in full width is the one that was trained.
+    The scales stay in float32. Quantising the result of `dequantized` then gives the same numbers again, so that a model
+    that was saved in full width loads as the one that was trained.
     """
     return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
 
 
 def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that `quantized` gave packed and state for, rounded to dtype."""
+    """The weight [out, in] in dtype, from what `quantized` gave."""
     state.dtype = dtype  # what bitsandbytes unpacks to, without a copy in float32 on the way
     return import_bitsandbytes().dequantize_4bit(packed, state)
 
 
 class Nf4Linear(FrozenLinear):
-    """A linear whose weight is kept in 4 bits, NF4. It is unpacked for every product, and again for the gradient."""
+    """A linear whose weight is kept in NF4. It is unpacked for every product, and again for the gradient."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
@@ -186,6 +186,6 @@ class Nf4Linear(FrozenLinear):
 
 
 def keep_in_4_bits(module: torch.nn.Module) -> None:
-    """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
+    """Replace every linear under module, in place, by an `Nf4Linear`, which gets its weight when a checkpoint is loaded."""
     for parent, name, linear in plain_linears(module):
         setattr(parent, name, Nf4Linear(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype))

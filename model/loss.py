@@ -16,7 +16,7 @@ from model.frozen import FrozenLinear, input_gradient, product
 from model.masks import next_labels
 
 CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
-CACHED_LOGITS = 2**16  # scores that a thread of a CPU turns into gradients at once: 256 KiB, which its cache holds
+CACHED_LOGITS = 2**16  # of them, those that a CPU's thread turns into gradients at once: 256 KiB fit into its cache
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss`'s sum: the gradient is made beside it, and no chunk's scores are kept."""
+    """`head_loss`. The gradient is made together with the sum, so that no chunk's scores are kept for later."""
 
     @staticmethod
     def forward(
@@ -71,12 +71,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies, scalar float32, of the tokens that hidden [answers, hidden] predicts.
+    """Sum of the cross entropies, scalar float32, of the tokens that hidden states predict.
 
-    Chunk by chunk: all scores are never held at once. The head stays as it is; it gets no gradient.
+    The scores of a chunk of tokens are made at a time, never all at once. The head is frozen: it gets no gradient.
 
     Args:
-        head: a linear, [..., hidden] → [..., vocab], without a bias. targets: int64[answers].
+        hidden: [answers, hidden]. targets: int64[answers].
+        head: a linear, [..., hidden] → [..., vocab], without a bias.
     """
     vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
     rows = max(1, CHUNK_LOGITS // vocab)

@@ -84,7 +84,7 @@ def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tu
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
     if options.image_size:
-        model.take_pictures_of(options.image_size, args)
+        model.set_image_size(options.image_size, args)
     model.freeze()
     fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
     return model, args
@@ -113,7 +113,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         )
         inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
         hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
-        hooks.when_ready = features.send_eyes_away
+        hooks.when_ready = features.offload_vision
         if options.keep_best:
             hooks.after_evaluation = BestCheckpoint(save_checkpoint).consider
         sat_loop.training_main()(

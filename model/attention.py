@@ -1,9 +1,9 @@
 """Attention under the prefix mask, with ChatGLM's two rotary positions; fused where that pays.
 
-SAT takes its fused path for full and causal masks only, and finds out which one it has by asking the device twice in
-every layer. Its rotary embedding asks once more. Here nothing is asked, and the numbers are the same.
+SAT takes its fused path for full and causal masks only. To find out which mask it has, it waits for the device twice in
+every layer, and once more in its rotary embedding. Here nothing waits, and the numbers are the same.
 
-Shapes: batch, heads, seq, head_dim; the keys' length is seq, plus what a cache or a prefix adds.
+Shapes: batch, heads, seq, head_dim. keys is seq, plus what a cache or a prefix adds.
 """
 
 from typing import Any
@@ -18,22 +18,24 @@ import_sat()
 from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # noqa: E402
 
-SHORT_ON_CPU = 256  # keys; up to here torch's fused CPU kernel takes several times as long as its parts (torch 2.13)
-INVISIBLE = -10_000.0  # SAT's score of a position that isn't seen; finite, so what sees nothing stays finite
+SHORT_ON_CPU = 256  # keys; up to so many, torch's fused CPU kernel is several times slower than its parts (torch 2.13)
+INVISIBLE = (
+    -10_000.0
+)  # SAT's score of a position that isn't seen; finite, so that padding, which sees nothing, is finite
 
 
 class FusedAttentionMixin(BaseMixin):
     """SAT's hook `attention_fn`: softmax(q kᵀ / √head_dim + mask) v, in one kernel where that pays.
 
-    P-Tuning and caches stack on it.
+    The mixins of P-Tuning and of the key-value cache call it with longer keys.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: tuple[Any, Any] = (None, None)  # a mask, and its bias: every layer comes with the same
+        self.last: tuple[Any, Any] = (None, None)  # a mask and its bias; every layer has the same mask
 
     def bias(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores under mask, None where it hides nothing; see `attention_fn`."""
+        """What is added to the scores under this mask of `attention_fn`; None if the mask hides nothing."""
         if mask.numel() == 1:
             return None
         if self.last[0] is not mask:
@@ -59,42 +61,49 @@ class FusedAttentionMixin(BaseMixin):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
 
 
-def rows_to_turn_by(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [batch, seq, head_dim] as `turn` takes them: [batch, 1, seq · head_dim], and of the sines two such
-    rows, shorter by head_dim / 4: for the first number of each pair, without the end, and for the second, without the start.
+def rotary_rows(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [batch, seq, head_dim] in the form in which `apply_rotary` takes them.
+
+    cos becomes [batch, 1, seq · head_dim]. sin becomes two such rows, each shorter by step = head_dim / 4, as [2, batch,
+    1, seq · head_dim - step]: one for the first number of each pair, where the second lies step further on, and one for
+    the second number of each pair, where the first lies step back.
     """
     step = cos.shape[-1] // 4
     is_first = torch.arange(cos.shape[-1], device=cos.device) // step % 2 == 0
-    cos, first, second = (rows.flatten(1).unsqueeze(1) for rows in (cos, sin * is_first, sin * ~is_first))
-    return cos, torch.stack((first[..., :-step], second[..., step:]))
+    cos, sin_first, sin_second = (rows.flatten(1).unsqueeze(1) for rows in (cos, sin * is_first, sin * ~is_first))
+    return cos, torch.stack((sin_first[..., :-step], sin_second[..., step:]))
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, forward: int = 1) -> torch.Tensor:
-    """x [..., heads, seq · head_dim] turned: the halves of each token's head_dim each by their own position.
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """x [..., heads, seq · head_dim] rotated by its positions (rotary embedding, Su et al. 2021), or back if inverse.
 
-        head_dim   a1 a2 | b1 b2        a by the first position, b by the second
-        turned to  a1·cos - a2·sin, a2·cos + a1·sin | the same for b
+    ChatGLM rotates one half of a token's head_dim by the first of its two positions, the other half by the second:
 
-    cos, sin are from `rows_to_turn_by`; forward is 1, or -1 to turn back.
+        head_dim   a1 a2 | b1 b2
+        rotated    a1·cos - a2·sin, a2·cos + a1·sin | the same for b
 
-    A head's tokens are one long row, in which each number finds the other of its pair head_dim / 4 further on or back. Cut
-    into runs of head_dim / 4 numbers, most of the time would go into starting the next run.
+    All tokens of a head are one long row here. Each number's partner lies head_dim / 4 further on or back, so that the
+    whole row is rotated in three operations. Token by token, most of the time would go into starting the next one.
+
+    Args:
+        cos, sin: from `rotary_rows`.
     """
     step, (sin_first, sin_second) = x.shape[-1] - sin.shape[-1], sin.unbind()
-    turned = x * cos
-    turned[..., :-step].addcmul_(x[..., step:], sin_first, value=-forward)
-    turned[..., step:].addcmul_(x[..., :-step], sin_second, value=forward)
-    return turned
+    sign = -1 if inverse else 1
+    rotated = x * cos
+    rotated[..., :-step].addcmul_(x[..., step:], sin_first, value=-sign)
+    rotated[..., step:].addcmul_(x[..., :-step], sin_second, value=sign)
+    return rotated
 
 
-class _TurnedHeads(torch.autograd.Function):
-    """`turned_heads`; its gradient is turned back."""
+class _RotatedQueryKeyValue(torch.autograd.Function):
+    """`rotated_query_key_value`. Its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        parts = stacked.permute(2, 0, 3, 1, 4).contiguous()
-        query, key = turn(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
+        parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
+        query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
         return query, key, parts[2]
 
     @staticmethod
@@ -103,19 +112,21 @@ class _TurnedHeads(torch.autograd.Function):
         batch, heads, seq, head_dim = grads[0].shape
         gradient = grads[0].new_empty(batch, seq, 3, heads, head_dim)
         parts = gradient.permute(2, 0, 3, 1, 4)
-        for part, turned in zip(parts[:2], grads[:2], strict=True):
-            part.copy_(turn(turned.flatten(-2), cos, sin, forward=-1).view_as(part))
+        for part, grad in zip(parts[:2], grads[:2], strict=True):
+            part.copy_(apply_rotary(grad.flatten(-2), cos, sin, inverse=True).view_as(part))
         parts[2].copy_(grads[2])
         return gradient, None, None
 
 
-def turned_heads(
+def rotated_query_key_value(
     stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query and key, turned by their positions, and value, each [batch, heads, seq, head_dim], of stacked
-    [batch, seq, 3, heads, head_dim]; cos and sin are from `rows_to_turn_by`.
+    """Query and key, rotated by their positions, and value as it is: [batch, heads, seq, head_dim] each.
+
+    Args:
+        stacked: all three, [batch, seq, 3, heads, head_dim]. cos, sin: from `rotary_rows`.
     """
-    return _TurnedHeads.apply(stacked, cos, sin)
+    return _RotatedQueryKeyValue.apply(stacked, cos, sin)
 
 
 class PrefixAttentionMixin(ChatGLMAttnMixin):
@@ -125,10 +136,10 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         super().__init__(hidden_size, num_heads)
         self.max_sequence_length = max_sequence_length
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.last: tuple[Any, Any] = (None, None)  # position_ids, and what they gave: every layer asks with the same
+        self.last: tuple[Any, Any] = (None, None)  # position_ids and their rows; every layer has the same positions
 
     def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `turn` takes, for position_ids int64[batch, 2, seq] below max_sequence_length."""
+        """`rotary_rows` of position_ids, int64[batch, 2, seq], all below max_sequence_length."""
         if self.table is None or self.table[0].dtype != dtype or self.table[0].device != position_ids.device:
             frequencies = self.rotary_emb.inv_freq.to(position_ids.device)
             positions = torch.arange(self.max_sequence_length, device=position_ids.device, dtype=torch.float32)
@@ -137,7 +148,7 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
             self.last = None, None
         if self.last[0] is not position_ids:
             cos, sin = (F.embedding(position_ids, table).transpose(1, 2).flatten(2) for table in self.table)
-            self.last = position_ids, rows_to_turn_by(cos, sin)
+            self.last = position_ids, rotary_rows(cos, sin)
         return self.last[1]
 
     def attention_forward(  # type: ignore[override]
@@ -151,12 +162,12 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
     ) -> torch.Tensor:
         """One layer's attention, [batch, seq, hidden] → [batch, seq, hidden].
 
-        With answer_positions, int64[answers] into the flattened batch · seq: [answers, hidden], what these positions see.
+        With answer_positions, int64[answers] into the flattened batch · seq, only theirs: → [answers, hidden].
         """
         attention = self.transformer.layers[layer_id].attention
         heads, head_dim = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
         stacked = attention.query_key_value(hidden_states).unflatten(-1, (3, heads, head_dim))
-        query, key, value = turned_heads(stacked, *self.cos_sin(position_ids, stacked.dtype))
+        query, key, value = rotated_query_key_value(stacked, *self.cos_sin(position_ids, stacked.dtype))
         dropout = attention.attention_dropout if attention.training else None
         context = self.transformer.hooks["attention_fn"](
             query, key, value, mask, dropout, layer_id=layer_id, position_ids=position_ids, **kwargs,

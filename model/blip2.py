@@ -1,4 +1,4 @@
-"""The eyes of VisualGLM: an EVA vision transformer and a Q-Former that asks it a fixed number of questions.
+"""The vision part: an EVA vision transformer, a Q-Former with a fixed number of queries, and a projection.
 
     image float32[batch, 3, H, W] → EVAViT [batch, 1 + patches, vit hidden]
                                   → QFormer [batch, queries, qformer hidden] → glm_proj [batch, queries, hidden]
@@ -22,11 +22,11 @@ from sat.model.official.vit_model import ViTProperty  # noqa: E402
 
 
 class FinalLayerNormMixin(BaseMixin):
-    """Replaces ViT's class head: normalises every position instead of classifying the first."""
+    """A layer norm of every position, in place of ViT's class head."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        # torch's own eps, not the tower's 1e-6: that is how the checkpoint was trained and released.
+        # torch's own eps, not the vision tower's 1e-6: the checkpoint was trained and released with it.
         self.ln_vision = torch.nn.LayerNorm(hidden_size)
 
     def final_forward(self, logits: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -37,7 +37,7 @@ class EVAViT(ViTModel):
     """EVA ViT-g: SAT's ViT with a final layer norm in place of the class head."""
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
-        args.num_classes = 1  # of the head that goes next; torch warns about one of none, as released configs have it
+        args.num_classes = 1  # released configs say 0, of which torch warns; the head is deleted in the next lines
         super().__init__(args, transformer=transformer, **kwargs)
         self.del_mixin("cls")
         self.add_mixin("cls", FinalLayerNormMixin(args.hidden_size))
@@ -52,10 +52,10 @@ class EVAViT(ViTModel):
         )[0]
 
     def set_image_size(self, edge: int) -> None:
-        """Take pictures of edge × edge pixels from now on: the patches' position embeddings are interpolated.
+        """Take images of edge × edge pixels from now on, edge being a multiple of the patch size.
 
-        SAT does it bicubically in float32, whatever the weights' type, without aligned corners. edge is a multiple of
-        the patch size.
+        SAT interpolates the patches' position embeddings bicubically, without aligned corners, in float32 whatever the
+        weights' dtype.
         """
         old = self.transformer.property
         if tuple(old.image_size) != (edge, edge):
@@ -64,7 +64,7 @@ class EVAViT(ViTModel):
 
 
 class QFormer(BaseModel):
-    """A BERT whose words are learned queries; every other layer looks at the picture's features."""
+    """A BERT whose words are learned queries. Every other layer attends to the vision tower's output."""
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(args, transformer=transformer, activation_func=torch.nn.functional.gelu, **kwargs)
@@ -80,7 +80,7 @@ class QFormer(BaseModel):
         return logits
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Answers [batch, queries, hidden] to the queries, from features [batch, positions, cross hidden]."""
+        """The queries' hidden states [batch, queries, hidden] after attending to features [batch, positions, vit hidden]."""
         queries = torch.arange(self.query_length, device=features.device).expand(features.shape[0], -1)
         everything_visible = features.new_ones((1, 1))
         return super().forward(
@@ -93,7 +93,7 @@ class QFormer(BaseModel):
 
 
 class BLIP2(torch.nn.Module):
-    """A picture as a fixed number of embeddings in the language model's own space."""
+    """An image becomes a fixed number of embeddings of the language model's width."""
 
     def __init__(self, eva_args: Mapping[str, Any], qformer_args: Mapping[str, Any], hidden_size: int, **kwargs: Any):
         """Build the three parts; kwargs (such as params_dtype) go to both SAT models.
@@ -106,7 +106,7 @@ class BLIP2(torch.nn.Module):
         self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
-        """The Q-Former's answers [batch, queries, width] to image [batch, 3, H, W]: worth keeping while it is frozen."""
+        """The Q-Former's output [batch, queries, width] for image [batch, 3, H, W]; see `has_fixed_features`."""
         return self.qformer(self.vit(image))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -114,10 +114,9 @@ class BLIP2(torch.nn.Module):
         return self.glm_proj(self.features(image))
 
     def is_trained(self) -> bool:
-        """Whether any weight here is to be learned."""
+        """Whether any weight here is trained."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def has_fixed_features(self) -> bool:
-        """Whether `features` of a picture stay what they are throughout training."""
-        seen_by = (*self.vit.parameters(), *self.qformer.parameters())
-        return not any(parameter.requires_grad for parameter in seen_by)
+        """Whether the `features` of an image stay the same throughout training, and so can be kept."""
+        return not any(p.requires_grad for part in (self.vit, self.qformer) for p in part.parameters())

@@ -1,4 +1,12 @@
-"""What oneDNN does better than torch's own kernels on a CPU, each with the plain torch way beside it."""
+"""What oneDNN computes faster on a CPU than torch's own kernels: products with frozen weights, and GELU in bfloat16.
+
+torch has these operations for its compiler, under private names that a release may change. Its public mkldnn modules
+copy every input and output. So the private names are used, in this file only, and `can_pack` is asked first. Where it
+says no, `pack_linears` leaves plain linears as they are and `gelu` is torch's own: the same numbers, more slowly.
+
+Given plain rows, oneDNN brings a weight into its own order at every product. With a few hundred tokens that takes up to
+half of the time. A prepacked weight lies in that order from the start.
+"""
 
 import functools
 from typing import Any
@@ -7,34 +15,42 @@ import torch
 
 from model.frozen import FrozenLinear, plain_linears
 
-ONE_WIDTH = 32  # numbers of a row that is multiplied by one
-
-
+PRIVATE_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured, packing for 64 or 1024 is as fast
+IDENTITY_WIDTH = 32  # numbers in a row that `gelu` multiplies by the identity
 
 
-def in_onednn_order(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out, in] as `onednn_product` reads it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
-
-
-def onednn_product(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, then: str = "none"
-) -> torch.Tensor:
-    """x W^T + b, [..., in] → [..., out], without a gradient; `then` "gelu" gives its GELU, by tanh."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "tanh")
+@functools.cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch has the private operations, and this CPU instructions of its own for dtype."""
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, op) for op in PRIVATE_OPERATIONS):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies by weight on this machine, with instructions of the CPU's own for its dtype."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+    """Whether oneDNN can be asked for products with weight, or for the GELU of a tensor like it."""
+    return weight.device.type == "cpu" and has_onednn(weight.dtype)
 
 
-class PackedLinear(FrozenLinear):
+def in_onednn_order(weight: torch.Tensor) -> torch.Tensor:
+    """weight [out, in] as `onednn_linear` reads it. `to_dense()` undoes it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_TOKENS)
+
+
+def onednn_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
+) -> torch.Tensor:
+    """`F.linear(x, weight, bias)`, [..., in] → [..., out], of a weight `in_onednn_order`; it has no gradient.
+
+    With activation "gelu" it is followed by `F.gelu(…, approximate="tanh")`.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "tanh")
+
+
+class PrepackedLinear(FrozenLinear):
     """A linear on a CPU whose weight lies in oneDNN's order, once for the product and once for the gradient.
 
     The second is made when the first gradient comes: the layers below the lowest trained one never need it.
@@ -46,7 +62,7 @@ class PackedLinear(FrozenLinear):
         self.packed_transposed: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, linear: Any) -> "PackedLinear":
+    def of(cls, linear: Any) -> "PrepackedLinear":
         """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
         packed = cls(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype)
         packed.pack(linear.weight.detach())
@@ -60,37 +76,39 @@ class PackedLinear(FrozenLinear):
         return self.packed.to_dense()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return onednn_product(x, self.packed, self.bias)
+        return onednn_linear(x, self.packed, self.bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.packed_transposed is None:
             self.packed_transposed = in_onednn_order(self.weight_in_full().T)
-        return onednn_product(gradient.contiguous(), self.packed_transposed, None)
+        return onednn_linear(gradient.contiguous(), self.packed_transposed, None)
 
 
 def pack_linears(module: torch.nn.Module) -> None:
-    """Replace every plain linear under module that isn't learned, in place, by a `PackedLinear`."""
+    """Replace every plain linear under module that can be packed and isn't learned, in place, by a `PrepackedLinear`."""
     for parent, name, linear in plain_linears(module):
-        if not linear.weight.requires_grad:
-            setattr(parent, name, PackedLinear.of(linear))
+        if can_pack(linear.weight) and not linear.weight.requires_grad:
+            setattr(parent, name, PrepackedLinear.of(linear))
 
 
 @functools.cache
-def _packed_one() -> torch.Tensor:
-    return in_onednn_order(torch.eye(ONE_WIDTH, dtype=torch.bfloat16))
+def _packed_identity() -> torch.Tensor:
+    return in_onednn_order(torch.eye(IDENTITY_WIDTH, dtype=torch.bfloat16))
 
 
 class _OnednnGelu(torch.autograd.Function):
     """`gelu` of bfloat16 on a CPU. torch works out its tanh number by number, which takes three times as long.
 
-    oneDNN has this function as what may follow a product, so the numbers are multiplied by one. It has a gradient for the
-    GELU by erf only: that differs by 0.0009 at most, a quarter of the step from one bfloat16 to the next below 1.
+    oneDNN has this function only as what may follow a product, so the numbers are multiplied by the identity. Its
+    gradient is that of the GELU by erf, which is all that oneDNN has. The two differ by 0.0009 at most, a quarter of the
+    step from one bfloat16 to the next below 1.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return onednn_product(x.reshape(-1, ONE_WIDTH), _packed_one(), None, then="gelu").view(x.shape)
+        rows = x.reshape(-1, IDENTITY_WIDTH)
+        return onednn_linear(rows, _packed_identity(), None, activation="gelu").view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
@@ -98,7 +116,7 @@ class _OnednnGelu(torch.autograd.Function):
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """ChatGLM's GELU, the tanh approximation: SAT spells it out in seven operations, each of which keeps a copy."""
-    if x.dtype == torch.bfloat16 and x.shape[-1] % ONE_WIDTH == 0 and can_pack(x):
+    """ChatGLM's GELU, the tanh approximation. SAT spells it out in seven operations, each of which keeps a copy."""
+    if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and can_pack(x):
         return _OnednnGelu.apply(x)
     return torch.nn.functional.gelu(x, approximate="tanh")

@@ -1,12 +1,11 @@
 """Linears that are never learned, with their weights kept in another form than rows of numbers.
 
-`Nf4Linear`     4 bits a number, for QLoRA (Dettmers et al. 2023): bitsandbytes' NF4, in which blocks of 64 numbers share
-                a scale, and each number is one of 16 levels.
-`PackedLinear`  the blocks in which oneDNN's matrix kernels read a weight on a CPU. Given plain rows they bring them into
-                that order at every product, which takes up to half of the time when there are a few hundred tokens.
+    FrozenLinear      what they share: the gradient to their input, and ordinary checkpoints
+    Nf4Linear         4 bits a number, for QLoRA: bitsandbytes' NF4 (Dettmers et al. 2023), in which a block of 64 numbers
+                      shares a scale, and each number is one of 16 levels
+    PrepackedLinear   in `model.cpu`: the order in which oneDNN reads a weight
 
-A gradient goes through them to their input, and `state_dict` gives their weights in full width under ordinary names, so
-that checkpoints are ordinary ones.
+`state_dict` gives their weights in full width under ordinary names.
 """
 
 import abc
@@ -27,15 +26,15 @@ PLAIN_LINEARS = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinea
 
 
 class FrozenLinear(torch.nn.Module, abc.ABC):
-    """y = x W^T + b, with W in a form of the subclass's own; it holds no weight until `pack` is given one.
+    """y = x W^T + b, with W in a form of the subclass's own.
 
-    `load_state_dict` packs one tensor at a time, on the module's device.
+    It holds no weight until `pack` is given one. `load_state_dict` packs one tensor at a time, on the module's device.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: torch.nn.Parameter | None, dtype: torch.dtype
     ) -> None:
-        """dtype is that of the weight in full width; the bias is taken as it is."""
+        """dtype is the weight's in full width. The bias is taken as it is."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bias = bias
@@ -101,7 +100,7 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
 
 
 class _Product(torch.autograd.Function):
-    """A FrozenLinear's product, with the gradient to its input alone. The weight is not kept for it a second time."""
+    """A FrozenLinear's product, with a gradient to its input only. No copy of the weight is kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: FrozenLinear) -> torch.Tensor:
@@ -124,7 +123,7 @@ def input_gradient(linear: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
-    """(parent, name, linear) of every linear under module whose weight is kept as it is."""
+    """(parent, name, linear) of every linear under module that is no FrozenLinear."""
     return [
         (parent, name, child)
         for parent in module.modules()
@@ -138,7 +137,7 @@ def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, A
 
 @functools.cache
 def import_bitsandbytes() -> Any:
-    """`bitsandbytes.functional`, without the lines that it logs on a machine that lacks one of its kernels."""
+    """`bitsandbytes.functional`. What it logs at import, about kernels that a machine lacks, is not shown."""
     logging.disable(logging.WARNING)
     try:
         import bitsandbytes.functional
@@ -151,20 +150,20 @@ def import_bitsandbytes() -> Any:
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """weight [out, in] in NF4: uint8[out · in / 2, 1] and bitsandbytes' state to undo it.
 
-    The scales stay in float32: quantising the result of `dequantized` again then gives the very same numbers, and a model
-    that was saved in full width is the one that was trained.
+    The scales stay in float32. Quantising the result of `dequantized` then gives the same numbers again, so that a model
+    that was saved in full width loads as the one that was trained.
     """
     return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
 
 
 def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that `quantized` gave packed and state for, rounded to dtype."""
+    """The weight [out, in] in dtype, from what `quantized` gave."""
     state.dtype = dtype  # what bitsandbytes unpacks to, without a copy in float32 on the way
     return import_bitsandbytes().dequantize_4bit(packed, state)
 
 
 class Nf4Linear(FrozenLinear):
-    """A linear whose weight is kept in 4 bits, NF4. It is unpacked for every product, and again for the gradient."""
+    """A linear whose weight is kept in NF4. It is unpacked for every product, and again for the gradient."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
@@ -187,10 +186,6 @@ class Nf4Linear(FrozenLinear):
 
 
 def keep_in_4_bits(module: torch.nn.Module) -> None:
-    """Replace every linear under module, in place, by one that keeps its weight in NF4, once it is loaded."""
+    """Replace every linear under module, in place, by an `Nf4Linear`, which gets its weight when a checkpoint is loaded."""
     for parent, name, linear in plain_linears(module):
         setattr(parent, name, Nf4Linear(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype))
-
-
-# --- in oneDNN's own order --------------------------------------------------------------------------------------------
-# torch has these two operations for its own compiler; its public mkldnn modules copy every input and output.

@@ -1,9 +1,9 @@
-"""What is trained: LoRA factors beside frozen linears, P-Tuning v2 prefixes, and parts of the eyes if asked.
+"""LoRA (Hu et al. 2021): trained factors of low rank beside frozen linears.
 
-LoRA (Hu et al. 2021): y = W x + b + (alpha / r) · B A x, with W and b frozen, A [r, in] random and B [out, r] zero at
-the start, so that training begins at the base model's own answers.
+    y = W x + b + (alpha / r) · B A x        W, b frozen; A [r, in] random, B [out, r] zero
 
-QLoRA (Dettmers et al. 2023) is LoRA over weights kept in 4 bits: see `model.frozen`.
+B is zero at the start, so that training begins at the base model's own answers. QLoRA (Dettmers et al. 2023) is LoRA
+over weights kept in 4 bits: see `model.frozen`.
 """
 
 import math
@@ -27,9 +27,6 @@ PART_OF_TARGET = {  # where SAT's layers keep the linears of --lora_target
 }
 
 
-# --- LoRA -------------------------------------------------------------------------------------------------------------
-
-
 class LoraLinear(torch.nn.Module):
     """A frozen linear with a low-rank change beside it, one pair of factors for each of its stacked parts.
 
@@ -40,7 +37,7 @@ class LoraLinear(torch.nn.Module):
     def __init__(self, original: Any, rank: int, parts: int = 1, alpha: float = 1.0, dropout: float = 0.0) -> None:
         """Wrap original, whose output stacks `parts` projections (query_key_value: 3).
 
-        dropout is the probability with which the factors, and they alone, don't see a number of their input.
+        dropout is the probability that a number of the input is hidden from the factors. The original sees them all.
 
         Raises:
             ValueError: the output can't be divided into that many parts.
@@ -65,7 +62,7 @@ class LoraLinear(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
-        # Two products, however many parts: the A of all below each other, and each part's B on its own r columns.
+        # Two products, however many parts there are: all A below each other, then all B on a block diagonal.
         low_rank = (self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T) * self.scale
         return self.original(hidden_states) + low_rank @ torch.block_diag(*self.matrix_B).T
 
@@ -80,7 +77,7 @@ class LoraLinear(torch.nn.Module):
 def folded(
     weight: torch.Tensor, matrix_a: list[torch.Tensor], matrix_b: list[torch.Tensor], scale: float
 ) -> torch.Tensor:
-    """W + scale · B A, [out, in], of all stacked parts; added in float32, in the weight's own dtype in the end."""
+    """W + scale · B A, [out, in], of all stacked parts: summed in float32, returned in the weight's own dtype."""
     change = torch.cat([b.float() @ a.float() for a, b in zip(matrix_a, matrix_b, strict=True)])
     return (weight.float() + change * scale).to(weight.dtype)
 
@@ -122,10 +119,10 @@ class LoraMixin(BaseMixin):
             setattr(part, name, LoraLinear(getattr(part, name), self.rank, stacked, self.alpha, self.dropout))
 
     def merge_lora(self) -> None:
-        """Fold the factors into the frozen weights, so that the model is a plain one that answers the same.
+        """Fold the factors into the frozen weights. The model answers as before and is a plain one.
 
-        The linears become plain again, and their tensors have the base model's names. Over 4-bit weights the sum is kept
-        in full width: it isn't one of their 16 levels.
+        Its tensors have the base model's names again. Over 4-bit weights the sum is kept in full width, as it isn't one
+        of their 16 levels.
         """
         for layer in self._layers():
             for name in self.targets:
@@ -135,6 +132,3 @@ class LoraMixin(BaseMixin):
 
     def _layers(self) -> list[Any]:
         return [self.transformer.layers[index] for index in self.layer_range]
-
-
-# --- the model --------------------------------------------------------------------------------------------------------

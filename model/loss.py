@@ -1,4 +1,6 @@
-"""Cross entropy of the supervised tokens, shifted by one.
+"""Cross entropy of the supervised tokens. `model.masks` says which position predicts which of them.
+
+`head_loss` is what training uses. `answer_loss` and `losses_by_row` take logits that are there already.
 
 Shapes: batch = samples, seq = tokens, answers = supervised tokens of the whole batch, vocab = entries of the
 vocabulary, hidden = the width of the language model.
@@ -11,28 +13,37 @@ import torch.nn.functional as F
 
 from model.data.prompt import IGNORE_INDEX
 from model.frozen import FrozenLinear, input_gradient, product
+from model.masks import next_labels
 
 CHUNK_LOGITS = 2**26  # scores held at once: 256 MiB in float32
-CACHED_LOGITS = 2**16  # scores that a thread of a CPU turns into gradients at once: 256 KiB, which its cache holds
+CACHED_LOGITS = 2**16  # of them, those that a CPU's thread turns into gradients at once: 256 KiB fit into its cache
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy, scalar float32, over the supervised tokens; 0 if there are none.
 
-        tokens    question gMASK sop  a   b   eop
-        labels       -       -   sop  a   b   eop
-        predicted            sop  a   b   eop           logits at t are for the token at t + 1
+    Args:
+        logits: [batch, seq, vocab]. labels: int64[batch, seq], IGNORE_INDEX where nothing is learned.
+    """
+    totals, counts = losses_by_row(logits, labels)
+    return totals.sum() / counts.sum().clamp(min=1)
+
+
+def losses_by_row(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's sum of cross entropies in nats, float32[batch], and its number of supervised tokens, int64[batch].
 
     Args:
         logits: [batch, seq, vocab]. labels: int64[batch, seq], IGNORE_INDEX where nothing is learned.
     """
-    predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    targets = next_labels(labels, IGNORE_INDEX)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.view_as(targets).sum(dim=1), (targets != IGNORE_INDEX).sum(dim=1)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`head_loss`'s sum: the gradient is made beside it, and no chunk's scores are kept."""
+    """`head_loss`. The gradient is made together with the sum, so that no chunk's scores are kept for later."""
 
     @staticmethod
     def forward(
@@ -60,12 +71,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies, scalar float32, of the tokens that hidden [answers, hidden] predicts.
+    """Sum of the cross entropies, scalar float32, of the tokens that hidden states predict.
 
-    Chunk by chunk: all scores are never held at once. The head stays as it is; it gets no gradient.
+    The scores of a chunk of tokens are made at a time, never all at once. The head is frozen: it gets no gradient.
 
     Args:
-        head: a linear, [..., hidden] → [..., vocab], without a bias. targets: int64[answers].
+        hidden: [answers, hidden]. targets: int64[answers].
+        head: a linear, [..., hidden] → [..., vocab], without a bias.
     """
     vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
     rows = max(1, CHUNK_LOGITS // vocab)

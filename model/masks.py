@@ -1,6 +1,6 @@
-"""ChatGLM's prefix mask, its two positions, and which positions predict a supervised token.
+"""ChatGLM's prefix mask, its two positions, and which position predicts which token.
 
-Tensors only: training, packing, chatting and evaluating all ask here.
+Training, packing, chatting and evaluating all ask here. Nothing but torch is needed.
 
 Shapes: batch = samples, seq = tokens of the longest one.
 """
@@ -35,6 +35,14 @@ def prefix_mask(context_length: torch.Tensor, pad_length: torch.Tensor, seq_leng
     visible = (column <= row) | (column < context_length[:, None, None])
     padding = pad_length[:, None, None]
     return (visible & (row >= padding) & (column >= padding)).unsqueeze(1)
+
+
+def mask_and_positions(
+    context_length: torch.Tensor, pad_length: torch.Tensor, seq_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prefix_mask` and `glm_position_ids` of prompts, in which [gMASK] is the last token before <sop>."""
+    mask = prefix_mask(context_length, pad_length, seq_length)
+    return mask, glm_position_ids(context_length, context_length - 1, pad_length, seq_length)
 
 
 def packed_prefix_mask(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
@@ -92,19 +100,29 @@ def packed_position_ids(segments: torch.Tensor, in_context: torch.Tensor) -> tor
     return both.masked_fill((segments < 0).unsqueeze(1), 0)
 
 
+def next_labels(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """int64[batch, seq]: the label of the token that each position predicts, which is the next one.
+
+        tokens        question gMASK sop  a   b   eop
+        labels           -       -   sop  a   b   eop
+        next labels      -      sop   a   b  eop   -
+
+    Args:
+        labels: int64[batch, seq], ignore_index where nothing is learned.
+    """
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]
+    return shifted
+
+
 def supervised_positions(labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which positions of the flattened batch · seq predict a supervised token, and these tokens: int64[answers] each.
-
-        tokens    question gMASK sop  a   b   eop
-        labels       -       -   sop  a   b   eop
-        position             x    x   x   x                 the position before each supervised token
 
     On a GPU this waits for the device: call it where the batch is made.
 
     Args:
         labels: int64[batch, seq], ignore_index where nothing is learned.
     """
-    next_labels = torch.full_like(labels, ignore_index)
-    next_labels[:, :-1] = labels[:, 1:]
-    positions = (next_labels.flatten() != ignore_index).nonzero().squeeze(1)
-    return positions, next_labels.flatten()[positions]
+    targets = next_labels(labels, ignore_index).flatten()
+    positions = (targets != ignore_index).nonzero().squeeze(1)
+    return positions, targets[positions]

@@ -1,7 +1,7 @@
-"""VisualGLM: ChatGLM with a picture among its word embeddings.
+"""VisualGLM: ChatGLM with an image among its word embeddings.
 
     input_ids    <img> · · · · </img> question gMASK sop  answer
-    embeddings   word  picture word   …        word  word word
+    embeddings   word   image  word   …        word  word word
                        └ image_length positions from pre_image on
 
 Shapes: batch = samples, seq = tokens of the longest one, hidden = the language model's width.
@@ -27,11 +27,10 @@ from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be importe
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
 
-def normalized(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """norm's output for x, in x's dtype; in float32 if x is bfloat16 on a CPU.
+def residual_layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """norm(x), to which a layer adds its output: in x's dtype, or in float32 if x is bfloat16 on a CPU.
 
-    It is what the next sum starts from: rounded, these sums make three quarters of the gradient's error in bfloat16. A
-    GPU would pay for it in memory.
+    Rounded to bfloat16, these sums make three quarters of the gradient's error. A GPU would pay for float32 in memory.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         x = x.float()
@@ -40,7 +39,7 @@ def normalized(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
 
 
 class AnswerLayerMixin(ChatGLMLayerMixin):
-    """ChatGLM's layer, whose last one can be asked for chosen positions only: of the others nobody reads its output."""
+    """ChatGLM's layer. The last one computes only answer_positions, if they are given: the rest is never predicted."""
 
     def layer_forward(
         self,
@@ -56,29 +55,30 @@ class AnswerLayerMixin(ChatGLMLayerMixin):
         positions = answer_positions if int(layer_id) == self.num_layers - 1 else None
         alpha = (2 * self.num_layers) ** 0.5  # DeepNorm's scale of the residual
         dtype = layer.input_layernorm.weight.dtype
-        residual = normalized(hidden_states, layer.input_layernorm)
+        residual = residual_layer_norm(hidden_states, layer.input_layernorm)
         attended = layer.attention(residual.to(dtype), mask, layer_id=layer_id, answer_positions=positions, **kwargs)
         if positions is not None:
             residual = residual.flatten(0, 1).index_select(0, positions)
-        residual = normalized(torch.add(attended, residual, alpha=alpha), layer.post_attention_layernorm)
+        residual = residual_layer_norm(torch.add(attended, residual, alpha=alpha), layer.post_attention_layernorm)
         output = torch.add(layer.mlp(residual.to(dtype), layer_id=layer_id, **kwargs), residual, alpha=alpha)
         return output.to(dtype) if int(layer_id) == self.num_layers - 1 else output
 
 
 class AnswerHeadMixin(ChatGLMFinalMixin):
-    """The language-model head, or what it would be asked about: most of a batch is never predicted."""
+    """The language-model head. With answer_positions it is left to `model.loss.head_loss`, which needs less memory."""
 
     def final_forward(
         self, logits: torch.Tensor, answer_positions: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
-        """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden]; with answer_positions the hidden states
-        [answers, hidden] there, which `AnswerLayerMixin` has chosen, for `model.loss.head_loss`.
+        """Logits [batch, seq, vocab] of hidden states [batch, seq, hidden].
+
+        With answer_positions: the hidden states [answers, hidden] as they are, which `AnswerLayerMixin` has chosen.
         """
         return super().final_forward(logits) if answer_positions is None else logits
 
 
 class ImageMixin(BaseMixin):
-    """Puts the picture's embeddings where the image slots are."""
+    """Puts the image's embeddings into its slots among the words."""
 
     def __init__(self, args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class ImageMixin(BaseMixin):
         )
 
     def train(self, mode: bool = True) -> "ImageMixin":
-        """Frozen eyes don't blink: dropout in a part that learns nothing would only blur the picture."""
+        """Switch the trained parts to train mode, and only them: dropout in a frozen part would only add noise."""
         super().train(mode and self.model.is_trained())
         for part in self.model.children():
             part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
@@ -104,17 +104,17 @@ class ImageMixin(BaseMixin):
         image_slots: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with the pictures in their slots.
+        """Embeddings [batch, seq, hidden] of input_ids int64[batch, seq], with the images in their slots.
 
-        The pictures come as image [pictures, 3, H, W] or as image_features [pictures, queries, width], what the Q-Former
-        made of them. Without either, or when the tokens end before the slots do (one token at a time, from the cache),
-        the words alone are embedded.
+        Without an image the words alone are embedded. So are new tokens of an answer, which are shorter than the slots.
 
         Args:
-            pre_image: where the slots begin in every row, one picture a row; or else
-            image_slots: int64[pictures, image_length], the slots of each picture in the flattened batch · seq.
+            image: [images, 3, H, W], or else
+            image_features: [images, queries, width], the Q-Former's output for them.
+            image_slots: int64[images, image_length], the slots of each image in the flattened batch · seq, or else
+            pre_image: where the slots begin in every row, with one image a row.
         """
-        # Not through SAT's embedding, which masks foreign parts of a split vocabulary and asks the device for them.
+        # SAT's own embedding masks the other ranks' parts of a split vocabulary, and waits for the device to do so.
         words = torch.nn.functional.embedding(input_ids, self.transformer.word_embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
@@ -125,18 +125,18 @@ class ImageMixin(BaseMixin):
                 image_features = self.model.features(image.to(words.dtype))
             if image_features is None:
                 return words
-            picture = self.model.glm_proj(image_features.to(words.dtype)).to(words.dtype)
+            embedded = self.model.glm_proj(image_features.to(words.dtype)).to(words.dtype)
         if image_slots is None:
-            return torch.cat((words[:, :pre_image], picture, words[:, pre_image + self.image_length :]), dim=1)
+            return torch.cat((words[:, :pre_image], embedded, words[:, pre_image + self.image_length :]), dim=1)
         slots = image_slots.flatten()
-        return words.flatten(0, 1).index_copy(0, slots, picture.flatten(0, 1)).view_as(words)
+        return words.flatten(0, 1).index_copy(0, slots, embedded.flatten(0, 1)).view_as(words)
 
 
 class VisualGLMModel(ChatGLMModel):
-    """ChatGLM-6B (or a smaller one of its kind) that sees: parameter names are those of the released checkpoints."""
+    """ChatGLM, of any size, with a vision part. Parameter names are those of the released checkpoints."""
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
-        """Build the model that args, SAT's namespace, describes; kwargs are SAT's (params_dtype, parallel_output …)."""
+        """Build the model that args, SAT's namespace, describes. kwargs are SAT's (params_dtype, parallel_output, …)."""
         kwargs = parallel_output_once(args, kwargs)
         super().__init__(args, transformer=transformer, **kwargs)
         self.image_length = args.image_length
@@ -150,7 +150,7 @@ class VisualGLMModel(ChatGLMModel):
         self.add_mixin("fused-attention", FusedAttentionMixin())
         for layer in self.transformer.layers:
             layer.mlp.activation_func = gelu
-        # Only the width of numbers is shared with the eyes; a transformer or its options are the language model's.
+        # The vision part shares the dtype. The other options of kwargs are meant for the language model.
         vision_kwargs = {name: kwargs[name] for name in ("params_dtype",) if name in kwargs}
         self.add_mixin("eva", ImageMixin(args, **vision_kwargs))
 
@@ -159,7 +159,7 @@ class VisualGLMModel(ChatGLMModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention mask [batch, 1, seq, seq] (1 = visible) and positions int64[batch, 2, seq] of input_ids.
 
-        SAT makes both in Python lists, token by token; the values are the same.
+        What is given stays. SAT makes the same values in Python lists, token by token.
         """
         seq_length = input_ids.shape[1]
         is_gmask = input_ids == self.gmask_token_id
@@ -173,10 +173,10 @@ class VisualGLMModel(ChatGLMModel):
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
 
-    def take_pictures_of(self, edge: int, args: Any) -> None:
-        """Take pictures of edge × edge pixels, and note in args, SAT's namespace, what a checkpoint must then hold.
+    def set_image_size(self, edge: int, args: Any) -> None:
+        """Take images of edge × edge pixels from now on, and note that in args, SAT's namespace, for checkpoints.
 
-        The position embeddings are other ones than the base's: only a full checkpoint has them.
+        The position embeddings are no longer the base's, so that a full checkpoint must be saved.
         """
         self.get_mixin("eva").model.vit.set_image_size(edge)
         if args.eva_args["image_size"] != [edge] * 2:
@@ -187,11 +187,12 @@ class VisualGLMModel(ChatGLMModel):
     def from_pretrained(
         cls, name: str, args: Any = None, *, build_only: bool = False, prefix: str = "", **kwargs: Any
     ) -> tuple[Any, Any]:
-        """The model of a checkpoint, and SAT's namespace with its config: a folder, one of its parts, or a name.
+        """The model of a checkpoint, and SAT's namespace with its config.
 
-        SAT's own loader would take a folder only, and run what code its files hold.
+        SAT's own loader takes a folder only, and runs code that a weights file may hold.
 
         Args:
+            name: a folder, one of its parts, or a name in $SAT_HOME.
             build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
 
         Raises:
@@ -206,6 +207,6 @@ class VisualGLMModel(ChatGLMModel):
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Declare what `model_config.json` says of the eyes, so that SAT writes it into every checkpoint."""
+        """Declare what `model_config.json` says of the vision part, so that SAT writes it into every checkpoint."""
         add_model_flags(parser)  # ChatGLM's token ids are among them
         return parser

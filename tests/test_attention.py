@@ -5,7 +5,7 @@ import torch
 from conftest import golden_values, load_model
 
 from model import attention
-from model.attention import FusedAttentionMixin, rows_to_turn_by, turn, turned_heads
+from model.attention import FusedAttentionMixin, apply_rotary, rotary_rows, rotated_query_key_value
 from model.masks import prefix_mask
 
 # sat can be imported only after the model's modules have done so.
@@ -69,19 +69,19 @@ def test_fused_attention_when_training_drops() -> None:
     assert not torch.allclose(plain, dropped)
 
 
-def test_turn_by_a_quarter_swaps_each_half() -> None:
-    a_quarter = rows_to_turn_by(torch.zeros(1, 2, 8), torch.ones(1, 2, 8))
+def test_apply_rotary_of_a_quarter_turn_swaps_each_half() -> None:
+    a_quarter = rotary_rows(torch.zeros(1, 2, 8), torch.ones(1, 2, 8))
     x = torch.arange(1.0, 17).view(1, 1, 16)
-    turned = turn(x, *a_quarter)
-    assert turned.flatten().tolist() == [-3, -4, 1, 2, -7, -8, 5, 6, -11, -12, 9, 10, -15, -16, 13, 14]
-    assert torch.equal(turn(turned, *a_quarter, forward=-1), x)
+    rotated = apply_rotary(x, *a_quarter)
+    assert rotated.flatten().tolist() == [-3, -4, 1, 2, -7, -8, 5, 6, -11, -12, 9, 10, -15, -16, 13, 14]
+    assert torch.equal(apply_rotary(rotated, *a_quarter, inverse=True), x)
 
 
-def test_turned_heads_have_the_gradient_of_the_formula() -> None:
+def test_rotated_query_key_value_has_the_gradient_of_the_formula() -> None:
     stacked = torch.randn(2, 3, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = (torch.randn(2, 3, 2, 1, 2, dtype=torch.float64).expand(-1, -1, -1, 2, -1) for _ in range(2))
-    rows = rows_to_turn_by(cos.flatten(-3), sin.flatten(-3))
-    assert torch.autograd.gradcheck(lambda x: turned_heads(x, *rows), stacked)
+    rows = rotary_rows(cos.flatten(-3), sin.flatten(-3))
+    assert torch.autograd.gradcheck(lambda x: rotated_query_key_value(x, *rows), stacked)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])

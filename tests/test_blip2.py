@@ -1,4 +1,4 @@
-"""The eyes: sizes from the config, nothing of a classifier left, and pictures that don't mix within a batch."""
+"""The vision part: sizes from the config, nothing of a classifier left, and pictures that don't mix within a batch."""
 
 import warnings
 

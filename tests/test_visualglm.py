@@ -1,4 +1,4 @@
-"""The model: released names and numbers, GLM's mask and positions, and the picture among the words.
+"""The model: released names and numbers, SAT's mask and positions, and the image among the words.
 
 Token ids of the golden model: [MASK] 85, [gMASK] 86, <sop> 89, <eop> 90, <pad> 3.
 """
@@ -9,10 +9,8 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_values, load_model
 
-from model.cpu import ONE_WIDTH, can_pack, gelu
-from model.masks import first_position, glm_position_ids, prefix_mask
 from model.sat_compat import import_sat
-from model.visualglm import normalized
+from model.visualglm import residual_layer_norm
 
 import_sat()
 
@@ -115,45 +113,6 @@ def test_mask_and_positions_when_given_are_kept(model):
     assert given[1] is positions
 
 
-def test_prefix_mask_with_padding_and_an_answer_is_as_drawn():
-    mask = prefix_mask(context_length=torch.tensor([3]), pad_length=torch.tensor([1]), seq_length=5)
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [
-        [
-            [
-                [0, 0, 0, 0, 0],  # padding
-                [0, 1, 1, 0, 0],  # context
-                [0, 1, 1, 0, 0],
-                [0, 1, 1, 1, 0],  # answer
-                [0, 1, 1, 1, 1],
-            ]
-        ]
-    ]
-
-
-def test_prefix_mask_of_two_rows_gives_each_its_own_context():
-    mask = prefix_mask(torch.tensor([1, 2]), torch.tensor([0, 0]), 3)
-    assert mask.shape == (2, 1, 3, 3)
-    assert mask[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 1, 0], [1, 1, 0], [1, 1, 1]]]
-
-
-def test_glm_position_ids_with_padding_and_an_answer_are_as_drawn():
-    # tokens: · c c gMASK sop a a
-    positions = glm_position_ids(torch.tensor([4]), torch.tensor([3]), torch.tensor([1]), 7)
-    assert positions.tolist() == [[[0, 0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 1, 2, 3]]]
-
-
-def test_glm_position_ids_when_the_mask_stands_inside_stay_there():
-    # tokens: c MASK c sop a
-    positions = glm_position_ids(torch.tensor([3]), torch.tensor([1]), torch.tensor([0]), 5)
-    assert positions.tolist() == [[[0, 1, 2, 1, 1], [0, 0, 0, 1, 2]]]
-
-
-def test_first_position_of_several_or_none_is_the_first_or_0():
-    found = torch.tensor([[False, True, True], [False, False, False]])
-    assert first_position(found).tolist() == [1, 0]
-
-
 # the picture
 
 
@@ -189,25 +148,25 @@ def test_logits_of_another_picture_are_others(model, image):
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
-def test_frozen_eyes_when_the_model_trains_stay_in_eval_mode(model):
+def test_frozen_vision_when_the_model_trains_stays_in_eval_mode(model):
     freeze(model.get_mixin("eva"))
     model.train()
     assert model.transformer.training
     assert not any(module.training for module in model.get_mixin("eva").modules())
 
 
-def test_part_of_the_eyes_that_is_trained_goes_to_train_mode_and_back_alone(model):
-    eyes = model.get_mixin("eva").model
-    freeze(eyes)
-    eyes.glm_proj.bias.requires_grad_(True)
+def test_part_of_the_vision_that_is_trained_goes_to_train_mode_and_back_alone(model):
+    vision = model.get_mixin("eva").model
+    freeze(vision)
+    vision.glm_proj.bias.requires_grad_(True)
     model.train()
-    in_train_mode = {name for name, part in eyes.named_children() if any(m.training for m in part.modules())}
+    in_train_mode = {name for name, part in vision.named_children() if any(m.training for m in part.modules())}
     assert in_train_mode == {"glm_proj"}
     model.eval()
-    assert not any(module.training for module in eyes.modules())
+    assert not any(module.training for module in vision.modules())
 
 
-def test_frozen_eyes_build_no_gradient_graph(model, image):
+def test_frozen_vision_builds_no_gradient_graph(model, image):
     freeze(model.get_mixin("eva"))
     image = image.clone().requires_grad_(True)
     model(input_ids=torch.tensor(WITHOUT_PADDING), image=image, pre_image=1)[0].mean().backward()
@@ -224,12 +183,12 @@ def test_trained_projection_gets_a_gradient(model, image):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalized_on_a_cpu_is_the_norm_in_float32(dtype):
+def test_residual_layer_norm_on_a_cpu_is_the_norm_in_float32(dtype):
     norm = torch.nn.LayerNorm(8, eps=1e-3).to(dtype)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 8).to(dtype)
     expected = torch.nn.functional.layer_norm(x.float(), (8,), norm.weight.float(), norm.bias.float(), 1e-3)
-    found = normalized(x, norm)
+    found = residual_layer_norm(x, norm)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 
@@ -242,20 +201,3 @@ def test_layers_in_bfloat16_on_a_cpu_add_up_in_float32_until_the_last(model):
     logits = model(input_ids=torch.tensor([[5, 6, 86, 89, 7, 90]]))[0]
     assert [output.dtype for output in added] == [torch.float32] * (mixin.num_layers - 1) + [torch.bfloat16]
     assert logits.dtype == torch.bfloat16
-
-
-@pytest.mark.skipif(not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="needs a CPU with bfloat16 instructions")
-def test_gelu_of_every_bfloat16_is_torchs_own_and_its_gradient_as_near_as_bfloat16_can_tell() -> None:
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    x = every[every.isfinite() & (every.abs() < 2**13)].view(-1, ONE_WIDTH).requires_grad_()
-    exact = x.detach().double().requires_grad_()
-    found, expected = gelu(x), torch.nn.functional.gelu(exact, approximate="tanh")
-    found.sum().backward()
-    expected.sum().backward()
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
-    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-8, atol=1e-3)
-
-
-def test_gelu_of_a_width_that_onednn_cant_be_asked_for_is_torchs_own() -> None:
-    x = torch.randn(3, ONE_WIDTH + 1).bfloat16()
-    assert torch.equal(gelu(x), torch.nn.functional.gelu(x, approximate="tanh"))

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_text, key_value_cache
-from model.masks import glm_position_ids, prefix_mask
+from model.loss import losses_by_row
+from model.masks import mask_and_positions
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
@@ -41,46 +42,54 @@ def greedy_answers(
         image: [batch, 3, H, W] on the model's device, or None where no context has a picture.
         max_length: tokens of context and answer together, in each row.
     """
-    device = model.transformer.word_embeddings.weight.device
-    seq = max(len(ids) for ids, _ in contexts)
-    pad_length = torch.tensor([seq - len(ids) for ids, _ in contexts], device=device)
-    rows = [[tokenizer.pad_token_id] * (seq - len(ids)) + ids for ids, _ in contexts]
-    tokens = torch.tensor(rows, device=device)
-    sop_position = torch.full_like(pad_length, seq - 1)
-    first_slot = torch.tensor([begin for _, begin in contexts], device=device) + pad_length
-    first_slot += torch.arange(len(contexts), device=device) * seq  # in the flattened batch · seq
-    image_slots = first_slot[:, None] + torch.arange(model.image_length, device=device)
-    # Padding sees itself, since attention to nothing is not a number; nobody sees padding.
-    visible = prefix_mask(sop_position, pad_length, seq) | torch.eye(seq, dtype=torch.bool, device=device)
-    positions = glm_position_ids(sop_position, sop_position - 1, pad_length, seq)
-    last_position = positions[:, :, -1:]
+    tokens, pad_length, image_slots = padded_on_the_left(contexts, model, tokenizer)
+    room = torch.tensor([max_length - len(ids) for ids, _ in contexts], device=tokens.device)
+    context_end = tokens.shape[1]
+    longest = context_end + max(0, int(room.max()))
+    # Both hold for the contexts with the longest answers that there is room for; each pass takes its own part.
+    mask, positions = mask_and_positions(torch.full_like(pad_length, context_end - 1), pad_length, longest)
     dtype = model.transformer.word_embeddings.weight.dtype
-    room = torch.tensor([max_length - len(ids) for ids, _ in contexts], device=device)
-    answers = tokens.new_empty((len(contexts), 0))
+    start, end, mems = 0, context_end, None
     finished = room <= 0
-    new_tokens, mems = tokens, None
     with key_value_cache(model):
         while not finished.all():
             logits, *outputs = model(
-                input_ids=new_tokens,
-                position_ids=positions,
-                attention_mask=visible.to(dtype),
+                input_ids=tokens[:, start:],
+                position_ids=positions[:, :, start:end],
+                attention_mask=mask[:, :, start:end, :end].to(dtype),
                 mems=mems,
-                image=image,
+                image=image if start == 0 else None,
                 image_slots=image_slots,
             )
-            mems = update_mems([output["mem_kv"] for output in outputs], mems, max_memory_length=seq + max_length)
+            mems = update_mems([output["mem_kv"] for output in outputs], mems, max_memory_length=longest)
             likeliest = logits[:, -1].argmax(dim=-1).masked_fill(finished, tokenizer.eos_token_id)
-            answers = torch.cat((answers, likeliest[:, None]), dim=1)
-            finished |= (likeliest == tokenizer.eos_token_id) | (answers.shape[1] >= room)
-            new_tokens, image = likeliest[:, None], None
-            columns = torch.arange(seq + answers.shape[1], device=device)
-            visible = (columns >= pad_length[:, None])[:, None, None]
-            positions = last_position + torch.tensor([[0], [answers.shape[1]]], device=device)
+            tokens = torch.cat((tokens, likeliest[:, None]), dim=1)
+            start, end = end, end + 1
+            finished |= (likeliest == tokenizer.eos_token_id) | (tokens.shape[1] - context_end >= room)
     return [
         answer_text(ids[: max(0, left)], tokenizer, english)
-        for ids, left in zip(answers.tolist(), room.tolist(), strict=True)
+        for ids, left in zip(tokens[:, context_end:].tolist(), room.tolist(), strict=True)
     ]
+
+
+def padded_on_the_left(
+    contexts: Sequence[tuple[list[int], int]], model: VisualGLMModel, tokenizer: ChatGLMTokenizer
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The contexts as one batch that ends at the same place, on the model's device.
+
+    Tokens int64[batch, seq], their padding int64[batch], and the image's slots int64[batch, image_length] in the
+    flattened batch · seq.
+    """
+    device = model.transformer.word_embeddings.weight.device
+    seq = max(len(ids) for ids, _ in contexts)
+    paddings = [seq - len(ids) for ids, _ in contexts]
+    rows = [[tokenizer.pad_token_id] * padding + ids for padding, (ids, _) in zip(paddings, contexts, strict=True)]
+    first_slots = [
+        row * seq + padding + pre_image
+        for row, (padding, (_, pre_image)) in enumerate(zip(paddings, contexts, strict=True))
+    ]
+    image_slots = torch.tensor(first_slots)[:, None] + torch.arange(model.image_length)
+    return torch.tensor(rows, device=device), torch.tensor(paddings, device=device), image_slots.to(device)
 
 
 @torch.no_grad()
@@ -94,9 +103,7 @@ def label_losses(
     device = model.transformer.word_embeddings.weight.device
     ids, labels = ([torch.tensor(getattr(sample, name)) for sample in samples] for name in ("input_ids", "labels"))
     input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device)
-    expected = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:].to(device)
     logits = model(input_ids=input_ids, image=image, pre_image=samples[0].pre_image)[0]
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), expected, ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return list(zip(losses.sum(dim=1).tolist(), (expected != IGNORE_INDEX).sum(dim=1).tolist(), strict=True))
+    padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+    totals, counts = losses_by_row(logits, padded_labels)
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))

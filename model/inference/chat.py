@@ -1,4 +1,4 @@
-"""Asking a VisualGLM about a picture.
+"""Asking a VisualGLM about an image.
 
 picture, question, past turns → context ids … [gMASK] <sop> → one token after another until <eop> → answer
 """
@@ -17,7 +17,7 @@ from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.load import image_size
-from model.masks import glm_position_ids, prefix_mask
+from model.masks import first_position, mask_and_positions
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
@@ -35,7 +35,7 @@ CHINESE = r"[\u4e00-\u9fff]"
 
 @contextmanager
 def key_value_cache(model: VisualGLMModel) -> Iterator[None]:
-    """Let the model keep its keys and values inside the block: each new token then costs one position, not all."""
+    """Let the model keep its keys and values inside the block. Each new token then costs one position instead of all."""
     name = "auto-regressive"
     if name in model.mixins:
         yield
@@ -97,14 +97,14 @@ def chat(
     return response, [*history, (query, response)], image
 
 
-def image_tensor(picture: str | Path | Any, model: VisualGLMModel) -> torch.Tensor:
-    """A picture as model takes it, [1, 3, H, W] on its device: from a path, a URL or an open PIL image.
+def image_tensor(source: str | Path | Any, model: VisualGLMModel) -> torch.Tensor:
+    """A path, a URL or an open PIL image as a tensor [1, 3, H, W] of the model's image size, on its device.
 
     Raises:
         InputError: it can't be fetched or opened.
     """
     edge = image_size(model)
-    pixels = BlipImageEvalProcessor(edge)(open_picture(picture_file(picture), edge))
+    pixels = BlipImageEvalProcessor(edge)(open_picture(picture_file(source), edge))
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 
@@ -124,7 +124,7 @@ def answer_so_far(
     invalid_slices: Sequence[slice] = (),
     english: bool = False,
 ) -> Iterator[str]:
-    """The answer to query after each of its tokens; the last one is whole. The arguments are `chat`'s.
+    """The answer to query as it grows, once for each of its tokens. The arguments are `chat`'s.
 
     Raises:
         InputError: the context leaves no room within max_length.
@@ -165,20 +165,22 @@ def answer_text(ids: list[int], tokenizer: ChatGLMTokenizer, english: bool = Fal
 
 
 def masks_and_position_ids(tokenizer: ChatGLMTokenizer) -> Any:
-    """What SAT's filling_sequence asks for one sequence int64[seq], whose tokens after the context are still -1."""
+    """The function that SAT's filling_sequence takes under this name.
+
+    It gets one sequence int64[seq], whose tokens after the context are still -1. It gives the sequence as a batch of one,
+    its mask and its positions.
+    """
 
     def of_sequence(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sop = tokens.tolist().index(tokenizer.bos_token_id)
-        context_length, gmask_position, no_padding = tokens.new_tensor([[sop], [sop - 1], [0]]).unbind()
-        mask = prefix_mask(context_length, no_padding, len(tokens)).float()
-        positions = glm_position_ids(context_length, gmask_position, no_padding, len(tokens))
-        return tokens.unsqueeze(0), mask, positions
+        context_length = first_position(tokens.unsqueeze(0) == tokenizer.bos_token_id)
+        mask, positions = mask_and_positions(context_length, torch.zeros_like(context_length), len(tokens))
+        return tokens.unsqueeze(0), mask.float(), positions
 
     return of_sequence
 
 
 def tidied(response: str, english: bool = False) -> str:
-    """An answer as it is shown: as the released demo does, with full-width punctuation beside Chinese characters."""
+    """An answer as the released demo shows it, with full-width punctuation beside Chinese characters."""
     response = response.strip().replace("[[训练时间]]", "2023年")
     for half, full in FULL_WIDTH.items():
         response = re.sub(rf"({CHINESE}){re.escape(half)}", rf"\1{full}", response)

@@ -1,9 +1,9 @@
-"""What the frozen eyes make of each picture, computed once before training instead of at every step.
+"""Features of images, computed once before training by the frozen vision part, instead of at every step.
 
-A picture's features, the Q-Former's output, take 32 × 768 numbers in the 6B model: 48 KiB in half precision against
-588 KiB of pixels. They hold as long as the vision tower, the Q-Former, the picture's bytes and its processing don't
-change, and are kept under all four: a picture under two names is looked at once, and with --feature_cache no later run
-looks at it again.
+An image's features are the Q-Former's output: 32 × 768 numbers in the 6B model, 48 KiB in half precision against 588 KiB
+of pixels. They stay the same as long as the vision tower, the Q-Former, the image's bytes and its processing do. They are
+kept under a digest of all four. So an image under two names is computed once, and with --feature_cache later runs need
+not compute it again.
 """
 
 import hashlib
@@ -22,16 +22,25 @@ from model.data.images import checked_file, open_picture
 from model.distributed import from_processes_here, is_first_process, processes_here
 from model.errors import InputError
 from model.progress import with_progress
-from model.training.feature_store import DIGEST_BYTES, FeaturePart, kept_in, part_of_this_process, placed, rows_in
+from model.training.feature_store import (
+    DIGEST_BYTES,
+    FeatureFormat,
+    FeaturePart,
+    kept_in,
+    part_of_this_process,
+    placed,
+    rows_in,
+)
 
-PICTURES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions a picture
+IMAGES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions an image
 
-Looked = tuple[str, bytes | None, torch.Tensor | None]  # path, digest of its bytes, float32[3, H, W]
+OpenedImage = tuple[str, bytes | None, torch.Tensor | None]  # path, digest of its bytes, float32[3, H, W]
 
 
-class _Pictures(Dataset[Looked]):
-    """Pictures by index, for a DataLoader's workers. One that is known comes without its pixels, and one that can't be
-    opened without a digest too.
+class _Images(Dataset[OpenedImage]):
+    """Images by index, for a DataLoader's workers.
+
+    An image whose digest is known comes without its pixels, one that can't be opened without a digest too.
     """
 
     def __init__(
@@ -42,7 +51,7 @@ class _Pictures(Dataset[Looked]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Looked:
+    def __getitem__(self, index: int) -> OpenedImage:
         path = self.paths[index]
         try:
             checked_file(path)
@@ -56,116 +65,115 @@ class _Pictures(Dataset[Looked]):
             return path, None, None
 
 
-def feature_file(folder: str, eyes: BLIP2, processor: Any) -> Path:
-    """Where the features that these eyes make of pictures so processed are kept in folder."""
-    seen_by = {**eyes.vit.state_dict(prefix="vit."), **eyes.qformer.state_dict(prefix="qformer.")}
-    made_by = f"{fingerprint(seen_by)} {type(processor).__name__} {sorted(vars(processor).items())}"
+def feature_file(folder: str, vision: BLIP2, processor: Any) -> Path:
+    """Where in folder the features are kept that this vision part makes of images so processed."""
+    weights = {**vision.vit.state_dict(prefix="vit."), **vision.qformer.state_dict(prefix="qformer.")}
+    made_by = f"{fingerprint(weights)} {type(processor).__name__} {sorted(vars(processor).items())}"
     return Path(folder).expanduser() / (hashlib.sha256(made_by.encode()).hexdigest()[:16] + ".features")
 
 
 @torch.no_grad()
-def picture_features(
+def image_features(
     paths: Sequence[str],
     processor: Callable[[Any], torch.Tensor],
-    eyes: BLIP2,
+    vision: BLIP2,
     num_workers: int = 0,
     file: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Features [queries, width] of each picture by its path, in the model's dtype, on the CPU.
+    """Features [queries, width] of each image by its path, in the model's dtype, on the CPU.
+
+    The processes of a run on this machine share the images out, and read each other's features. An image that can't be
+    opened has no features: its row tells when it is asked for.
 
     Args:
-        paths: pictures, each once.
+        paths: images, each once.
         processor: a Pillow image to float32[3, H, W].
-        num_workers: processes that open pictures.
-        file: where features stay after the run, if they are to; those of other processes stay beside it.
-
-    A picture that can't be opened has no features: its row tells when it is asked for. The processes of a run on this
-    machine share the pictures out, and read each other's features.
+        num_workers: processes that open images.
+        file: where features stay after the run, if they are to. Those of other processes stay beside it.
 
     Raises:
         InputError: there is no room for the features.
     """
-    weight = eyes.glm_proj.weight
-    shape = (eyes.qformer.query_length, eyes.glm_proj.in_features)
+    format = FeatureFormat(vision.qformer.query_length, vision.glm_proj.in_features, vision.glm_proj.weight.dtype)
     process, processes = processes_here()
     share = paths[process::processes]
-    places = kept_in(file, shape, weight.dtype) if file else {}
-    part = part_of_this_process(len(share), shape, weight.dtype, file)
-    digests = _look(share, processor, eyes, num_workers, places, part)
+    places = kept_in(file, format) if file else {}
+    part = part_of_this_process(len(share), format, file)
+    digests = _add_missing_features(share, processor, vision, num_workers, places, part)
     for others_digests, added, path, start in from_processes_here((digests, part.digests, part.path, part.start)):
-        is_own = path == part.path
-        rows = part.rows if is_own else rows_in(path, start + len(added), shape, weight.dtype)[start:]
+        rows = part.rows if path == part.path else rows_in(path, start + len(added), format)[start:]
         digests |= others_digests
         places |= placed(added, rows)
     if file and processes > 1:
-        places |= kept_in(file, shape, weight.dtype)  # another process may have found more there
+        places |= kept_in(file, format)  # another process may have found more there
     from_processes_here(None)  # everybody has opened the files that have no name
     found = ((path, places[digests[path]]) for path in paths if path in digests)
     return {path: rows[row] for path, (rows, row) in found}
 
 
-def _look(
+def _add_missing_features(
     paths: Sequence[str],
     processor: Callable[[Any], torch.Tensor],
-    eyes: BLIP2,
+    vision: BLIP2,
     num_workers: int,
     known: Collection[bytes],
     part: FeaturePart,
 ) -> dict[str, bytes]:
-    """Add to part the features of the pictures that aren't known yet; the digest of each one that can be opened."""
-    weight, was_training = eyes.glm_proj.weight, eyes.training
-    eyes.eval()
+    """Add to part the features of images that aren't known yet, and close it. The digest of each image that opens."""
+    weight, was_training = vision.glm_proj.weight, vision.training
+    vision.eval()
     loader = DataLoader(
-        _Pictures(paths, processor, frozenset(known)),
-        batch_size=PICTURES_AT_ONCE,
+        _Images(paths, processor, frozenset(known)),
+        batch_size=IMAGES_AT_ONCE,
         num_workers=num_workers,
         collate_fn=list,
     )
     digests: dict[str, bytes] = {}
     made = set(known)
-    told = f"Looking at the pictures, {PICTURES_AT_ONCE} at a time"
+    told = f"Looking at the pictures, {IMAGES_AT_ONCE} at a time"
     for batch in with_progress(loader, len(loader), told) if is_first_process() else loader:
         digests |= {path: digest for path, digest, _ in batch if digest is not None}
         new = {digest: image for _, digest, image in batch if image is not None and digest not in made}
         if new:
             images = torch.stack(list(new.values())).to(weight.device, weight.dtype)
-            part.add(list(new), eyes.features(images).cpu())
+            part.add(list(new), vision.features(images).cpu())
             made |= set(new)
     part.close()
-    eyes.train(was_training)
+    vision.train(was_training)
     return digests
 
 
 class FeatureCache:
-    """Gives data sets their pictures' features where that pays, and sends eyes that nobody needs any more away."""
+    """Gives data sets the features of their images where that pays, and then frees the device of the vision part."""
 
     def __init__(
-        self, eyes: BLIP2, samples_planned: Callable[[int], float], num_workers: int = 0, folder: str | None = None
+        self, vision: BLIP2, samples_planned: Callable[[int], float], num_workers: int = 0, folder: str | None = None
     ) -> None:
         """samples_planned gives the rows that training will take from a data set of so many rows.
 
         In folder, if there is one, features are kept for later runs.
         """
-        self.eyes, self.samples_planned, self.num_workers, self.folder = eyes, samples_planned, num_workers, folder
-        self.everything_known = True
+        self.vision, self.samples_planned, self.num_workers, self.folder = vision, samples_planned, num_workers, folder
+        self.vision_is_needed = False
 
-    def given_to(self, dataset: FewShotDataset) -> FewShotDataset:
-        """dataset, with features if the eyes are frozen and training meets each row twice or more on average, or if they
-        are kept for later runs.
+    def with_features(self, dataset: FewShotDataset) -> FewShotDataset:
+        """dataset, which has features from now on if they are fixed and worth their time.
+
+        They are if training meets each row twice or more on average, or if they are kept for later runs.
         """
         rows = len(dataset)
-        if self.eyes.has_fixed_features() and (self.folder or self.samples_planned(rows) >= 2 * rows):
-            file = feature_file(self.folder, self.eyes, dataset.processor) if self.folder else None
-            pictures = dataset.pictures()
-            dataset.features = picture_features(pictures, dataset.processor, self.eyes, self.num_workers, file)
+        if self.vision.has_fixed_features() and (self.folder or self.samples_planned(rows) >= 2 * rows):
+            file = feature_file(self.folder, self.vision, dataset.processor) if self.folder else None
+            paths = dataset.pictures()
+            dataset.features = image_features(paths, dataset.processor, self.vision, self.num_workers, file)
         else:
-            self.everything_known = False
+            self.vision_is_needed = True
         return dataset
 
-    def send_eyes_away(self) -> None:
+    def offload_vision(self) -> None:
         """Move the vision tower and the Q-Former to host memory, if every data set has its features."""
-        if self.everything_known:
-            self.eyes.vit.cpu()
-            self.eyes.qformer.cpu()
+        if not self.vision_is_needed:
+            self.vision.vit.cpu()
+            self.vision.qformer.cpu()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

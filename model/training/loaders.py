@@ -89,7 +89,7 @@ def make_loaders(
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
         return [
-            features.given_to(
+            features.with_features(
                 create_dataset_function(file, args, selection.rows[file], selection.chosen(file, training))
             )
             for file in files

@@ -1,4 +1,4 @@
-"""What a step keeps in memory: activations, where they fit, and on a CPU packed weights."""
+"""What a step keeps in memory: activations where they fit, and on a CPU prepacked weights."""
 
 from typing import Any
 
@@ -10,31 +10,31 @@ from model.distributed import processes_here
 from model.frozen import plain_linears
 from model.progress import say
 
-# Numbers that a layer keeps for the backward pass, per token and width, with frozen weights: the inputs of two layer
-# norms and of GELU (1 + 1 + 4), query, key and value before and after their rotation (5), attention's output (1), two
-# residuals (2), and dropout's masks (about 2). Counted on this model; a third is added for what comes and goes.
+# Numbers that a layer with frozen weights keeps for the backward pass, for each token and unit of width. Counted on this
+# model: inputs of two layer norms and of GELU (1 + 1 + 4), query, key and value before and after their rotation (5),
+# attention's output (1), two residuals (2), dropout's masks (about 2). A third is added for temporary tensors.
 KEPT_PER_WIDTH = 16 * 4 / 3
-USABLE = 0.8  # of what is free: the rest is for gradients, the optimizer and fragmentation
+USABLE = 0.8  # of what is free; the rest is for gradients, the optimizer and fragmentation
 
 
 def activation_bytes(layers: int, width: int, tokens: int, bytes_per_number: int) -> int:
-    """What the language model keeps for the backward pass of a micro-batch of so many tokens."""
+    """Bytes that the language model keeps for the backward pass of a micro-batch of so many tokens."""
     return int(layers * tokens * width * KEPT_PER_WIDTH * bytes_per_number)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now: on a CPU this process's share, on a GPU all, as each process has its own."""
+    """Bytes that are free on the device now. The processes of a machine share a CPU's; each has a GPU of its own."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // processes_here()[1]
 
 
 def fit_into_memory(model: Any, tokens: int) -> None:
-    """Choose what is kept for a micro-batch of so many tokens, by what is free.
+    """Choose what is kept for a micro-batch of so many tokens, by the memory that is free.
 
-    Where activations don't fit, checkpointing of activations is turned on, and that is said. Where they fit on a CPU
-    with room to spare, the language model's frozen linears are packed (`model.frozen`), which takes as much again as
-    they do, for the gradient's order.
+    If the activations don't fit, they are checkpointed, and that is said. If they do on a CPU, the language model's
+    frozen linears are prepacked (`model.cpu`), provided that there is room for their weights a second time: the gradient
+    needs them in an order of its own.
     """
     transformer, weight = model.transformer, model.transformer.word_embeddings.weight
     free = USABLE * free_bytes(weight.device)

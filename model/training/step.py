@@ -1,7 +1,11 @@
-"""One training step: a batch in, a loss out.
+"""One training step: a batch becomes a loss.
 
-batch = samples, seq = tokens of the longest one, answers = supervised tokens of the whole batch, vocab = entries of the
-vocabulary, hidden = the language model's width.
+    next_batch     the collator's batch, its tensors on the model's device
+    loss_sum       → hidden states at the supervised positions → sum of their cross entropies
+    forward_step   → divided by the number of supervised tokens
+
+Shapes: batch = rows, seq = tokens of the longest one, pictures = those that the rows have, answers = supervised tokens of
+the whole batch.
 """
 
 import argparse
@@ -11,39 +15,68 @@ from typing import Any
 import torch
 
 from model.data.bad_rows import heed_problems
+from model.data.prompt import IGNORE_INDEX
 from model.loss import head_loss
-from model.masks import packed_prefix_mask
+from model.masks import packed_prefix_mask, supervised_positions
 from model.sat_compat import broadcast_data, import_sat
 
 import_sat()
 
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
+Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
 MODEL_INPUTS = (
     "input_ids", "position_ids", "image", "image_features", "pre_image", "image_slots", "answer_positions",
 )  # fmt: skip
 
 
-def get_batch(
-    data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Namespace, timers: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """The next batch on the model's device: input_ids, labels int64[batch, seq], image [pictures, 3, H, W] of the rows
-    that have one, pre_image.
-
-    The image has the model's dtype. With model parallelism only the first rank of a group reads data; the others get
-    theirs, pre_image included, from it.
-    """
+def forward_step(
+    data_iterator: Iterator[dict[str, Any]] | None, model: torch.nn.Module, args: argparse.Namespace, timers: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean cross entropy of the next batch, scalar float32, and the same as SAT's metric "loss"."""
+    timers("batch generator").start()
     batch = next_batch(data_iterator, args, timers)
-    return batch["input_ids"], batch["labels"], batch["image"], batch["pre_image"]
+    timers("batch generator").stop()
+    loss = loss_sum(model, batch) / max(1, len(batch["answers"]))
+    return loss, {"loss": loss}
+
+
+def loss_sum(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Sum of the cross entropies, scalar float32, of the supervised tokens of a batch on the model's device."""
+    network: Any = getattr(model, "module", model)  # inside DeepSpeed's engine, or by itself
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    if "segments" in batch:  # a row of several samples; for other rows the model makes the mask itself
+        dtype = network.transformer.word_embeddings.weight.dtype
+        inputs["attention_mask"] = packed_prefix_mask(batch["segments"], batch["in_context"]).to(dtype)
+    hidden = model(**inputs)[0]  # [answers, hidden]
+    return head_loss(hidden, network.get_mixin("chatglm-final").lm_head, batch["answers"])
 
 
 def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Namespace, timers: Any) -> dict[str, Any]:
-    """The collator's next batch with its tensors on the model's device, pictures or their features in its dtype."""
+    """The collator's next batch (`model.data.dataset.data_collator`) on the model's device, as `on_device` puts it there.
+
+    A collator of 2023 gives input_ids, labels, image and pre_image only. What is learned is then read off the labels.
+
+    Raises:
+        RowError: a row's picture can't be opened, and args.bad_rows isn't "skip".
+    """
     timers("data loader").start()
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
     heed_problems(batch, getattr(args, "bad_rows", "error"))
+    if "labels" in batch and "answers" not in batch:
+        positions, answers = supervised_positions(batch["labels"], IGNORE_INDEX)
+        batch = {**batch, "answer_positions": positions, "answers": answers}
+    return on_device(batch, args)
+
+
+def on_device(batch: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The batch with its tensors on args.device, and those of floating-point numbers in the model's dtype.
+
+    With model parallelism only the first rank of a group has a batch to give. The others get theirs from it.
+    """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in batch.items() if name not in tensors}
     described = [({name: tensor.dtype for name, tensor in tensors.items()}, plain)]
@@ -51,31 +84,27 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
         source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
         torch.distributed.broadcast_object_list(described, source, group=group)
     dtypes, plain = described[0]
-    on_device: dict[str, Any] = dict(plain)
+    moved: dict[str, Any] = dict(plain)
     for name, dtype in dtypes.items():
-        on_device |= broadcast_data((name,), tensors, dtype, args.device)
+        moved |= broadcast_data((name,), tensors, dtype, args.device)
         if dtype.is_floating_point:
-            on_device[name] = on_device[name].to(model_dtype(args))
-    return on_device
+            moved[name] = moved[name].to(model_dtype(args))
+    return moved
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype:
-    """The numbers that SAT's flags make the model of."""
-    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+    """The dtype that SAT's flags make the model of. Scripts of 2023 have no --bf16."""
+    return torch.float16 if args.fp16 else torch.bfloat16 if getattr(args, "bf16", False) else torch.float32
 
 
-Step = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-
-def forward_step(
-    data_iterator: Iterator[dict[str, Any]] | None, model: torch.nn.Module, args: argparse.Namespace, timers: Any
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of the next batch, scalar float32, and the same as SAT's metric "loss"."""
-    timers("batch generator").start()
+def get_batch(
+    data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Namespace, timers: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """`next_batch` as scripts of 2023 ask for it: input_ids, labels int64[batch, seq], image [pictures, 3, H, W] and
+    pre_image.
+    """
     batch = next_batch(data_iterator, args, timers)
-    timers("batch generator").stop()
-    loss = loss_sum(model, batch) / max(1, len(batch["answers"]))
-    return loss, {"loss": loss}
+    return batch["input_ids"], batch["labels"], batch["image"], batch["pre_image"]
 
 
 def evaluation_step(
@@ -90,10 +119,11 @@ def evaluation_step(
 def token_normalized_step() -> Step:
     """A `forward_step` whose gradient is that of the mean over all supervised tokens of the whole optimizer step.
 
-    The plain one means over each micro-batch of each rank, and DeepSpeed means over those: a token then counts more in
-    a micro-batch of few tokens, and the loss depends on how the batch is cut. Here the micro-batches of an optimizer
-    step are read together; each one's sum of losses is divided by its fair share of all tokens, so that DeepSpeed's
-    mean is the sum over tokens divided by their number.
+    The plain one takes the mean over each micro-batch, and DeepSpeed the mean of those. A token then counts more in a
+    micro-batch of few tokens, and the loss depends on how rows are divided into micro-batches.
+
+    Here the micro-batches of an optimizer step are read together. Each one's sum of losses is divided by the number of
+    tokens that a micro-batch has on average. DeepSpeed's mean is then the sum over all tokens divided by their number.
     """
     waiting: list[tuple[dict[str, Any], torch.Tensor]] = []
 
@@ -102,27 +132,15 @@ def token_normalized_step() -> Step:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         timers("batch generator").start()
         if not waiting:
-            batches = [next_batch(data_iterator, args, timers) for _ in range(args.gradient_accumulation_steps)]
+            micro_batches = getattr(args, "gradient_accumulation_steps", 1)
+            batches = [next_batch(data_iterator, args, timers) for _ in range(micro_batches)]
             tokens = torch.tensor(float(sum(len(batch["answers"]) for batch in batches)), device=args.device)
-            ranks = mpu.get_data_parallel_world_size()
             torch.distributed.all_reduce(tokens, group=mpu.get_data_parallel_group())
-            fair_share = tokens.clamp(min=1) / (len(batches) * ranks)
-            waiting.extend((batch, fair_share) for batch in batches)
+            average = tokens.clamp(min=1) / (len(batches) * mpu.get_data_parallel_world_size())
+            waiting.extend((batch, average) for batch in batches)
         timers("batch generator").stop()
-        batch, share = waiting.pop(0)
-        loss = loss_sum(model, batch) / share
+        batch, average_tokens = waiting.pop(0)
+        loss = loss_sum(model, batch) / average_tokens
         return loss, {"loss": loss}
 
     return step
-
-
-def loss_sum(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the cross entropies, scalar float32, of the supervised tokens of a batch on the model's device."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    network: Any = getattr(model, "module", model)  # inside DeepSpeed's engine, or by itself
-    head = network.get_mixin("chatglm-final").lm_head
-    if "segments" in batch:
-        dtype = network.transformer.word_embeddings.weight.dtype
-        inputs["attention_mask"] = packed_prefix_mask(batch["segments"], batch["in_context"]).to(dtype)
-    hidden = model(**inputs)[0]
-    return head_loss(hidden, head, batch["answers"])

@@ -92,7 +92,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def separate_attention(model: Any) -> Iterator[None]:
-    """SAT's attention, rotary embedding and GELU, in the language model and in the eyes."""
+    """SAT's attention, rotary embedding and GELU, in the language model and in the vision part."""
     from sat.model.official.chatglm_model import ChatGLMAttnMixin, gelu
 
     from model.cpu import gelu as fused_gelu
@@ -102,8 +102,8 @@ def separate_attention(model: Any) -> Iterator[None]:
             output = super().attention_forward(*args, **kwargs)
             return output if answer_positions is None else output.flatten(0, 1)[answer_positions]
 
-    eyes = model.get_mixin("eva").model
-    networks = (model, eyes.vit, eyes.qformer)
+    vision = model.get_mixin("eva").model
+    networks = (model, vision.vit, vision.qformer)
     ours = [(network, network.get_mixin("fused-attention")) for network in networks]
     ours_rotary = model.get_mixin("chatglm-attn")
     sats_rotary = SatAttention(model.transformer.hidden_size, model.transformer.layers[0].attention.num_attention_heads)
@@ -172,28 +172,28 @@ def separate_lora_products(_: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def eyes_on_the_device(model: Any) -> Iterator[None]:
+def vision_on_the_device(model: Any) -> Iterator[None]:
     """The vision tower and the Q-Former where the language model is: without their features they are asked every step."""
-    eyes, device = model.get_mixin("eva").model, model.transformer.word_embeddings.weight.device
-    for part in (eyes.vit, eyes.qformer):
+    vision, device = model.get_mixin("eva").model, model.transformer.word_embeddings.weight.device
+    for part in (vision.vit, vision.qformer):
         part.to(device)
     try:
         yield
     finally:
-        for part in (eyes.vit, eyes.qformer):
+        for part in (vision.vit, vision.qformer):
             part.cpu()
 
 
 @contextlib.contextmanager
 def plain_weights(model: Any) -> Iterator[None]:
     """Frozen linears with their weights in rows."""
-    from model.cpu import PackedLinear
+    from model.cpu import PrepackedLinear
 
     packed = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, PackedLinear)
+        if isinstance(child, PrepackedLinear)
     ]
     for parent, name, child in packed:
         setattr(parent, name, child.plain())
@@ -211,7 +211,7 @@ def nothing(_: Any) -> contextlib.AbstractContextManager[None]:
 # What is saved, and how the model goes without it; the first three concern the batch and the loss too, see `Way`.
 SAVINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "padding to the longest row": nothing,
-    "kept picture features": eyes_on_the_device,
+    "kept picture features": vision_on_the_device,
     "last layer and head at supervised positions only": nothing,
     "fused attention and GELU": separate_attention,
     "masks made from lengths": masks_token_by_token,
@@ -440,13 +440,13 @@ class Bench:
     def _features(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        eyes = self.model.get_mixin("eva").model
+        vision = self.model.get_mixin("eva").model
         known = {}
-        with torch.no_grad(), eyes_on_the_device(self.model):
+        with torch.no_grad(), vision_on_the_device(self.model):
             for sample in samples:
                 if sample["path"] not in known:
                     image = sample["image"].unsqueeze(0).to(self.device, self.dtype)
-                    known[sample["path"]] = eyes.features(image)[0].cpu()
+                    known[sample["path"]] = vision.features(image)[0].cpu()
         return known
 
     def step(self, way: Way, model: Any, dtype: Any, samples: Sequence[dict[str, Any]]) -> float:

@@ -1,4 +1,4 @@
-"""Train a small VisualGLM from nothing: tokenizer, eyes and language model, in twenty minutes on two idle cores.
+"""Train a small VisualGLM from nothing: tokenizer, vision part and language model, in twenty minutes on two idle cores.
 
     python scripts/dev/build_tiny.py
     python scripts/dev/build_tiny.py --out model/tiny --seed 1
@@ -37,6 +37,7 @@ from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX, answer_labels, context_ids
 from model.data.tokenizer import VOCAB_FILE, ChatGLMTokenizer
 from model.loss import answer_loss
+from model.masks import next_labels
 from model.progress import duration, say
 from model.sat_compat import quieten
 from model.visualglm import VisualGLMModel
@@ -45,10 +46,10 @@ from scripts.dev.scene_talk import SMALL_TALK, Turn, random_turn
 from scripts.dev.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIZE, Scene, Thing, draw, random_scene
 
 STEPS = 1200  # of the whole model: enough to name every background; objects would take more
-EYES_SHARE = 2 / 3  # steps of the eyes alone, for each step of the whole model
+VISION_SHARE = 2 / 3  # steps of the vision part alone, for each step of the whole model
 POOL = 16384  # drawn scenes, each asked about several times
 BATCH = 48
-EYES_BATCH = 64
+VISION_BATCH = 64
 LEARNING_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
 WARMUP = 0.05  # of the steps
@@ -61,7 +62,7 @@ TAUGHT_WORDS = (QUESTION.removesuffix("？"), "这张图片的背景")
 
 def model_config(tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
     """What `model_config.json` holds. As in the 6B's, dropout is left to SAT in the language model (0.1)."""
-    image_length, eyes_hidden, image_size, patch_size = 32, 128, 112, 14
+    image_length, vit_hidden, image_size, patch_size = 32, 128, 112, 14
     no_dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     return {
         "model_class": "VisualGLMModel",
@@ -78,13 +79,13 @@ def model_config(tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
         "image_length": image_length,
         "eva_args": {
             "num_layers": 3,
-            "hidden_size": eyes_hidden,
+            "hidden_size": vit_hidden,
             "num_attention_heads": 4,
             "vocab_size": 1,
             "layernorm_order": "pre",
             "model_parallel_size": 1,
             "max_sequence_length": (image_size // patch_size) ** 2 + 1,
-            "inner_hidden_size": 4 * eyes_hidden,
+            "inner_hidden_size": 4 * vit_hidden,
             "use_final_layernorm": False,
             "layernorm_epsilon": 1e-06,
             **no_dropout,
@@ -104,7 +105,7 @@ def model_config(tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
             "model_parallel_size": 1,
             "max_sequence_length": 0,
             "is_decoder": [True, False],
-            "cross_attn_hidden_size": eyes_hidden,
+            "cross_attn_hidden_size": vit_hidden,
             "layernorm_epsilon": 1e-12,
             **no_dropout,
         },
@@ -338,7 +339,7 @@ def covered_patches(thing: Thing, side: int) -> list[int]:
 
 
 class FactHead(torch.nn.Module):
-    """Reads facts off features, to teach the eyes before there is a language; never saved."""
+    """Reads facts off features, to teach the vision part before there is a language; never saved."""
 
     def __init__(self, features: int, empty_weight: float) -> None:
         """features is the width of what is read; empty_weight is what a part without an object counts in the loss."""
@@ -364,28 +365,28 @@ class FactHead(torch.nn.Module):
         return torch.stack(list(losses)).mean(), torch.stack([fact.float().mean() for fact in right])
 
 
-def train_eyes(model: VisualGLMModel, pool: Pool, steps: int, random: Random) -> None:
-    """Teach the eyes alone to tell scenes apart; a language model that can't speak yet would be a slow teacher.
+def train_vision(model: VisualGLMModel, pool: Pool, steps: int, random: Random) -> None:
+    """Teach the vision part alone to tell scenes apart; a language model that can't speak yet would be a slow teacher.
 
     Facts are read off the vision tower's patches, and off the Q-Former's answers: of these a quarter learns to tell the
     left third of the picture, a quarter the middle, a quarter the right, and the last quarter the background.
     """
-    eyes = model.get_mixin("eva").model
-    side = eyes.vit.transformer.property.grid_size[0]
-    vision_features = eyes.vit.get_mixin("cls").ln_vision.weight.numel()
-    quarter_features = model.image_length // (MAX_OBJECTS + 1) * eyes.glm_proj.out_features
+    vision = model.get_mixin("eva").model
+    side = vision.vit.transformer.property.grid_size[0]
+    vision_features = vision.vit.get_mixin("cls").ln_vision.weight.numel()
+    quarter_features = model.image_length // (MAX_OBJECTS + 1) * vision.glm_proj.out_features
     patch_head = FactHead(vision_features, empty_weight=0.15)  # most patches show no object
     quarter_head = FactHead(quarter_features, empty_weight=1.0)
-    parameters = [*eyes.parameters(), *patch_head.parameters(), *quarter_head.parameters()]
+    parameters = [*vision.parameters(), *patch_head.parameters(), *quarter_head.parameters()]
     optimizer, schedule = optimizer_and_schedule(parameters, steps)
-    bar = tqdm(range(steps), "eyes", unit=" steps")
+    bar = tqdm(range(steps), "vision", unit=" steps")
     for _ in bar:
-        chosen = random.sample(range(len(pool.scenes)), EYES_BATCH)
+        chosen = random.sample(range(len(pool.scenes)), VISION_BATCH)
         scenes = [pool.scenes[index] for index in chosen]
-        features = eyes.vit(pool.pictures[chosen].float())  # [batch, 1 + patches, features], the class token first
+        features = vision.vit(pool.pictures[chosen].float())  # [batch, 1 + patches, features], the class token first
         in_patches = facts(scenes, side * side, partial(covered_patches, side=side))
         patch_loss, _ = patch_head(features[:, 0], features[:, 1:], in_patches)
-        embeddings = eyes.glm_proj(eyes.qformer(features))
+        embeddings = vision.glm_proj(vision.qformer(features))
         quarters = embeddings.unflatten(1, (MAX_OBJECTS + 1, -1)).flatten(2)  # [batch, 4, features]
         in_thirds = facts(scenes, MAX_OBJECTS, lambda thing: [thing.column])
         quarter_loss, right = quarter_head(quarters[:, MAX_OBJECTS], quarters[:, :MAX_OBJECTS], in_thirds)
@@ -443,10 +444,10 @@ def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     It does so exactly if each token of the answer is the likeliest after the tokens before it, so one forward pass over
     the answer tells. <sop> is given, not guessed, when a question is asked.
     """
-    wanted = labels[:, 1:].clone()
+    wanted = next_labels(labels, IGNORE_INDEX)
     first = (wanted != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
     wanted.scatter_(1, first, IGNORE_INDEX)
-    return ((logits[:, :-1].argmax(-1) == wanted) | (wanted == IGNORE_INDEX)).all(dim=1)
+    return ((logits.argmax(-1) == wanted) | (wanted == IGNORE_INDEX)).all(dim=1)
 
 
 def right_turns(model: VisualGLMModel, pool: Pool, turns: Sequence[Turn], tokenizer: ChatGLMTokenizer) -> list[bool]:
@@ -498,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(options.seed)
     model = new_model(config)
-    train_eyes(model, pool, math.ceil(EYES_SHARE * options.steps), random)
+    train_vision(model, pool, math.ceil(VISION_SHARE * options.steps), random)
     train_whole(model, talk_batches(pool, tokenizer, model.image_length, random), options.steps)
     save(model, config, options.out)
 

@@ -14,9 +14,9 @@ from model.data.dataset import FewShotDataset, data_collator
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
-from model.training import feature_cache as features
-from model.training import feature_store as feature_files
-from model.training.feature_cache import FeatureCache, feature_file, picture_features
+from model.training import feature_cache, feature_store
+from model.training.feature_cache import FeatureCache, feature_file, image_features
+from model.training.feature_store import FeatureFormat, new_part
 from model.training.step import loss_sum
 
 LENGTHS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
@@ -24,14 +24,14 @@ LENGTHS = SimpleNamespace(image_length=32, max_source_length=64, max_target_leng
 
 @pytest.fixture
 def model(upstream_checkpoint):
-    """The golden model with its eyes frozen and one linear of the language model trained."""
+    """The golden model with its vision part frozen and one linear of the language model trained."""
     model = load_model(upstream_checkpoint).requires_grad_(False)
     model.transformer.layers[0].attention.dense.weight.requires_grad_(True)
     return model
 
 
 @pytest.fixture
-def eyes(model):
+def vision(model):
     return model.get_mixin("eva").model
 
 
@@ -49,125 +49,125 @@ def loss_and_gradient(model, dataset):
     return loss.item(), model.transformer.layers[0].attention.dense.weight.grad.clone()
 
 
-def test_step_on_features_has_the_loss_and_gradient_of_the_pictures(model, eyes, dataset):
+def test_step_on_features_has_the_loss_and_gradient_of_the_pictures(model, vision, dataset):
     loss, gradient = loss_and_gradient(model, dataset)
-    dataset = FeatureCache(eyes, lambda rows: 2 * rows).given_to(dataset)
+    dataset = FeatureCache(vision, lambda rows: 2 * rows).with_features(dataset)
     assert "image" not in dataset[0]
     other_loss, other_gradient = loss_and_gradient(model, dataset)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(other_gradient, gradient)
 
 
-def test_features_are_kept_per_picture_in_the_q_formers_width(eyes, dataset):
-    kept = picture_features([row.img for row in dataset.rows], dataset.processor, eyes)
+def test_features_are_kept_per_picture_in_the_q_formers_width(vision, dataset):
+    kept = image_features([row.img for row in dataset.rows], dataset.processor, vision)
     assert len(kept) == 6
     assert {tuple(tensor.shape) for tensor in kept.values()} == {(32, 48)}
 
 
-def test_features_in_a_file_equal_those_in_memory(eyes, dataset, monkeypatch):
+def test_features_in_a_file_equal_those_in_memory(vision, dataset, monkeypatch):
     paths = [row.img for row in dataset.rows]
-    in_memory = picture_features(paths, dataset.processor, eyes)
-    monkeypatch.setattr(feature_files, "MEMORY_SHARE", 0.0)
-    in_file = picture_features(paths, dataset.processor, eyes)
+    in_memory = image_features(paths, dataset.processor, vision)
+    monkeypatch.setattr(feature_store, "MEMORY_SHARE", 0.0)
+    in_file = image_features(paths, dataset.processor, vision)
     for path in paths:
         torch.testing.assert_close(in_file[path], in_memory[path])
 
 
-def test_features_leave_the_eyes_mode_as_it_was(eyes, dataset):
-    eyes.train()
-    picture_features([dataset.rows[0].img], dataset.processor, eyes)
-    assert eyes.training
+def test_features_leave_the_vision_parts_mode_as_it_was(vision, dataset):
+    vision.train()
+    image_features([dataset.rows[0].img], dataset.processor, vision)
+    assert vision.training
 
 
-def test_rows_that_training_meets_once_keep_their_pixels(eyes, dataset):
-    assert "image" in FeatureCache(eyes, lambda rows: 2 * rows - 1).given_to(dataset)[0]
+def test_rows_that_training_meets_once_keep_their_pixels(vision, dataset):
+    assert "image" in FeatureCache(vision, lambda rows: 2 * rows - 1).with_features(dataset)[0]
 
 
-def test_rows_keep_their_pixels_when_a_part_of_the_eyes_is_trained(eyes, dataset):
-    eyes.qformer.requires_grad_(True)
-    assert "image" in FeatureCache(eyes, lambda rows: 100 * rows).given_to(dataset)[0]
+def test_rows_keep_their_pixels_when_a_part_of_the_vision_is_trained(vision, dataset):
+    vision.qformer.requires_grad_(True)
+    assert "image" in FeatureCache(vision, lambda rows: 100 * rows).with_features(dataset)[0]
 
 
-def test_rows_have_features_when_only_the_projection_is_trained(eyes, dataset):
-    eyes.glm_proj.requires_grad_(True)
-    assert "image_features" in FeatureCache(eyes, lambda rows: 100 * rows).given_to(dataset)[0]
+def test_rows_have_features_when_only_the_projection_is_trained(vision, dataset):
+    vision.glm_proj.requires_grad_(True)
+    assert "image_features" in FeatureCache(vision, lambda rows: 100 * rows).with_features(dataset)[0]
 
 
-def test_eyes_stay_when_a_data_set_still_needs_them(eyes, dataset, monkeypatch):
-    sent = []
-    monkeypatch.setattr(eyes.vit, "cpu", lambda: sent.append("vit"))
-    cache = FeatureCache(eyes, lambda rows: 0)
-    cache.given_to(dataset)
-    cache.send_eyes_away()
-    assert sent == []
+def test_vision_stays_on_the_device_when_a_data_set_still_needs_it(vision, dataset, monkeypatch):
+    offloaded = []
+    monkeypatch.setattr(vision.vit, "cpu", lambda: offloaded.append("vit"))
+    cache = FeatureCache(vision, lambda rows: 0)
+    cache.with_features(dataset)
+    cache.offload_vision()
+    assert offloaded == []
 
 
-def test_eyes_leave_when_every_data_set_has_its_features(eyes, dataset, monkeypatch):
-    sent = []
-    monkeypatch.setattr(eyes.vit, "cpu", lambda: sent.append("vit"))
-    monkeypatch.setattr(eyes.qformer, "cpu", lambda: sent.append("qformer"))
-    cache = FeatureCache(eyes, lambda rows: 2 * rows)
-    cache.given_to(dataset)
-    cache.send_eyes_away()
-    assert sent == ["vit", "qformer"]
+def test_vision_is_offloaded_when_every_data_set_has_its_features(vision, dataset, monkeypatch):
+    offloaded = []
+    monkeypatch.setattr(vision.vit, "cpu", lambda: offloaded.append("vit"))
+    monkeypatch.setattr(vision.qformer, "cpu", lambda: offloaded.append("qformer"))
+    cache = FeatureCache(vision, lambda rows: 2 * rows)
+    cache.with_features(dataset)
+    cache.offload_vision()
+    assert offloaded == ["vit", "qformer"]
 
 
-def looked_at(eyes, monkeypatch):
-    """How many pictures the eyes look at from now on, as a list that grows."""
-    seen, features_of = [], eyes.features
-    monkeypatch.setattr(eyes, "features", lambda images: seen.extend(range(len(images))) or features_of(images))
+def looked_at(vision, monkeypatch):
+    """How many pictures the vision part looks at from now on, as a list that grows."""
+    seen, features_of = [], vision.features
+    monkeypatch.setattr(vision, "features", lambda images: seen.extend(range(len(images))) or features_of(images))
     return seen
 
 
-def test_picture_under_two_names_is_looked_at_once(eyes, dataset, monkeypatch, tmp_path):
+def test_picture_under_two_names_is_looked_at_once(vision, dataset, monkeypatch, tmp_path):
     twin = tmp_path / "twin.png"
     twin.write_bytes(Path(dataset.rows[0].img).read_bytes())
-    seen = looked_at(eyes, monkeypatch)
-    kept = picture_features([dataset.rows[0].img, str(twin)], dataset.processor, eyes)
+    seen = looked_at(vision, monkeypatch)
+    kept = image_features([dataset.rows[0].img, str(twin)], dataset.processor, vision)
     assert len(seen) == 1
     assert torch.equal(kept[str(twin)], kept[dataset.rows[0].img])
 
 
-def cached(eyes, dataset, folder, paths=None):
-    file = feature_file(str(folder), eyes, dataset.processor)
-    return picture_features(paths or [row.img for row in dataset.rows], dataset.processor, eyes, file=file)
+def cached(vision, dataset, folder, paths=None):
+    file = feature_file(str(folder), vision, dataset.processor)
+    return image_features(paths or [row.img for row in dataset.rows], dataset.processor, vision, file=file)
 
 
-def test_features_kept_in_a_folder_are_not_made_again(eyes, dataset, monkeypatch, tmp_path):
-    first = cached(eyes, dataset, tmp_path / "new", [row.img for row in dataset.rows[:4]])
-    seen = looked_at(eyes, monkeypatch)
-    again = cached(eyes, dataset, tmp_path / "new")
+def test_features_kept_in_a_folder_are_not_made_again(vision, dataset, monkeypatch, tmp_path):
+    first = cached(vision, dataset, tmp_path / "new", [row.img for row in dataset.rows[:4]])
+    seen = looked_at(vision, monkeypatch)
+    again = cached(vision, dataset, tmp_path / "new")
     assert len(seen) == 2  # the two that are new
     assert all(torch.equal(again[path], features) for path, features in first.items())
-    plain = picture_features([row.img for row in dataset.rows], dataset.processor, eyes)
+    plain = image_features([row.img for row in dataset.rows], dataset.processor, vision)
     assert all(torch.allclose(again[path], plain[path], atol=1e-6) for path in plain)
-    cached(eyes, dataset, tmp_path / "new")
+    cached(vision, dataset, tmp_path / "new")
     assert len(seen) == 2 + len(plain)
 
 
 @pytest.mark.parametrize("change", ["weights", "size", "dtype", "bytes"])
-def test_features_are_made_again_when_what_they_come_from_changes(change, eyes, dataset, monkeypatch, tmp_path):
+def test_features_are_made_again_when_what_they_come_from_changes(change, vision, dataset, monkeypatch, tmp_path):
     copied = tmp_path / "picture.png"
     copied.write_bytes(Path(dataset.rows[0].img).read_bytes())
-    cached(eyes, dataset, tmp_path, [str(copied)])
+    cached(vision, dataset, tmp_path, [str(copied)])
     if change == "weights":
-        next(eyes.qformer.parameters()).data.add_(1.0)
+        next(vision.qformer.parameters()).data.add_(1.0)
     elif change == "size":
-        eyes.vit.set_image_size(112)
+        vision.vit.set_image_size(112)
         dataset.processor = BlipImageEvalProcessor(112)
     elif change == "dtype":
-        eyes.to(torch.bfloat16)
+        vision.to(torch.bfloat16)
     else:
         copied.write_bytes(Path(dataset.rows[1].img).read_bytes())
-    seen = looked_at(eyes, monkeypatch)
-    cached(eyes, dataset, tmp_path, [str(copied)])
+    seen = looked_at(vision, monkeypatch)
+    cached(vision, dataset, tmp_path, [str(copied)])
     assert len(seen) == 1
 
 
-def test_features_not_noted_before_a_kill_are_made_again(eyes, dataset, monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "PICTURES_AT_ONCE", 1)
-    monkeypatch.setattr(feature_files, "NEW_BEFORE_NOTED", 2)
-    features_of, calls = eyes.features, []
+def test_features_not_noted_before_a_kill_are_made_again(vision, dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr(feature_cache, "IMAGES_AT_ONCE", 1)
+    monkeypatch.setattr(feature_store, "NEW_BEFORE_NOTED", 2)
+    features_of, calls = vision.features, []
 
     def dies_at_the_fourth(images):
         calls.append(images)
@@ -175,56 +175,56 @@ def test_features_not_noted_before_a_kill_are_made_again(eyes, dataset, monkeypa
             raise KeyboardInterrupt
         return features_of(images)
 
-    monkeypatch.setattr(eyes, "features", dies_at_the_fourth)
+    monkeypatch.setattr(vision, "features", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        cached(eyes, dataset, tmp_path)
-    monkeypatch.setattr(eyes, "features", features_of)
+        cached(vision, dataset, tmp_path)
+    monkeypatch.setattr(vision, "features", features_of)
     gc.collect()  # the dead run's lock goes with it
-    seen = looked_at(eyes, monkeypatch)
-    assert len(cached(eyes, dataset, tmp_path)) == 6
+    seen = looked_at(vision, monkeypatch)
+    assert len(cached(vision, dataset, tmp_path)) == 6
     assert len(seen) == 4  # two were noted
 
 
-def test_features_of_a_second_run_at_the_same_time_are_for_that_run_only(eyes, dataset, tmp_path):
-    file = feature_file(str(tmp_path), eyes, dataset.processor)
-    part = feature_files.FeaturePart(6, (32, 48), torch.float32, file)
-    second = cached(eyes, dataset, tmp_path)
+def test_features_of_a_second_run_at_the_same_time_are_for_that_run_only(vision, dataset, tmp_path):
+    file = feature_file(str(tmp_path), vision, dataset.processor)
+    part = new_part(6, FeatureFormat(32, 48, torch.float32), file)
+    second = cached(vision, dataset, tmp_path)
     assert len(second) == 6
     assert not file.with_suffix(".index").read_bytes()
     part.close()
-    assert torch.equal(cached(eyes, dataset, tmp_path)[dataset.rows[0].img], second[dataset.rows[0].img])
+    assert torch.equal(cached(vision, dataset, tmp_path)[dataset.rows[0].img], second[dataset.rows[0].img])
     assert len(file.with_suffix(".index").read_bytes()) == 6 * 16
 
 
-def test_features_whose_file_is_gone_are_made_again(eyes, dataset, monkeypatch, tmp_path):
-    cached(eyes, dataset, tmp_path)
-    feature_file(str(tmp_path), eyes, dataset.processor).unlink()
-    seen = looked_at(eyes, monkeypatch)
-    cached(eyes, dataset, tmp_path)
-    cached(eyes, dataset, tmp_path)
+def test_features_whose_file_is_gone_are_made_again(vision, dataset, monkeypatch, tmp_path):
+    cached(vision, dataset, tmp_path)
+    feature_file(str(tmp_path), vision, dataset.processor).unlink()
+    seen = looked_at(vision, monkeypatch)
+    cached(vision, dataset, tmp_path)
+    cached(vision, dataset, tmp_path)
     assert len(seen) == 6
 
 
-def test_features_with_no_room_on_the_disk_are_one_sentence(eyes, dataset, monkeypatch, tmp_path):
+def test_features_with_no_room_on_the_disk_are_one_sentence(vision, dataset, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_files.os, "posix_fallocate", full)
+    monkeypatch.setattr(feature_store.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="No space left on device; 1 MiB are needed there"):
-        cached(eyes, dataset, tmp_path, [dataset.rows[0].img] * 170)
+        cached(vision, dataset, tmp_path, [dataset.rows[0].img] * 170)
 
 
-def test_rows_that_training_meets_once_have_features_when_those_are_kept(eyes, dataset, tmp_path):
-    assert "image_features" in FeatureCache(eyes, lambda rows: rows, folder=str(tmp_path)).given_to(dataset)[0]
+def test_rows_that_training_meets_once_have_features_when_those_are_kept(vision, dataset, tmp_path):
+    assert "image_features" in FeatureCache(vision, lambda rows: rows, folder=str(tmp_path)).with_features(dataset)[0]
 
 
-def test_features_of_a_picture_that_cannot_be_opened_are_left_out(eyes, dataset):
+def test_features_of_a_picture_that_cannot_be_opened_are_left_out(vision, dataset):
     good = dataset.rows[0].img
-    assert list(picture_features(["gone.png", good], dataset.processor, eyes)) == [good]
+    assert list(image_features(["gone.png", good], dataset.processor, vision)) == [good]
 
 
-def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(eyes, dataset):
-    dataset.features = picture_features([dataset.rows[1].img, "gone.png"], dataset.processor, eyes)
+def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(vision, dataset):
+    dataset.features = image_features([dataset.rows[1].img, "gone.png"], dataset.processor, vision)
     dataset.processor = lambda image: (_ for _ in ()).throw(InputError("gone"))
     with pytest.raises(InputError, match="gone"):
         dataset[0]
@@ -246,45 +246,22 @@ def test_runs_with_a_feature_cache_have_the_losses_of_one_without(upstream_check
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".features", ".index"]
 
 
-ONE_OF_TWO_PROCESSES = """
-import sys
-from datetime import timedelta
-from pathlib import Path
-
-import torch
-from conftest import load_model
-
-from model.training.feature_cache import picture_features
-from model.data.image_processor import BlipImageEvalProcessor
-from model.data.images import open_picture
-
-checkpoint, file, *paths = sys.argv[1:]
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-eyes, processor = load_model(Path(checkpoint)).get_mixin("eva").model, BlipImageEvalProcessor(224)
-seen, features_of = [], eyes.features
-eyes.features = lambda images: seen.extend(images) or features_of(images)
-found = picture_features(paths, processor, eyes, file=Path(file) if file else None)
-assert list(found) == [path for path in paths if Path(path).exists()]
-with torch.no_grad():
-    expected = {path: features_of(processor(open_picture(path))[None])[0] for path in found}
-torch.testing.assert_close(found, expected)
-print(f"looked at {len(seen)}", flush=True)
-torch.distributed.destroy_process_group()
-"""
+def in_two_processes(program, *words):
+    """Run a program of tests/programs in two processes that know of each other."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+    path = f"{PROJECT}:{PROJECT / 'tests'}"
+    file = PROJECT / "tests/programs" / f"{program}.py"
+    return run_python(*launcher, file, *words, cwd=GOLDEN / "upstream", PYTHONPATH=path)
 
 
 @pytest.mark.run
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_checkpoint, tmp_path):
-    script = tmp_path / "one_of_two.py"
-    script.write_text(ONE_OF_TWO_PROCESSES)
     paths = ["gone.png", *(row.img for row in dataset.rows)]
     file = tmp_path / "cache/some.features" if in_folder else ""
 
     def looks() -> list[str]:
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), script)
-        path = f"{PROJECT}:{PROJECT / 'tests'}"
-        run = run_python(*launcher, upstream_checkpoint, file, *paths, cwd=GOLDEN / "upstream", PYTHONPATH=path)
+        run = in_two_processes("image_features_of_one_of_two", upstream_checkpoint, file, *paths)
         assert run.returncode == 0, run.stderr
         return re.findall(r"looked at \d", run.stdout)
 
@@ -296,24 +273,8 @@ def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_check
 
 @pytest.mark.run
 def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint, dataset, tmp_path):
-    script = tmp_path / "one_of_two.py"
-    fails_in_the_second = """
-import os
-
-from model.training import feature_store as feature_files, feature_cache as features
-
-def full(*_):
-    raise OSError(28, "No space left on device")
-
-if os.environ["RANK"] == "1":
-    feature_files.os.posix_fallocate = full
-"""
-    script.write_text(fails_in_the_second + ONE_OF_TWO_PROCESSES)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), script)
-    path = f"{PROJECT}:{PROJECT / 'tests'}"
-    run = run_python(
-        *launcher, upstream_checkpoint, "", *(row.img for row in dataset.rows), cwd=GOLDEN / "upstream", PYTHONPATH=path
-    )
+    paths = [row.img for row in dataset.rows]
+    run = in_two_processes("image_features_without_room", upstream_checkpoint, "", *paths)
     assert run.returncode != 0
     assert run.stderr.count(f"InputError: {tempfile.gettempdir()}: No space left on device") == 2
     assert "looked at" not in run.stdout

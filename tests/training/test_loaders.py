@@ -35,7 +35,7 @@ def sat_args(**flags):
 
 
 class NoFeatures:
-    def given_to(self, dataset):
+    def with_features(self, dataset):
         return dataset
 
 

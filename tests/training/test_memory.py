@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_model
 
-from model.cpu import PackedLinear
+from model.cpu import PrepackedLinear
 from model.training import memory
 from model.training.memory import activation_bytes, fit_into_memory
 
@@ -73,7 +73,7 @@ def lora(upstream_checkpoint):
 
 
 def packed_linears(model):
-    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, PrepackedLinear)]
 
 
 def test_frozen_linears_of_the_language_model_are_packed_where_there_is_room(lora, free):

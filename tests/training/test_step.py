@@ -1,20 +1,20 @@
 """One step: the batch on the device in the model's dtype, and the loss as it is computed by hand."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FakeTimers, golden_values, load_model
 
-from model import frozen
-from model import loss as loss_module
 from model.data import dataset
 from model.data.dataset import data_collator
-from model.loss import answer_loss, head_loss
-from model.training.step import forward_step, get_batch
+from model.errors import RowError
+from model.training.step import evaluation_step, forward_step, get_batch, token_normalized_step
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
+
+
+ARGS_OF_2023 = SimpleNamespace(device="cpu", fp16=False)
 
 
 def sat_args(**flags):
@@ -40,49 +40,15 @@ def batch():
     )
 
 
+def batch_of_2023():
+    """The same rows as the released script's collator gives them."""
+    return {name: value for name, value in batch().items() if name in ("input_ids", "labels", "image", "pre_image")}
+
+
 @pytest.fixture(autouse=True)
 def process_group(upstream_checkpoint):
     """SAT's model-parallel groups, which loading a model sets up."""
     return load_model(upstream_checkpoint)
-
-
-# answer_loss
-
-
-def test_loss_of_uniform_logits_is_the_log_of_the_vocabulary():
-    loss = answer_loss(torch.zeros(1, 4, 10), torch.tensor([[-100, 1, 2, 3]]))
-    assert loss.item() == pytest.approx(math.log(10))
-
-
-def test_loss_is_the_mean_of_minus_log_p_over_supervised_tokens():
-    # vocabulary of 2; p(next is 1) at the three positions is 0.9, 0.5 and 0.2
-    p = torch.tensor([0.9, 0.5, 0.2])
-    logits = torch.stack(((1 - p).log(), p.log()), dim=-1).unsqueeze(0)
-    loss = answer_loss(logits, torch.tensor([[-100, 1, 1]]))
-    assert loss.item() == pytest.approx(-(math.log(0.9) + math.log(0.5)) / 2)
-
-
-def test_loss_counts_every_supervised_token_alike_however_long_the_rows_are():
-    logits = torch.randn(2, 4, 7)
-    labels = torch.tensor([[-100, 1, -100, -100], [-100, 4, 5, 6]])
-    log_p = logits.log_softmax(-1)
-    by_hand = -(log_p[0, 0, 1] + log_p[1, 0, 4] + log_p[1, 1, 5] + log_p[1, 2, 6]) / 4
-    torch.testing.assert_close(answer_loss(logits, labels), by_hand)
-
-
-def test_loss_supervises_sop_from_the_position_of_gmask():
-    logits = torch.zeros(1, 3, 5)  # gMASK sop eop
-    logits[0, 0, 3] = 100.0  # sop is 3
-    assert answer_loss(logits, torch.tensor([[-100, 3, -100]])).item() == pytest.approx(0)
-    assert answer_loss(logits, torch.tensor([[-100, 2, -100]])).item() == pytest.approx(100)
-
-
-def test_loss_of_half_precision_logits_is_float32():
-    logits = torch.randn(1, 4, 10).bfloat16()
-    labels = torch.tensor([[-100, 1, 2, 3]])
-    loss = answer_loss(logits, labels)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, answer_loss(logits.float(), labels))
 
 
 # get_batch
@@ -152,25 +118,36 @@ def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 2**26])
-@pytest.mark.parametrize("cached", [1, 2**26])
-def test_head_loss_in_chunks_is_the_cross_entropy_of_all_scores(chunk, cached, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk * 11)
-    monkeypatch.setattr(loss_module, "CACHED_LOGITS", cached * 11)
-    torch.manual_seed(1)
-    head, targets = torch.nn.Linear(5, 11, bias=False), torch.randint(0, 11, (7,))
-    hidden, plain = (torch.full((7, 5), 0.5).mul_(torch.arange(5)).requires_grad_() for _ in range(2))
-    loss = head_loss(hidden, head, targets)
-    expected = torch.nn.functional.cross_entropy(plain @ head.weight.T, targets, reduction="sum")
-    (3 * loss).backward()
-    (3 * expected).backward()
+# what a script of 2023 hands over
+
+
+def test_batch_with_the_args_of_2023_is_handed_on_in_float32():
+    input_ids, _, image, _ = get_batch(iter([batch()]), ARGS_OF_2023, FakeTimers())
+    assert torch.equal(input_ids, batch()["input_ids"])
+    assert image.dtype == torch.float32
+
+
+def test_batch_in_fp16_with_the_args_of_2023_is_float16():
+    args = SimpleNamespace(device="cpu", fp16=True)
+    assert get_batch(iter([batch()]), args, FakeTimers())[2].dtype == torch.float16
+
+
+def test_batch_of_2023_is_handed_on_as_it_is():
+    given = batch_of_2023()
+    found = get_batch(iter([given]), ARGS_OF_2023, FakeTimers())
+    assert all(
+        torch.equal(tensor, given[name]) for tensor, name in zip(found, ("input_ids", "labels", "image"), strict=False)
+    )
+    assert found[3] == 3
+
+
+@pytest.mark.parametrize("step", [forward_step, evaluation_step, token_normalized_step()])
+def test_loss_of_a_batch_of_2023_is_that_of_our_collators(process_group, step):
+    expected, _ = forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())
+    loss, _ = step(iter([batch_of_2023()]), process_group, ARGS_OF_2023, FakeTimers())
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(hidden.grad, plain.grad)
 
 
-def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2 * 11)
-    asked, plain_product = [], frozen.product
-    monkeypatch.setattr(loss_module, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
-    head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
-    assert asked == [2, 2, 2, 1]
+def test_row_that_cannot_be_used_with_the_args_of_2023_is_an_error():
+    with pytest.raises(RowError, match="row 3: gone"):
+        get_batch(iter([batch() | {"problems": ["row 3: gone"]}]), ARGS_OF_2023, FakeTimers())

@@ -29,14 +29,20 @@ SHORTENED = {  # so that a run of minutes on a real model takes seconds here; no
 }
 
 
+def not_cloned(folder: str, names: list[str]) -> set[str]:
+    """Which of a folder's files stay behind: results in the project's own folder, for model/checkpoints is a package."""
+    everywhere = {"__pycache__", "golden"}
+    at_the_top = {".git", ".venv", "runs", "checkpoints", ".quickstart"}
+    return set(names) & (everywhere | at_the_top if Path(folder) == PROJECT else everywhere)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> Path:
     """A copy of the project as it would be cloned, with a small checkpoint where the 6B one is looked for."""
     from conftest import upstream_weights
 
     copy = tmp_path_factory.mktemp("readme") / "project"
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "checkpoints", ".quickstart", "golden")
-    shutil.copytree(PROJECT, copy, ignore=ignored)
+    shutil.copytree(PROJECT, copy, ignore=not_cloned)
     write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
     rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
     for name, some in (("my.json", rows[:8]), ("my-other.json", rows[8:12])):

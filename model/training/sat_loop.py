@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoints.layout import read_json_object
+from model.cli.options import Options
 from model.data.split import HELD_OUT
 from model.distributed import from_first_process, has_gpu, start_gloo
 from model.progress import say
@@ -27,7 +28,7 @@ RELEASED_SEED = 1234  # SAT's default of --seed
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
 
-def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def get_args(argv: Sequence[str], options: Options, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """SAT's namespace for a checked command line, on a machine with or without a GPU.
 
     Three things are settled for SAT. Its DeepSpeed files don't pass DeepSpeed's validation, and it turns fp16 on for
@@ -61,7 +62,7 @@ def get_args(argv: Sequence[str], options: argparse.Namespace, parser: argparse.
     typed += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
     typed += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
     if not has_gpu():
-        typed_nccl = "distributed_backend" in options.typed and options.distributed_backend == "nccl"
+        typed_nccl = "distributed_backend" in options.user_set and options.distributed_backend == "nccl"
         instead = ["--fp16"] * options.fp16 + ["nccl"] * typed_nccl
         if instead:
             numbers = "bfloat16" if bf16 else "float32"

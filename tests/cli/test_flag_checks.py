@@ -12,7 +12,7 @@ from model.cli.flag_checks import (
     _image_size_problems,
     config_problems,
     deepspeed_problems,
-    method_problems,
+    flag_problems,
     overridden_by_config,
     overridden_by_deepspeed,
     split_row_problems,
@@ -52,28 +52,28 @@ def good(*words: str) -> Options:
 
 def problem(*words: str) -> str:
     """The one problem that these words make of a good command line."""
-    [sentence] = method_problems(good(*words))
+    [sentence] = flag_problems(good(*words))
     return sentence
 
 
 # --- the command line alone -------------------------------------------------------------------------------------------
 
 
-def test_method_problems_when_all_is_well_is_empty() -> None:
-    assert method_problems(good()) == []
+def test_flag_problems_when_all_is_well_is_empty() -> None:
+    assert flag_problems(good()) == []
 
 
-def test_method_problems_when_no_method_is_given_names_the_three() -> None:
+def test_flag_problems_when_no_method_is_given_names_the_three() -> None:
     options = parse(["--train-data", "rows.json", "--split", "1"])
-    assert method_problems(options) == ["No method: --use_lora, --use_qlora or --use_ptuning is needed."]
+    assert flag_problems(options) == ["No method: --use_lora, --use_qlora or --use_ptuning is needed."]
 
 
-def test_method_problems_when_lora_and_ptuning_are_combined_is_empty() -> None:
-    assert method_problems(good("--use_ptuning")) == []
+def test_flag_problems_when_lora_and_ptuning_are_combined_is_empty() -> None:
+    assert flag_problems(good("--use_ptuning")) == []
 
 
-def test_method_problems_when_several_things_are_wrong_lists_all() -> None:
-    assert len(method_problems(good("--fp16", "--bf16", "--lr", "0", "--zero-stage", "3"))) == 3
+def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
+    assert len(flag_problems(good("--fp16", "--bf16", "--lr", "0", "--zero-stage", "3"))) == 3
 
 
 @pytest.mark.parametrize("words, parts", [
@@ -108,7 +108,7 @@ def test_method_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--device", "1"], ["--device 1", "GPU 0 only", "CUDA_VISIBLE_DEVICES=1"]),
     (["--model-parallel-size", "2"], ["--model-parallel-size 2", "1 is needed"]),
 ])  # fmt: skip
-def test_method_problems_when_one_thing_is_wrong_says_where_what_and_what_is_needed(
+def test_flag_problems_when_one_thing_is_wrong_says_where_what_and_what_is_needed(
     words: list[str], parts: list[str]
 ) -> None:
     sentence = problem(*words)
@@ -116,7 +116,7 @@ def test_method_problems_when_one_thing_is_wrong_says_where_what_and_what_is_nee
         assert part in sentence
 
 
-def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flag_checks, "_is_installed", lambda package: True)
     assert "--use_lora and --use_qlora: only one is needed" in problem("--use_qlora")
 
@@ -125,11 +125,11 @@ def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: py
     (["--use_qlora"], "bitsandbytes"),
     (["--use_lora", "--wandb"], "wandb"),
 ])  # fmt: skip
-def test_method_problems_when_a_package_is_missing_says_what_to_install(
+def test_flag_problems_when_a_package_is_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, words: list[str], package: str
 ) -> None:
     monkeypatch.setattr(flag_checks, "_is_installed", lambda package: False)
-    [sentence] = method_problems(parse([*words, "--train-data", "rows.json", "--split", "1"]))
+    [sentence] = flag_problems(parse([*words, "--train-data", "rows.json", "--split", "1"]))
     assert f"pip install {package} is needed" in sentence
 
 
@@ -142,21 +142,21 @@ def test_is_installed_when_only_a_placeholder_stands_in_sys_modules_is_false(mon
     assert not flag_checks._is_installed("no_such_package")
 
 
-def test_method_problems_when_train_data_is_missing_needs_a_file() -> None:
-    [sentence] = method_problems(parse(["--use_lora", "--split", "1"]))
+def test_flag_problems_when_train_data_is_missing_needs_a_file() -> None:
+    [sentence] = flag_problems(parse(["--use_lora", "--split", "1"]))
     assert sentence == "--train-data: no file given; a JSON file with rows to learn is needed."
 
 
-def test_method_problems_when_device_is_this_process_local_rank_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_problems_when_device_is_this_process_local_rank_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert method_problems(good("--device", "1")) == []
+    assert flag_problems(good("--device", "1")) == []
 
 
-def test_method_problems_when_load_has_no_latest_names_it(tmp_path: Path) -> None:
+def test_flag_problems_when_load_has_no_latest_names_it(tmp_path: Path) -> None:
     assert f'--load {tmp_path}: no "latest" in {tmp_path}' in problem("--load", str(tmp_path))
 
 
-def test_method_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
+def test_flag_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
     assert "is not there; a checkpoint folder is needed." in problem("--load", str(tmp_path / "none"))
 
 
@@ -234,9 +234,9 @@ def test_config_problems_when_the_layer_norms_are_elsewhere_says_so() -> None:
     (["--num-layers", "28"], []),
     ([], []),
     (["--model-parallel-size", "2"], []),
-    (["--layer_range", "0"], []),  # the method's sizes: see test_description.py
+    (["--layer_range", "0"], []),  # the method's sizes: see test_metadata.py
 ])  # fmt: skip
-def test_overridden_by_config_names_typed_flags_that_differ(words: list[str], sentences: list[str]) -> None:
+def test_overridden_by_config_names_the_users_flags_that_differ(words: list[str], sentences: list[str]) -> None:
     assert overridden_by_config(good(*words), {**CONFIG, "model_parallel_size": 1, "layer_range": [0, 14]}) == sentences
 
 
@@ -259,7 +259,7 @@ def test_overridden_by_config_names_typed_flags_that_differ(words: list[str], se
     (["--lr", "0.5"], {"optimizer": {"params": {"lr": 0.5}}}, []),
     ([], {"train_micro_batch_size_per_gpu": 8}, []),
 ])  # fmt: skip
-def test_overridden_by_deepspeed_names_typed_flags_that_differ(
+def test_overridden_by_deepspeed_names_the_users_flags_that_differ(
     words: list[str], settings: dict[str, Any], sentences: list[str]
 ) -> None:
     assert overridden_by_deepspeed(good(*words), settings, "ds.json") == sentences
@@ -303,7 +303,7 @@ def test_data_flags_that_cannot_be_are_refused(words: tuple[str, ...], found: st
 
 @pytest.mark.parametrize("words", [("--max_source_length", "auto"), ("--check_seconds", "inf"), ("--holdout", "0.1")])
 def test_data_flags_that_can_be_are_taken(words: tuple[str, ...]) -> None:
-    assert method_problems(good(*words)) == []
+    assert flag_problems(good(*words)) == []
 
 
 def test_auto_lengths_are_no_problem_for_the_checkpoint() -> None:

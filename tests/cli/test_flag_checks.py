@@ -1,6 +1,5 @@
 """Checks that need no model: each problem is a sentence with where, what was found and what is needed."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from model.cli.flag_checks import (
     split_shares,
 )
 from model.cli.options import Options, parse
-from model.cli.preflight import epoch_problems, epochs_note
-from model.data.split import Selection, read_selection
 
 CONFIG = {
     "num_layers": 28,
@@ -314,34 +311,3 @@ def test_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
     assert _image_size_problems(good("--image_size", "336"), {"patch_size": 14}) == []
     [sentence] = _image_size_problems(good("--image_size", "300"), {"patch_size": 14})
     assert sentence == "--image_size 300: the vision tower reads patches of 14 pixels; a multiple is needed."
-
-
-# --- rows and epochs --------------------------------------------------------------------------------------------------
-
-
-def selection_with(folder: Path, **samples: int) -> Selection:
-    """Files of so many rows."""
-    for name, number in samples.items():
-        (folder / name).write_text(json.dumps([{"prompt": "?", "label": "!"}] * number))
-    return read_selection([str(folder / name) for name in samples], "error", 0)[0]
-
-
-def test_epochs_note_counts_samples_over_files_weights_and_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    selection = selection_with(tmp_path, a=10, b=5)
-    files = ["--train-data", str(tmp_path / "a"), str(tmp_path / "b"), "--train-data-weights", "1", "2"]
-    words = [*files, "--batch-size", "2", "--gradient-accumulation-steps", "2"]
-    assert epochs_note(parse(["--use_lora", *words, "--epochs", "2"]), selection) == (
-        "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
-    )
-    assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
-
-
-def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
-    selection = selection_with(tmp_path, a=3)
-    words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")
-    [sentence] = epoch_problems(parse(words), selection)
-    assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
-    assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []

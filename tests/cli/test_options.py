@@ -1,7 +1,6 @@
-"""The command line: the same flags as SAT's and DeepSpeed's, and a sentence for each wrong word."""
+"""The command line: its help, its types, and a sentence for each wrong word."""
 
 import argparse
-import json
 import re
 from typing import Any, Literal, get_type_hints
 
@@ -10,7 +9,7 @@ from conftest import PROJECT, run_program, run_python
 
 from model.cli import options as module
 from model.cli.flag_checks import flag_problems
-from model.cli.options import full_parser, parse, script_parser
+from model.cli.options import full_parser, parse
 
 RECIPE = (
     "--experiment-name finetune-visualglm-6b --model-parallel-size 1 --mode finetune --train-iters 300 "
@@ -36,68 +35,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
-# --- SAT's own parser -------------------------------------------------------------------------------------------------
-
-# Where a flag of ours is not SAT's on purpose: flag, fact, SAT's, ours.
-DIFFERENCES = [
-    ("--log-interval", "default", 50, 1),  # a first run shows every loss
-    ("--split", "default", "1000,1,1", "1"),  # SAT's asks for 10,000 rows
-]
-
-
-@pytest.fixture(scope="module")
-def sat_flags() -> dict[str, Any]:
-    run = run_program("sat_flags")
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def our_facts() -> dict[str, Any]:
-    return {
-        action.option_strings[-1]: {
-            "names": list(action.option_strings),
-            "dest": action.dest,
-            "default": action.default,
-            "nargs": action.nargs,
-            "const": action.const,
-            "choices": action.choices,
-            "action": type(action).__name__,
-            "type": getattr(action.type, "__name__", None),
-        }
-        for action in full_parser()._actions
-    }
-
-
-def flags_of(parser: module.FlagParser) -> set[str]:
-    return {action.option_strings[-1] for action in parser._actions}
-
-
-def test_flags_when_sat_builds_its_parser_are_the_same_but_for_the_listed_differences(
-    sat_flags: dict[str, Any],
-) -> None:
-    ours = our_facts()
-    differences = [
-        (flag, fact, theirs, ours.get(flag, {}).get(fact))
-        for flag, facts in sat_flags["facts"].items()
-        for fact, theirs in facts.items()
-        if flag not in ours or ours[flag][fact] != theirs
-    ]
-    assert differences == DIFFERENCES
-
-
-def test_flags_beyond_sats_are_the_scripts_own(sat_flags: dict[str, Any]) -> None:
-    beyond = flags_of(full_parser()) - set(sat_flags["facts"])
-    assert beyond == flags_of(script_parser()) - set(sat_flags["chatglm"])
-
-
-def test_script_parser_when_sat_adds_its_flags_knows_every_flag_once(sat_flags: dict[str, Any]) -> None:
-    assert sorted(sat_flags["with_ours"]) == sorted(flags_of(full_parser()))
+# --- importing ---------------------------------------------------------------------------------------------------------
 
 
 def test_import_takes_neither_torch_nor_sat_nor_numpy() -> None:
-    code = "import sys, model.cli.options; print({'torch', 'sat', 'numpy', 'deepspeed'} & set(sys.modules))"
-    run = run_python("-c", code)
-    assert run.stdout == "set()\n"
+    assert run_program("import_options").stdout == "[]\n"
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

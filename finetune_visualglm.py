@@ -62,7 +62,7 @@ def create_dataset_function(
 
     def chosen_rows(file: str, training: bool) -> Any:
         rows, chosen = selection.rows[file], selection.chosen(file, training)
-        dataset = FewShotDataset(file, processor, get_tokenizer(), args, rows, chosen, note_bad_pictures=True)
+        dataset = FewShotDataset(file, processor, get_tokenizer(), args, rows, chosen, note_bad_images=True)
         return dataset if cache is None else cache.given_to(dataset)
 
     if path == HELD_OUT:

@@ -15,20 +15,21 @@ import marshal
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import find_checkpoint, read_json_object
-from model.data.image_check import PictureMemory
-from model.data.images import checked_file, open_picture
-from model.data.lengths import count_cuts, needed_lengths
-from model.data.prompt import Lengths, sample_from_row
-from model.data.rows import Row, Rows, row_turns, scan_rows
+from model.data.image_check import CheckedImages
+from model.data.images import checked_file, open_image
+from model.data.lengths import bounded_length, count_truncations, needed_lengths, turn_lengths
+from model.data.prompt import Lengths
+from model.data.rows import Row, Rows, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError
 from model.progress import say, warn, with_progress
@@ -36,7 +37,6 @@ from model.progress import say, warn, with_progress
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram
 BAR_WIDTH = 40  # characters
-NO_LIMIT = 1_000_000  # tokens
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     rows = {file: good for file, (good, _) in scanned.items()}
     facts = picture_facts(rows.values(), max(1, options.workers))
     problems = {
-        file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _picture_problem(row, facts)))]
+        file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _image_problem(row, facts)))]
         for file, (_, bad) in scanned.items()
     }
     overlap = overlaps([rows[file] for file in options.train], [rows[file] for file in options.valid], facts)
@@ -115,7 +115,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
 def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
     """For every picture by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
     paths = list(dict.fromkeys(row.img for rows in all_rows for row in rows if row.img is not None))
-    memory = PictureMemory()
+    memory = CheckedImages()
     found: dict[str, dict[str, Any]] = {}
     for path, fact in with_progress(_facts(paths, workers), len(paths), "Opening pictures"):
         found[path] = fact
@@ -144,14 +144,14 @@ def picture_fact(path: str) -> dict[str, Any]:
         checked_file(path)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        return {"size": open_picture(path).size, "digest": digest}
+        return {"size": open_image(path).size, "digest": digest}
     except InputError as problem:
         return {"problem": str(problem)}
     except OSError as error:
         return {"problem": f"{path} can't be read ({error.strerror}); a picture is needed."}
 
 
-def _picture_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
+def _image_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
     return None if row.img is None else facts[row.img].get("problem")
 
 
@@ -220,35 +220,22 @@ def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, in
     return tokenizer, config.get("image_length", 32)
 
 
-def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
+def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
     """Tokens of questions (picture, frame and history included) and answers, and what lengths do to them."""
-    source, target = [], []
-    everything = Lengths(lengths.image_length, NO_LIMIT, NO_LIMIT, lengths.source_prefix, lang=lengths.lang)
-    needed = [0, 0]
-    cuts = [0, 0, 0]
-    for rows in all_rows:
-        for row in rows:
-            for turn in row_turns(row):
-                sample = sample_from_row(turn, tokenizer, everything)
-                context = next(place for place, label in enumerate(sample.labels) if label >= 0)
-                source.append(context)  # [gMASK] included, which stands for the token that is never used
-                target.append(len(sample.labels) - context)
-        if len(rows):
-            needed = [max(pair) for pair in zip(needed, needed_lengths(rows, tokenizer, lengths), strict=True)]
-        found = count_cuts(rows.values(), tokenizer, lengths)
-        cuts = [a + b for a, b in zip(cuts, (found.prompts, found.labels, found.histories), strict=True)]
+
+    def rows() -> Iterator[Row]:
+        return chain.from_iterable(all_rows)
+
+    turns = list(turn_lengths(rows(), tokenizer, lengths))
+    truncated = count_truncations(rows(), tokenizer, lengths)
+    source, target = needed_lengths(rows(), tokenizer, lengths) if turns else (0, 0)
     return {
-        "source": _distribution(source),
-        "target": _distribution(target),
+        "source": _distribution([source for source, _ in turns]),
+        "target": _distribution([target for _, target in turns]),
         "lengths": {"max_source_length": lengths.max_source_length, "max_target_length": lengths.max_target_length},
-        "cut": dict(zip(("prompts", "labels", "histories"), cuts, strict=True)),
-        "cuts_nothing": {"max_source_length": needed[0], "max_target_length": needed[1]},
-        "padding": padding_shares(
-            [
-                min(question, lengths.max_source_length) + min(answer, lengths.max_target_length)
-                for question, answer in zip(source, target, strict=True)
-            ]
-        ),
+        "cut": {"prompts": truncated.prompts, "labels": truncated.labels, "histories": truncated.histories},
+        "cuts_nothing": {"max_source_length": source, "max_target_length": target},
+        "padding": padding_shares([bounded_length(source, target, lengths) for source, target in turns]),
     }
 
 

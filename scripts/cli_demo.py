@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import find_weights
-from model.data.images import is_url, open_picture
+from model.data.images import is_url, open_image
 from model.errors import InputError
 from model.progress import warn
 
@@ -95,7 +95,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
     find_weights(options.from_pretrained)
     if options.image and not is_url(options.image):
-        open_picture(options.image)
+        open_image(options.image)
 
 
 def not_yet_printed(text: str, printed: str) -> str:

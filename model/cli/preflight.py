@@ -28,11 +28,11 @@ from model.cli.flag_checks import (
     split_row_problems,
 )
 from model.cli.options import Options
-from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts
+from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
-from model.data.split import Selection, hold_out, picture_notes, same_file_warnings, scan_files
+from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.data.workers import done_beside
+from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process
 from model.errors import raise_problems
 from model.model_flags import DEFAULT_LORA_TARGETS
@@ -79,7 +79,7 @@ def checked(options: Options, meanwhile: Callable[[], object] = lambda: None) ->
     raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
-    data = done_beside(lambda: checked_data(options, config, tokenizer), meanwhile)
+    data = run_in_subprocess(lambda: checked_data(options, config, tokenizer), meanwhile)
     return Inputs(checkpoint, weights, config, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
 
 
@@ -102,8 +102,8 @@ def checked_data(options: Options, config: Mapping[str, Any], tokenizer: ChatGLM
     selection, problems = scan_files([*options.train_data, *valid_files], options.bad_rows)
     lengths = settled_lengths(options, config, tokenizer, selection)
     # Nobody but the first process tells it, and counting takes a while.
-    cuts = begin_to_count_cuts(selection, tokenizer, lengths) if is_first_process() else None
-    notes = picture_notes(selection, problems, options.bad_rows, options.check_seconds)
+    cuts = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
+    notes = leave_out_bad_images(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in options.train_data}))
     notes += same_file_warnings(options.train_data, valid_files)
     if options.holdout is not None:
@@ -151,11 +151,11 @@ def settled_lengths(
     )
     if source is None or target is None:
         limit = config.get("max_sequence_length", options.max_sequence_length)
-        source, target = auto_lengths(selection, tokenizer, unsettled, source, target, limit)
+        source, target = auto_lengths(selection.rows, tokenizer, unsettled, source, target, limit)
     return replace(unsettled, max_source_length=source, max_target_length=target)
 
 
-def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: Mapping[str, Cuts]) -> list[str]:
+def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: Mapping[str, Truncations]) -> list[str]:
     """What the run will do with its data: rows, the cuts of each file, held-out ones, samples seen and epochs."""
     notes = []
     if None in (options.max_source_length, options.max_target_length):
@@ -212,7 +212,7 @@ def epochs_note(options: Options, selection: Selection) -> str:
     )
 
 
-def cut_note(cuts: Cuts, rows: int) -> str:
+def cut_note(cuts: Truncations, rows: int) -> str:
     """How many samples rows make, where it isn't one each, and what the lengths cut off; nothing if they all fit."""
     turns = f", {cuts.samples} samples (one for every turn)" if cuts.samples != rows else ""
     if not cuts.prompts + cuts.labels + cuts.histories:

@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "visualglm")
 
 
-def heed_problems(batch: dict[str, Any], bad_rows: str) -> None:
+def handle_bad_rows(batch: dict[str, Any], bad_rows: str) -> None:
     """Do what --bad_rows says about rows of a batch whose pictures could no longer be opened.
 
     "skip" tells each of them once: nothing is learned from it, and no other row takes its place, so that all processes stay

@@ -15,8 +15,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from model.data.bad_rows import cache_folder, first_lines
-from model.data.images import checked_file, open_picture
-from model.data.rows import Row, Rows
+from model.data.images import checked_file, open_image
+from model.data.rows import Row
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.progress import with_progress
@@ -24,14 +24,14 @@ from model.progress import with_progress
 MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million pictures; then the memory starts afresh
 
 
-class PictureMemory:
+class CheckedImages:
     """Which pictures were whole when they were last opened: a file of 8-byte digests of path, size and time of change.
 
     It only saves time: without a place to write, or with a damaged file, pictures are opened again.
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file or memory_file()
+        self.file = file or checked_images_file()
         known = array("Q")
         try:
             content = self.file.read_bytes()
@@ -70,13 +70,13 @@ class PictureMemory:
         self._new = array("Q")
 
 
-def memory_file() -> Path:
+def checked_images_file() -> Path:
     """Where pictures are remembered."""
     return cache_folder() / "pictures-1"
 
 
 @dataclass
-class PictureCheck:
+class ImageCheck:
     """What became of the pictures of some rows, each distinct path counted once."""
 
     problems: dict[int, str] = field(default_factory=dict)  # index of a row → where: what was found; what is needed
@@ -86,8 +86,8 @@ class PictureCheck:
 
 
 def check_rows(
-    rows: Sequence[Row], memory: PictureMemory | None = None, seconds: float = math.inf, progress: bool = True
-) -> PictureCheck:
+    rows: Sequence[Row], memory: CheckedImages | None = None, seconds: float = math.inf, progress: bool = True
+) -> ImageCheck:
     """Look at every distinct picture of rows: is it a file, and can it be opened?
 
     Files are looked for in any case. They are opened in as many threads as there are CPUs, but for those that memory
@@ -96,11 +96,10 @@ def check_rows(
     With progress, stderr shows how far it is and the time left, once it has taken two seconds.
     """
     started = time.monotonic()
-    result = PictureCheck()
+    result = ImageCheck()
     bad: dict[str, str] = {}
     to_open: list[str] = []
-    pictures = (values[0] for values in rows.values()) if isinstance(rows, Rows) else (row.img for row in rows)
-    for path in dict.fromkeys(pictures):
+    for path in dict.fromkeys(row.img for row in rows):
         if path is None:
             continue
         try:
@@ -135,16 +134,16 @@ def check_rows(
     return result
 
 
-def check_pictures(rows: Sequence[Row], progress: bool = True) -> None:
+def check_images(rows: Sequence[Row], progress: bool = True) -> None:
     """Open every distinct picture of rows once; do nothing if all are good.
 
     Raises:
-        InputError: some aren't; the first 20 rows concerned are named (`picture_problems` gives all).
+        InputError: some aren't; the first 20 rows concerned are named (`image_problems` gives all).
     """
-    raise_problems(first_lines(picture_problems(rows, progress)))
+    raise_problems(first_lines(image_problems(rows, progress)))
 
 
-def picture_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
+def image_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
     """One line for each row whose picture can't be used: `{row.where}: {what was found}; {what is needed}`."""
     return list(check_rows(rows, progress=progress).problems.values())
 
@@ -161,12 +160,12 @@ def _opened(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | N
             if time.monotonic() > end:
                 return
             some = paths[start : start + at_once]
-            yield from zip(some, pool.map(_picture_problem, some, chunksize=1), strict=True)
+            yield from zip(some, pool.map(_image_problem, some, chunksize=1), strict=True)
 
 
-def _picture_problem(path: str) -> str | None:
+def _image_problem(path: str) -> str | None:
     try:
-        open_picture(path)
+        open_image(path)
     except InputError as problem:
         return str(problem)
     return None

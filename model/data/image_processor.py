@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from model.data.images import open_picture
+from model.data.images import open_image
 
 # Mean and standard deviation of CLIP's training pixels, per channel R, G, B, in [0, 1]: the preprocessing released with
 # Radford et al. 2021. BLIP-2 and VisualGLM normalise with the same numbers.
@@ -34,7 +34,7 @@ class BlipImageEvalProcessor:
         Raises:
             InputError: the image's data can't be read.
         """
-        resized = open_picture(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        resized = open_image(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(self.image_size, self.image_size, 3).permute(2, 0, 1)  # uint8[3, H, W]
         values = pixels.to(torch.float32).div(255)

@@ -4,7 +4,6 @@ import io
 import os
 import stat
 import warnings
-from pathlib import Path
 from typing import IO, Any, cast
 
 import requests
@@ -15,7 +14,7 @@ from model.errors import InputError
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
 LEAST_REDUCTION = 3  # times the resized edge: what a JPEG decoded at reduced size still has
 # Only what people keep photos in. Pillow would also run Ghostscript on EPS, a program inside a stranger's file.
-PICTURE_FORMATS = (
+IMAGE_FORMATS = (
     "JPEG",
     "PNG",
     "WEBP",
@@ -31,9 +30,9 @@ PICTURE_FORMATS = (
     "TGA",
     "PSD",
 )
-A_PICTURE = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
+IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
-PictureSource = str | os.PathLike[str] | IO[bytes] | Image.Image
+ImageSource = str | os.PathLike[str] | IO[bytes] | Image.Image
 
 
 TIMEOUT = 20.0  # seconds without a byte
@@ -77,24 +76,24 @@ def _reason(error: Exception) -> str:
     return str(cause).rsplit(": ", 1)[-1].splitlines()[0]
 
 
-def picture_file(source: Any) -> Any:
-    """source, or an open file of what it points to if it is a URL: something that `model.data.images.open_picture` takes."""
+def image_file(source: Any) -> Any:
+    """source, or an open file of what it points to if it is a URL: something that `model.data.images.open_image` takes."""
     return downloaded(str(source)) if is_url(source) else source
 
 
-def find_picture(img: str, json_path: str | os.PathLike[str]) -> Path | None:
-    """Where the picture of a row is: looked up from the working directory, else from the JSON file's own folder."""
-    place = place_of(img, os.path.dirname(json_path), {})
-    return None if place is None else Path(place)
+def image_path(img: str, folder: str, known_folders: dict[str, bool]) -> str | None:
+    """Path of a row's picture, or None: looked up from the working directory, else from the JSON file's own folder.
 
-
-def place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
-    """The path of a picture, or None; in folders it is noted which ones there are, to ask the disk but once."""
+    Args:
+        folder: the JSON file's own.
+        known_folders: whether there is a folder of that name, seen from the working directory. What is asked here is
+            added, so that the disk is asked but once for each folder.
+    """
     of_img = img.rpartition("/")[0]
     try:
-        if of_img not in folders:
-            folders[of_img] = not of_img or os.path.isdir(of_img)
-        if folders[of_img] and os.path.lexists(img):  # a broken link counts as found: its error can then say what it is
+        if of_img not in known_folders:
+            known_folders[of_img] = not of_img or os.path.isdir(of_img)
+        if known_folders[of_img] and os.path.lexists(img):  # a broken link is found: opening it says what is wrong
             return img
         if not folder or img.startswith("/"):
             return None
@@ -104,7 +103,7 @@ def place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
         return None
 
 
-def open_picture(source: PictureSource, target_size: int | None = None) -> Image.Image:
+def open_image(source: ImageSource, target_size: int | None = None) -> Image.Image:
     """The picture in mode RGB, decoded in full and turned upright as its EXIF says; the first frame of an animation.
 
     Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8, not clipped: I;16
@@ -141,13 +140,13 @@ def open_picture(source: PictureSource, target_size: int | None = None) -> Image
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name)) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} isn't a picture; {A_PICTURE}.") from error
+        raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}.") from error
     except OSError as error:
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
-        raise InputError(f"{name} {found}; {A_PICTURE}.") from error
+        raise InputError(f"{name} {found}; {IMAGE_NEEDED}.") from error
     except Exception as error:  # a damaged file leaves Pillow's decoders as almost any exception
-        raise InputError(f"{name} is damaged and can't be decoded; {A_PICTURE}.") from error
+        raise InputError(f"{name} is damaged and can't be decoded; {IMAGE_NEEDED}.") from error
 
 
 def checked_file(path: str, name: str | None = None) -> os.stat_result:
@@ -164,21 +163,23 @@ def checked_file(path: str, name: str | None = None) -> os.stat_result:
         status = os.stat(path)
     except FileNotFoundError as error:
         if os.path.islink(path):
-            raise InputError(f"{name} is a link to {os.readlink(path)}, which doesn't exist; {A_PICTURE}.") from error
+            raise InputError(
+                f"{name} is a link to {os.readlink(path)}, which doesn't exist; {IMAGE_NEEDED}."
+            ) from error
         raise InputError(
             f"there is no file {name}; a relative path is looked up from the working directory,"
             " then from the JSON file's own folder."
         ) from error
     except OSError as error:
-        raise InputError(f"{name} can't be read ({error.strerror}); {A_PICTURE}.") from error
+        raise InputError(f"{name} can't be read ({error.strerror}); {IMAGE_NEEDED}.") from error
     except ValueError as error:
-        raise InputError(f"{name} can't be the name of a file; {A_PICTURE}.") from error
+        raise InputError(f"{name} can't be the name of a file; {IMAGE_NEEDED}.") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{name} is a folder; {A_PICTURE}.")
+        raise InputError(f"{name} is a folder; {IMAGE_NEEDED}.")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{name} is not an ordinary file; {A_PICTURE}.")
+        raise InputError(f"{name} is not an ordinary file; {IMAGE_NEEDED}.")
     if status.st_size == 0:
-        raise InputError(f"{name} is empty (0 bytes); {A_PICTURE}.")
+        raise InputError(f"{name} is empty (0 bytes); {IMAGE_NEEDED}.")
     return status
 
 
@@ -195,9 +196,9 @@ def _set_pixel_limit() -> None:
 
 
 def _known_formats() -> list[str]:
-    """PICTURE_FORMATS that this build of Pillow knows."""
+    """IMAGE_FORMATS that this build of Pillow knows."""
     Image.init()
-    return [name for name in PICTURE_FORMATS if name in Image.OPEN]
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _too_large(name: str) -> str:
@@ -206,7 +207,7 @@ def _too_large(name: str) -> str:
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) < 1:
-        raise InputError(f"{name} has no pixels ({image.width}×{image.height}); {A_PICTURE}.")
+        raise InputError(f"{name} has no pixels ({image.width}×{image.height}); {IMAGE_NEEDED}.")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(_too_large(name))
     image.load()

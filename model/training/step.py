@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model.data.bad_rows import heed_problems
+from model.data.bad_rows import handle_bad_rows
 from model.loss import head_loss
 from model.masks import packed_prefix_mask
 from model.sat_compat import broadcast_data, import_sat
@@ -43,7 +43,7 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
-    heed_problems(batch, getattr(args, "bad_rows", "error"))
+    handle_bad_rows(batch, getattr(args, "bad_rows", "error"))
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in batch.items() if name not in tensors}
     described = [({name: tensor.dtype for name, tensor in tensors.items()}, plain)]

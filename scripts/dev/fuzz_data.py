@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from model.data.lengths import begin_to_count_cuts
+from model.data.lengths import begin_counting_truncations
 from model.data.prompt import Lengths
 from model.data.split import read_selection
 from model.data.tokenizer import ChatGLMTokenizer
@@ -150,7 +150,7 @@ class Judge:
             bad = set(range(1, len(expected) + 1))
         with self.watching(f"training checks {path}"):
             selection, _ = read_selection([path], "skip", float("inf"))
-            begin_to_count_cuts(selection, self.tokenizer, LENGTHS)()
+            begin_counting_truncations(selection.rows, self.tokenizer, LENGTHS)()
             usable = len(selection.rows[path]) - len(selection.left_out[path])
             if usable != len(expected) - len(bad):
                 self.failures.append(

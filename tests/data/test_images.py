@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from model.data import images as pictures
-from model.data.images import downloaded, is_url, picture_file
+from model.data.images import downloaded, image_file, is_url
 from model.errors import InputError
 
 PICTURE = GOLDEN / "upstream/images/0.png"
@@ -56,7 +56,7 @@ def test_downloaded_picture_is_the_servers_byte_by_byte(server):
 
 
 def test_picture_file_leaves_paths_alone():
-    assert picture_file(PICTURE) is PICTURE
+    assert image_file(PICTURE) is PICTURE
 
 
 def test_missing_page_is_told_with_the_servers_answer(server):

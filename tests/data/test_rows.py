@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model.data import images
-from model.data.images import find_picture, open_picture
+from model.data.images import image_path, open_image
 from model.data.rows import Row, read_rows, scan_rows
 from model.errors import InputError
 
@@ -38,7 +38,7 @@ def only_colour(image):
 
 def refused(path):
     with pytest.raises(InputError) as error:
-        open_picture(path)
+        open_image(path)
     return str(error.value)
 
 
@@ -173,22 +173,22 @@ def test_picture_of_a_row_that_is_nowhere_stays_as_written(tmp_path):
     assert read_rows(written(tmp_path, [GOOD_ROW]))[0].img == "0.png"
 
 
-def test_find_picture_prefers_the_working_directory(tmp_path, monkeypatch):
+def test_image_path_prefers_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for folder in (tmp_path, tmp_path / "data"):
         (folder / "0.png").touch()
     monkeypatch.chdir(tmp_path)
-    assert str(find_picture("0.png", tmp_path / "data/data.json")) == "0.png"
+    assert image_path("0.png", str(tmp_path / "data"), {}) == "0.png"
 
 
-def test_find_picture_with_an_absolute_path_takes_it(tmp_path):
+def test_image_path_of_an_absolute_path_is_that_path(tmp_path):
     (tmp_path / "0.png").touch()
-    assert find_picture(str(tmp_path / "0.png"), "data.json") == tmp_path / "0.png"
+    assert image_path(str(tmp_path / "0.png"), "", {}) == str(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("img", ["nowhere.png", "with\0zero.png", "x" * 5000])
-def test_find_picture_when_it_is_nowhere_is_none(tmp_path, img):
-    assert find_picture(img, tmp_path / "data.json") is None
+def test_image_path_when_it_is_nowhere_is_none(tmp_path, img):
+    assert image_path(img, str(tmp_path), {}) is None
 
 
 # Good pictures
@@ -208,7 +208,7 @@ def test_find_picture_when_it_is_nowhere_is_none(tmp_path, img):
     ],
 )
 def test_picture_of_a_png_in_each_mode_is_rgb(tmp_path, mode, colour, expected):
-    image = open_picture(saved(tmp_path, Image.new(mode, (3, 2), colour)))
+    image = open_image(saved(tmp_path, Image.new(mode, (3, 2), colour)))
     assert (image.mode, image.size, only_colour(image)) == ("RGB", (3, 2), expected)
 
 
@@ -234,7 +234,7 @@ def test_picture_of_a_png_in_each_mode_is_rgb(tmp_path, mode, colour, expected):
     ],
 )
 def test_picture_of_an_image_in_each_other_mode_is_rgb(mode, colour, expected):
-    image = open_picture(Image.new(mode, (3, 2), colour))
+    image = open_image(Image.new(mode, (3, 2), colour))
     assert (image.mode, only_colour(image)) == ("RGB", expected)
 
 
@@ -242,13 +242,13 @@ def test_picture_of_16_bits_keeps_its_greys_apart(tmp_path):
     image = Image.new("I;16", (2, 1))
     image.putpixel((0, 0), 300 * 100)
     image.putpixel((1, 0), 600 * 100)
-    opened = open_picture(saved(tmp_path, image))
+    opened = open_image(saved(tmp_path, image))
     assert [opened.getpixel((x, 0))[0] for x in (0, 1)] == [117, 233]
 
 
 def test_picture_with_a_palette_has_the_palettes_colour(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (2, 2), RED).quantize(4))
-    assert only_colour(open_picture(path)) == RED
+    assert only_colour(open_image(path)) == RED
 
 
 def test_picture_with_a_transparent_palette_is_opened_without_a_warning(tmp_path):
@@ -256,12 +256,12 @@ def test_picture_with_a_transparent_palette_is_opened_without_a_warning(tmp_path
     path = saved(tmp_path, image, transparency=bytes([0, 255, 255, 255]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert only_colour(open_picture(path)) == RED
+        assert only_colour(open_image(path)) == RED
 
 
 def test_picture_in_cmyk_jpeg_is_rgb(tmp_path):
     path = saved(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg", quality=100)
-    red, green, blue = only_colour(open_picture(path))
+    red, green, blue = only_colour(open_image(path))
     assert red > 250 and green < 5 and blue < 5
 
 
@@ -281,12 +281,12 @@ def test_picture_with_an_exif_orientation_is_upright(tmp_path, orientation):
     stored = upright.transpose(stored_as[orientation]) if orientation in stored_as else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert open_picture(saved(tmp_path, stored, exif=exif)).tobytes() == upright.tobytes()
+    assert open_image(saved(tmp_path, stored, exif=exif)).tobytes() == upright.tobytes()
 
 
 def test_picture_with_broken_exif_is_as_it_is_stored(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (8, 8)), "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
-    assert open_picture(path).size == (8, 8)
+    assert open_image(path).size == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tiff"])
@@ -294,23 +294,23 @@ def test_picture_of_an_animation_is_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     options = {"lossless": True} if name == "a.webp" else {}
     path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
-    assert only_colour(open_picture(path)) == RED
+    assert only_colour(open_image(path)) == RED
 
 
 def test_picture_with_the_wrong_ending_is_opened_by_its_content(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (2, 2), RED), "a.jpg", format="PNG")
-    assert only_colour(open_picture(path)) == RED
+    assert only_colour(open_image(path)) == RED
 
 
 def test_picture_from_an_open_file_is_rgb():
     file = io.BytesIO()
     Image.new("L", (2, 2), 7).save(file, "PNG")
-    assert only_colour(open_picture(file)) == (7, 7, 7)
+    assert only_colour(open_image(file)) == (7, 7, 7)
 
 
 def test_picture_from_an_upright_rgb_image_is_that_image():
     image = Image.new("RGB", (2, 2))
-    assert open_picture(image) is image
+    assert open_image(image) is image
 
 
 # Hostile pictures
@@ -399,7 +399,7 @@ def test_picture_that_pillow_would_warn_about_is_opened_in_silence(tmp_path, mon
     path = saved(tmp_path, Image.new("RGB", (9, 9)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_picture(path).size == (9, 9)
+        assert open_image(path).size == (9, 9)
 
 
 def test_pictures_with_bytes_changed_are_opened_or_refused_in_one_plain_line(tmp_path):
@@ -414,7 +414,7 @@ def test_pictures_with_bytes_changed_are_opened_or_refused_in_one_plain_line(tmp
             for _ in range(random.randrange(1, 9)):
                 mutated[random.randrange(len(mutated))] = random.randrange(256)
             try:
-                open_picture(io.BytesIO(bytes(mutated)))
+                open_image(io.BytesIO(bytes(mutated)))
             except InputError as problem:
                 assert "\n" not in str(problem) and "<" not in str(problem), name
 
@@ -433,19 +433,19 @@ def photo(width, height):
 
 def test_picture_of_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
     path = saved(tmp_path, photo(3000, 2000), "a.jpg", quality=90)
-    assert open_picture(path, 224).size == (1500, 1000)
+    assert open_image(path, 224).size == (1500, 1000)
 
 
 @pytest.mark.parametrize(("name", "size"), [("a.jpg", (1300, 1300)), ("a.png", (3000, 2000))])
 def test_picture_of_another_format_or_a_smaller_jpeg_is_decoded_whole(tmp_path, name, size):
     path = saved(tmp_path, photo(*size), name)
-    assert open_picture(path, 224).tobytes() == open_picture(path).tobytes()
+    assert open_image(path, 224).tobytes() == open_image(path).tobytes()
 
 
 def test_picture_decoded_at_reduced_size_is_nearly_the_same_when_resized(tmp_path):
     path = saved(tmp_path, photo(3000, 2000), "a.jpg", quality=90)
     whole, reduced = (
-        open_picture(path, size).resize((224, 224), Image.Resampling.BICUBIC).tobytes() for size in (None, 224)
+        open_image(path, size).resize((224, 224), Image.Resampling.BICUBIC).tobytes() for size in (None, 224)
     )
     differences = [abs(a - b) for a, b in zip(whole, reduced, strict=True)]
     assert max(differences) <= 3 and sum(differences) / len(differences) < 0.5
@@ -455,4 +455,4 @@ def test_picture_decoded_at_reduced_size_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(tmp_path, photo(3000, 2000), "a.jpg", exif=exif)
-    assert open_picture(path, 224).size == (1000, 1500)
+    assert open_image(path, 224).size == (1000, 1500)

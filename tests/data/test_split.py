@@ -10,8 +10,8 @@ from conftest import GOLDEN, write_rows
 
 from model.data import lengths as lengths_module
 from model.data import split as module
-from model.data.image_check import PictureCheck
-from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts, count_cuts
+from model.data.image_check import ImageCheck
+from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations, count_truncations
 from model.data.prompt import Lengths
 from model.data.split import hold_out, read_selection, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer
@@ -68,7 +68,7 @@ def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, m
     def slow_check(rows, memory, left):
         seconds.append(left)
         time.sleep(0.2)
-        return PictureCheck()
+        return ImageCheck()
 
     monkeypatch.setattr(module, "check_rows", slow_check)
     read_selection([str(write_rows(tmp_path, texts(1), name)) for name in ("a.json", "b.json")], "error", 5.0)
@@ -182,15 +182,15 @@ def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTo
     selection, _ = selection_of(tmp_path, rows)
     ((file, some),) = selection.rows.items()
     monkeypatch.setattr(lengths_module, "ROWS_PER_PROCESS", 100)
-    in_processes = begin_to_count_cuts(selection, tokenizer, LENGTHS)()
-    assert in_processes == {file: count_cuts(some.values(), tokenizer, LENGTHS)} != {file: Cuts(500)}
+    in_processes = begin_counting_truncations(selection.rows, tokenizer, LENGTHS)()
+    assert in_processes == {file: count_truncations(some, tokenizer, LENGTHS)} != {file: Truncations(500)}
 
 
 def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
     selection, _ = selection_of(tmp_path, [{"prompt": "长" * 90, "label": "长" * 70}, *texts(3)])
-    source, target = auto_lengths(selection, tokenizer, LENGTHS, None, None, limit=2048)
+    source, target = auto_lengths(selection.rows, tokenizer, LENGTHS, None, None, limit=2048)
     (rows,) = selection.rows.values()
-    assert count_cuts(rows.values(), tokenizer, Lengths(32, source, target)) == Cuts(4)
+    assert count_truncations(rows, tokenizer, Lengths(32, source, target)) == Truncations(4)
 
 
 @pytest.mark.parametrize(
@@ -198,4 +198,4 @@ def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -
 )
 def test_auto_lengths_share_what_the_model_takes(tmp_path: Path, tokenizer, given, expected) -> None:
     selection, _ = selection_of(tmp_path, [{"prompt": "长" * 900, "label": "长" * 900}])
-    assert auto_lengths(selection, tokenizer, LENGTHS, *given, limit=200) == expected
+    assert auto_lengths(selection.rows, tokenizer, LENGTHS, *given, limit=200) == expected

@@ -256,7 +256,7 @@ from conftest import load_model
 
 from model.training.feature_cache import picture_features
 from model.data.image_processor import BlipImageEvalProcessor
-from model.data.images import open_picture
+from model.data.images import open_image
 
 checkpoint, file, *paths = sys.argv[1:]
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -266,7 +266,7 @@ eyes.features = lambda images: seen.extend(images) or features_of(images)
 found = picture_features(paths, processor, eyes, file=Path(file) if file else None)
 assert list(found) == [path for path in paths if Path(path).exists()]
 with torch.no_grad():
-    expected = {path: features_of(processor(open_picture(path))[None])[0] for path in found}
+    expected = {path: features_of(processor(open_image(path))[None])[0] for path in found}
 torch.testing.assert_close(found, expected)
 print(f"looked at {len(seen)}", flush=True)
 torch.distributed.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Tell everything about data files before a long run: bad rows and pictures, lengths, repetitions, overlaps.
+"""Check data files before a long run: bad rows and pictures, lengths, repetitions, overlaps.
 
     python scripts/check_data.py rows.json
     python scripts/check_data.py rows.json --valid heldout.json --from_pretrained model/tiny --max_source_length 64
     python scripts/check_data.py rows.json --json
 
 Exit status: 0 when all is well, 1 when something is wrong (bad rows or pictures, or rows for evaluation that are also
-trained on), 2 when a file can't be used at all. What the lengths would cut is told, but not wrong.
+trained on), 2 when a file can't be used at all. What the lengths would cut is reported; it is not an error.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     files = list(dict.fromkeys([*options.train, *options.valid]))
     scanned = {file: scan_rows(file) for file in files}
     rows = {file: good for file, (good, _) in scanned.items()}
-    facts = picture_facts(rows.values(), max(1, options.workers))
+    facts = image_facts(rows.values(), max(1, options.workers))
     problems = {
         file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _image_problem(row, facts)))]
         for file, (_, bad) in scanned.items()
@@ -96,7 +96,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
             }
             for file, good in rows.items()
         ],
-        "pictures": picture_summary(facts),
+        "pictures": image_summary(facts),
         "repeated": repetitions(rows.values()),
         "overlap": overlap,
         "tokens": None,
@@ -112,8 +112,8 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
-    """For every picture by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
+def image_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
+    """For every image by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
     paths = list(dict.fromkeys(row.img for rows in all_rows for row in rows if row.img is not None))
     memory = CheckedImages()
     found: dict[str, dict[str, Any]] = {}
@@ -127,19 +127,19 @@ def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str,
 
 def _facts(paths: list[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if workers == 1 or len(paths) < 100:
-        yield from ((path, picture_fact(path)) for path in paths)
+        yield from ((path, image_fact(path)) for path in paths)
         return
     try:
         with ProcessPoolExecutor(workers) as pool:
-            yield from zip(paths, pool.map(picture_fact, paths, chunksize=16), strict=True)
+            yield from zip(paths, pool.map(image_fact, paths, chunksize=16), strict=True)
     except BrokenProcessPool as error:
         raise InputError(
             "A process that opened pictures died (no memory left?); --workers 1 is needed to find out which picture it was."
         ) from error
 
 
-def picture_fact(path: str) -> dict[str, Any]:
-    """One picture's "problem", or its "size" in pixels and the "digest" of its bytes."""
+def image_fact(path: str) -> dict[str, Any]:
+    """One image's "problem", or its "size" in pixels and the "digest" of its bytes."""
     try:
         checked_file(path)
         with open(path, "rb") as file:
@@ -155,8 +155,8 @@ def _image_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
     return None if row.img is None else facts[row.img].get("problem")
 
 
-def picture_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How many pictures there are, how many are bad or the same under several names, and how large they are."""
+def image_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many images there are, how many are bad, how many equal another under another name, and their sizes."""
     good = [fact for fact in facts.values() if "problem" not in fact]
     sizes = sorted(fact["size"] for fact in good)
     by_edge = sorted(sizes, key=lambda size: size[0] * size[1])
@@ -171,7 +171,7 @@ def picture_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
-    """How many rows say what an earlier row of their file says, and how many ask the same but are answered otherwise."""
+    """How many rows repeat an earlier row of their file, and how many ask the same question but have another answer."""
     same = other_answer = 0
     for rows in all_rows:
         answers: dict[bytes, bytes] = {}
@@ -185,7 +185,10 @@ def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
 
 
 def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, Any]]) -> dict[str, int] | None:
-    """How many rows to evaluate on are also trained on, or share their prompt or their picture; None without any."""
+    """How many rows to evaluate on are also trained on, and how many share a prompt or an image with a trained one.
+
+    None if there are no rows to evaluate on.
+    """
     if not valid:
         return None
 
@@ -211,7 +214,7 @@ def _digest(*values: Any) -> bytes:
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, int]:
-    """The tokenizer, None when none was named, and how many tokens a picture takes."""
+    """The tokenizer, or None if none was named, and how many tokens an image takes."""
     if options.from_pretrained is None and options.tokenizer is None:
         return None, 32
     checkpoint = find_checkpoint(options.from_pretrained) if options.from_pretrained else None
@@ -221,7 +224,7 @@ def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, in
 
 
 def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
-    """Tokens of questions (picture, frame and history included) and answers, and what lengths do to them."""
+    """How many tokens sources and targets have, and what lengths truncate; see `model.data.lengths`."""
 
     def rows() -> Iterator[Row]:
         return chain.from_iterable(all_rows)
@@ -240,7 +243,7 @@ def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, length
 
 
 def padding_shares(lengths: list[int]) -> dict[str, float]:
-    """How much of batches of TYPICAL_BATCH samples is padding, from 0 to 1: drawn by chance, and sorted by length."""
+    """How much of batches of TYPICAL_BATCH samples is padding, from 0 to 1: in random order, and sorted by length."""
     drawn = random.Random(0).sample(lengths, len(lengths))
 
     def share(ordered: list[int]) -> float:
@@ -252,7 +255,10 @@ def padding_shares(lengths: list[int]) -> dict[str, float]:
 
 
 def _distribution(counts: list[int]) -> dict[str, Any]:
-    """Least, middle, 95 % and most of counts, and how many are up to each of a few round bounds."""
+    """Smallest, median, 95th percentile and largest of counts, and how many counts are in each of BARS ranges.
+
+    "up_to" gives the number in each range, by the range's last count.
+    """
     if not counts:
         return {"least": 0, "middle": 0, "most_of_95_percent": 0, "most": 0, "up_to": {}}
     ordered = sorted(counts)

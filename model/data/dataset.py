@@ -40,9 +40,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             `ignore_pad_token_for_loss` and `lang`.
         rows: those of the file at path, if they have been read already.
         chosen: which rows are used, counted from 0; all if absent.
-        note_bad_images: an image that can't be opened is not an error. Its sample has nothing to learn, and a "problem",
-            a sentence for `model.data.bad_rows.handle_bad_rows`. (An error in a worker process would be shown with its
-            traceback.)
+        note_bad_images: an image that can't be opened raises no error, which would show a worker process's traceback.
+            Its sample has nothing to learn, and a "problem", a sentence for `model.data.bad_rows.handle_bad_rows`.
 
     Raises:
         InputError: the file can't be used; as `model.data.rows.read_rows`.

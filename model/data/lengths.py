@@ -5,9 +5,8 @@ A turn has two lengths, counted as the flags that bound them count:
     <img> · · · </img> 问 ： question <n> 答 ： gMASK sop answer eop
     '------------------ source -------------------' '-- target --'
 
-A turn that is no longer than --max_source_length and --max_target_length loses nothing. What `sample_from_row` truncates
-of longer ones is counted here without making samples. A text is tokenized only if its number of characters leaves open
-whether it fits.
+A turn within --max_source_length and --max_target_length loses nothing. What `sample_from_row` truncates of longer
+ones is counted here without making samples. A text is tokenized only if its characters leave open whether it fits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +63,7 @@ class TokenCounter:
             chat_prompt(lengths.source_prefix, None, True, english).removeprefix(IMAGE_OPEN)
             for english in (False, True)
         ]
-        # The tokens that a frame adds at most: its characters. If one of them may be several tokens, no text surely fits.
+        # A frame adds at most as many tokens as it has characters, if each is one token. Else no text surely fits.
         self._frame_characters = max(map(len, frames)) if all(map(self._has_known_characters, frames)) else 2**31
 
     def sources(self, turns: Sequence[Row], at_least: int = 0) -> list[int]:

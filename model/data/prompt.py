@@ -88,8 +88,8 @@ class Sample:
 def sample_from_row(row: Row, tokenizer: Tokenizer, lengths: Lengths) -> Sample:
     """Sample of one row's last turn: int[seq] input_ids and labels of equal length, without padding.
 
-    A row that fits gives the released script's tokens. If the source is too long, whole earlier turns are dropped first,
-    the oldest first. If that is not enough, the end of the prompt is truncated; the frame and the image's slots stay.
+    A row that fits gives the released script's tokens. If the source is too long, whole earlier turns are dropped, the
+    oldest first. If that is not enough, the end of the prompt is truncated. The frame and the image's slots stay.
     A label that is too long loses its end, and <eop> with it.
 
     With `ignore_pad_token_for_loss` off, padding is learned too, and the mean loss depends on how much of it there is.
@@ -210,7 +210,7 @@ def question_text(row: Row, lengths: Lengths, history: Sequence[tuple[str, str]]
 
 
 def _question_ids(row: Row, room: int, tokenizer: Tokenizer, lengths: Lengths) -> tuple[list[int], int]:
-    """Token ids of `question_text` with the latest earlier turns that fit into room, and how many turns were dropped."""
+    """Token ids of `question_text` with the latest earlier turns that fit into room, and how many were dropped."""
     for dropped_turns in range(len(row.history) + 1):
         text = question_text(row, lengths, row.history[dropped_turns:])
         question_ids = tokenizer.encode(text, add_special_tokens=False)

@@ -108,8 +108,7 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
     """The good rows of a data file, and a sentence for each bad one.
 
     The file is a JSON list of objects, or JSON Lines (one object a line, empty lines are fine), UTF-8 with or without
-    a byte-order mark. Each img becomes the path at which it was found (`model.data.images.image_path`); one that was not
-    found stays as written.
+    a byte-order mark. Each img becomes the path that `model.data.images.image_path` finds, or stays as written.
 
     Raises:
         InputError: the file can't be read, isn't one of these, or holds no row at all.
@@ -157,7 +156,7 @@ def _skip_blank(text: str, start: int) -> int:
 
 
 def _has_rows_in_lines(text: str, start: int) -> bool:
-    """Whether text is JSON Lines rather than a single object: a row in its first line, or something after the object."""
+    """Whether text is JSON Lines: its first object is a row, or is followed by something. Else it is a single object."""
     try:
         first, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -216,8 +215,8 @@ def row_from_json(entry: object, where: str) -> Row:
 
         {"img": path, "prompt": text, "label": text, "history": [[question, answer], …], "lang": "zh" or "en"}
 
-    "img", "history" and "lang" may be absent or null, the prompt may be empty, and other keys are ignored. An entry that
-    has "image", "images" or "picture" but no "img" is refused: it would be trained on without its picture.
+    "img", "history" and "lang" may be absent or null, the prompt may be empty, and other keys are ignored. An entry
+    that has "image", "images" or "picture" but no "img" is refused: it would be trained on without its picture.
 
     Args:
         entry: a value of the file, or the error that `values_of` gives in place of a line that is no JSON.

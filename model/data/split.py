@@ -106,8 +106,8 @@ def leave_out_bad_images(selection: Selection, problems: list[str], bad_rows: st
 def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int) -> None:
     """Take rows out of files for evaluation, and put them into selection.held_out.
 
-    May take more or fewer rows than asked for: rows that share an image stay together, so that no image is trained on and
-    evaluated on. The rows depend on the seed and the files alone, not on the process or --bad_rows.
+    May take more or fewer rows than asked for: rows that share an image stay together, so that no image is both trained
+    on and evaluated on. Which rows are taken depends on the seed and the files, not on the process or --bad_rows.
 
     Args:
         share: a number of rows (1 or more), or a share of all (below 1).

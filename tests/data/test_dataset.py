@@ -7,30 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, write_rows
+from conftest import GOLDEN, few_shot_dataset, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from model.data.bad_rows import handle_bad_rows
 from model.data.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
-from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError, RowError
 
 FIRST_BATCH = json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
-ARGS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
 PAD, EOP = 3, 90
-
-
-def dataset_of(folder, args=ARGS):
-    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(224), tokenizer, args)
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_of(GOLDEN / "upstream")
+    return few_shot_dataset(GOLDEN / "upstream/dataset.json", image_size=224)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +69,13 @@ def test_sample_names_the_pad_id(dataset):
 
 def test_dataset_opens_no_picture_before_a_row_is_asked_for(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
-    assert len(dataset_of(tmp_path)) == 6
+    assert len(few_shot_dataset(tmp_path / "dataset.json")) == 6
 
 
 def test_sample_when_its_picture_is_gone_is_an_error(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
     with pytest.raises(InputError, match=r"there is no file images/0\.png"):
-        dataset_of(tmp_path)[0]
+        few_shot_dataset(tmp_path / "dataset.json")[0]
 
 
 def test_dataset_when_pickled_gives_the_same_sample(dataset):
@@ -98,8 +91,8 @@ def test_dataset_in_a_worker_process_gives_the_same_batches(dataset):
 
 
 def test_dataset_with_the_optional_flags_uses_them():
-    args = SimpleNamespace(**vars(ARGS), source_prefix="图", ignore_pad_token_for_loss=False)
-    assert len(dataset_of(GOLDEN / "upstream", args)[0]["labels"]) == 128
+    flags = {"source_prefix": "图", "ignore_pad_token_for_loss": False}
+    assert len(few_shot_dataset(GOLDEN / "upstream/dataset.json", flags=flags)[0]["labels"]) == 128
 
 
 # As the 2023 script's users know it
@@ -132,7 +125,7 @@ def test_dataset_attributes_take_indices_from_the_end_and_slices(dataset):
 
 def test_dataset_attributes_open_no_image_but_the_one_that_is_asked_for(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
-    dataset = dataset_of(tmp_path)  # its images are not there
+    dataset = few_shot_dataset(tmp_path / "dataset.json")  # its images are not there
     assert len(dataset.images) == 6 and len(dataset.input_ids[0]) == len(dataset.labels[0])
     with pytest.raises(InputError, match=r"there is no file images/0\.png"):
         dataset.images[0]
@@ -158,9 +151,7 @@ def test_dataset_takes_args_of_three_fields_and_a_processor_that_is_any_function
 
 
 def dataset_with(folder, rows, **options):
-    (folder / "dataset.json").write_text(json.dumps(rows))
-    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(28), tokenizer, ARGS, **options)
+    return few_shot_dataset(write_rows(folder, rows, "dataset.json"), **options)
 
 
 def answers(dataset):

@@ -1,4 +1,4 @@
-"""The pictures of many rows: each looked at once, remembered until it changes, and named when it is bad."""
+"""The images of many rows: each is opened once, remembered until it changes, and named when it is bad."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from model import progress
-from model.data import image_check as module
+from model.data import image_check
 from model.data.image_check import CheckedImages, check_images, check_rows, checked_images_file, image_problems
 from model.data.rows import Row
 from model.errors import InputError
@@ -112,8 +112,8 @@ def test_check_of_rows_opens_pictures_for_half_the_time_although_looking_for_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[float] = []
-    monkeypatch.setattr(module, "checked_file", lambda path: (time.sleep(0.2), os.stat(path))[1])
-    monkeypatch.setattr(module, "_opened", lambda paths, seconds: times.append(seconds) or [])
+    monkeypatch.setattr(image_check, "checked_file", lambda path: (time.sleep(0.2), os.stat(path))[1])
+    monkeypatch.setattr(image_check, "problems_by_path", lambda paths, seconds: times.append(seconds) or [])
     for seconds in (0.1, 60.2):
         check_rows([row_of(picture(tmp_path), 1)], seconds=seconds)
     assert times[0] == 0.05 and 59 < times[1] <= 60
@@ -141,5 +141,5 @@ def test_check_pictures_without_progress_shows_none(
 
 
 def test_pictures_are_opened_in_threads_that_end(tmp_path: Path) -> None:
-    assert list(module._opened([], 1.0)) == []
-    assert [problem for _, problem in module._opened([str(picture(tmp_path))] * 50, 60.0)] == [None] * 50
+    assert list(image_check.problems_by_path([], 1.0)) == []
+    assert [problem for _, problem in image_check.problems_by_path([str(picture(tmp_path))] * 50, 60.0)] == [None] * 50

@@ -6,7 +6,6 @@ import json
 import pytest
 from conftest import GOLDEN, run_program
 
-from model.data.lengths import Truncations, count_truncations, needed_lengths
 from model.data.prompt import (
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
@@ -34,18 +33,8 @@ def first_batch():
     return json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
 
 
-@pytest.fixture(scope="module")
-def upstream_rows():
-    entries = json.loads((GOLDEN / "upstream/dataset.json").read_text())
-    return [row_from_json(entry, f"dataset.json row {number}") for number, entry in enumerate(entries, 1)]
-
-
 def row(prompt=QUESTION, label="蒙蒙细雨。"):
     return Row("0.png", prompt, label, "data.json row 1")
-
-
-def cuts_of(rows, tokenizer, lengths):
-    return count_truncations(rows, tokenizer, lengths)
 
 
 def without_padding(ids):
@@ -225,34 +214,6 @@ def test_label_when_it_is_exactly_as_long_as_allowed_keeps_eop(tokenizer):
 
 def test_sample_when_all_is_too_long_is_within_both_lengths(tokenizer):
     assert len(sample_from_row(row(LONG, LONG), tokenizer, LENGTHS).input_ids) <= 64 + 64
-
-
-def test_cuts_of_rows_are_counted(tokenizer):
-    lengths = dataclasses.replace(LENGTHS, max_target_length=7)  # five of the label's six tokens
-    assert cuts_of([row(), row(label="蒙。")], tokenizer, lengths) == Truncations(samples=2, labels=1)
-
-
-def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows):
-    rows = [row(LONG, LONG), row("?", "a  b\nc" * 9), *upstream_rows]
-    rows.append(Row(None, "second", "…", "", history=(("first", "①½㌖" * 3), ("", "﷽" * 3))))
-    for length in range(48, 90, 3):
-        lengths = dataclasses.replace(LENGTHS, max_source_length=length, max_target_length=length - 40)
-        samples = [sample_from_row(turn, tokenizer, lengths) for one in rows for turn in row_turns(one)]
-        assert cuts_of(rows, tokenizer, lengths) == Truncations(
-            len(samples),
-            sum(sample.truncated_prompt_tokens > 0 for sample in samples),
-            sum(sample.truncated_label_tokens > 0 for sample in samples),
-            sum(sample.dropped_turns > 0 for sample in samples),
-        )
-
-
-def test_needed_lengths_cut_nothing_and_one_token_less_does(tokenizer):
-    rows = [row(LONG, "!"), row("?", LONG), Row(None, "?", "!", "", history=(("?", LONG),))]
-    source, target = needed_lengths(rows, tokenizer, LENGTHS)
-    enough = dataclasses.replace(LENGTHS, max_source_length=source, max_target_length=target)
-    assert cuts_of(rows, tokenizer, enough) == Truncations(samples=4)
-    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_source_length=source - 1)).prompts == 1
-    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_target_length=target - 1)).labels == 2
 
 
 # Rows of other shapes

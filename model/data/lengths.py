@@ -49,14 +49,13 @@ class Truncations:
 
 
 class TokenCounter:
-    """Counts the tokens of turns, those that are equal only once.
+    """Counts the tokens of turns. Equal texts are tokenized once.
 
-    With at_least, a turn that surely takes no more tokens than that is not tokenized, and at_least stands in the place
-    of its length.
+    Where at_least is given, every count is at least that. A turn that surely takes no more tokens is not tokenized.
     """
 
     def __init__(self, tokenizer: Tokenizer, lengths: Lengths) -> None:
-        """lengths gives what surrounds the texts; its two maxima are not read."""
+        """lengths says what surrounds the texts; its two maxima are not read."""
         self._tokenizer, self._lengths = tokenizer, lengths
         self._image_tokens = pre_image(tokenizer) + lengths.image_length
         frames = [
@@ -69,12 +68,11 @@ class TokenCounter:
     def sources(self, turns: Sequence[Row], at_least: int = 0) -> list[int]:
         """Tokens of each turn's picture, history, question and frame, and [gMASK]."""
         around = [TOKENS_AFTER_SOURCE + (self._image_tokens if turn.img else 0) for turn in turns]
-        texts = [
-            None
-            if not turn.history and self._surely_fits(turn.prompt, at_least - tokens - self._frame_characters)
-            else question_text(turn, self._lengths, turn.history)
-            for turn, tokens in zip(turns, around, strict=True)
-        ]
+        texts: list[str | None] = []
+        for turn, tokens in zip(turns, around, strict=True):
+            prompt_room = at_least - tokens - self._frame_characters
+            fits = not turn.history and self._surely_fits(turn.prompt, prompt_room)
+            texts.append(None if fits else question_text(turn, self._lengths, turn.history))
         return self._counts(texts, around, at_least)
 
     def targets(self, turns: Sequence[Row], at_least: int = 0) -> list[int]:
@@ -82,15 +80,16 @@ class TokenCounter:
         return self._counts([turn.label for turn in turns], [TOKENS_AROUND_LABEL] * len(turns), at_least)
 
     def _counts(self, texts: Sequence[str | None], around: Sequence[int], at_least: int) -> list[int]:
-        """Tokens of each text and those around it; None is a text that is known to fit."""
-        open_texts = {
-            text: 0
+        """Tokens of each text and those around it. None stands for a text that takes at_least tokens at most."""
+        unsure = (
+            text
             for text, tokens in zip(texts, around, strict=True)
             if text is not None and not self._surely_fits(text, at_least - tokens)
-        }
-        counts = dict(zip(open_texts, self._tokenizer.token_counts(list(open_texts)), strict=True))
+        )
+        to_count = list(dict.fromkeys(unsure))
+        counts = dict(zip(to_count, self._tokenizer.token_counts(to_count), strict=True))
         return [
-            max(at_least, counts[text] + tokens) if text in counts else at_least
+            at_least if text is None else max(at_least, counts.get(text, 0) + tokens)
             for text, tokens in zip(texts, around, strict=True)
         ]
 
@@ -135,7 +134,7 @@ def needed_lengths(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) 
     """The smallest --max_source_length and --max_target_length that truncate nothing of rows.
 
     Args:
-        lengths: what surrounds the texts; its two maxima are not read.
+        lengths: says what surrounds the texts; its two maxima are not read.
     """
     counter = TokenCounter(tokenizer, lengths)
     source, target = least_source_length(tokenizer, lengths.image_length), LEAST_TARGET_LENGTH

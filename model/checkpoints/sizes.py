@@ -47,7 +47,7 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
         return [f"{flag} {folder}: {existing} can't be written to; a folder of your own is needed."]
     free = free_bytes(target)
     if free < bytes_needed:
-        return [f"{flag} {folder}: {_size(free)} free on its disk; {_size(bytes_needed)} are needed."]
+        return [f"{flag} {folder}: {size_text(free)} free on its disk; {size_text(bytes_needed)} are needed."]
     return []
 
 
@@ -60,5 +60,6 @@ def _nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes as a person says it."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

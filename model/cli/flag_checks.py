@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model.adapter_config import ADAPTER_KEYS, VISION_PARTS, AdapterConfig
-from model.checkpoints.layout import CONFIG_FILE, EvaArgs, ModelConfig, checkpoint_problem
+from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem
 from model.checkpoints.sizes import folder_problems
+from model.checkpoints.whole import CONFIG_FILE
 from model.cli.options import Options, flag_names, flag_with_value, shown
 from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length

@@ -70,6 +70,7 @@ def save_checkpoint(
     lr_scheduler: Any,
     args: argparse.Namespace,
     extra_files: Mapping[str, Callable[[Path], Any]] = NO_FILES,
+    publish: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Write a checkpoint into args.save (SAT has put the experiment's name into it). SAT calls this on every rank.
 
@@ -80,12 +81,13 @@ def save_checkpoint(
         optimizer, lr_scheduler: SAT hands them over; its layout has no place for the optimizer's state.
         extra_files: further files of the iteration, by name: each function writes to the path that it is given. They
             are there whole, with the weights, or not at all. Several processes may give files of different names.
+        publish: calls the function that it is given, at once or in a thread: it waits for the disk.
 
     Raises:
         InputError: on every process. The weights are not finite, or the disk has no room or can't be written to; the
             checkpoints before are as they were.
     """
-    on_every_process(write_unfinished(iteration, model, args, extra_files))
+    (publish or on_every_process)(write_unfinished(iteration, model, args, extra_files))
 
 
 def write_unfinished(

@@ -230,7 +230,19 @@ def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(vis
         dataset[0]
 
 
-TRAINING = ("--use_lora", "--mode", "finetune", "--train-iters", "3", "--batch-size", "2", "--num-workers", "1")
+TRAINING = (
+    "--save",
+    "none",
+    "--use_lora",
+    "--mode",
+    "finetune",
+    "--train-iters",
+    "3",
+    "--batch-size",
+    "2",
+    "--num-workers",
+    "1",
+)
 
 
 @pytest.mark.run

@@ -325,6 +325,29 @@ def test_save_total_limit_removes_nothing_until_the_new_one_is_safe(tuned, tmp_p
     assert Checkpoint.find(folder).iteration == "1"
 
 
+def test_older_iteration_that_cant_be_removed_is_a_warning(tuned, tmp_path, monkeypatch, capsys):
+    folder = saved(tuned, tmp_path / "run")
+    args = saving_args(tuned, folder)
+    args.save_total_limit = 1
+    rename = os.rename
+
+    def refusing(source, target):
+        if Path(source).name == "1":
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    save_checkpoint(2, tuned[0], None, None, args)
+    assert Checkpoint.find(folder).iteration == "2"
+    assert f"WARNING: {folder}: older iterations can't be removed (Permission denied)." in capsys.readouterr().err
+
+
+def test_size_of_weights_is_hardly_more_than_their_file_takes(tuned, tmp_path):
+    folder = saved(tuned, tmp_path / "run")
+    found = (folder / "1" / WEIGHTS).stat().st_size
+    assert found < module.size_of(tuned[0].state_dict()) < found + 768 * len(tuned[0].state_dict())
+
+
 # a disk without room
 
 

@@ -135,7 +135,10 @@ def write_unfinished(
         except BaseException:
             remove_unfinished(folder)
             raise
-        remove_older_iterations(folder, iteration, getattr(args, "save_total_limit", None))
+        try:
+            remove_older_iterations(folder, iteration, getattr(args, "save_total_limit", None))
+        except OSError as error:
+            warn(f"WARNING: {folder}: older iterations can't be removed ({error.strerror}).")
         say(f"Saved {folder} (iteration {iteration}).")
 
     on_every_process(begin)

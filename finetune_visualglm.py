@@ -2,7 +2,7 @@
 
     python finetune_visualglm.py --from_pretrained model/tiny --train-data fewshot-data/dataset.json --use_lora
     deepspeed --num_gpus 2 finetune_visualglm.py …                the same on two GPUs
-    python finetune_visualglm.py --help                           every flag
+    python finetune_visualglm.py --help all                       every flag
 
 The way of a sample: JSON row → Row → input_ids, labels → + image → batch → logits → loss.
                      model/data/                                    model/training/step.py, model/loss.py
@@ -17,9 +17,9 @@ from typing import Any
 
 from model import distributed, sat_compat
 from model.cli.options import Options, parse, script_parser
-from model.cli.preflight import Inputs, checked, samples_per_step
-from model.errors import InputError, RowError
-from model.progress import say, warn, warn_from_any_process
+from model.cli.preflight import Inputs, preflight, samples_per_step
+from model.errors import exit_on_input_error
+from model.progress import say
 from model.training import sat_loop
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
@@ -82,7 +82,7 @@ def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tu
 
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
-    model, args = FineTuneVisualGLMModel.from_pretrained(str(inputs.weights), args)
+    model, args = FineTuneVisualGLMModel.from_pretrained(inputs.checkpoint, args)
     if options.image_size:
         model.set_image_size(options.image_size, args)
     model.freeze()
@@ -132,14 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line argv (sys.argv's by default); bad input ends it with a sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parse(argv)
-    try:
-        inputs = checked(options, lambda: importlib.import_module("model.sat_compat").import_sat(training=True))
+    with exit_on_input_error("finetune_visualglm.py"):
+        inputs = preflight(options, lambda: importlib.import_module("model.sat_compat").import_sat(training=True))
         announce(options, inputs.notes)
         train(argv, options, inputs)
-    except InputError as problem:
-        tell = warn_from_any_process if isinstance(problem, RowError) else warn
-        tell(f"finetune_visualglm.py: error: {problem}")
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""The one error that a user can cause: bad input, told in a sentence."""
+"""The one error that a user can cause: bad input, told in a sentence, with status 2."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from model.progress import warn, warn_from_any_process
 
 
 class InputError(ValueError):
@@ -23,3 +27,17 @@ def raise_problems(problems: Iterable[str]) -> None:
     lines = list(problems)
     if lines:
         raise InputError("\n".join(lines))
+
+
+@contextmanager
+def exit_on_input_error(program: str) -> Iterator[None]:
+    """End program with status 2 and a sentence on standard error where the block raises an InputError.
+
+    Rank 0 tells it, but for a RowError: the process that met the row tells that.
+    """
+    try:
+        yield
+    except InputError as problem:
+        tell = warn_from_any_process if isinstance(problem, RowError) else warn
+        tell(f"{program}: error: {problem}")
+        sys.exit(2)

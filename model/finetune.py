@@ -1,15 +1,16 @@
 """VisualGLM with adapters: what is trained, and what is frozen."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.checkpoints.layout import find_weights, read_json_object
-from model.checkpoints.metadata import METHODS, has_lora, settings_to_go_on
+from model.adapter_config import AdapterConfig
+from model.checkpoints.layout import Checkpoint
 from model.frozen import keep_in_4_bits
 from model.lora import LoraMixin
-from model.model_flags import add_method_flags, part_rates
+from model.model_flags import add_method_flags
 from model.progress import say
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
@@ -18,48 +19,41 @@ import_sat()
 
 from sat.model.finetune import PTuningV2Mixin  # noqa: E402  (sat can be imported only after import_sat)
 
-TRAINED_NAMES = {
-    "use_ptuning": ("ptuning",),
-    "use_lora": ("matrix_A", "matrix_B"),
-    "use_qlora": ("matrix_A", "matrix_B"),
-}
-EYES = "mixins.eva.model."  # before the names of the vision parts' tensors
+VISION = "mixins.eva.model."  # before the names of the vision parts' tensors
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):
     """VisualGLM with the adapters that args asks for; only they, and the parts of --train_parts, are trained."""
 
     def __init__(
-        self, args: Any, transformer: torch.nn.Module | None = None, parallel_output: bool = True, **kwargs: Any
+        self,
+        args: Any,
+        transformer: torch.nn.Module | None = None,
+        parallel_output: bool = True,
+        adapters: AdapterConfig | None = None,
+        **kwargs: Any,
     ) -> None:
+        """Build the model that args, SAT's namespace, describes; kwargs are SAT's.
+
+        Args:
+            adapters: in place of those that args asks for.
+        """
         super().__init__(args, transformer=transformer, parallel_output=parallel_output, **kwargs)
-        asked = vars(args)
-        trained_methods = getattr(args, "trained_methods", None) or [flag for flag in METHODS if asked.get(flag)]
-        self.trained_names = tuple(dict.fromkeys(name for flag in trained_methods for name in TRAINED_NAMES[flag]))
-        self.part_rates = part_rates(asked.get("train_parts") or [])
-        self.lr = asked.get("lr")
-        if args.use_ptuning:
+        self.adapters = AdapterConfig.from_options(args) if adapters is None else adapters
+        self.lr: Any = getattr(args, "lr", None)
+        if self.adapters.has_ptuning:
             heads = args.num_attention_heads
-            self.add_mixin(
-                "ptuning", PTuningV2Mixin(args.num_layers, args.hidden_size // heads, heads, args.pre_seq_len)
-            )
-        if has_lora(asked):
-            lora = LoraMixin(
-                args.num_layers,
-                args.lora_rank,
-                args.layer_range,
-                asked.get("lora_alpha", 1.0),
-                asked.get("lora_dropout", 0.0),
-                asked.get("lora_target"),
-            )
-            self.add_mixin("lora", lora, reinit=True)
-        if asked.get("use_qlora"):
+            head_size = args.hidden_size // heads
+            self.add_mixin("ptuning", PTuningV2Mixin(args.num_layers, head_size, heads, self.adapters.prefix_length))
+        if self.adapters.has_lora:
+            self.add_mixin("lora", LoraMixin(args.num_layers, self.adapters), reinit=True)
+        if "qlora" in self.adapters.methods:
             keep_in_4_bits(self.transformer.layers)
 
     def is_trained_name(self, name: str) -> bool:
         """Whether the tensor of this name is to be learned."""
-        parts = tuple(f"{EYES}{part}." for part in self.part_rates)
-        return name.startswith(parts) or any(part in name for part in self.trained_names)
+        parts = tuple(f"{VISION}{part}." for part in self.adapters.part_rates)
+        return name.startswith(parts) or any(part in name for part in self.adapters.trained_tensor_names)
 
     def freeze(self) -> None:
         """Let nothing ask for gradients but what is trained.
@@ -68,8 +62,8 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.is_trained_name(name))
-            for part, rate in self.part_rates.items():
-                if rate is not None and name.startswith(f"{EYES}{part}."):
+            for part, rate in self.adapters.part_rates.items():
+                if rate is not None and name.startswith(f"{VISION}{part}."):
                     parameter.lr_scale = rate / self.lr
 
     def disable_untrainable_params(self) -> None:
@@ -81,25 +75,27 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         say("\n".join(f"  {name} {list(parameter.shape)}" for name, parameter in trained))
 
     @classmethod
-    def from_pretrained(cls, name: str, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    def from_pretrained(cls, name: str | Path | Checkpoint, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """The model of a checkpoint of any kind (`model.checkpoints.metadata`), with the adapters that args asks for.
 
         Adapters that the checkpoint has stay; what args asks for joins them, and it alone is trained.
 
         Args:
-            name: a folder, an iteration's folder, its weights file, or a name in $SAT_HOME.
-            args: SAT's namespace; `base` and `force_base` in it tell where an adapter's base is.
+            name: a folder, an iteration's folder, its weights file, a name in $SAT_HOME, or a checkpoint found before.
+            args: SAT's namespace, or some of it; `base` and `force_base` in it tell where an adapter's base is.
             kwargs: SAT's; `build_only=True` leaves the weights out.
+
+        Raises:
+            InputError: no such checkpoint, or one of another model.
         """
-        args = cls.get_args() if args is None else args
-        config = read_json_object(find_weights(str(name)).parent.parent / "model_config.json", "The configuration")
-        settings = settings_to_go_on(config, vars(args))
-        typed = [method for method in METHODS if getattr(args, method, False)]
-        args.trained_methods = typed or [method for method in METHODS if settings[method]]
-        # The quantised linears get their weights from the file; until then full ones would fill the memory.
-        args.skip_init = args.skip_init or settings["use_qlora"]
-        overwrite_args = {**settings, **kwargs.pop("overwrite_args", {})}
-        return super().from_pretrained(name, args, overwrite_args=overwrite_args, **kwargs)
+        checkpoint = Checkpoint.find(name)
+        asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
+        adapters = asked.resumed_from(checkpoint.config)
+        overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
+        if "qlora" in adapters.methods:
+            # The quantised linears get their weights from the file; until then full ones would fill the memory.
+            overwrite_args["skip_init"] = True
+        return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from model.adapter_config import AdapterConfig
 from model.frozen import FrozenLinear
-from model.model_flags import DEFAULT_LORA_TARGETS
 from model.sat_compat import import_sat
 
 import_sat()
@@ -92,23 +92,12 @@ def _plain_linear_as_original(_: torch.nn.Module, state_dict: dict[str, Any], pr
 class LoraMixin(BaseMixin):
     """LoRA on chosen linears of chosen layers; query_key_value has factors for each of its three parts."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        rank: int,
-        layer_range: list[int] | None = None,
-        alpha: float = 1.0,
-        dropout: float = 0.0,
-        targets: list[str] | None = None,
-    ) -> None:
-        """layer_range lists the layers, counted from 0; None or an empty list means all of them.
-
-        targets are names of PART_OF_TARGET; None means the attention's two, as released.
-        """
+    def __init__(self, num_layers: int, adapters: AdapterConfig) -> None:
+        """Factors of adapters' rank, on its linears in its layers, of num_layers."""
         super().__init__()
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.layer_range = list(layer_range or range(num_layers))
-        self.targets = [name for name in PART_OF_TARGET if name in (targets or DEFAULT_LORA_TARGETS)]
+        self.rank, self.alpha, self.dropout = adapters.rank, adapters.alpha, adapters.dropout
+        self.layer_range = adapters.lora_layers(num_layers)
+        self.targets = [name for name in PART_OF_TARGET if name in adapters.lora_targets]
 
     def reinit(self, parent_model: Any = None) -> None:
         """Put the factors into the parent model; SAT calls this when the mixin is added."""

@@ -6,12 +6,35 @@ The command line and the model's own parser both declare them from here. Only th
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
 
-LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # SAT's names of a layer's linears
-DEFAULT_LORA_TARGETS = ("query_key_value", "dense")  # what the released script trains
-VISION_PARTS = ("vit", "qformer", "glm_proj")  # BLIP2's, in the order that a picture goes through them
+from model.adapter_config import DEFAULT_LORA_TARGETS, LORA_TARGETS, VISION_PARTS
+
+
+class MethodOptions:
+    """What the flags of `add_method_flags` set: see `model.adapter_config` for what they mean together."""
+
+    use_lora: bool
+    use_qlora: bool
+    use_ptuning: bool
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target: list[str] | None
+    layer_range: list[int] | None
+    pre_seq_len: int
+    train_parts: list[str]
+
+
+class ModelOptions:
+    """What the flags of `add_model_flags` set."""
+
+    image_length: int
+    eva_args: dict[str, object]
+    qformer_args: dict[str, object]
+    bos_token_id: int | None
+    mask_token_id: int | None
+    gmask_token_id: int | None
+    pad_token_id: int | None
 
 
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +62,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--pre_seq_len", type=int, default=8, metavar="N",
         help="Prefix positions per layer of P-Tuning v2 (default %(default)s).")
     add("--train_parts", type=_part_and_rate, nargs="+", default=[], metavar="PART[=LR]",
-        help=f"Parts of the eyes to train too, of {', '.join(VISION_PARTS)}, each with a peak learning rate of its own "
+        help=f"Parts of the vision tower to train too, of {', '.join(VISION_PARTS)}, each with a peak learning rate of its own "
              "if one is given: qformer=1e-5 glm_proj (default: none).")
 
 
@@ -73,13 +96,7 @@ def _part_and_rate(text: str) -> str:
     return text
 
 
-def part_rates(train_parts: Sequence[str]) -> dict[str, float | None]:
-    """What --train_parts means: the peak learning rate of each part, None where it is --lr."""
-    split = (text.partition("=") for text in train_parts)
-    return {part: float(rate) if equals else None for part, equals, rate in split}
-
-
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

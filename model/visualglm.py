@@ -8,13 +8,17 @@ Shapes: batch = samples, seq = tokens of the longest one, hidden = the language 
 """
 
 import argparse
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
-from model.checkpoints.layout import find_weights
+from model.checkpoints.layout import Checkpoint
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import gelu
 from model.masks import first_position, glm_position_ids, prefix_mask
@@ -24,6 +28,7 @@ from model.sat_compat import import_sat, parallel_output_once
 import_sat()
 
 from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model.base_model import get_model  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
 
@@ -185,24 +190,37 @@ class VisualGLMModel(ChatGLMModel):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, args: Any = None, *, build_only: bool = False, prefix: str = "", **kwargs: Any
+        cls,
+        name: str | Path | Checkpoint,
+        args: Any = None,
+        *,
+        build_only: bool = False,
+        prefix: str = "",
+        overwrite_args: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """The model of a checkpoint, and SAT's namespace with its config.
 
         SAT's own loader takes a folder only, and runs code that a weights file may hold.
 
         Args:
-            name: a folder, one of its parts, or a name in $SAT_HOME.
+            name: a folder, one of its parts, a name in $SAT_HOME, or a checkpoint found before.
+            args: SAT's namespace; what it lacks has its default.
             build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
+            overwrite_args: what the namespace holds in place of the config's values.
+            kwargs: for the constructor.
 
         Raises:
             InputError: no such checkpoint, or one of another model.
         """
-        weights = find_weights(str(name))
-        model, args = super().from_pretrained(str(weights.parent.parent), args, build_only=True, **kwargs)
-        args.checkpoint_folder = str(weights.parent.parent)  # where its tokenizer is looked for
+        checkpoint = Checkpoint.find(name)
+        given = {} if args is None else vars(args)
+        config = copy.deepcopy(checkpoint.config)
+        args = argparse.Namespace(**{**vars(cls.get_args()), **given, **config, **overwrite_args})
+        args.checkpoint_folder = str(checkpoint.folder)  # where its tokenizer is looked for
+        model = get_model(args, cls, **kwargs)
         if not build_only:
-            load_checkpoint(model, args, load_path=str(weights), prefix=prefix)
+            load_checkpoint(model, args, load_path=checkpoint, prefix=prefix)
         return model, args
 
     @classmethod

@@ -23,15 +23,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.checkpoints.layout import find_checkpoint, read_json_object
+from model.checkpoints.layout import Checkpoint
 from model.data.image_check import PictureMemory
 from model.data.images import checked_file, open_picture
 from model.data.lengths import count_cuts, needed_lengths
 from model.data.prompt import Lengths, sample_from_row
 from model.data.rows import Row, Rows, row_turns, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.errors import InputError
-from model.progress import say, warn, with_progress
+from model.errors import InputError, exit_on_input_error
+from model.progress import say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram
@@ -58,11 +58,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command, and leave with its exit status."""
     options = command_line().parse_args(argv)
-    try:
+    with exit_on_input_error("check_data.py"):
         report = data_report(options)
-    except InputError as problem:
-        warn(f"check_data.py: error: {problem}")
-        sys.exit(2)
     say(json.dumps(report, ensure_ascii=False, indent=1) if options.json else "\n".join(report_lines(report)))
     sys.exit(1 if report["wrong"] else 0)
 
@@ -214,10 +211,10 @@ def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, in
     """The tokenizer, None when none was named, and how many tokens a picture takes."""
     if options.from_pretrained is None and options.tokenizer is None:
         return None, 32
-    checkpoint = find_checkpoint(options.from_pretrained) if options.from_pretrained else None
-    config = read_json_object(checkpoint / "model_config.json", "The checkpoint's config") if checkpoint else {}
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint, options.tokenizer))
-    return tokenizer, config.get("image_length", 32)
+    checkpoint = Checkpoint.find(options.from_pretrained) if options.from_pretrained else None
+    folder = checkpoint.folder if checkpoint else None
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, options.tokenizer))
+    return tokenizer, checkpoint.config.get("image_length", 32) if checkpoint else 32
 
 
 def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.checkpoints.layout import find_weights
+from model.checkpoints.layout import Checkpoint
 from model.data.images import is_url, open_picture
-from model.errors import InputError
-from model.progress import warn
+from model.errors import InputError, exit_on_input_error
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
@@ -81,8 +80,8 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
-    """Find the checkpoint and the picture before torch is loaded.
+def check(options: argparse.Namespace) -> Checkpoint:
+    """Check the numbers and the picture, and find the checkpoint, before torch is loaded.
 
     Raises:
         InputError: one isn't there, or a number is out of bounds.
@@ -93,9 +92,10 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
     if not 0 < options.top_p <= 1:
         raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
-    find_weights(options.from_pretrained)
+    checkpoint = Checkpoint.find(options.from_pretrained)
     if options.image and not is_url(options.image):
         open_picture(options.image)
+    return checkpoint
 
 
 def not_yet_printed(text: str, printed: str) -> str:
@@ -106,7 +106,7 @@ def not_yet_printed(text: str, printed: str) -> str:
 class Demo:
     """A loaded model and how it is to answer."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
         import torch
 
         from model.inference.load import load_for_answering
@@ -114,7 +114,7 @@ class Demo:
         self.options = options
         self.words = ENGLISH if options.english else CHINESE
         self.model, self.tokenizer = load_for_answering(
-            options.from_pretrained, options.tokenizer, options.base, options.force_base, options.quant
+            checkpoint, options.tokenizer, options.base, options.force_base, options.quant
         )
         if options.seed is not None:
             torch.manual_seed(options.seed)  # after loading, which sets SAT's own
@@ -184,16 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2, Ctrl-C and Ctrl-D with a line's end."""
     options = command_line().parse_args(argv)
     try:
-        check(options)
-        demo = Demo(options)
-        if options.image or options.query:
-            prompt = options.prompt_en if options.english else options.prompt_zh
-            demo.answer(demo.look(options.image or ""), options.query or prompt)
-        else:
-            demo.talk()
-    except InputError as problem:
-        warn(f"cli_demo.py: error: {problem}")
-        sys.exit(2)
+        with exit_on_input_error("cli_demo.py"):
+            demo = Demo(check(options), options)
+            if options.image or options.query:
+                prompt = options.prompt_en if options.english else options.prompt_zh
+                demo.answer(demo.look(options.image or ""), options.query or prompt)
+            else:
+                demo.talk()
     except EOFError:
         print()
     except KeyboardInterrupt:

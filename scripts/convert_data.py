@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.data.bad_rows import first_lines
 from model.data.rows import row_from_json, values_of
-from model.errors import InputError, raise_problems
-from model.progress import say, warn
+from model.errors import InputError, exit_on_input_error, raise_problems
+from model.progress import say
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 PICTURE_MARK = "<image>"
@@ -49,11 +49,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = command_line().parse_args(argv)
-    try:
+    with exit_on_input_error("convert_data.py"):
         convert(options)
-    except InputError as problem:
-        warn(f"convert_data.py: error: {problem}")
-        sys.exit(2)
 
 
 def convert(options: argparse.Namespace) -> None:

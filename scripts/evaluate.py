@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.checkpoints.layout import find_weights
+from model.checkpoints.layout import Checkpoint
 from model.data.image_check import check_pictures
 from model.data.rows import Row, read_rows
-from model.errors import InputError
-from model.progress import say, warn
+from model.errors import InputError, exit_on_input_error
+from model.progress import say
 
 SHOWN = 3  # rows printed as examples
 
@@ -88,7 +88,7 @@ def summary_line(measures: dict[str, float]) -> str:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def results_of(checkpoint: str, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
+def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
     """Answer every row with a checkpoint, in batches."""
     from tqdm import tqdm
 
@@ -174,11 +174,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = command_line().parse_args(argv)
-    try:
+    with exit_on_input_error("evaluate.py"):
         evaluate(options)
-    except InputError as problem:
-        warn(f"evaluate.py: error: {problem}")
-        sys.exit(2)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -187,14 +184,14 @@ def evaluate(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if options.compare == options.from_pretrained:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
-    checkpoints = [options.from_pretrained] + ([options.compare] if options.compare else [])
-    for flag, checkpoint in zip(("--from_pretrained", "--compare"), checkpoints, strict=False):
-        find_weights(checkpoint, flag)
+    checkpoints = [Checkpoint.find(options.from_pretrained)]
+    if options.compare:
+        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     rows = read_rows(options.data)
     if not rows:
         raise InputError(f"{options.data}: no rows in it; one or more are needed.")
     check_pictures(rows)
-    results = {checkpoint: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
+    results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
     if options.out:
         report = [

@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError
-from model.progress import say, warn
+from model.checkpoints.layout import Checkpoint
+from model.errors import exit_on_input_error
+from model.progress import say
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -31,17 +32,11 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = command_line().parse_args(argv)
-    try:
-        # The folder is looked for before torch is loaded.
-        from model.checkpoints.layout import find_weights
-
-        find_weights(options.checkpoint, "CHECKPOINT")
+    with exit_on_input_error("merge_lora.py"):
+        checkpoint = Checkpoint.find(options.checkpoint, "CHECKPOINT")  # before torch is loaded
         from model.convert.merge_lora import merge
 
-        folder = merge(options.checkpoint, options.out, options.base, options.force_base)
-    except InputError as problem:
-        warn(f"merge_lora.py: error: {problem}")
-        sys.exit(2)
+        folder = merge(checkpoint, options.out, options.base, options.force_base)
     say(f"Merged into {folder}.")
 
 

@@ -304,8 +304,8 @@ def test_wrong_command_line_in_two_processes_is_told_by_the_first_only(tmp_path)
     assert run_python(SCRIPT, cwd=tmp_path, RANK="1").stderr == ""
 
 
-def test_help_shows_every_kind_of_flag_and_ends_with_status_0(tmp_path):
-    done = run_python(SCRIPT, "--help", cwd=tmp_path)
+def test_help_all_shows_every_kind_of_flag_and_ends_with_status_0(tmp_path):
+    done = run_python(SCRIPT, "--help", "all", cwd=tmp_path)
     assert done.returncode == 0
     for flag in ("--use_lora", "--layer_range", "--train-iters", "--zero-stage", "--deepspeed_config", "--tokenizer"):
         assert flag in done.stdout

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python, write_checkpoint
+from conftest import PROJECT, write_checkpoint
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -102,11 +102,3 @@ def test_readme_of_the_house_names_every_module() -> None:
 
 def test_commands_that_run_by_themselves_are_in_the_readme() -> None:
     assert set(BY_THEMSELVES + LONG) <= set(COMMANDS)
-
-
-@pytest.mark.run
-def test_readme_shows_every_flag_as_the_help_does() -> None:
-    shown = (
-        run_python(PROJECT / "finetune_visualglm.py", "--help", COLUMNS="110").stdout.split("\nexamples:")[0].rstrip()
-    )
-    assert f"```text\n{shown}\n```" in README, "put `COLUMNS=110 python finetune_visualglm.py --help` there anew"

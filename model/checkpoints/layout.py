@@ -1,4 +1,11 @@
-"""Files that a command line names: a checkpoint's folder, a JSON object, a place to save.
+"""Where the files of a checkpoint lie, in SAT's layout.
+
+    <folder>/model_config.json                        what to build, and how it was fine-tuned
+    <folder>/latest                                   the iteration to load
+    <folder>/<iteration>/mp_rank_00_model_states.pt   the weights of model-parallel rank 0
+    <folder>/ice_text.model                           the tokenizer; older checkpoints lack it
+
+    checkpoint = Checkpoint.find("visualglm-6b")      once, from what the user gave; then it is handed on
 
 Only the standard library is imported.
 """
@@ -7,15 +14,132 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
+from model.adapter_config import AdapterKeys
 from model.errors import InputError
 
-WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # SAT's name for the weights of model-parallel rank 0
+CONFIG_FILE = "model_config.json"
 
 
-def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
+class BaseRecord(TypedDict):
+    """What an adapter checkpoint says of the weights that it was trained on."""
+
+    name: str
+    path: str
+    fingerprint: str
+
+
+class Finetuning(TypedDict, total=False):
+    """What a checkpoint says of its fine-tuning, see `model.checkpoints.metadata`."""
+
+    contents: str
+    base: BaseRecord
+    methods: list[str]
+    trained_parts: list[str]
+    versions: dict[str, str]
+    lora: dict[str, object]
+    checkpoint: str
+
+
+class EvaArgs(TypedDict, total=False):
+    """The sizes of the vision tower, as far as this code reads them."""
+
+    image_size: list[int]  # height and width, pixels
+    patch_size: int  # pixels
+
+
+class ModelConfig(AdapterKeys, total=False):
+    """What `model_config.json` holds, as far as this code reads it; `model.cli.flag_checks` checks the types."""
+
+    num_layers: int
+    hidden_size: int
+    inner_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_sequence_length: int
+    layernorm_order: str
+    image_length: int
+    eva_args: EvaArgs
+    qformer_args: dict[str, object]
+    finetuning: Finetuning
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is on the disk, and its configuration, which is read once."""
+
+    name: str  # as the user gave it, for messages
+    folder: Path
+    iteration: str  # a number, or "release"
+    config: ModelConfig = field(repr=False, compare=False)
+    base: "Checkpoint | None" = None  # of an adapter checkpoint, once it has been looked for
+
+    @classmethod
+    def find(cls, name: "str | Path | Checkpoint", flag: str = "--from_pretrained") -> "Checkpoint":
+        """The checkpoint that the value of a flag means: a folder as given, else the name in $SAT_HOME.
+
+        Given a checkpoint's folder, the iteration is the one that `latest` names. An iteration's folder may be given
+        too, or the weights in it. A Checkpoint is returned as it is.
+
+        Raises:
+            InputError: nothing is there, or a part is missing, or the configuration can't be read.
+        """
+        if isinstance(name, Checkpoint):
+            return name
+        name = str(name)
+        given, in_home = Path(name).expanduser(), _sat_home() / name
+        found = next((path for path in (given, in_home) if path.exists()), None)
+        if found is None:
+            raise InputError(
+                f"{flag} {name}: no such folder, neither {given.absolute()} nor {in_home}; give "
+                f"{flag} FOLDER, or unpack the checkpoint to {in_home}."
+            )
+        folder, iteration = _folder_and_iteration(found)
+        problem = (
+            checkpoint_problem(folder, (CONFIG_FILE, "latest"))
+            if iteration is None
+            else _missing_file(folder, (CONFIG_FILE,))
+        )
+        if problem:
+            raise InputError(f"{flag} {name}: {problem}")
+        return cls(name, folder, iteration or _latest(folder), _read_config(folder))
+
+    @classmethod
+    def at(cls, place: str | Path, iteration: int | None = None) -> "Checkpoint":
+        """The checkpoint in a folder or one of its parts, as SAT's --load takes it: a configuration is not needed.
+
+        Args:
+            iteration: instead of the one that `latest` names.
+
+        Raises:
+            InputError: the folder has no `latest`, or its configuration can't be read.
+        """
+        folder, found = _folder_and_iteration(Path(place))
+        if iteration is not None:
+            found = str(iteration)
+        if found is None and not (folder / "latest").is_file():
+            raise InputError(f"{place}: no file named latest; a checkpoint folder has one.")
+        config = _read_config(folder) if (folder / CONFIG_FILE).is_file() else ModelConfig()
+        return cls(str(place), folder, found or _latest(folder), config)
+
+    def weights_file(self, rank: int = 0) -> Path:
+        """The weights of a model-parallel rank."""
+        return weights_path(self.folder, self.iteration, rank)
+
+
+def weights_path(folder: Path, iteration: str | int, rank: int = 0) -> Path:
+    """Where a checkpoint folder has the weights of an iteration and a model-parallel rank."""
+    return folder / str(iteration) / f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    return cast(ModelConfig, read_json_object(folder / CONFIG_FILE, "The checkpoint's configuration"))
+
+
+def read_json_object(path: str | Path, what: str) -> dict[str, object]:
     """The JSON object in a file.
 
     Args:
@@ -43,39 +167,6 @@ def read_json_object(path: str | Path, what: str) -> dict[str, Any]:
     return value
 
 
-def find_checkpoint(name: str) -> Path:
-    """The checkpoint folder that --from_pretrained means, as `find_weights` finds it."""
-    return find_weights(name).parent.parent
-
-
-def find_weights(name: str, flag: str = "--from_pretrained") -> Path:
-    """The weights file of the checkpoint that a flag means: a folder as given, else the name in $SAT_HOME.
-
-    A checkpoint's folder holds `latest` (an iteration), `model_config.json` and
-    `<iteration>/mp_rank_00_model_states.pt`. Given that folder, the iteration is latest's; an iteration's folder, or the
-    weights in it, may be given too.
-
-    Raises:
-        InputError: nothing is there, or a part is missing.
-    """
-    given, in_home = Path(name).expanduser(), _sat_home() / name
-    found = next((path for path in (given, in_home) if path.exists()), None)
-    if found is None:
-        raise InputError(
-            f"{flag} {name}: no such folder, neither {given.absolute()} nor {in_home}; give "
-            f"{flag} FOLDER, or unpack the checkpoint to {in_home}."
-        )
-    folder, iteration = _folder_and_iteration(found)
-    problem = (
-        checkpoint_problem(folder, ("model_config.json", "latest"))
-        if iteration is None
-        else _missing_file(folder, ("model_config.json",))
-    )
-    if problem:
-        raise InputError(f"{flag} {name}: {problem}")
-    return folder / (iteration or _latest(folder)) / WEIGHTS_FILE
-
-
 def _sat_home() -> Path:
     return Path(os.environ.get("SAT_HOME") or "~/.sat_models").expanduser()
 
@@ -84,7 +175,7 @@ def _folder_and_iteration(path: Path) -> tuple[Path, str | None]:
     """The checkpoint folder that path is or lies in, and the iteration where path names one."""
     if path.is_file() and re.fullmatch(r"mp_rank_\d+_model_states\.pt", path.name):
         path = path.parent
-    elif not (path / WEIGHTS_FILE).is_file():
+    elif not (path / "mp_rank_00_model_states.pt").is_file():
         return path, None
     iteration = path.resolve()
     return iteration.parent, iteration.name
@@ -100,7 +191,7 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
     iteration = _latest(folder)
     if iteration != "release" and not (iteration.isdecimal() and int(iteration) > 0):
         return f'"{iteration}" found in {folder / "latest"}; the number of the iteration to load is needed.'
-    weights = folder / iteration / WEIGHTS_FILE
+    weights = weights_path(folder, iteration)
     if not weights.is_file():
         return f"no {weights}; the weights of the iteration that latest names are needed."
     return None

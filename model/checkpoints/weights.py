@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.layout import read_json_object
-from model.checkpoints.metadata import KEY, METHODS, Base, base_of, find_base, is_adapter, is_adapter_name
+from model.adapter_config import AdapterConfig
+from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
+from model.checkpoints.metadata import KEY, Base, base_of, is_adapter_name, with_base
 from model.errors import InputError
-from model.model_flags import DEFAULT_LORA_TARGETS, part_rates
 from model.progress import say, warn
 from model.sat_compat import import_sat
 
@@ -34,11 +34,6 @@ from sat.training.model_io import extract_model_specific_args_to_dump  # noqa: E
 
 SAMPLES_PER_TENSOR = 16  # places, spread evenly, where a fingerprint looks into a tensor
 SAMPLE_LENGTH = 32  # numbers in a row that it reads there
-
-
-def weights_path(folder: Path, iteration: str | int) -> Path:
-    """Where this process's part of the weights lies."""
-    return folder / str(iteration) / f"mp_rank_{mpu.get_model_parallel_rank():02d}_model_states.pt"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -65,18 +60,19 @@ def save_checkpoint(
         model: DeepSpeed's engine, or the model itself.
         optimizer, lr_scheduler: SAT hands them over; its layout has no place for the optimizer's state.
     """
-    module = getattr(model, "module", model)
+    module: Any = getattr(model, "module", model)
     folder = Path(args.save)
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
     if mpu.get_data_parallel_rank() == 0:
+        rank = mpu.get_model_parallel_rank()
         weights = {"module": module.state_dict() if full else trained_weights(module), "iteration": iteration}
-        write_whole(weights_path(folder, iteration), lambda path: torch.save(weights, path))
+        write_whole(weights_path(folder, iteration, rank), lambda path: torch.save(weights, path))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         config = extract_model_specific_args_to_dump(args, module)
-        config[KEY] = description(args, module, full)
+        config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
         text = json.dumps(config, indent=4, ensure_ascii=False)
-        write_whole(folder / "model_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
         get_tokenizer().save_pretrained(folder)
         write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
         say(f"Saved {folder} (iteration {iteration}).")
@@ -92,27 +88,21 @@ def trained_weights(module: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def description(args: argparse.Namespace, module: Any, full: bool) -> dict[str, Any]:
-    """What `model_config.json` says of the fine-tuning, under the key KEY of `model.checkpoints.metadata`."""
-    settings = vars(args)
+def description(adapters: AdapterConfig, base: Base, num_layers: int, full: bool) -> dict[str, Any]:
+    """What `model_config.json` says of the fine-tuning, under the key KEY of `model.checkpoints.metadata`.
+
+    Args:
+        num_layers: of the language model. full: whether the checkpoint has every weight.
+    """
     packages = ("torch", "SwissArmyTransformer", "deepspeed", "transformers", "bitsandbytes")
-    described: dict[str, Any] = {
+    return {
         "contents": "full" if full else "adapter",
-        "base": vars(module.base),
-        "methods": [method.removeprefix("use_") for method in METHODS if settings.get(method)],
-        "trained_parts": list(part_rates(settings.get("train_parts") or [])),
+        "base": vars(base),
+        "methods": list(adapters.methods),
+        "trained_parts": list(adapters.part_rates),
         "versions": {name: version for name in packages if (version := _installed_version(name))},
+        **adapters.lora_section(num_layers),
     }
-    if settings.get("use_lora") or settings.get("use_qlora"):
-        lora = module.get_mixin("lora")
-        described["lora"] = {
-            "rank": lora.rank,
-            "alpha": lora.alpha,
-            "dropout": lora.dropout,
-            "layers": lora.layer_range,
-            "targets": settings.get("lora_target") or list(DEFAULT_LORA_TARGETS),
-        }
-    return described
 
 
 def _installed_version(package: str) -> str | None:
@@ -125,7 +115,7 @@ def _installed_version(package: str) -> str | None:
 def load_checkpoint(
     model: torch.nn.Module,
     args: argparse.Namespace,
-    load_path: str | None = None,
+    load_path: str | Path | Checkpoint | None = None,
     prefix: str = "",
     specific_iteration: int | None = None,
 ) -> int:
@@ -134,7 +124,7 @@ def load_checkpoint(
     Only weights are read; no code in the file is ever run. Adapters that the file lacks keep their fresh values.
 
     Args:
-        load_path: a checkpoint folder, or its weights file; args.load if absent.
+        load_path: a checkpoint, its folder, or its weights file; args.load if absent.
         args: `base` and `force_base` tell where an adapter's base is.
         prefix: take only the tensors whose names start with it, without it.
         specific_iteration: instead of the one that `latest` names.
@@ -142,21 +132,34 @@ def load_checkpoint(
     Raises:
         InputError: no checkpoint there, one that can't be read, or one of another model.
     """
-    path = _weights_file(Path(load_path or args.load), specific_iteration)
-    folder = path.parent.parent
-    weights, base, tuned_names = whole_weights(
-        path,
-        name=getattr(args, "from_pretrained", None) if load_path else args.load,
-        given_base=getattr(args, "base", None),
-        force_base=getattr(args, "force_base", False),
-    )
+    place = load_path or args.load
+    checkpoint = place if isinstance(place, Checkpoint) else Checkpoint.at(place, specific_iteration)
+    checkpoint = with_base(checkpoint, getattr(args, "base", None))
+    weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
+    _put_into(module, weights, prefix, checkpoint)
+    module.base, module.tuned_names = base, tuned_names
+    mode = getattr(args, "mode", "inference")
+    if mode == "inference":
+        module.eval()
+    return int(checkpoint.iteration) if mode == "pretrain" and checkpoint.iteration.isdigit() else 0
+
+
+def _put_into(
+    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], prefix: str, checkpoint: Checkpoint
+) -> None:
+    """Copy the tensors under prefix into module.
+
+    Raises:
+        InputError: they are of another model, or some are missing.
+    """
+    path = checkpoint.weights_file(mpu.get_model_parallel_rank())
     selected = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     try:
         missing, unexpected = module.load_state_dict(selected, strict=False)
     except RuntimeError as error:  # torch lists every tensor of another shape
         raise InputError(
-            f"{path}: the weights are of another model than {folder / 'model_config.json'}: {error}"
+            f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
         ) from None
     needed = [name for name in missing if not is_adapter_name(name)]
     if needed:
@@ -166,58 +169,36 @@ def load_checkpoint(
         )
     if unexpected:
         warn(f"{path}: {len(unexpected)} tensors belong to no part of this model and are left out: {unexpected[:3]} …")
-    module.base, module.tuned_names = base, tuned_names
-    mode = getattr(args, "mode", "inference")
-    if mode == "inference":
-        module.eval()
-    iteration = path.parent.name
-    return int(iteration) if mode == "pretrain" and iteration.isdigit() else 0
 
 
-def _weights_file(path: Path, iteration: int | None = None) -> Path:
-    """The weights file that path, a checkpoint's folder or that file itself, means for this process."""
-    if path.is_file():
-        return path
-    latest = path / "latest"
-    if not latest.is_file():
-        raise InputError(f"{path}: no file named latest; a checkpoint folder has one.")
-    return weights_path(path, str(iteration or latest.read_text().strip()))
-
-
-def whole_weights(
-    path: Path, name: str | None = None, given_base: str | None = None, force_base: bool = False
-) -> tuple[dict[str, torch.Tensor], Base, set[str]]:
+def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dict[str, torch.Tensor], Base, set[str]]:
     """All the weights that a checkpoint stands for, mapped from the disk; their base; the names that aren't the base's.
 
     For an adapter checkpoint the base's weights and its own; for any other the base is the checkpoint itself, without
     its adapters.
 
     Args:
-        path: the weights file. name: what was typed to mean it.
-        given_base: where an adapter's base is, if it has been moved.
-        force_base: take it even if it isn't the one that the adapter was trained on.
+        checkpoint: an adapter checkpoint with its base, see `model.checkpoints.metadata.with_base`; or any other.
+        force_base: take the base even if it isn't the one that the adapter was trained on.
 
     Raises:
         InputError: a file can't be read, or the base is another one.
     """
+    rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
+    path = checkpoint.weights_file(rank)
     weights = read_weights(path)
-    folder = path.parent.parent
-    config_path = folder / "model_config.json"
-    config = read_json_object(config_path, "The configuration") if config_path.is_file() else {}
-    if not is_adapter(config):
+    if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
-        return weights, Base(name or str(folder), os.path.abspath(path), fingerprint(weights)), adapters
-    recorded = base_of(config)
-    base_path = find_base(config, folder, given_base)
-    base_config = read_json_object(base_path.parent.parent / "model_config.json", "The base's configuration")
-    if is_adapter(base_config):
-        raise InputError(f"{base_path}: an adapter checkpoint too; the model that {folder} was trained on is needed.")
+        return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
+    recorded = base_of(checkpoint.config)
+    base_path = checkpoint.base.weights_file(rank)
     base_weights = without_adapters(read_weights(base_path))
     found = fingerprint(base_weights)
     if found != recorded.fingerprint and not force_base:
         raise InputError(
-            f"{folder}: trained on other weights than those of {base_path} (fingerprint {recorded.fingerprint[:12]}, found "
-            f"{found[:12]}); --base with {recorded.name} as it was is needed, or --force_base to use this one all the same."
+            f"{checkpoint.folder}: trained on other weights than those of {base_path} (fingerprint "
+            f"{recorded.fingerprint[:12]}, found {found[:12]}); --base with {recorded.name} as it was is needed, or "
+            "--force_base to use this one all the same."
         )
     return base_weights | weights, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
 

@@ -7,18 +7,16 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from model.checkpoints.layout import checkpoint_problem
-from model.checkpoints.metadata import LORA_SIZES, METHODS, PTUNING_SIZES, has_lora, settings_to_go_on
+from model.adapter_config import ADAPTER_KEYS, VISION_PARTS, AdapterConfig
+from model.checkpoints.layout import CONFIG_FILE, EvaArgs, ModelConfig, checkpoint_problem
 from model.checkpoints.sizes import folder_problems
-from model.cli.options import Options, flag_names, shown, typed_flag
+from model.cli.options import Options, flag_names, flag_with_value, shown
 from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length
 from model.data.tokenizer import ChatGLMTokenizer
-from model.model_flags import DEFAULT_LORA_TARGETS, VISION_PARTS, part_rates
 
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.
 _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
@@ -76,7 +74,7 @@ _CONFIG_KEYS: Mapping[str, type] = {
 }
 _TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
 # Which setting replaces which flag, and its value where the file is silent (None: the flag's own).
-_DEEPSPEED_SETTINGS: Mapping[str, tuple[str, Any]] = {
+_DEEPSPEED_SETTINGS: Mapping[str, tuple[str, object]] = {
     "fp16": ("fp16.enabled", False),
     "bf16": ("bf16.enabled", False),
     "batch_size": ("train_micro_batch_size_per_gpu", None),
@@ -87,20 +85,10 @@ _DEEPSPEED_SETTINGS: Mapping[str, tuple[str, Any]] = {
 }
 
 
-def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
-    """Which lengths leave no room for the frame around the question, or for the answer."""
-    least = {
-        "max_source_length": least_source_length(tokenizer, image_length),
-        "max_target_length": LEAST_TARGET_LENGTH,
-    }
-    return [
-        f"{flag_names()[name]} {getattr(options, name)}: no room for a single token of text; at least {needed} is needed."
-        for name, needed in least.items()
-        if getattr(options, name) is not None and getattr(options, name) < needed
-    ]
+# --- the command line by itself ---------------------------------------------------------------------------------------
 
 
-def method_problems(options: Options) -> list[str]:
+def flag_problems(options: Options) -> list[str]:
     """What is wrong with the flags by themselves: no method, conflicts, numbers out of bounds, what SAT can't do."""
     return [
         *_choice_problems(options),
@@ -116,7 +104,7 @@ def _choice_problems(options: Options) -> list[str]:
         problems.append("No method: --use_lora, --use_qlora or --use_ptuning is needed.")
     if options.use_lora and options.use_qlora:
         problems.append("--use_lora and --use_qlora: only one is needed; QLoRA is LoRA over 4-bit weights.")
-    if len(part_rates(options.train_parts)) < len(options.train_parts):
+    if len(AdapterConfig.from_options(options).part_rates) < len(options.train_parts):
         problems.append(
             f"--train_parts {shown(options.train_parts)}: each of {', '.join(VISION_PARTS)} is needed once."
         )
@@ -145,14 +133,7 @@ def _data_flag_problems(options: Options) -> list[str]:
     problems = []
     if not options.train_data and options.mode != "inference":
         problems.append("--train-data: no file given; a JSON file with rows to learn is needed.")
-    weights = options.train_data_weights
-    if weights is not None and options.train_data and len(weights) != len(options.train_data):
-        problems.append(
-            f"--train-data-weights {shown(weights)}: {len(weights)} found for {len(options.train_data)} files in "
-            "--train-data; one for each file is needed."
-        )
-    if weights is not None and (min(weights) < 0 or max(weights) < 1):
-        problems.append(f"--train-data-weights {shown(weights)}: whole numbers of 1 or more are needed.")
+    problems += _weights_problems(options.train_data_weights, options.train_data)
     if options.iterable_dataset is not False or options.iterable_dataset_eval == "True":
         flag = "--iterable-dataset" if options.iterable_dataset is not False else "--iterable-dataset-eval"
         problems.append(f"{flag}: SAT reads webdataset shards with it; rows in JSON files need it left out.")
@@ -160,7 +141,7 @@ def _data_flag_problems(options: Options) -> list[str]:
         if files == []:
             problems.append(f"{flag}: no file given; a JSON file with rows is needed, or no {flag}.")
     if options.holdout is not None:
-        problems += _holdout_problems(options)
+        problems += _holdout_problems(options, options.holdout)
     if options.keep_best and not (options.valid_data or options.holdout is not None):
         problems.append("--keep_best: nothing to evaluate on; --holdout or --valid-data is needed.")
     if options.keep_best and options.save is None:
@@ -170,10 +151,22 @@ def _data_flag_problems(options: Options) -> list[str]:
     return problems
 
 
-def _holdout_problems(options: Options) -> list[str]:
+def _weights_problems(weights: Sequence[int] | None, files: Sequence[str] | None) -> list[str]:
     problems = []
-    if options.holdout >= 1 and options.holdout % 1:
-        problems.append(f"--holdout {options.holdout}: a whole number of rows is needed, or a share below 1.")
+    if weights is not None and files and len(weights) != len(files):
+        problems.append(
+            f"--train-data-weights {shown(weights)}: {len(weights)} found for {len(files)} files in --train-data; one for "
+            "each file is needed."
+        )
+    if weights is not None and (min(weights) < 0 or max(weights) < 1):
+        problems.append(f"--train-data-weights {shown(weights)}: whole numbers of 1 or more are needed.")
+    return problems
+
+
+def _holdout_problems(options: Options, holdout: float) -> list[str]:
+    problems = []
+    if holdout >= 1 and holdout % 1:
+        problems.append(f"--holdout {holdout}: a whole number of rows is needed, or a share below 1.")
     if options.valid_data:
         problems.append("--holdout and --valid-data: both say what to evaluate on; only one is needed.")
     if options.split != "1":
@@ -262,27 +255,18 @@ def _is_installed(package: str) -> bool:
     return importlib.machinery.PathFinder.find_spec(package) is not None
 
 
-def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
+# --- the command line against the checkpoint's config -----------------------------------------------------------------
+
+
+def config_problems(options: Options, config: ModelConfig) -> list[str]:
     """What is wrong with a checkpoint's config, or with the flags once it is known.
 
     Args:
         config: what the checkpoint's `model_config.json` holds.
     """
     path = _config_path(options)
-    missing = [f'"{key}"' for key in _CONFIG_KEYS if key not in config]
-    if missing:
-        return [f"{path}: no {', '.join(missing)}; a VisualGLM checkpoint has " + ", ".join(_CONFIG_KEYS) + "."]
-    wrong_types = [
-        f'{path}: "{key}" is {json.dumps(config[key])}; {_TYPE_NAMES[needed]} is needed.'
-        for key, needed in _CONFIG_KEYS.items()
-        if type(config[key]) is not needed
-    ]
-    if wrong_types:
-        return wrong_types
-    order = config.get("layernorm_order")
-    wrong_order = f'{path}: "layernorm_order" is {json.dumps(order)}; a ChatGLM has "post".'
-    return [
-        *([wrong_order] if order != "post" else []),
+    return _config_file_problems(path, config) or [
+        *_order_problems(path, config.get("layernorm_order")),
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_length_problems(options, config),
@@ -290,9 +274,24 @@ def config_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _config_file_problems(path: Path, config: Mapping[str, object]) -> list[str]:
+    missing = [f'"{key}"' for key in _CONFIG_KEYS if key not in config]
+    if missing:
+        return [f"{path}: no {', '.join(missing)}; a VisualGLM checkpoint has " + ", ".join(_CONFIG_KEYS) + "."]
+    return [
+        f'{path}: "{key}" is {json.dumps(config[key])}; {_TYPE_NAMES[needed]} is needed.'
+        for key, needed in _CONFIG_KEYS.items()
+        if type(config[key]) is not needed
+    ]
+
+
+def _order_problems(path: Path, order: str | None) -> list[str]:
+    return [] if order == "post" else [f'{path}: "layernorm_order" is {json.dumps(order)}; a ChatGLM has "post".']
+
+
 def _config_path(options: Options) -> Path:
-    """The config as the user knows it: beside the name or folder that was typed."""
-    return Path(options.from_pretrained, "model_config.json")
+    """The config as the user knows it: beside the name or folder that was given."""
+    return Path(options.from_pretrained, CONFIG_FILE)
 
 
 def _layer_problems(layers: list[int], num_layers: int) -> list[str]:
@@ -309,7 +308,7 @@ def _layer_problems(layers: list[int], num_layers: int) -> list[str]:
     return problems
 
 
-def _length_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
+def _length_problems(options: Options, config: ModelConfig) -> list[str]:
     problems = []
     source, target = options.max_source_length, options.max_target_length
     longest = (source or 0) + (target or 0)
@@ -327,7 +326,7 @@ def _length_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _image_size_problems(options: Options, eva_args: Mapping[str, Any]) -> list[str]:
+def _image_size_problems(options: Options, eva_args: EvaArgs) -> list[str]:
     patch = eva_args.get("patch_size", 16)  # SAT's default
     if options.image_size is None or options.image_size % patch == 0:
         return []
@@ -336,23 +335,63 @@ def _image_size_problems(options: Options, eva_args: Mapping[str, Any]) -> list[
     ]
 
 
-def overridden_by_config(options: Options, config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each typed flag that differs from the checkpoint's config, which wins in SAT.
+def overridden_by_config(options: Options, config: Mapping[str, object]) -> list[str]:
+    """A sentence for each flag of the user that differs from the checkpoint's config, which wins in SAT.
 
-    The method's flags are not among them, see `model.checkpoints.metadata`; nor is --model-parallel-size: SAT splits a checkpoint
+    The method's flags are not among them, see `going_on_problems`; nor is --model-parallel-size: SAT splits a checkpoint
     anew.
     """
     path = _config_path(options)
-    others = {*METHODS, *LORA_SIZES, *PTUNING_SIZES, "lora_dropout", "train_parts", "model_parallel_size"}
+    others = {*ADAPTER_KEYS, "model_parallel_size"}
     return [
-        f"{typed_flag(name, getattr(options, name))} is overridden by {shown(config[name])} from {path}."
-        for name in sorted(options.typed & config.keys() - others)
+        f"{flag_with_value(name, getattr(options, name))} is overridden by {shown(config[name])} from {path}."
+        for name in sorted(options.user_set & config.keys() - others)
         if config[name] != getattr(options, name)
     ]
 
 
-def overridden_by_deepspeed(options: Options, settings: Mapping[str, Any], path: Path | str) -> list[str]:
-    """A sentence for each typed flag that differs from the settings in a --deepspeed_config file, which win.
+def going_on_problems(options: Options, config: ModelConfig) -> list[str]:
+    """Which sizes of the user differ from those of the adapters that the checkpoint already has."""
+    asked, stored = AdapterConfig.from_options(options), AdapterConfig.from_json(config)
+    resumed = asked.resumed_from(config)
+    sizes: Mapping[str, object] = {**resumed.to_json()}
+    differing = resumed.differing_keys(asked)
+    return [
+        f"{flag_with_value(key, getattr(options, key))}: {options.from_pretrained} already has adapters, with "
+        f"{flag_with_value(key, sizes[key]) if sizes[key] else 'all'}; the same is needed to go on with them, or a "
+        "checkpoint without: scripts/merge_lora.py makes one."
+        for key in stored.fixed_keys()
+        if key in options.user_set and key in differing
+    ]
+
+
+def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
+    """Which lengths leave no room for the frame around the question, or for the answer."""
+    least = {
+        "max_source_length": least_source_length(tokenizer, image_length),
+        "max_target_length": LEAST_TARGET_LENGTH,
+    }
+    return [
+        f"{flag_names()[name]} {getattr(options, name)}: no room for a single token of text; at least {needed} is needed."
+        for name, needed in least.items()
+        if getattr(options, name) is not None and getattr(options, name) < needed
+    ]
+
+
+def save_problems(options: Options, bytes_needed: int) -> list[str]:
+    """Why checkpoints can't be saved under --save, as far as its disk can tell now.
+
+    Args:
+        bytes_needed: what the run's checkpoints will take together.
+    """
+    return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
+
+
+# --- the command line against its DeepSpeed file ----------------------------------------------------------------------
+
+
+def overridden_by_deepspeed(options: Options, settings: Mapping[str, object], path: Path | str) -> list[str]:
+    """A sentence for each flag of the user that differs from the settings in a --deepspeed_config file, which win.
 
     Args:
         settings: what the file at path holds.
@@ -360,14 +399,14 @@ def overridden_by_deepspeed(options: Options, settings: Mapping[str, Any], path:
     sentences = []
     for name, (key, if_silent) in _DEEPSPEED_SETTINGS.items():
         value = _setting(settings, key, if_silent)
-        if name in options.typed and value not in (None, "auto", getattr(options, name)):
-            flag = typed_flag(name, getattr(options, name))
+        if name in options.user_set and value not in (None, "auto", getattr(options, name)):
+            flag = flag_with_value(name, getattr(options, name))
             sentences.append(f"{flag} is overridden by {shown(value)} from {path} ({key}).")
     return sentences
 
 
-def _setting(settings: Mapping[str, Any], key: str, if_silent: Any) -> Any:
-    value: Any = settings
+def _setting(settings: Mapping[str, object], key: str, if_silent: object) -> object:
+    value: object = settings
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return if_silent
@@ -375,7 +414,7 @@ def _setting(settings: Mapping[str, Any], key: str, if_silent: Any) -> Any:
     return value
 
 
-def deepspeed_problems(settings: Mapping[str, Any], path: Path | str) -> list[str]:
+def deepspeed_problems(settings: Mapping[str, object], path: Path | str) -> list[str]:
     """What SAT can't use in the settings of a --deepspeed_config file."""
     problems = []
     for section in ("fp16", "bf16", "optimizer", "zero_optimization"):
@@ -389,32 +428,3 @@ def deepspeed_problems(settings: Mapping[str, Any], path: Path | str) -> list[st
     if _setting(settings, "zero_optimization.stage", 0) == 3:
         problems.append(f"{path}: ZeRO stage 3 can't partition this model as SAT builds it; 0, 1 or 2 is needed.")
     return problems
-
-
-def save_problems(options: Options, bytes_needed: int) -> list[str]:
-    """Why checkpoints can't be saved under --save, as far as its disk can tell now.
-
-    Args:
-        bytes_needed: what the run's checkpoints will take together.
-    """
-    return [] if options.save is None else folder_problems("--save", options.save, bytes_needed)
-
-
-def going_on_problems(options: Options, config: Mapping[str, Any]) -> list[str]:
-    """Which typed sizes differ from those of the adapters that the checkpoint already has."""
-    settled = (LORA_SIZES if has_lora(config) else ()) + (PTUNING_SIZES if config.get("use_ptuning") else ())
-    settings = settings_to_go_on(config, vars(options))
-    return [
-        f"{typed_flag(name, getattr(options, name))}: {options.from_pretrained} already has adapters, with "
-        f"{typed_flag(name, settings[name]) if settings[name] else 'all'}; the same is needed to go on with them, or a "
-        "checkpoint without: scripts/merge_lora.py makes one."
-        for name in settled
-        if name in options.typed and _spelled(name, getattr(options, name)) != _spelled(name, settings[name])
-    ]
-
-
-def _spelled(name: str, value: Any) -> Any:
-    """A size so that two spellings of the same one are equal."""
-    if name == "lora_target":
-        return sorted(value or DEFAULT_LORA_TARGETS)
-    return sorted(value or []) if name == "layer_range" else value

@@ -1,8 +1,10 @@
-"""The command line of `finetune_visualglm.py`: every flag with its help.
+"""The command line of `finetune_visualglm.py`: every flag with its help, and `parse`.
 
 Our parser tells a person what is wrong; SAT's then reads the same command line again. So the names, types, choices and
-defaults of SAT's and DeepSpeed's flags are theirs exactly (SwissArmyTransformer 0.4.12, DeepSpeed 0.19), and a test
-compares them. Only the standard library is imported: a wrong command line is refused before torch would have loaded.
+defaults of SAT's and DeepSpeed's flags are theirs (`model.cli.sat_flags`), and a test compares them. Only the standard
+library is imported: a wrong command line is refused before torch would have been loaded.
+
+A new flag takes two lines here: its annotation in `Options`, and its help in `_add_script_flags`.
 """
 
 import argparse
@@ -11,22 +13,32 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
-from model.cli.sat_flags import (
-    _add_data_flags,
-    _add_deepspeed_flags,
-    _add_evaluation_flags,
-    _add_generation_flags,
-    _add_model_config_flags,
-    _add_tokenization_flags,
-    _add_training_flags,
-)
-from model.model_flags import add_method_flags, add_model_flags
+from model.cli.sat_flags import SatOptions, add_sat_flags
+from model.model_flags import MethodOptions, ModelOptions, add_method_flags, add_model_flags
 from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
+
+# What people need first: the flags that --help shows, in this order.
+FIRST_FLAGS: Mapping[str, Sequence[str]] = {
+    "data": ("--train-data", "--holdout"),
+    "method, one at least": ("--use_lora", "--use_qlora", "--use_ptuning"),
+    "training": ("--from_pretrained", "--epochs", "--lr", "--save"),
+}
+FIRST_EXAMPLES = """\
+examples:
+  a first run in seconds, without a GPU; after each epoch it prints the loss of the 4 rows that are held out:
+    python finetune_visualglm.py --use_lora --from_pretrained model/tiny --train-data fewshot-data/dataset.json \\
+      --holdout 4 --epochs 20 --lr 0.01
+  your own rows on two GPUs, in half precision; the checkpoint with the lowest held-out loss is kept:
+    deepspeed --num_gpus 2 finetune_visualglm.py --use_lora --mode finetune --train-data rows.json \\
+      --holdout 0.1 --keep_best --epochs 3 --fp16 --zero-stage 1 --save checkpoints
+
+--help all shows every flag.
+"""
 
 EXAMPLES = """\
 examples:
@@ -41,19 +53,50 @@ examples:
 """
 
 
+class Options(SatOptions, MethodOptions, ModelOptions):
+    """A parsed command line: an attribute for each flag.
+
+    A plain class, not argparse's Namespace: of that mypy takes any attribute, the misspelt ones too.
+    """
+
+    # fine-tuning VisualGLM
+    from_pretrained: str
+    base: str | None
+    force_base: bool
+    save_full_model: bool
+    tokenizer: str | None
+    max_source_length: int | None  # None: auto
+    max_target_length: int | None  # None: auto
+    lang: str
+    image_size: int | None
+    bad_rows: str
+    check_seconds: float
+    holdout: float | None
+    keep_best: bool
+    source_prefix: str
+    ignore_pad_token_for_loss: bool
+    feature_cache: str | None
+    loss_normalization: str
+    packing: bool
+    group_by_length: bool
+    auto_warmup_steps: int
+
+    user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
+
+    def __init__(self, values: Mapping[str, object], user_set: frozenset[str]) -> None:
+        """Options with these values of all flags, by attribute."""
+        self.__dict__.update(values)
+        self.user_set = user_set
+
+
 # --- flags: one table per group, read from top to bottom --------------------------------------------------------------
-
-
-# fmt: on
-
-
-# fmt: on
 
 
 def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("fine-tuning VisualGLM").add_argument
     # fmt: off
-    add("-h", "--help", action="help", help="Show every flag and leave.")
+    add("-h", "--help", action=_Help, nargs="?", choices=["all"], metavar="all",
+        help="Show what is needed first and leave; --help all shows every flag.")
     add("--from_pretrained", default="visualglm-6b", metavar="NAME_OR_FOLDER",
         help="Checkpoint to start from: a folder, or a name looked up in $SAT_HOME, which is ~/.sat_models unless set "
              "(default %(default)s).")
@@ -90,7 +133,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",
         help="Whether padding is left out of the loss (default true).")
     add("--feature_cache", metavar="FOLDER",
-        help="Keep what the frozen eyes make of each picture there, so that later runs need not look at it again "
+        help="Keep the frozen vision tower's features of each picture there, so that later runs need not compute them again "
              "(default: kept for this run only).")
     add("--loss_normalization", choices=["micro_batch", "token"], default="micro_batch",
         help="What the loss is a mean over: each process's micro-batch, as released, or all supervised tokens of an "
@@ -102,20 +145,6 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "stays one of chance.")
     add("--auto_warmup_steps", type=int, default=100, metavar="N",
         help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
-    # fmt: on
-
-    # fmt: on
-
-    # fmt: on
-
-    # fmt: on
-
-    # fmt: on
-
-    # fmt: on
-
-    # fmt: on
-
     # fmt: on
 
 
@@ -138,12 +167,6 @@ def _truth(text: str) -> bool:
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
-class Options(argparse.Namespace):
-    """A parsed command line: one attribute per flag, and in `typed` the attributes that the user gave a value."""
-
-    typed: frozenset[str]
-
-
 class FlagParser(argparse.ArgumentParser):
     """argparse's parser, except that it tells an error in one sentence of ours and leaves the usage out."""
 
@@ -151,6 +174,31 @@ class FlagParser(argparse.ArgumentParser):
         """Print message on standard error, from rank 0 only, and exit with status 2."""
         warn(f"{self.prog}: error: {_sentence(message)}")
         sys.exit(2)
+
+
+class _Help(argparse.Action):
+    """--help shows the first flags, --help all every flag; both end the program with status 0."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: object) -> None:
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)  # type: ignore[arg-type]
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, *_: object) -> NoReturn:
+        print(parser.format_help() if values == "all" else first_help(parser), end="")
+        sys.exit(0)
+
+
+def first_help(parser: argparse.ArgumentParser) -> str:
+    """What --help shows: the flags that people need first, and examples."""
+    formatter = parser.formatter_class(prog=parser.prog)
+    formatter.add_usage(parser.usage, [], [])
+    formatter.add_text(parser.description)
+    actions = {action.option_strings[-1]: action for action in parser._actions}
+    for heading, flags in FIRST_FLAGS.items():
+        formatter.start_section(heading)
+        formatter.add_arguments(actions[flag] for flag in flags)
+        formatter.end_section()
+    formatter.add_text(FIRST_EXAMPLES)
+    return formatter.format_help()
 
 
 def script_parser() -> FlagParser:
@@ -172,13 +220,7 @@ def script_parser() -> FlagParser:
 def full_parser() -> FlagParser:
     """A parser that knows every flag: ours, SAT's and DeepSpeed's."""
     parser = script_parser()
-    _add_training_flags(parser)
-    _add_data_flags(parser)
-    _add_evaluation_flags(parser)
-    _add_model_config_flags(parser)
-    _add_tokenization_flags(parser)
-    _add_generation_flags(parser)
-    _add_deepspeed_flags(parser)
+    add_sat_flags(parser)
     return parser
 
 
@@ -189,13 +231,13 @@ def parse(argv: Sequence[str]) -> Options:
     an unknown flag, a missing value or a value of the wrong type.
     """
     parser = full_parser()
-    defaults = vars(parser.parse_args([]))
-    untyped = object()
-    found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped)))
+    defaults: dict[str, object] = vars(parser.parse_args([]))
+    absent = object()
+    found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
     if unknown:
         parser.error(_unknown_words(unknown, list(flag_names().values())))
-    typed = {name: value for name, value in vars(found).items() if value is not untyped}
-    return Options(**{**defaults, **typed, "typed": frozenset(typed)})
+    given = {name: value for name, value in vars(found).items() if value is not absent}
+    return Options({**defaults, **given}, frozenset(given))
 
 
 # argparse's own messages and what we say in their place.
@@ -230,7 +272,7 @@ def _unknown_words(words: Sequence[str], flags: Sequence[str]) -> str:
 def _did_you_mean(flag: str, flags: Sequence[str]) -> str:
     by_spelling = {_spelling(known): known for known in flags}
     close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)
-    return f"did you mean {by_spelling[close[0]]}?" if close else "see --help for all flags."
+    return f"did you mean {by_spelling[close[0]]}?" if close else "--help all shows every flag."
 
 
 def _spelling(flag: str) -> str:
@@ -244,13 +286,14 @@ def flag_names() -> dict[str, str]:
     return {action.dest: action.option_strings[-1] for action in full_parser()._actions}
 
 
-def typed_flag(name: str, value: Any) -> str:
-    """A flag and its value as a user would type them: `--layer_range 0 14`, `--fp16`."""
+def flag_with_value(name: str, value: object) -> str:
+    """A flag and its value as they stand on a command line: `--layer_range 0 14`, `--fp16`."""
     flag = flag_names()[name]
     return flag if value is True else f"{flag} {shown(value)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
+    """A value as it stands on a command line, or in JSON."""
     if isinstance(value, list):
         return " ".join(shown(item) for item in value) or "nothing"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

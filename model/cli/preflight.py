@@ -1,27 +1,23 @@
 """Everything that can fail, checked in seconds before a model is loaded; before torch is, unless there is much data.
 
-A function named …_problems returns sentences: where, what was found, what is needed; an empty list when all is well.
+    flags → DeepSpeed's file → checkpoint → tokenizer → room on the disk → rows → pictures
+
+The first of these with a problem ends the run, with every problem of its kind.
 """
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from model.checkpoints.layout import find_weights, read_json_object
-from model.checkpoints.metadata import (
-    find_base,
-    has_lora,
-    is_adapter,
-    settings_to_go_on,
-)
-from model.checkpoints.sizes import folder_problems
+from model.adapter_config import AdapterConfig
+from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
+from model.checkpoints.metadata import with_base
+from model.checkpoints.sizes import adapter_size, folder_problems
 from model.cli.flag_checks import (
     config_problems,
     deepspeed_problems,
+    flag_problems,
     frame_problems,
-    method_problems,
     overridden_by_config,
     overridden_by_deepspeed,
     save_problems,
@@ -35,52 +31,87 @@ from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_token
 from model.data.workers import done_beside
 from model.distributed import is_first_process
 from model.errors import raise_problems
-from model.model_flags import DEFAULT_LORA_TARGETS
+
+SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a command line means, once it is known to be good."""
 
-    checkpoint: Path
-    weights: Path  # the checkpoint's weights file: of its latest iteration, or of the one that was meant
-    config: dict[str, Any]
+    checkpoint: Checkpoint
     tokenizer: ChatGLMTokenizer
     selection: Selection
     lengths: Lengths  # with --max_source_length auto settled
     notes: list[str]  # sentences for the person at the prompt
 
 
-def checked(options: Options, meanwhile: Callable[[], object] = lambda: None) -> Inputs:
-    """Check everything, the quickest first, and stop at the first kind of problem.
+def preflight(options: Options, meanwhile: Callable[[], object] = lambda: None) -> Inputs:
+    """Check everything, the quickest first.
 
-    Where there is much data, checking it takes seconds, in a process of its own; meanwhile is then called here.
+    Args:
+        meanwhile: called here while a process of its own checks the data, where there is so much that it takes seconds.
 
     Raises:
-        InputError: lists every problem of that kind.
+        InputError: lists every problem of the first kind that there is.
     """
-    raise_problems(method_problems(options))
-    notes = []
-    if options.deepspeed_config:
-        settings = read_json_object(options.deepspeed_config, "--deepspeed_config")
-        raise_problems(deepspeed_problems(settings, options.deepspeed_config))
-        notes += overridden_by_deepspeed(options, settings, options.deepspeed_config)
-    weights = find_weights(options.from_pretrained)
-    checkpoint = weights.parent.parent
-    config = read_json_object(checkpoint / "model_config.json", "The checkpoint's configuration")
-    raise_problems(config_problems(options, config))
-    notes += overridden_by_config(options, config)
-    full_weights = weights
-    if is_adapter(config):
-        full_weights = find_base(config, options.from_pretrained, options.base)
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint, options.tokenizer))
-    check_special_ids(tokenizer, config)
-    raise_problems(frame_problems(options, tokenizer, config["image_length"]))
-    raise_problems(save_problems(options, checkpoint_size(options, config, full_weights.stat().st_size)))
+    raise_problems(flag_problems(options))
+    notes = deepspeed_notes(options)
+    checkpoint = checked_checkpoint(options)
+    notes += overridden_by_config(options, checkpoint.config)
+    tokenizer = checked_tokenizer(options, checkpoint)
+    raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
-    data = done_beside(lambda: checked_data(options, config, tokenizer), meanwhile)
-    return Inputs(checkpoint, weights, config, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
+    data = done_beside(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
+    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
+
+
+def deepspeed_notes(options: Options) -> list[str]:
+    """Which flags the --deepspeed_config file overrides.
+
+    Raises:
+        InputError: it can't be read, or SAT can't use it.
+    """
+    path = options.deepspeed_config
+    if not path:
+        return []
+    settings = read_json_object(path, "--deepspeed_config")
+    raise_problems(deepspeed_problems(settings, path))
+    return overridden_by_deepspeed(options, settings, path)
+
+
+def checked_checkpoint(options: Options) -> Checkpoint:
+    """The checkpoint to start from, and its base.
+
+    Raises:
+        InputError: one of them is not there, or the checkpoint and the flags don't fit.
+    """
+    checkpoint = Checkpoint.find(options.from_pretrained)
+    raise_problems(config_problems(options, checkpoint.config))
+    return with_base(checkpoint, options.base)
+
+
+def checked_tokenizer(options: Options, checkpoint: Checkpoint) -> ChatGLMTokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        InputError: there is none, it is another model's, or the lengths leave no room for its tokens.
+    """
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, options.tokenizer))
+    check_special_ids(tokenizer, checkpoint.config)
+    raise_problems(frame_problems(options, tokenizer, checkpoint.config["image_length"]))
+    return tokenizer
+
+
+def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
+    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most."""
+    if options.save_full_model or options.train_parts or options.image_size:
+        return (checkpoint.base or checkpoint).weights_file().stat().st_size
+    return adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
+
+
+# --- the data files ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,57 +123,30 @@ class Data:
     notes: list[str]
 
 
-def checked_data(options: Options, config: Mapping[str, Any], tokenizer: ChatGLMTokenizer) -> Data:
-    """Check the data files: rows, then pictures, while what the lengths cut off is counted in other processes.
+def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer) -> Data:
+    """Check the data files: rows, then pictures, while other processes count what the lengths cut off.
 
     Raises:
         InputError: lists every problem of the first kind that there is.
     """
-    valid_files = [*(options.valid_data or []), *(options.test_data or [])]
-    selection, problems = scan_files([*options.train_data, *valid_files], options.bad_rows)
+    train_files, valid_files = options.train_data or [], [*(options.valid_data or []), *(options.test_data or [])]
+    selection, problems = scan_files([*train_files, *valid_files], options.bad_rows)
     lengths = settled_lengths(options, config, tokenizer, selection)
     # Nobody but the first process tells it, and counting takes a while.
     cuts = begin_to_count_cuts(selection, tokenizer, lengths) if is_first_process() else None
     notes = picture_notes(selection, problems, options.bad_rows, options.check_seconds)
-    raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in options.train_data}))
-    notes += same_file_warnings(options.train_data, valid_files)
+    raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in train_files}))
+    notes += same_file_warnings(train_files, valid_files)
     if options.holdout is not None:
-        hold_out(selection, options.train_data, options.holdout, options.seed)
+        hold_out(selection, train_files, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
     if cuts is not None:
         notes += data_notes(options, selection, lengths, cuts())
     return Data(selection, lengths, notes)
 
 
-def checkpoint_size(options: Options, config: Mapping[str, Any], full_size: int) -> int:
-    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most.
-
-    Args:
-        config: the starting checkpoint's. full_size: bytes of its weights, or of its base's.
-    """
-    if options.save_full_model or options.train_parts or options.image_size:
-        return full_size
-    settings = settings_to_go_on(config, vars(options))
-    hidden = config["hidden_size"]
-    inner = config.get("inner_hidden_size") or 4 * hidden
-    widths = {  # of all that goes into and out of one rank of the factors
-        "query_key_value": 3 * hidden + 3 * hidden,
-        "dense": hidden + hidden,
-        "dense_h_to_4h": hidden + inner,
-        "dense_4h_to_h": inner + hidden,
-    }
-    numbers = 0
-    if has_lora(settings):
-        layers = len(settings["layer_range"] or range(config["num_layers"]))
-        targets = settings["lora_target"] or DEFAULT_LORA_TARGETS
-        numbers += layers * settings["lora_rank"] * sum(widths[target] for target in targets)
-    if settings["use_ptuning"]:
-        numbers += config["num_layers"] * 2 * hidden * settings["pre_seq_len"]
-    return 4 * numbers + 2**20
-
-
 def settled_lengths(
-    options: Options, config: Mapping[str, Any], tokenizer: ChatGLMTokenizer, selection: Selection
+    options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer, selection: Selection
 ) -> Lengths:
     """The lengths of the command line, with what the data needs where it says auto."""
     source, target = options.max_source_length, options.max_target_length
@@ -153,6 +157,9 @@ def settled_lengths(
         limit = config.get("max_sequence_length", options.max_sequence_length)
         source, target = auto_lengths(selection, tokenizer, unsettled, source, target, limit)
     return replace(unsettled, max_source_length=source, max_target_length=target)
+
+
+# --- what is said of them ---------------------------------------------------------------------------------------------
 
 
 def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: Mapping[str, Cuts]) -> list[str]:
@@ -167,7 +174,7 @@ def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: M
     held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
         notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")
-    if "eval_iters" in options.typed and (options.valid_data or held_out):
+    if "eval_iters" in options.user_set and (options.valid_data or held_out):
         notes.append("--eval-iters is not used: an evaluation goes through all rows once.")
     return [*notes, epochs_note(options, selection)]
 
@@ -180,8 +187,9 @@ def samples_per_step(options: Options) -> int:
 
 def training_samples(options: Options, selection: Selection) -> int:
     """Samples of one epoch: every turn of every row, as often as --train-data-weights says."""
-    weights = options.train_data_weights or [1] * len(options.train_data)
-    counts = (selection.sample_count(file) for file in options.train_data)
+    files = options.train_data or []
+    weights = options.train_data_weights or [1] * len(files)
+    counts = (selection.sample_count(file) for file in files)
     return sum(weight * count for weight, count in zip(weights, counts, strict=True))
 
 
@@ -201,7 +209,8 @@ def epoch_problems(options: Options, selection: Selection) -> list[str]:
 def epochs_note(options: Options, selection: Selection) -> str:
     """How many samples a run sees, and how many times through the data that is."""
     samples, at_once = training_samples(options, selection), samples_per_step(options)
-    steps, seen = options.train_iters or 10_000, (options.train_iters or 10_000) * at_once
+    steps = options.train_iters or SAT_TRAIN_ITERS
+    seen = steps * at_once
     if options.epochs:  # the last batch may be a small one; batches that make no whole step are left over
         batches = -(-options.epochs * samples * options.gradient_accumulation_steps // at_once)
         steps = max(1, batches // options.gradient_accumulation_steps)
@@ -222,9 +231,3 @@ def cut_note(cuts: Cuts, rows: int) -> str:
         f"{turns}; cut to fit: {cuts.prompts} prompts{histories} (--max_source_length), {cuts.labels} labels"
         " (--max_target_length)"
     )
-
-
-# --- checks of the command line alone ---------------------------------------------------------------------------------
-
-
-# --- checks against the checkpoint's config and DeepSpeed's settings --------------------------------------------------

@@ -4,44 +4,120 @@ Names, types, choices and defaults are theirs exactly (SwissArmyTransformer 0.4.
 """
 
 import argparse
+from typing import Literal
 
 LARGEST_SEED = 2**32 - 1  # numpy.random.seed takes no more
 
 
-def _add_model_config_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("SAT: model (sizes come from the checkpoint's model_config.json)").add_argument
-    # fmt: off
-    add("--num-layers", type=int, default=6, metavar="N", help="Transformer layers (default %(default)s).")
-    add("--hidden-size", type=int, default=1024, metavar="N", help="Width of a position (default %(default)s).")
-    add("--num-attention-heads", type=int, default=16, metavar="N", help="Attention heads (default %(default)s).")
-    add("--vocab-size", type=int, default=100, metavar="N", help="Rows of the word embedding (default %(default)s).")
-    add("--max-sequence-length", type=int, default=512, metavar="N",
-        help="Most positions in a sequence (default %(default)s).")
-    add("--layernorm-order", type=str, default="pre", choices=["post", "pre", "sandwich"],
-        help="Where layer norms stand (default %(default)s).")
-    add("--inner-hidden-size", type=int, metavar="N",
-        help="Width inside the feed-forward part (default: 4 times --hidden-size).")
-    add("--hidden-size-per-attention-head", type=int, metavar="N",
-        help="Width of one attention head (default: --hidden-size divided by the heads).")
-    add("--model-parallel-size", type=int, default=1, metavar="N",
-        help="GPUs that share one copy of the model (default %(default)s).")
-    add("--skip-init", action="store_true", help="Leave weights uninitialised until the checkpoint fills them: faster.")
-    add("--use-gpu-initialization", action="store_true", help="Build the model on the GPU.")
-    add("--num-multi-query-heads", type=int, default=0, metavar="N",
-        help="Groups of keys and values in multi-query attention; 0 is ordinary attention (default %(default)s).")
-    add("--is-gated-mlp", action="store_true", help="Use a gated feed-forward part.")
-    add("--is-rotary-emb", action="store_true", help="Use SAT's own rotary positions (ChatGLM brings its own).")
-    add("--layernorm-epsilon", type=float, default=1e-5, metavar="X",
-        help="Epsilon of layer norms (default %(default)s).")
-    add("--hidden-dropout", type=float, default=0.1, metavar="P",
-        help="Dropout probability of hidden states in training (default %(default)s).")
-    add("--attention-dropout", type=float, default=0.1, metavar="P",
-        help="Dropout probability of attention weights in training (default %(default)s).")
-    add("--drop-path", type=float, default=0.0, metavar="P",
-        help="Probability of leaving a vision layer out in training (default %(default)s).")
-    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
-        help="Round --vocab-size up to a multiple of this (default %(default)s).")
-    add("--parallel-output", action="store_true", help="Leave logits split over model-parallel GPUs.")
+class SatOptions:
+    """What these flags set: an attribute and a type for each. None is an absent flag."""
+
+    # SAT: training
+    experiment_name: str
+    train_iters: int | None
+    epochs: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    lr: float
+    mode: str
+    seed: int
+    zero_stage: int
+    checkpoint_activations: bool
+    checkpoint_num_layers: int
+    checkpoint_skip_layers: int
+    fp16: bool
+    bf16: bool
+    profiling: int
+    log_interval: int
+    summary_dir: str
+    save_args: bool
+    lr_decay_iters: int | None
+    lr_decay_style: str
+    lr_decay_ratio: float
+    warmup: float
+    weight_decay: float
+    save: str | None
+    load: str | None
+    force_train: bool
+    save_interval: int
+    no_save_rng: bool
+    no_load_rng: bool
+    resume_dataloader: bool
+    distributed_backend: str
+    local_rank: int | None
+    exit_interval: int | None
+    wandb: bool
+    wandb_project_name: str
+    # SAT: data
+    train_data: list[str] | None
+    train_data_weights: list[int] | None
+    iterable_dataset: Literal["custom"] | bool
+    iterable_dataset_eval: str
+    batch_from_same_dataset: bool
+    valid_data: list[str] | None
+    test_data: list[str] | None
+    split: str
+    num_workers: int
+    block_size: int
+    prefetch_factor: int
+    # SAT: evaluation
+    eval_batch_size: int | None
+    eval_iters: int
+    eval_interval: int | None
+    strict_eval: bool
+    # SAT: model (sizes come from the checkpoint's model_config.json)
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_sequence_length: int
+    layernorm_order: str
+    inner_hidden_size: int | None
+    hidden_size_per_attention_head: int | None
+    model_parallel_size: int
+    skip_init: bool
+    use_gpu_initialization: bool
+    num_multi_query_heads: int
+    is_gated_mlp: bool
+    is_rotary_emb: bool
+    layernorm_epsilon: float
+    hidden_dropout: float
+    attention_dropout: float
+    drop_path: float
+    make_vocab_size_divisible_by: int
+    parallel_output: bool
+    # SAT: tokenizer
+    tokenizer_type: str
+    # SAT: generating text (not used in training, except --device)
+    temperature: float
+    top_p: float
+    top_k: int
+    num_beams: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    min_tgt_length: int
+    out_seq_length: int
+    input_source: str
+    output_path: str
+    with_id: bool
+    max_inference_batch_size: int
+    device: int
+    # DeepSpeed
+    deepspeed: bool
+    deepspeed_config: str | None
+    deepscale: bool
+    deepscale_config: str | None
+
+
+def add_sat_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare every flag of SAT and DeepSpeed, but for those of the model that `model.model_flags` declares."""
+    _add_training_flags(parser)
+    _add_data_flags(parser)
+    _add_evaluation_flags(parser)
+    _add_model_config_flags(parser)
+    _add_tokenization_flags(parser)
+    _add_generation_flags(parser)
+    _add_deepspeed_flags(parser)
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,17 +183,6 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="Project at Weights & Biases (default %(default)s).")
 
 
-def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("SAT: evaluation").add_argument
-    # fmt: off
-    add("--eval-batch-size", type=int, metavar="N", help="Samples per GPU in evaluation (default: --batch-size).")
-    add("--eval-iters", type=int, default=100, metavar="N", help="Not used, an evaluation goes through all rows once (default %(default)s).")
-    add("--eval-interval", type=int, metavar="N",
-        help="Iterations between two evaluations (default: once per epoch with --epochs, else never).")
-    add("--strict-eval", action="store_true",
-        help="Evaluate every row once, in order, in place of random batches; here it is always so.")
-
-
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("SAT: data").add_argument
     # fmt: off
@@ -142,6 +207,53 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="Rows that --split shuffles at a time; a file needs at least as many (default %(default)s).")
     add("--prefetch-factor", type=int, default=4, metavar="N",
         help="Batches that each worker reads ahead (default %(default)s).")
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: evaluation").add_argument
+    # fmt: off
+    add("--eval-batch-size", type=int, metavar="N", help="Samples per GPU in evaluation (default: --batch-size).")
+    add("--eval-iters", type=int, default=100, metavar="N", help="Not used, an evaluation goes through all rows once (default %(default)s).")
+    add("--eval-interval", type=int, metavar="N",
+        help="Iterations between two evaluations (default: once per epoch with --epochs, else never).")
+    add("--strict-eval", action="store_true",
+        help="Evaluate every row once, in order, in place of random batches; here it is always so.")
+
+
+def _add_model_config_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("SAT: model (sizes come from the checkpoint's model_config.json)").add_argument
+    # fmt: off
+    add("--num-layers", type=int, default=6, metavar="N", help="Transformer layers (default %(default)s).")
+    add("--hidden-size", type=int, default=1024, metavar="N", help="Width of a position (default %(default)s).")
+    add("--num-attention-heads", type=int, default=16, metavar="N", help="Attention heads (default %(default)s).")
+    add("--vocab-size", type=int, default=100, metavar="N", help="Rows of the word embedding (default %(default)s).")
+    add("--max-sequence-length", type=int, default=512, metavar="N",
+        help="Most positions in a sequence (default %(default)s).")
+    add("--layernorm-order", type=str, default="pre", choices=["post", "pre", "sandwich"],
+        help="Where layer norms stand (default %(default)s).")
+    add("--inner-hidden-size", type=int, metavar="N",
+        help="Width inside the feed-forward part (default: 4 times --hidden-size).")
+    add("--hidden-size-per-attention-head", type=int, metavar="N",
+        help="Width of one attention head (default: --hidden-size divided by the heads).")
+    add("--model-parallel-size", type=int, default=1, metavar="N",
+        help="GPUs that share one copy of the model (default %(default)s).")
+    add("--skip-init", action="store_true", help="Leave weights uninitialised until the checkpoint fills them: faster.")
+    add("--use-gpu-initialization", action="store_true", help="Build the model on the GPU.")
+    add("--num-multi-query-heads", type=int, default=0, metavar="N",
+        help="Groups of keys and values in multi-query attention; 0 is ordinary attention (default %(default)s).")
+    add("--is-gated-mlp", action="store_true", help="Use a gated feed-forward part.")
+    add("--is-rotary-emb", action="store_true", help="Use SAT's own rotary positions (ChatGLM brings its own).")
+    add("--layernorm-epsilon", type=float, default=1e-5, metavar="X",
+        help="Epsilon of layer norms (default %(default)s).")
+    add("--hidden-dropout", type=float, default=0.1, metavar="P",
+        help="Dropout probability of hidden states in training (default %(default)s).")
+    add("--attention-dropout", type=float, default=0.1, metavar="P",
+        help="Dropout probability of attention weights in training (default %(default)s).")
+    add("--drop-path", type=float, default=0.0, metavar="P",
+        help="Probability of leaving a vision layer out in training (default %(default)s).")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+        help="Round --vocab-size up to a multiple of this (default %(default)s).")
+    add("--parallel-output", action="store_true", help="Leave logits split over model-parallel GPUs.")
 
 
 def _add_tokenization_flags(parser: argparse.ArgumentParser) -> None:

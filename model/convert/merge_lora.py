@@ -6,13 +6,14 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.checkpoints.layout import WEIGHTS_FILE, find_weights, read_json_object
-from model.checkpoints.metadata import KEY, LORA_SIZES, METHODS, PTUNING_SIZES, has_lora
+from model.adapter_config import ADAPTER_KEYS, AdapterConfig
+from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
+from model.checkpoints.metadata import KEY, with_base
+from model.checkpoints.sizes import free_bytes
 from model.checkpoints.weights import whole_weights, without_adapters, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
@@ -22,61 +23,68 @@ from model.lora import folded
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
 
-def merge(checkpoint: str, out: str, base: str | None = None, force_base: bool = False) -> Path:
+def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force_base: bool = False) -> Path:
     """Write the checkpoint's weights with its LoRA folded in, as an ordinary checkpoint in the new folder out.
 
     From QLoRA the sum is that of the weights as they were in training: packed into 4 bits and unpacked again.
 
     Args:
-        checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything `model.checkpoints.layout.find_weights` takes.
+        checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything that `Checkpoint.find` takes.
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
 
     Raises:
         InputError: there is nothing that can be merged, a file can't be used, or out is in use or has no room.
     """
-    path, folder = find_weights(checkpoint, "CHECKPOINT"), Path(out)
-    config = read_json_object(path.parent.parent / "model_config.json", "The checkpoint's configuration")
-    _refuse_unmergeable(checkpoint, config)
+    checkpoint, folder = Checkpoint.find(checkpoint, "CHECKPOINT"), Path(out)
+    adapters = AdapterConfig.from_json(checkpoint.config)
+    _refuse_unmergeable(checkpoint.name, adapters)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{out}: something is there already; a new folder is needed.")
-    weights, _, _ = whole_weights(path, given_base=base, force_base=force_base)
+    weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
     plain = without_adapters(weights)
     size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < size:
         raise InputError(f"{out}: {free / 2**30:.1f} GiB free on its disk; {size / 2**30:.1f} GiB are needed.")
-    scale = config.get("lora_alpha", 1.0) / config["lora_rank"]
-    packed = bool(config.get("use_qlora"))
 
     def merged(name: str) -> torch.Tensor:
-        weight = plain[name]
-        prefix = name.removesuffix("weight")
-        if packed and is_packed_in_qlora(name, weight):
-            weight = dequantized(*quantized(weight), torch.float32)
-        if f"{prefix}matrix_A.0" in weights:
-            weight = folded(
-                weight, _factors(weights, f"{prefix}matrix_A."), _factors(weights, f"{prefix}matrix_B."), scale
-            )
-        return weight.to(plain[name].dtype)
+        return merged_weight(name, plain[name], weights, adapters)
 
-    write_whole(folder / ITERATION / WEIGHTS_FILE, lambda file: write_weights(file, plain, merged))
-    text = json.dumps(_plain_config(config, checkpoint), indent=4, ensure_ascii=False)
-    write_whole(folder / "model_config.json", lambda file: file.write_text(text, encoding="utf-8"))
-    tokenizer = find_tokenizer(path.parent.parent, None)
+    write_whole(weights_path(folder, ITERATION), lambda file: write_weights(file, plain, merged))
+    text = json.dumps(_plain_config(checkpoint), indent=4, ensure_ascii=False)
+    write_whole(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    tokenizer = find_tokenizer(checkpoint.folder, None)
     write_whole(folder / Path(tokenizer).name, lambda file: shutil.copyfile(tokenizer, file))
     write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
     return folder
 
 
-def _refuse_unmergeable(checkpoint: str, config: Mapping[str, Any]) -> None:
-    if config.get("use_ptuning"):
+def _refuse_unmergeable(checkpoint: str, adapters: AdapterConfig) -> None:
+    if adapters.has_ptuning:
         raise InputError(
             f"{checkpoint}: it has P-Tuning prefixes, which stand beside the keys and values and change no weight, so they "
             "can't be merged; only LoRA and QLoRA can."
         )
-    if not has_lora(config):
+    if not adapters.has_lora:
         raise InputError(f"{checkpoint}: no LoRA in it; nothing is to be merged.")
+
+
+def merged_weight(
+    name: str, weight: torch.Tensor, weights: Mapping[str, torch.Tensor], adapters: AdapterConfig
+) -> torch.Tensor:
+    """A tensor of the plain model with its LoRA factors folded in, in its own dtype.
+
+    Args:
+        name: of the tensor, as in the plain model. weights: where its factors are.
+    """
+    merged = weight
+    prefix = name.removesuffix("weight")
+    if "qlora" in adapters.methods and is_packed_in_qlora(name, weight):
+        merged = dequantized(*quantized(weight), torch.float32)
+    if f"{prefix}matrix_A.0" in weights:
+        a, b = (_factors(weights, f"{prefix}{matrix}.") for matrix in ("matrix_A", "matrix_B"))
+        merged = folded(merged, a, b, adapters.scale)
+    return merged.to(weight.dtype)
 
 
 def is_packed_in_qlora(name: str, weight: torch.Tensor) -> bool:
@@ -109,13 +117,13 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[
         on_disk.pop(name).copy_(value(name))
 
 
-def _plain_config(config: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
+def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
     """The config of an ordinary VisualGLM checkpoint, with a word on where it comes from."""
-    method = {*METHODS, *LORA_SIZES, *PTUNING_SIZES, "lora_dropout", "train_parts", KEY}
-    plain = {key: value for key, value in config.items() if key not in method}
-    merged_from = {key: value for key, value in config.get(KEY, {}).items() if key != "contents"}
+    config = checkpoint.config
+    plain = {key: value for key, value in config.items() if key not in (*ADAPTER_KEYS, KEY)}
+    merged_from = {key: value for key, value in config.get("finetuning", {}).items() if key != "contents"}
     return {
         **plain,
         "model_class": "VisualGLMModel",
-        KEY: {"contents": "merged", "checkpoint": checkpoint, **merged_from},
+        KEY: {"contents": "merged", "checkpoint": checkpoint.name, **merged_from},
     }

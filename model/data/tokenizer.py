@@ -10,7 +10,7 @@ transformers and huggingface_hub are imported only where they are needed: each t
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +222,7 @@ def find_tokenizer(
         ) from error
 
 
-def check_special_ids(tokenizer: ChatGLMTokenizer, config: dict[str, Any]) -> None:
+def check_special_ids(tokenizer: ChatGLMTokenizer, config: Mapping[str, Any]) -> None:
     """Do nothing if tokenizer and model agree: each special id is model_config.json's, and every id has an embedding.
 
     Raises:

@@ -1,8 +1,10 @@
 """A checkpoint of any kind, loaded to be asked."""
 
+from pathlib import Path
+
 import torch
 
-from model.checkpoints.layout import find_weights, read_json_object
+from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import is_finetuned
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.errors import InputError
@@ -11,7 +13,7 @@ from model.visualglm import VisualGLMModel
 
 
 def load_for_answering(
-    checkpoint: str,
+    checkpoint: str | Path | Checkpoint,
     tokenizer_path: str | None = None,
     base: str | None = None,
     force_base: bool = False,
@@ -22,7 +24,7 @@ def load_for_answering(
     The model is on the GPU in float16 where there is one, else on the CPU in float32.
 
     Args:
-        checkpoint: a folder, an iteration's folder, its weights file, or a name in $SAT_HOME.
+        checkpoint: a folder, an iteration's folder, its weights file, a name in $SAT_HOME, or one found before.
         tokenizer_path: where to find the tokenizer if the folder has none.
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
         quant: 8 or 4, to keep the weights of linears in that many bits, on a GPU.
@@ -37,15 +39,13 @@ def load_for_answering(
         raise InputError(
             f"--quant {quant}: SAT's kernels for it run on an NVIDIA GPU only; leave --quant out on a CPU."
         )
-    weights = find_weights(checkpoint)
-    folder = weights.parent.parent
-    config = read_json_object(folder / "model_config.json", "The checkpoint's configuration")
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, tokenizer_path))
-    check_special_ids(tokenizer, config)
-    model_class = FineTuneVisualGLMModel if is_finetuned(config) else VisualGLMModel
+    checkpoint = Checkpoint.find(checkpoint)
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, tokenizer_path))
+    check_special_ids(tokenizer, checkpoint.config)
+    model_class = FineTuneVisualGLMModel if is_finetuned(checkpoint.config) else VisualGLMModel
     args = model_class.get_args(skip_init=True, fp16=torch.cuda.is_available(), base=base, force_base=force_base)
     with model_only():
-        model, _ = model_class.from_pretrained(str(weights), args)
+        model, _ = model_class.from_pretrained(checkpoint, args)
     if quant is not None:
         from sat.quantization.kernels import quantize
 
@@ -54,5 +54,5 @@ def load_for_answering(
 
 
 def image_size(model: VisualGLMModel) -> int:
-    """Height and width, in pixels, of the pictures that the model takes."""
+    """Height and width, in pixels, of the images that the model takes."""
     return model.get_mixin("eva").model.vit.transformer.property.image_size[0]

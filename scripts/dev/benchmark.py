@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a fil
 
 from model.checkpoints.layout import read_json_object
 from model.distributed import has_gpu
-from model.errors import InputError
-from model.progress import say, warn
+from model.errors import exit_on_input_error
+from model.progress import say
 
 TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}
 TINY_IDS = {"bos_token_id": 89, "mask_token_id": 85, "gmask_token_id": 86, "pad_token_id": 3}
@@ -580,11 +580,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = parsed(argv)
-    try:
+    with exit_on_input_error("benchmark.py"):
         bench = Bench(options)
-    except InputError as problem:
-        warn(f"benchmark.py: error: {problem}")
-        sys.exit(2)
     say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
     figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
     if options.json:

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from model.checkpoints.layout import find_checkpoint, read_json_object
-from model.errors import InputError
-from model.progress import say, warn
+from model.checkpoints.layout import Checkpoint
+from model.errors import InputError, exit_on_input_error
+from model.progress import say
 
 PROJECT = Path(__file__).resolve().parents[2]
 FEW = 20
@@ -53,12 +53,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = command_line().parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            figures = measured(options, Path(folder))
-    except InputError as problem:
-        warn(f"benchmark_data.py: error: {problem}")
-        sys.exit(2)
+    with exit_on_input_error("benchmark_data.py"), tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = measured(options, Path(folder))
     say(json.dumps(figures, indent=1) if options.json else "\n".join(figure_lines(figures)))
 
 
@@ -68,7 +64,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the checkpoint can't be used, or a run failed.
     """
-    checkpoint = find_checkpoint(options.from_pretrained).resolve()
+    checkpoint = Checkpoint.find(options.from_pretrained)
     say(f"Making {options.rows} rows and pictures of {options.edge} × {options.edge} pixels in {folder} …")
     few, many = made_data(folder, FEW, options.edge), made_data(folder, options.rows, options.edge)
     step = ("--train-iters", "1")
@@ -117,7 +113,7 @@ def made_data(folder: Path, rows: int, edge: int) -> Path:
 
 
 def training_run(
-    options: argparse.Namespace, checkpoint: Path, data: Path, folder: Path, *flags: str
+    options: argparse.Namespace, checkpoint: Checkpoint, data: Path, folder: Path, *flags: str
 ) -> dict[str, float]:
     """Seconds until the first step is done, most memory of all its processes together until then, and its speed.
 
@@ -127,7 +123,7 @@ def training_run(
         InputError: the run failed; its last lines say why.
     """
     command = [
-        sys.executable, str(PROJECT / "finetune_visualglm.py"), "--from_pretrained", str(checkpoint), "--use_lora",
+        sys.executable, str(PROJECT / "finetune_visualglm.py"), "--from_pretrained", str(checkpoint.folder.resolve()), "--use_lora",
         "--mode", "finetune", "--train-data", str(data), "--batch-size", str(options.batch_size), "--num-workers",
         str(options.num_workers), "--max_target_length", "64", *flags,
     ]  # fmt: skip
@@ -175,7 +171,7 @@ def memory_of(process: int) -> int:
     return (int(found[1]) * 1024 if found else 0) + sum(memory_of(int(child)) for child in children)
 
 
-def reading_rate(options: argparse.Namespace, checkpoint: Path, data: Path) -> float:
+def reading_rate(options: argparse.Namespace, checkpoint: Checkpoint, data: Path) -> float:
     """Samples per second that the data loader gives when nobody trains, after its first batches."""
     from torch.utils.data import DataLoader, Subset
 
@@ -183,10 +179,11 @@ def reading_rate(options: argparse.Namespace, checkpoint: Path, data: Path) -> f
     from model.data.image_processor import BlipImageEvalProcessor
     from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 
-    config = read_json_object(checkpoint / "model_config.json", "The checkpoint's configuration")
-    lengths = argparse.Namespace(image_length=config["image_length"], max_source_length=64, max_target_length=64)
-    processor = BlipImageEvalProcessor(config["eva_args"]["image_size"][0])
-    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint))
+    lengths = argparse.Namespace(
+        image_length=checkpoint.config["image_length"], max_source_length=64, max_target_length=64
+    )
+    processor = BlipImageEvalProcessor(checkpoint.config["eva_args"]["image_size"][0])
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder))
     dataset = FewShotDataset(data, processor, tokenizer, lengths)
     some = Subset(dataset, range(min(len(dataset), 1000)))
     loader = DataLoader(some, options.batch_size, num_workers=options.num_workers, collate_fn=data_collator)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, run_python
+from conftest import GOLDEN, run_program
 
 pytestmark = pytest.mark.run
 
@@ -26,83 +26,6 @@ METHODS = {
 KINDS = ("adapter", "full")
 MERGEABLE = ("lora", "qlora", "lora+qformer")
 
-QUESTION = """
-import torch
-generator = torch.Generator().manual_seed(7)
-QUESTION = {
-    "input_ids": torch.tensor([[859] + [3] * 32 + [775, 2685, 86, 89, 554, 90]]),
-    "image": torch.randn(1, 3, 224, 224, generator=generator),
-    "pre_image": 1,
-}
-"""
-TRAIN = (
-    QUESTION
-    + """
-import sys
-from argparse import Namespace
-import finetune_visualglm
-from model.checkpoints import weights as checkpoint
-
-folder, *argv = sys.argv[1:]
-save_checkpoint = checkpoint.save_checkpoint
-
-def save_both_kinds(iteration, model, optimizer, lr_scheduler, args):
-    with torch.no_grad():
-        logits = model.module.eval()(**QUESTION)[0]
-    for kind in ("adapter", "full"):
-        kind_args = Namespace(**vars(args) | {"save": f"{folder}/{kind}", "save_full_model": kind == "full"})
-        save_checkpoint(iteration, model, optimizer, lr_scheduler, kind_args)
-    torch.save(logits, f"{folder}/logits.pt")
-
-checkpoint.save_checkpoint = save_both_kinds
-finetune_visualglm.main(argv)
-"""
-)
-LOAD = (
-    QUESTION
-    + """
-import json, sys
-from pathlib import Path
-from model.inference.chat import chat
-from model.inference.load import load_for_answering
-from model.convert.merge_lora import merge
-
-root, picture = Path(sys.argv[1]), sys.argv[2]
-
-def seen(checkpoint, in_memory=False):
-    model, tokenizer = load_for_answering(str(checkpoint))
-    if in_memory:
-        model.get_mixin("lora").merge_lora()
-    with torch.no_grad():
-        logits = model(**QUESTION)[0]
-    answer = chat(picture, model, tokenizer, "这是什么？", max_length=50, temperature=0)[0]
-    return logits, answer, sorted(model.state_dict())
-
-facts = {}
-base_logits, _, base_names = seen(root / "base")
-for folder in sorted(path.parent for path in root.glob("*/logits.pt")):
-    in_training = torch.load(folder / "logits.pt")
-    for kind in ("adapter", "full"):
-        logits, answer, _ = seen(folder / kind)
-        fact = {
-            "from_training": (logits - in_training).abs().max().item(),
-            "from_base": (logits - base_logits).abs().max().item(),
-        }
-        if "ptuning" not in folder.name:
-            merge(str(folder / kind), str(folder / f"{kind}-merged"))
-            for way, merged in (
-                ("file", seen(folder / f"{kind}-merged")), ("memory", seen(folder / kind, in_memory=True))
-            ):
-                fact[f"merged_in_{way}"] = {
-                    "difference": (merged[0] - logits).abs().max().item(),
-                    "same_answer": merged[1] == answer,
-                    "plain_names": merged[2] == base_names,
-                }
-        facts[f"{folder.name} {kind}"] = fact
-print(json.dumps(facts))
-"""
-)
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, upstream_checkpoint: Path) -> Path:
@@ -111,8 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, upstream_checkpoint: Path) ->
     (root / "base").symlink_to(upstream_checkpoint)
     for method, flags in METHODS.items():
         (root / method).mkdir()
-        run = run_python(
-            "-c", TRAIN, root / method, "--from_pretrained", root / "base", "--mode", "finetune", *flags,
+        run = run_program(
+            "train_and_save_both_kinds", root / method, "--from_pretrained", root / "base", "--mode", "finetune", *flags,
             "--train-data", GOLDEN / "upstream/dataset.json", "--train-iters", "3", "--batch-size", "2",
             "--auto_warmup_steps", "0", "--max_source_length", "80", "--num-workers", "0", "--lr", "0.03",
             "--save", root, "--summary-dir", root / "summaries", OMP_NUM_THREADS="1",
@@ -123,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, upstream_checkpoint: Path) ->
 
 @pytest.fixture(scope="module")
 def facts(root: Path) -> dict:
-    run = run_python("-c", LOAD, root, GOLDEN / "upstream/images/0.png", OMP_NUM_THREADS="1")
+    run = run_program("load_and_merge", root, GOLDEN / "upstream/images/0.png", OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -1,13 +1,11 @@
-"""Files that a command line names: checkpoints, JSON objects, places to save."""
+"""Where a checkpoint's files lie: found once from what was given, and read once."""
 
-import os
 from pathlib import Path
 
 import pytest
+from conftest import GOLDEN, run_program
 
-from model.checkpoints.layout import find_checkpoint, find_weights, read_json_object
-from model.cli.flag_checks import save_problems
-from model.cli.options import Options, parse
+from model.checkpoints.layout import Checkpoint, read_json_object
 from model.errors import InputError
 
 WEIGHTS = "mp_rank_00_model_states.pt"
@@ -17,11 +15,6 @@ WEIGHTS = "mp_rank_00_model_states.pt"
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SAT_HOME"):
         monkeypatch.delenv(name, raising=False)
-
-
-def good(*words: str) -> Options:
-    """A command line without a problem, and more words after it."""
-    return parse(["--use_lora", "--train-data", "rows.json", *words])
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -71,54 +64,52 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def checkpoint_error(name: Path | str) -> str:
     with pytest.raises(InputError) as error:
-        find_checkpoint(str(name))
+        Checkpoint.find(str(name))
     return str(error.value)
 
 
-def test_find_checkpoint_when_a_folder_is_given_returns_it(checkpoint: Path) -> None:
-    assert find_checkpoint(str(checkpoint)) == checkpoint
+def test_find_when_a_folder_is_given_returns_it(checkpoint: Path) -> None:
+    assert Checkpoint.find(str(checkpoint)).folder == checkpoint
 
 
-def test_find_checkpoint_when_a_name_is_given_looks_in_sat_home(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_when_a_name_is_given_looks_in_sat_home(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAT_HOME", str(checkpoint.parent))
-    assert find_checkpoint("visualglm-6b") == checkpoint
+    assert Checkpoint.find("visualglm-6b").folder == checkpoint
 
 
-def test_find_checkpoint_when_sat_home_is_unset_looks_in_the_home_folder(
+def test_find_when_sat_home_is_unset_looks_in_the_home_folder(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(checkpoint.parent))
     checkpoint.parent.joinpath(".sat_models").symlink_to(checkpoint.parent)
-    assert find_checkpoint("visualglm-6b") == checkpoint.parent / ".sat_models" / "visualglm-6b"
+    assert Checkpoint.find("visualglm-6b").folder == checkpoint.parent / ".sat_models" / "visualglm-6b"
 
 
 @pytest.mark.parametrize("part", ["300", f"300/{WEIGHTS}"])
-def test_find_checkpoint_when_a_part_is_given_returns_the_whole(checkpoint: Path, part: str) -> None:
-    assert find_checkpoint(str(checkpoint / part)) == checkpoint
+def test_find_when_a_part_is_given_returns_the_whole(checkpoint: Path, part: str) -> None:
+    assert Checkpoint.find(str(checkpoint / part)).folder == checkpoint
 
 
-def test_find_checkpoint_when_weights_are_a_release_returns_the_folder(checkpoint: Path) -> None:
+def test_find_when_weights_are_a_release_returns_the_folder(checkpoint: Path) -> None:
     (checkpoint / "300").rename(checkpoint / "release")
     (checkpoint / "latest").write_text("release")
-    assert find_checkpoint(str(checkpoint)) == checkpoint
+    assert Checkpoint.find(str(checkpoint)).folder == checkpoint
 
 
 @pytest.mark.parametrize("part", ["200", f"200/{WEIGHTS}"])
-def test_find_weights_when_an_iteration_is_meant_takes_it_in_place_of_the_latest(checkpoint: Path, part: str) -> None:
+def test_find_when_an_iteration_is_meant_takes_it_in_place_of_the_latest(checkpoint: Path, part: str) -> None:
     (checkpoint / "200").mkdir()
     (checkpoint / "200" / WEIGHTS).touch()
-    assert find_weights(str(checkpoint)) == checkpoint / "300" / WEIGHTS
-    assert find_weights(str(checkpoint / part)) == checkpoint / "200" / WEIGHTS
+    assert Checkpoint.find(str(checkpoint)).weights_file() == checkpoint / "300" / WEIGHTS
+    assert Checkpoint.find(str(checkpoint / part)).weights_file() == checkpoint / "200" / WEIGHTS
 
 
-def test_find_weights_names_the_flag_that_was_meant(tmp_path: Path) -> None:
+def test_find_names_the_flag_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--base nowhere: no such folder"):
-        find_weights("nowhere", "--base")
+        Checkpoint.find("nowhere", "--base")
 
 
-def test_find_checkpoint_when_nothing_is_there_says_where_it_looked_and_what_to_do(
+def test_find_when_nothing_is_there_says_where_it_looked_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAT_HOME", str(tmp_path / "home"))
@@ -131,57 +122,70 @@ def test_find_checkpoint_when_nothing_is_there_says_where_it_looked_and_what_to_
 
 
 @pytest.mark.parametrize("file", ["latest", "model_config.json"])
-def test_find_checkpoint_when_a_file_is_missing_names_it(checkpoint: Path, file: str) -> None:
+def test_find_when_a_file_is_missing_names_it(checkpoint: Path, file: str) -> None:
     (checkpoint / file).unlink()
     assert f'no "{file}" in {checkpoint}' in checkpoint_error(checkpoint)
 
 
-def test_find_checkpoint_when_the_weights_are_missing_names_them(checkpoint: Path) -> None:
+def test_find_when_the_weights_are_missing_names_them(checkpoint: Path) -> None:
     (checkpoint / "latest").write_text("400")
     assert f"no {checkpoint / '400' / WEIGHTS}; the weights" in checkpoint_error(checkpoint)
 
 
-def test_find_checkpoint_when_latest_is_no_iteration_says_what_it_holds(checkpoint: Path) -> None:
+def test_find_when_latest_is_no_iteration_says_what_it_holds(checkpoint: Path) -> None:
     (checkpoint / "latest").write_text("global_step3")
     assert f'"global_step3" found in {checkpoint / "latest"}' in checkpoint_error(checkpoint)
 
 
-def test_find_checkpoint_when_the_folder_above_is_given_names_a_checkpoint_inside(checkpoint: Path) -> None:
+def test_find_when_the_folder_above_is_given_names_a_checkpoint_inside(checkpoint: Path) -> None:
     assert f"is needed, such as {checkpoint}." in checkpoint_error(checkpoint.parent)
 
 
-def test_find_checkpoint_when_it_is_hugging_faces_layout_says_so(tmp_path: Path) -> None:
+def test_find_when_it_is_hugging_faces_layout_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     assert "looks like a Hugging Face checkpoint, and one in SAT's layout is needed" in checkpoint_error(tmp_path)
 
 
-def test_find_checkpoint_when_a_file_is_given_needs_a_folder(checkpoint: Path) -> None:
+def test_find_when_a_file_is_given_needs_a_folder(checkpoint: Path) -> None:
     assert "is a file; a checkpoint folder is needed." in checkpoint_error(checkpoint / "model_config.json")
 
 
-def test_save_problems_when_nothing_is_saved_is_empty() -> None:
-    assert save_problems(good(), 2**60) == []
+def test_find_reads_the_configuration_and_keeps_the_name_as_it_was_given(checkpoint: Path) -> None:
+    (checkpoint / "model_config.json").write_text('{"num_layers": 28}')
+    found = Checkpoint.find(str(checkpoint / "300"))
+    assert found.config == {"num_layers": 28}
+    assert (found.name, found.iteration) == (str(checkpoint / "300"), "300")
 
 
-def test_save_problems_when_there_is_room_is_empty_and_makes_no_folder(tmp_path: Path) -> None:
-    assert save_problems(good("--save", str(tmp_path / "a" / "b")), 1) == []
-    assert list(tmp_path.iterdir()) == []
+def test_find_when_it_is_found_already_gives_it_back(checkpoint: Path) -> None:
+    found = Checkpoint.find(checkpoint)
+    assert Checkpoint.find(found) is found
 
 
-def test_save_problems_when_there_is_no_room_says_what_was_found_and_needed(tmp_path: Path) -> None:
-    [sentence] = save_problems(good("--save", str(tmp_path / "a")), 2**60)
-    assert "free on its disk; 1073741824.0 GiB are needed." in sentence
+def test_find_when_the_configuration_is_no_json_says_where(checkpoint: Path) -> None:
+    (checkpoint / "model_config.json").write_text("{,}")
+    assert "model_config.json: not JSON at line 1, column 2" in checkpoint_error(checkpoint)
 
 
-@pytest.mark.parametrize("below", ["", "checkpoints"])
-def test_save_problems_when_a_file_is_in_the_way_names_it(tmp_path: Path, below: str) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    [sentence] = save_problems(good("--save", str(file / below)), 1)
-    assert f"{file} is a file; a folder is needed." in sentence
+def test_weights_file_is_that_of_the_model_parallel_rank(checkpoint: Path) -> None:
+    assert Checkpoint.find(checkpoint).weights_file(3) == checkpoint / "300" / "mp_rank_03_model_states.pt"
 
 
-def test_save_problems_when_the_folder_is_not_writable_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere, so permissions alone don't tell
-    [sentence] = save_problems(good("--save", str(tmp_path)), 1)
-    assert f"{tmp_path} can't be written to" in sentence
+def test_at_takes_a_folder_without_a_configuration(checkpoint: Path) -> None:
+    (checkpoint / "model_config.json").unlink()
+    assert Checkpoint.at(checkpoint).config == {}
+
+
+def test_at_when_an_iteration_is_asked_for_takes_it_in_place_of_the_latest(checkpoint: Path) -> None:
+    assert Checkpoint.at(checkpoint, 200).weights_file() == checkpoint / "200" / WEIGHTS
+
+
+@pytest.mark.run
+def test_a_plain_start_reads_model_config_json_once(upstream_checkpoint: Path, tmp_path: Path) -> None:
+    run = run_program(
+        "count_config_reads", "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune",
+        "--train-data", GOLDEN / "upstream/dataset.json", "--train-iters", "1", "--batch-size", "1", "--num-workers", "0",
+        "--max_source_length", "80", "--summary-dir", tmp_path, cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[-2:] == [str(upstream_checkpoint / "model_config.json"), "1"]

@@ -1,6 +1,5 @@
 """Checks that need no model: each problem is a sentence with where, what was found and what is needed."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from model.cli.flag_checks import (
     _image_size_problems,
     config_problems,
     deepspeed_problems,
-    method_problems,
+    flag_problems,
     overridden_by_config,
     overridden_by_deepspeed,
     split_row_problems,
     split_shares,
 )
 from model.cli.options import Options, parse
-from model.cli.preflight import epoch_problems, epochs_note
-from model.data.split import Selection, read_selection
 
 CONFIG = {
     "num_layers": 28,
@@ -52,28 +49,28 @@ def good(*words: str) -> Options:
 
 def problem(*words: str) -> str:
     """The one problem that these words make of a good command line."""
-    [sentence] = method_problems(good(*words))
+    [sentence] = flag_problems(good(*words))
     return sentence
 
 
 # --- the command line alone -------------------------------------------------------------------------------------------
 
 
-def test_method_problems_when_all_is_well_is_empty() -> None:
-    assert method_problems(good()) == []
+def test_flag_problems_when_all_is_well_is_empty() -> None:
+    assert flag_problems(good()) == []
 
 
-def test_method_problems_when_no_method_is_given_names_the_three() -> None:
+def test_flag_problems_when_no_method_is_given_names_the_three() -> None:
     options = parse(["--train-data", "rows.json", "--split", "1"])
-    assert method_problems(options) == ["No method: --use_lora, --use_qlora or --use_ptuning is needed."]
+    assert flag_problems(options) == ["No method: --use_lora, --use_qlora or --use_ptuning is needed."]
 
 
-def test_method_problems_when_lora_and_ptuning_are_combined_is_empty() -> None:
-    assert method_problems(good("--use_ptuning")) == []
+def test_flag_problems_when_lora_and_ptuning_are_combined_is_empty() -> None:
+    assert flag_problems(good("--use_ptuning")) == []
 
 
-def test_method_problems_when_several_things_are_wrong_lists_all() -> None:
-    assert len(method_problems(good("--fp16", "--bf16", "--lr", "0", "--zero-stage", "3"))) == 3
+def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
+    assert len(flag_problems(good("--fp16", "--bf16", "--lr", "0", "--zero-stage", "3"))) == 3
 
 
 @pytest.mark.parametrize("words, parts", [
@@ -108,7 +105,7 @@ def test_method_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--device", "1"], ["--device 1", "GPU 0 only", "CUDA_VISIBLE_DEVICES=1"]),
     (["--model-parallel-size", "2"], ["--model-parallel-size 2", "1 is needed"]),
 ])  # fmt: skip
-def test_method_problems_when_one_thing_is_wrong_says_where_what_and_what_is_needed(
+def test_flag_problems_when_one_thing_is_wrong_says_where_what_and_what_is_needed(
     words: list[str], parts: list[str]
 ) -> None:
     sentence = problem(*words)
@@ -116,7 +113,7 @@ def test_method_problems_when_one_thing_is_wrong_says_where_what_and_what_is_nee
         assert part in sentence
 
 
-def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flag_checks, "_is_installed", lambda package: True)
     assert "--use_lora and --use_qlora: only one is needed" in problem("--use_qlora")
 
@@ -125,11 +122,11 @@ def test_method_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: py
     (["--use_qlora"], "bitsandbytes"),
     (["--use_lora", "--wandb"], "wandb"),
 ])  # fmt: skip
-def test_method_problems_when_a_package_is_missing_says_what_to_install(
+def test_flag_problems_when_a_package_is_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, words: list[str], package: str
 ) -> None:
     monkeypatch.setattr(flag_checks, "_is_installed", lambda package: False)
-    [sentence] = method_problems(parse([*words, "--train-data", "rows.json", "--split", "1"]))
+    [sentence] = flag_problems(parse([*words, "--train-data", "rows.json", "--split", "1"]))
     assert f"pip install {package} is needed" in sentence
 
 
@@ -142,21 +139,21 @@ def test_is_installed_when_only_a_placeholder_stands_in_sys_modules_is_false(mon
     assert not flag_checks._is_installed("no_such_package")
 
 
-def test_method_problems_when_train_data_is_missing_needs_a_file() -> None:
-    [sentence] = method_problems(parse(["--use_lora", "--split", "1"]))
+def test_flag_problems_when_train_data_is_missing_needs_a_file() -> None:
+    [sentence] = flag_problems(parse(["--use_lora", "--split", "1"]))
     assert sentence == "--train-data: no file given; a JSON file with rows to learn is needed."
 
 
-def test_method_problems_when_device_is_this_process_local_rank_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_problems_when_device_is_this_process_local_rank_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert method_problems(good("--device", "1")) == []
+    assert flag_problems(good("--device", "1")) == []
 
 
-def test_method_problems_when_load_has_no_latest_names_it(tmp_path: Path) -> None:
+def test_flag_problems_when_load_has_no_latest_names_it(tmp_path: Path) -> None:
     assert f'--load {tmp_path}: no "latest" in {tmp_path}' in problem("--load", str(tmp_path))
 
 
-def test_method_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
+def test_flag_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
     assert "is not there; a checkpoint folder is needed." in problem("--load", str(tmp_path / "none"))
 
 
@@ -234,9 +231,9 @@ def test_config_problems_when_the_layer_norms_are_elsewhere_says_so() -> None:
     (["--num-layers", "28"], []),
     ([], []),
     (["--model-parallel-size", "2"], []),
-    (["--layer_range", "0"], []),  # the method's sizes: see test_description.py
+    (["--layer_range", "0"], []),  # the method's sizes: see test_metadata.py
 ])  # fmt: skip
-def test_overridden_by_config_names_typed_flags_that_differ(words: list[str], sentences: list[str]) -> None:
+def test_overridden_by_config_names_the_users_flags_that_differ(words: list[str], sentences: list[str]) -> None:
     assert overridden_by_config(good(*words), {**CONFIG, "model_parallel_size": 1, "layer_range": [0, 14]}) == sentences
 
 
@@ -259,7 +256,7 @@ def test_overridden_by_config_names_typed_flags_that_differ(words: list[str], se
     (["--lr", "0.5"], {"optimizer": {"params": {"lr": 0.5}}}, []),
     ([], {"train_micro_batch_size_per_gpu": 8}, []),
 ])  # fmt: skip
-def test_overridden_by_deepspeed_names_typed_flags_that_differ(
+def test_overridden_by_deepspeed_names_the_users_flags_that_differ(
     words: list[str], settings: dict[str, Any], sentences: list[str]
 ) -> None:
     assert overridden_by_deepspeed(good(*words), settings, "ds.json") == sentences
@@ -303,7 +300,7 @@ def test_data_flags_that_cannot_be_are_refused(words: tuple[str, ...], found: st
 
 @pytest.mark.parametrize("words", [("--max_source_length", "auto"), ("--check_seconds", "inf"), ("--holdout", "0.1")])
 def test_data_flags_that_can_be_are_taken(words: tuple[str, ...]) -> None:
-    assert method_problems(good(*words)) == []
+    assert flag_problems(good(*words)) == []
 
 
 def test_auto_lengths_are_no_problem_for_the_checkpoint() -> None:
@@ -314,34 +311,3 @@ def test_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
     assert _image_size_problems(good("--image_size", "336"), {"patch_size": 14}) == []
     [sentence] = _image_size_problems(good("--image_size", "300"), {"patch_size": 14})
     assert sentence == "--image_size 300: the vision tower reads patches of 14 pixels; a multiple is needed."
-
-
-# --- rows and epochs --------------------------------------------------------------------------------------------------
-
-
-def selection_with(folder: Path, **samples: int) -> Selection:
-    """Files of so many rows."""
-    for name, number in samples.items():
-        (folder / name).write_text(json.dumps([{"prompt": "?", "label": "!"}] * number))
-    return read_selection([str(folder / name) for name in samples], "error", 0)[0]
-
-
-def test_epochs_note_counts_samples_over_files_weights_and_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    selection = selection_with(tmp_path, a=10, b=5)
-    files = ["--train-data", str(tmp_path / "a"), str(tmp_path / "b"), "--train-data-weights", "1", "2"]
-    words = [*files, "--batch-size", "2", "--gradient-accumulation-steps", "2"]
-    assert epochs_note(parse(["--use_lora", *words, "--epochs", "2"]), selection) == (
-        "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
-    )
-    assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
-
-
-def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
-    selection = selection_with(tmp_path, a=3)
-    words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")
-    [sentence] = epoch_problems(parse(words), selection)
-    assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
-    assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []

@@ -1,19 +1,16 @@
-"""The command line: the same flags as SAT's and DeepSpeed's, and a sentence for each wrong word."""
+"""The command line: its help, its types, and a sentence for each wrong word."""
 
 import argparse
-import json
-import subprocess
-import sys
-from typing import Any
+import re
+from typing import Any, Literal, get_type_hints
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, run_program, run_python
 
 from model.cli import options as module
-from model.cli.flag_checks import method_problems
-from model.cli.options import full_parser, parse, script_parser
+from model.cli.flag_checks import flag_problems
+from model.cli.options import full_parser, parse
 
-ROOT = PROJECT
 RECIPE = (
     "--experiment-name finetune-visualglm-6b --model-parallel-size 1 --mode finetune --train-iters 300 "
     "--resume-dataloader --max_source_length 64 --max_target_length 256 --lora_rank 10 --layer_range 0 14 "
@@ -38,113 +35,74 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
-# --- SAT's own parser -------------------------------------------------------------------------------------------------
-
-SAT_FLAGS_SCRIPT = """
-import argparse, json
-from model.cli.options import script_parser
-from model.sat_compat import import_sat
-
-class Built(Exception):
-    pass
-
-def built_by_sat(parser):
-    def stop(_):
-        raise Built
-    parser.parse_args = stop
-    try:
-        sat.get_args([], parser=parser)
-    except Built:
-        return parser
-
-sat = import_sat()
-from sat.model import ChatGLMModel
-plain = argparse.ArgumentParser(add_help=False)
-ChatGLMModel.add_model_specific_args(plain)
-chatglm = [action.option_strings[0] for action in plain._actions]
-facts = {
-    action.option_strings[0]: {
-        "names": action.option_strings, "dest": action.dest, "default": action.default, "nargs": action.nargs,
-        "const": action.const, "choices": action.choices, "action": type(action).__name__,
-        "type": action.type and action.type.__name__,
-    }
-    for action in built_by_sat(plain)._actions
-}
-ours = [action.option_strings[-1] for action in built_by_sat(script_parser())._actions]
-print(json.dumps({"facts": facts, "chatglm": chatglm, "with_ours": ours}))
-"""
-
-# Where a flag of ours is not SAT's on purpose: flag, fact, SAT's, ours.
-DIFFERENCES = [
-    ("--log-interval", "default", 50, 1),  # a first run shows every loss
-    ("--split", "default", "1000,1,1", "1"),  # SAT's asks for 10,000 rows
-]
-
-
-@pytest.fixture(scope="module")
-def sat_flags() -> dict[str, Any]:
-    run = subprocess.run([sys.executable, "-c", SAT_FLAGS_SCRIPT], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def our_facts() -> dict[str, Any]:
-    return {
-        action.option_strings[-1]: {
-            "names": list(action.option_strings),
-            "dest": action.dest,
-            "default": action.default,
-            "nargs": action.nargs,
-            "const": action.const,
-            "choices": action.choices,
-            "action": type(action).__name__,
-            "type": getattr(action.type, "__name__", None),
-        }
-        for action in full_parser()._actions
-    }
-
-
-def flags_of(parser: module.FlagParser) -> set[str]:
-    return {action.option_strings[-1] for action in parser._actions}
-
-
-def test_flags_when_sat_builds_its_parser_are_the_same_but_for_the_listed_differences(
-    sat_flags: dict[str, Any],
-) -> None:
-    ours = our_facts()
-    differences = [
-        (flag, fact, theirs, ours.get(flag, {}).get(fact))
-        for flag, facts in sat_flags["facts"].items()
-        for fact, theirs in facts.items()
-        if flag not in ours or ours[flag][fact] != theirs
-    ]
-    assert differences == DIFFERENCES
-
-
-def test_flags_beyond_sats_are_the_scripts_own(sat_flags: dict[str, Any]) -> None:
-    beyond = flags_of(full_parser()) - set(sat_flags["facts"])
-    assert beyond == flags_of(script_parser()) - set(sat_flags["chatglm"])
-
-
-def test_script_parser_when_sat_adds_its_flags_knows_every_flag_once(sat_flags: dict[str, Any]) -> None:
-    assert sorted(sat_flags["with_ours"]) == sorted(flags_of(full_parser()))
+# --- importing ---------------------------------------------------------------------------------------------------------
 
 
 def test_import_takes_neither_torch_nor_sat_nor_numpy() -> None:
-    code = "import sys, model.cli.options; print({'torch', 'sat', 'numpy', 'deepspeed'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n"
+    assert run_program("import_options").stdout == "[]\n"
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What these words print before they end the program with status 0."""
     with pytest.raises(SystemExit) as exit_:
-        parse(["--help"])
+        parse(words)
     assert exit_.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.fixture
+def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+    return help_of(capsys, "--help", "all")
+
+
+@pytest.fixture
+def first_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    return help_of(capsys, "--help")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--train-data", "--use_lora", "--use_qlora", "--use_ptuning", "--from_pretrained", "--save", "--lr",
+             "--epochs", "--holdout"],
+)  # fmt: skip
+def test_first_help_shows_what_people_need_first(first_help: str, flag: str) -> None:
+    assert re.search(rf"^  {flag}\b", first_help, re.MULTILINE)
+
+
+def test_first_help_fits_a_screen_and_points_to_the_rest(first_help: str) -> None:
+    assert len(first_help.splitlines()) <= 42
+    assert first_help.endswith("\n--help all shows every flag.\n")
+
+
+def test_first_help_leaves_the_other_flags_out(first_help: str) -> None:
+    assert "--deepspeed_config" not in first_help
+    assert "--layer_range" not in first_help
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--help", "--use_lora"], ["--use_lora", "--help"]])
+def test_help_alone_or_among_flags_is_the_first_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, first_help: str, words: list[str]
+) -> None:
+    assert help_of(capsys, *words) == first_help
+
+
+def test_short_flag_with_all_shows_every_flag(capsys: pytest.CaptureFixture[str], help_text: str) -> None:
+    assert help_of(capsys, "-h", "all") == help_text
+
+
+def test_help_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "--help", "lora").startswith("finetune_visualglm.py: error: -h/--help lora: one of ")
+
+
+def test_help_all_shows_every_flag_of_the_parser_with_its_help(help_text: str) -> None:
+    shown = " ".join(help_text.split())
+    for action in full_parser()._actions:
+        sentence = action.help % {"default": action.default}  # type: ignore[operator]
+        assert f"  {action.option_strings[0]}" in help_text, action.option_strings
+        assert " ".join(sentence.split()).replace("- ", "-") in shown.replace("- ", "-"), action.option_strings
 
 
 def test_help_shows_our_own_group_first(help_text: str) -> None:
@@ -168,11 +126,12 @@ def test_help_of_each_flag_is_a_sentence_that_names_its_default() -> None:
         assert not has_default or "default" in action.help, action.option_strings
 
 
-def test_examples_in_the_help_have_no_problem() -> None:
-    commands = [line for line in module.EXAMPLES.replace("\\\n", " ").splitlines() if "finetune_visualglm.py" in line]
-    assert len(commands) == 3
+@pytest.mark.parametrize(("examples", "number"), [(module.EXAMPLES, 3), (module.FIRST_EXAMPLES, 2)])
+def test_examples_in_the_help_have_no_problem(examples: str, number: int) -> None:
+    commands = [line for line in examples.replace("\\\n", " ").splitlines() if "finetune_visualglm.py" in line]
+    assert len(commands) == number
     for command in commands:
-        assert method_problems(parse(command.split("finetune_visualglm.py")[1].split())) == []
+        assert flag_problems(parse(command.split("finetune_visualglm.py")[1].split())) == []
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -188,18 +147,18 @@ def test_parse_when_nothing_is_typed_gives_the_defaults() -> None:
     assert options.ignore_pad_token_for_loss is True
 
 
-def test_typed_holds_the_flags_that_were_typed_even_with_their_default() -> None:
-    assert parse(["--lr", "1e-4", "--use_lora"]).typed == {"lr", "use_lora"}
+def test_user_set_holds_the_flags_that_were_given_even_with_their_default() -> None:
+    assert parse(["--lr", "1e-4", "--use_lora"]).user_set == {"lr", "use_lora"}
 
 
 def test_parse_when_a_flag_is_abbreviated_takes_it_as_sat_does() -> None:
     options = parse(["--train-it", "5"])
     assert options.train_iters == 5
-    assert options.typed == {"train_iters"}
+    assert options.user_set == {"train_iters"}
 
 
 def test_parse_of_the_2023_recipe_finds_no_problem() -> None:
-    assert method_problems(parse(RECIPE.split())) == []
+    assert flag_problems(parse(RECIPE.split())) == []
 
 
 @pytest.mark.parametrize("words, value", [
@@ -224,7 +183,7 @@ def test_parsers_share_no_default_object() -> None:
     (["--max-source-length", "9"], "--max-source-length: there is no such flag; did you mean --max_source_length?"),
     (["--batchsize=4"], "--batchsize: there is no such flag; did you mean --batch-size?"),
     (["-lr", "1"], "-lr: there is no such flag; did you mean --lr?"),
-    (["--xyzzy"], "--xyzzy: there is no such flag; see --help for all flags."),
+    (["--xyzzy"], "--xyzzy: there is no such flag; --help all shows every flag."),
     (["--use_lora", "yes"], '"yes": it follows no flag that takes it; a flag is needed before it.'),
     (["--batch-size", "four"], "--batch-size four: a whole number is needed."),
     (["--lr", "fast"], "--lr fast: a number is needed."),
@@ -264,3 +223,48 @@ def test_parse_when_another_rank_prints_says_nothing(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert refusal(capsys, "--xyzzy") == ""
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def annotation_of(action: argparse.Action) -> object:
+    """The type that Options must have for a flag."""
+    if isinstance(action, argparse._StoreTrueAction):
+        return bool
+    if action.dest == "iterable_dataset":
+        return Literal["custom"] | bool
+    value: Any = BY_PARSER.get(getattr(action.type, "__name__", "str"))
+    value = list[value] if action.nargs in ("+", "*") else value
+    return value | None if action.default is None or action.type is module._length else value
+
+
+BY_PARSER = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "_length": int,
+    "_truth": bool,
+    "_json_object": dict[str, object],
+    "_part_and_rate": str,
+}
+
+
+def test_options_has_an_annotation_for_every_flag_of_the_type_that_the_parser_gives() -> None:
+    annotated = get_type_hints(module.Options)
+    assert annotated.pop("user_set") == frozenset[str]
+    assert annotated == {a.dest: annotation_of(a) for a in full_parser()._actions if a.dest != "help"}
+
+
+def test_options_have_a_value_for_every_annotation() -> None:
+    assert vars(parse([])).keys() == get_type_hints(module.Options).keys()
+
+
+@pytest.mark.run
+def test_mypy_finds_a_misspelt_option_and_one_that_may_be_auto() -> None:
+    program = PROJECT / "tests/programs/misspelt_option.py"
+    run = run_python("-m", "mypy", "--config-file", PROJECT / ".mypy.ini", program)
+    wrong = [number for number, line in enumerate(program.read_text().splitlines(), 1) if "  # " in line]
+    found = re.findall(r"misspelt_option\.py:(\d+): error: (.*)", run.stdout)
+    assert [int(line) for line, _ in found] == wrong, run.stdout + run.stderr
+    assert found[0][1].startswith('"Options" has no attribute "bf61"')

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import PROJECT, load_model, run_python, write_tuned
+from conftest import PROJECT, load_model, run_program, run_python, write_tuned
 
 from model.checkpoints.weights import read_weights
 from model.convert.merge_lora import is_packed_in_qlora, merge, write_weights
@@ -132,24 +132,10 @@ def test_folder_in_use_is_refused_and_left_alone(lora, tmp_path):
 @pytest.mark.run
 def test_writing_holds_one_tensor_at_a_time(tmp_path):
     """512 MiB in 32 tensors are written by a process whose own memory grows by far less."""
-    code = f"""
-import torch
-from pathlib import Path
-from model.convert.merge_lora import write_weights
-shape = (2048, 2048)
-like = {{str(number): torch.empty(shape, device="meta") for number in range(32)}}
-def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
-before, most = anonymous(), 0
-def value(name):
-    global most
-    most = max(most, anonymous() - before)
-    return torch.full(shape, float(name))
-write_weights(Path({str(tmp_path / "weights.pt")!r}), like, value)
-print(most)
-"""
     # What is freed goes back to the system at once, so that what is held can be told from what the allocator keeps.
-    run = run_python("-c", code, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_=str(2**20))
+    run = run_program(
+        "write_large_weights", tmp_path / "weights.pt", OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_=str(2**20)
+    )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 100  # MiB
     written = torch.load(tmp_path / "weights.pt", mmap=True)["module"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import load_model, run_program
 
-from model.cli.flag_checks import method_problems
+from model.cli.flag_checks import flag_problems
 from model.cli.options import parse
 from model.frozen import Nf4Linear
 
@@ -76,7 +76,7 @@ def test_merged_model_has_the_base_models_names(model, upstream_checkpoint):
 
 def test_missing_bitsandbytes_is_one_sentence(monkeypatch):
     monkeypatch.setattr("model.cli.flag_checks._is_installed", lambda package: package != "bitsandbytes")
-    [sentence] = method_problems(parse(["--use_qlora", "--train-data", "rows.json"]))
+    [sentence] = flag_problems(parse(["--use_qlora", "--train-data", "rows.json"]))
     assert sentence == ("--use_qlora: the package bitsandbytes is not installed; pip install bitsandbytes is needed.")
 
 

@@ -1,0 +1,132 @@
+"""What is checked before a model is loaded, the first problem first; and what is said of the data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_rows, write_tuned
+
+from model.checkpoints.layout import Checkpoint
+from model.cli.options import Options, parse
+from model.cli.preflight import checkpoint_size, epoch_problems, epochs_note, preflight
+from model.data.split import Selection, read_selection
+from model.errors import InputError
+
+ROWS = [{"prompt": "这是什么？", "label": "一只猫。"}] * 4
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SAT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def good(upstream_checkpoint: Path, tmp_path: Path) -> Options:
+    """A command line without a problem."""
+    rows = write_rows(tmp_path, ROWS)
+    words = ["--use_lora", "--train-data", str(rows), "--from_pretrained", str(upstream_checkpoint), "--epochs", "2"]
+    return parse(words)
+
+
+def refusal(options: Options) -> str:
+    with pytest.raises(InputError) as error:
+        preflight(options)
+    return str(error.value)
+
+
+# --- the order of the checks ------------------------------------------------------------------------------------------
+
+
+def test_preflight_when_all_is_well_gives_what_the_run_needs(good: Options) -> None:
+    inputs = preflight(good)
+    assert inputs.checkpoint.name == good.from_pretrained
+    assert inputs.lengths.max_source_length == 64
+    assert inputs.notes == [
+        f"{good.train_data[0]}: 4 rows",
+        "Training on 4 samples: 2 steps of 4 see 8 samples, 2 epochs.",
+    ]
+
+
+def test_preflight_when_flags_and_everything_else_are_wrong_names_the_flags_alone(good: Options) -> None:
+    good.fp16 = good.bf16 = True
+    good.lr = 0.0
+    good.from_pretrained, good.train_data = "nowhere", ["gone.json"]
+    assert refusal(good) == "--fp16 and --bf16: only one is needed.\n--lr 0.0: a number greater than 0 is needed."
+
+
+def test_preflight_when_deepspeeds_file_and_the_checkpoint_are_wrong_names_the_file(good: Options) -> None:
+    good.deepspeed_config, good.from_pretrained = "gone.json", "nowhere"
+    assert refusal(good) == "--deepspeed_config gone.json: no such file; a JSON file is needed."
+
+
+def test_preflight_when_the_checkpoint_and_the_data_are_wrong_names_the_checkpoint(good: Options) -> None:
+    good.from_pretrained, good.train_data = "nowhere", ["gone.json"]
+    assert refusal(good).startswith("--from_pretrained nowhere: no such folder")
+
+
+def test_preflight_when_a_base_is_gone_says_so_before_the_rows_are_read(
+    good: Options, upstream_checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = write_tuned(shutil.copytree(upstream_checkpoint, tmp_path / "base"), tmp_path / "tuned", use_lora=True)
+    shutil.rmtree(tmp_path / "base")
+    good.from_pretrained, good.train_data = str(adapter), ["gone.json"]
+    assert refusal(good).startswith(f"{adapter}: its base {tmp_path / 'base'} is not there")
+
+
+def test_preflight_of_an_adapter_hands_its_base_on(good: Options, upstream_checkpoint: Path, tmp_path: Path) -> None:
+    good.from_pretrained = str(write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True))
+    base = preflight(good).checkpoint.base
+    assert base is not None
+    assert base.folder == upstream_checkpoint
+
+
+def test_preflight_when_a_row_is_bad_names_it(good: Options, tmp_path: Path) -> None:
+    write_rows(tmp_path, [*ROWS, {"prompt": "?"}])
+    assert refusal(good).startswith(f"{good.train_data[0]} row 5: ")
+
+
+# --- room on the disk -------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_size_is_all_weights_when_every_weight_is_saved(good: Options, upstream_checkpoint: Path) -> None:
+    good.save_full_model = True
+    checkpoint = Checkpoint.find(upstream_checkpoint)
+    assert checkpoint_size(good, checkpoint) == checkpoint.weights_file().stat().st_size
+
+
+def test_checkpoint_size_is_of_the_adapters_alone_otherwise(good: Options, upstream_checkpoint: Path) -> None:
+    good.lora_rank, good.layer_range = 2, [0]
+    assert checkpoint_size(good, Checkpoint.find(upstream_checkpoint)) == 4 * 2 * (6 * 64 + 2 * 64) + 2**20
+
+
+# --- rows and epochs --------------------------------------------------------------------------------------------------
+
+
+def selection_with(folder: Path, **samples: int) -> Selection:
+    """Files of so many rows."""
+    for name, number in samples.items():
+        (folder / name).write_text(json.dumps([{"prompt": "?", "label": "!"}] * number))
+    return read_selection([str(folder / name) for name in samples], "error", 0)[0]
+
+
+def test_epochs_note_counts_samples_over_files_weights_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    selection = selection_with(tmp_path, a=10, b=5)
+    files = ["--train-data", str(tmp_path / "a"), str(tmp_path / "b"), "--train-data-weights", "1", "2"]
+    words = [*files, "--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    assert epochs_note(parse(["--use_lora", *words, "--epochs", "2"]), selection) == (
+        "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
+    )
+    assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
+
+
+def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
+    selection = selection_with(tmp_path, a=3)
+    words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")
+    [sentence] = epoch_problems(parse(words), selection)
+    assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
+    assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []

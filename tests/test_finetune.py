@@ -1,0 +1,49 @@
+"""FineTuneVisualGLMModel as the 2023 script starts it."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_model
+
+from model.checkpoints.layout import Checkpoint
+from model.finetune import FineTuneVisualGLMModel
+from model.lora import LoraLinear
+
+INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
+
+
+@pytest.fixture
+def groups(small_model: object) -> None:
+    """SAT's model-parallel groups, which loading a model makes."""
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("groups")
+def test_from_pretrained_with_a_2023_namespace_adds_its_lora(upstream_checkpoint: Path) -> None:
+    args = Namespace(use_lora=True, use_qlora=False, use_ptuning=False, lora_rank=4, layer_range=[1], pre_seq_len=4)
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
+    has_lora = [isinstance(layer.attention.dense, LoraLinear) for layer in model.transformer.layers]
+    assert has_lora == [False, True, False]
+    assert model.get_mixin("lora").rank == 4
+    assert args.num_layers == 3
+    base = load_model(upstream_checkpoint)
+    assert torch.equal(model.eval()(input_ids=INPUT_IDS)[0], base(input_ids=INPUT_IDS)[0])
+
+
+@pytest.mark.usefixtures("groups")
+def test_from_pretrained_leaves_the_namespace_that_it_was_given_alone(upstream_checkpoint: Path) -> None:
+    args = Namespace(use_lora=True, lora_rank=4, num_layers=99)
+    FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
+    assert args == Namespace(use_lora=True, lora_rank=4, num_layers=99)
+
+
+@pytest.mark.usefixtures("groups")
+def test_from_pretrained_takes_a_checkpoint_that_was_found_before(upstream_checkpoint: Path) -> None:
+    checkpoint = Checkpoint.find(upstream_checkpoint)
+    model, args = FineTuneVisualGLMModel.from_pretrained(checkpoint, Namespace(use_ptuning=True, pre_seq_len=3))
+    assert model.get_mixin("ptuning").prefix[0].shape[2] == 3
+    assert model.base.name == str(upstream_checkpoint)
+    args.eva_args["image_size"] = [1, 1]
+    assert checkpoint.config["eva_args"]["image_size"] != [1, 1]

@@ -61,7 +61,7 @@ def create_dataset_function(
     from model.data.image_processor import BlipImageEvalProcessor
 
     processor = BlipImageEvalProcessor(args.eva_args["image_size"][0])
-    return FewShotDataset(path, processor, get_tokenizer(args), args, rows, chosen, note_bad_pictures=rows is not None)
+    return FewShotDataset(path, processor, get_tokenizer(args), args, rows, chosen, note_bad_images=rows is not None)
 
 
 def announce(options: Options, notes: Sequence[str]) -> None:

@@ -201,10 +201,10 @@ class VisualGLMModel(ChatGLMModel):
     ) -> tuple[Any, Any]:
         """The model of a checkpoint, and SAT's namespace with its config.
 
-        SAT's own loader takes a folder only, and runs code that a weights file may hold.
+        SAT's own loader takes a folder only, reads the config anew, and runs code that a weights file may hold.
 
         Args:
-            name: a folder, one of its parts, a name in $SAT_HOME, or a checkpoint found before.
+            name: a folder, one of its parts, or a name in $SAT_HOME.
             args: SAT's namespace; what it lacks has its default.
             build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
             overwrite_args: what the namespace holds in place of the config's values.

@@ -1,11 +1,11 @@
-"""Tell everything about data files before a long run: bad rows and pictures, lengths, repetitions, overlaps.
+"""Check data files before a long run: bad rows and pictures, lengths, repetitions, overlaps.
 
     python scripts/check_data.py rows.json
     python scripts/check_data.py rows.json --valid heldout.json --from_pretrained model/tiny --max_source_length 64
     python scripts/check_data.py rows.json --json
 
 Exit status: 0 when all is well, 1 when something is wrong (bad rows or pictures, or rows for evaluation that are also
-trained on), 2 when a file can't be used at all. What the lengths would cut is told, but not wrong.
+trained on), 2 when a file can't be used at all. What the lengths would cut is reported; it is not an error.
 """
 
 import argparse
@@ -15,20 +15,21 @@ import marshal
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import Checkpoint
-from model.data.image_check import PictureMemory
-from model.data.images import checked_file, open_picture
-from model.data.lengths import count_cuts, needed_lengths
-from model.data.prompt import Lengths, sample_from_row
-from model.data.rows import Row, Rows, row_turns, scan_rows
+from model.data.image_check import CheckedImages
+from model.data.images import checked_file, open_image
+from model.data.lengths import bounded_length, count_truncations, needed_lengths, turn_lengths
+from model.data.prompt import Lengths
+from model.data.rows import Row, Rows, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError, exit_on_input_error
 from model.progress import say, with_progress
@@ -36,7 +37,6 @@ from model.progress import say, with_progress
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram
 BAR_WIDTH = 40  # characters
-NO_LIMIT = 1_000_000  # tokens
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -76,9 +76,9 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     files = list(dict.fromkeys([*options.train, *options.valid]))
     scanned = {file: scan_rows(file) for file in files}
     rows = {file: good for file, (good, _) in scanned.items()}
-    facts = picture_facts(rows.values(), max(1, options.workers))
+    facts = image_facts(rows.values(), max(1, options.workers))
     problems = {
-        file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _picture_problem(row, facts)))]
+        file: [*bad, *(f"{row.where}: {problem}" for row in rows[file] if (problem := _image_problem(row, facts)))]
         for file, (_, bad) in scanned.items()
     }
     overlap = overlaps([rows[file] for file in options.train], [rows[file] for file in options.valid], facts)
@@ -93,7 +93,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
             }
             for file, good in rows.items()
         ],
-        "pictures": picture_summary(facts),
+        "pictures": image_summary(facts),
         "repeated": repetitions(rows.values()),
         "overlap": overlap,
         "tokens": None,
@@ -109,10 +109,10 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
-    """For every picture by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
+def image_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str, Any]]:
+    """For every image by its path: its "problem", or its "size" and a "digest" of its content. All are opened."""
     paths = list(dict.fromkeys(row.img for rows in all_rows for row in rows if row.img is not None))
-    memory = PictureMemory()
+    memory = CheckedImages()
     found: dict[str, dict[str, Any]] = {}
     for path, fact in with_progress(_facts(paths, workers), len(paths), "Opening pictures"):
         found[path] = fact
@@ -124,36 +124,36 @@ def picture_facts(all_rows: Iterable[Rows], workers: int) -> dict[str, dict[str,
 
 def _facts(paths: list[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if workers == 1 or len(paths) < 100:
-        yield from ((path, picture_fact(path)) for path in paths)
+        yield from ((path, image_fact(path)) for path in paths)
         return
     try:
         with ProcessPoolExecutor(workers) as pool:
-            yield from zip(paths, pool.map(picture_fact, paths, chunksize=16), strict=True)
+            yield from zip(paths, pool.map(image_fact, paths, chunksize=16), strict=True)
     except BrokenProcessPool as error:
         raise InputError(
             "A process that opened pictures died (no memory left?); --workers 1 is needed to find out which picture it was."
         ) from error
 
 
-def picture_fact(path: str) -> dict[str, Any]:
-    """One picture's "problem", or its "size" in pixels and the "digest" of its bytes."""
+def image_fact(path: str) -> dict[str, Any]:
+    """One image's "problem", or its "size" in pixels and the "digest" of its bytes."""
     try:
         checked_file(path)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        return {"size": open_picture(path).size, "digest": digest}
+        return {"size": open_image(path).size, "digest": digest}
     except InputError as problem:
         return {"problem": str(problem)}
     except OSError as error:
         return {"problem": f"{path} can't be read ({error.strerror}); a picture is needed."}
 
 
-def _picture_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
+def _image_problem(row: Row, facts: dict[str, dict[str, Any]]) -> str | None:
     return None if row.img is None else facts[row.img].get("problem")
 
 
-def picture_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How many pictures there are, how many are bad or the same under several names, and how large they are."""
+def image_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many images there are, how many are bad, how many equal another under another name, and their sizes."""
     good = [fact for fact in facts.values() if "problem" not in fact]
     sizes = sorted(fact["size"] for fact in good)
     by_edge = sorted(sizes, key=lambda size: size[0] * size[1])
@@ -168,7 +168,7 @@ def picture_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
-    """How many rows say what an earlier row of their file says, and how many ask the same but are answered otherwise."""
+    """How many rows repeat an earlier row of their file, and how many ask the same question but have another answer."""
     same = other_answer = 0
     for rows in all_rows:
         answers: dict[bytes, bytes] = {}
@@ -182,7 +182,10 @@ def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
 
 
 def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, Any]]) -> dict[str, int] | None:
-    """How many rows to evaluate on are also trained on, or share their prompt or their picture; None without any."""
+    """How many rows to evaluate on are also trained on, and how many share a prompt or an image with a trained one.
+
+    None if there are no rows to evaluate on.
+    """
     if not valid:
         return None
 
@@ -208,7 +211,7 @@ def _digest(*values: Any) -> bytes:
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, int]:
-    """The tokenizer, None when none was named, and how many tokens a picture takes."""
+    """The tokenizer, or None if none was named, and how many tokens an image takes."""
     if options.from_pretrained is None and options.tokenizer is None:
         return None, 32
     checkpoint = Checkpoint.find(options.from_pretrained) if options.from_pretrained else None
@@ -217,40 +220,27 @@ def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, in
     return tokenizer, checkpoint.config.get("image_length", 32) if checkpoint else 32
 
 
-def token_report(all_rows: Iterable[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
-    """Tokens of questions (picture, frame and history included) and answers, and what lengths do to them."""
-    source, target = [], []
-    everything = Lengths(lengths.image_length, NO_LIMIT, NO_LIMIT, lengths.source_prefix, lang=lengths.lang)
-    needed = [0, 0]
-    cuts = [0, 0, 0]
-    for rows in all_rows:
-        for row in rows:
-            for turn in row_turns(row):
-                sample = sample_from_row(turn, tokenizer, everything)
-                context = next(place for place, label in enumerate(sample.labels) if label >= 0)
-                source.append(context)  # [gMASK] included, which stands for the token that is never used
-                target.append(len(sample.labels) - context)
-        if len(rows):
-            needed = [max(pair) for pair in zip(needed, needed_lengths(rows, tokenizer, lengths), strict=True)]
-        found = count_cuts(rows.values(), tokenizer, lengths)
-        cuts = [a + b for a, b in zip(cuts, (found.prompts, found.labels, found.histories), strict=True)]
+def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:
+    """How many tokens sources and targets have, and what lengths truncate; see `model.data.lengths`."""
+
+    def rows() -> Iterator[Row]:
+        return chain.from_iterable(all_rows)
+
+    turns = list(turn_lengths(rows(), tokenizer, lengths))
+    truncated = count_truncations(rows(), tokenizer, lengths)
+    source, target = needed_lengths(rows(), tokenizer, lengths) if turns else (0, 0)
     return {
-        "source": _distribution(source),
-        "target": _distribution(target),
+        "source": _distribution([source for source, _ in turns]),
+        "target": _distribution([target for _, target in turns]),
         "lengths": {"max_source_length": lengths.max_source_length, "max_target_length": lengths.max_target_length},
-        "cut": dict(zip(("prompts", "labels", "histories"), cuts, strict=True)),
-        "cuts_nothing": {"max_source_length": needed[0], "max_target_length": needed[1]},
-        "padding": padding_shares(
-            [
-                min(question, lengths.max_source_length) + min(answer, lengths.max_target_length)
-                for question, answer in zip(source, target, strict=True)
-            ]
-        ),
+        "cut": {"prompts": truncated.prompts, "labels": truncated.labels, "histories": truncated.histories},
+        "cuts_nothing": {"max_source_length": source, "max_target_length": target},
+        "padding": padding_shares([bounded_length(source, target, lengths) for source, target in turns]),
     }
 
 
 def padding_shares(lengths: list[int]) -> dict[str, float]:
-    """How much of batches of TYPICAL_BATCH samples is padding, from 0 to 1: drawn by chance, and sorted by length."""
+    """How much of batches of TYPICAL_BATCH samples is padding, from 0 to 1: in random order, and sorted by length."""
     drawn = random.Random(0).sample(lengths, len(lengths))
 
     def share(ordered: list[int]) -> float:
@@ -262,7 +252,10 @@ def padding_shares(lengths: list[int]) -> dict[str, float]:
 
 
 def _distribution(counts: list[int]) -> dict[str, Any]:
-    """Least, middle, 95 % and most of counts, and how many are up to each of a few round bounds."""
+    """Smallest, median, 95th percentile and largest of counts, and how many counts are in each of BARS ranges.
+
+    "up_to" gives the number in each range, by the range's last count.
+    """
     if not counts:
         return {"least": 0, "middle": 0, "most_of_95_percent": 0, "most": 0, "up_to": {}}
     ordered = sorted(counts)

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import Checkpoint
-from model.data.images import is_url, open_picture
+from model.data.images import is_url, open_image
 from model.errors import InputError, exit_on_input_error
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
@@ -94,7 +94,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
         raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
     checkpoint = Checkpoint.find(options.from_pretrained)
     if options.image and not is_url(options.image):
-        open_picture(options.image)
+        open_image(options.image)
     return checkpoint
 
 

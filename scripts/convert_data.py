@@ -7,9 +7,9 @@
     → {"img": "pictures/a.jpg", "prompt": last question, "label": last answer, "history": [[question, answer], …]}
 
 Also understood: "images": [one path], {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, JSON
-Lines, conversations without a picture. Every answer is learned (a row with history teaches each of its turns). What
-the system says goes before the first question. Exit status: 0, or 2 with a sentence for every conversation that can't
-be a row, and nothing written, unless --bad_rows skip leaves those out.
+Lines, conversations without a picture. Every answer is learned: a row with history teaches each of its turns. What the
+system says goes before the first question. If some conversations can't be rows, each is named in a sentence, nothing is
+written, and the exit status is 2; --bad_rows skip leaves them out instead.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from model.errors import InputError, exit_on_input_error, raise_problems
 from model.progress import say
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
-PICTURE_MARK = "<image>"
+IMAGE_MARK = "<image>"
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write the rows, and say how many they are.
+    """Write the rows, and print how many there are.
 
     Raises:
         InputError: the file can't be used, or holds conversations that can't be rows (the first 20 are named).
@@ -78,15 +78,15 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def row_of(entry: object, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:
-    """The row of one conversation, as JSON has it.
+    """The row of one conversation, as a JSON object.
 
     Raises:
-        InputError: it has no turns, two pictures, a picture that no question shows, or speakers out of turn.
+        InputError: it has no turns, several pictures, the mark of a picture but no picture, or speakers out of turn.
     """
     if not isinstance(entry, dict):
         raise InputError(f"{where}: no object; a conversation {{…}} is needed.")
     turns = _turns(entry, where)
-    img = _picture(entry, where)
+    img = _image(entry, where)
     (*earlier, (prompt, label)) = turns
     row: dict[str, Any] = {} if img is None else {"img": os.path.join(images, img)}
     row |= {"prompt": prompt, "label": label}
@@ -135,19 +135,19 @@ def _part(part: object, where: str) -> tuple[str, str]:
 
 
 def _without_mark(text: str) -> str:
-    return text.replace(PICTURE_MARK, "").strip()
+    return text.replace(IMAGE_MARK, "").strip()
 
 
-def _picture(entry: dict[str, Any], where: str) -> str | None:
+def _image(entry: dict[str, Any], where: str) -> str | None:
     images = entry.get("images", entry.get("image"))
     images = [] if images is None else images if isinstance(images, list) else [images]
     if not all(isinstance(img, str) for img in images):
         raise InputError(f'{where}: "image" is no text; the path of a picture is needed.')
-    marks = json.dumps(entry.get("conversations", entry.get("messages"))).count(PICTURE_MARK)
+    marks = json.dumps(entry.get("conversations", entry.get("messages"))).count(IMAGE_MARK)
     if len(images) > 1 or marks > 1:
         raise InputError(f"{where}: {max(len(images), marks)} pictures; one at most is needed.")
     if marks and not images:
-        raise InputError(f'{where}: {PICTURE_MARK} in a question, but no "image"; the path of a picture is needed.')
+        raise InputError(f'{where}: {IMAGE_MARK} in a question, but no "image"; the path of a picture is needed.')
     return images[0] if images else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import Checkpoint
-from model.data.image_check import check_pictures
+from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
 from model.errors import InputError, exit_on_input_error
 from model.progress import say
@@ -190,7 +190,7 @@ def evaluate(options: argparse.Namespace) -> None:
     rows = read_rows(options.data)
     if not rows:
         raise InputError(f"{options.data}: no rows in it; one or more are needed.")
-    check_pictures(rows)
+    check_images(rows)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
     if options.out:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tunes VisualGLM-6B with QLoRA, LoRA over 4-bit weights, on one GPU: the released recipe, evaluated every 100
-# iterations on a tenth of the rows, held out. CUDA_VISIBLE_DEVICES chooses the GPU; of several the first is taken.
-# More flags may follow and win: bash scripts/finetune_visualglm_qlora.sh --train-data my.json --lr 0.001
-# Released with --checkpoint-activations; here activations are recomputed only where memory asks for it.
-# The checkpoint is looked for in $SAT_HOME (~/.sat_models) unless --from_pretrained FOLDER is given.
+# Fine-tunes VisualGLM-6B with QLoRA, that is LoRA over 4-bit weights, on one GPU: the released recipe, but evaluated
+# every 100 iterations on a tenth of the rows, which is held out of training. CUDA_VISIBLE_DEVICES chooses the GPU;
+# if it names several, the first is taken.
+# Flags that follow win over those below: bash scripts/finetune_visualglm_qlora.sh --train-data my.json --lr 0.001
+# The released recipe had --checkpoint-activations. Here activations are recomputed only if they don't fit into memory.
+# The checkpoint is looked for in $SAT_HOME (~/.sat_models if unset), unless --from_pretrained FOLDER names another.
 set -euo pipefail
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}

@@ -1,11 +1,12 @@
-# Sourced by the recipes: how to start the script on this machine, in the array $launch, with which numbers, and what to
-# evaluate on: a tenth of the rows, in the array $held_out, unless the flags that follow name something else.
+# Sourced by the recipes. It settles how this machine starts the script:
 #
 #   "${launch[@]}" "$project/finetune_visualglm.py" "${held_out[@]}" $numbers … "$@"
 #
-# With GPUs it is the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES, and on other machines too
-# where HOSTFILE names a DeepSpeed hostfile. Without a GPU it is one plain process, in bfloat16 where the CPU multiplies
-# such matrices by itself, several times faster than float32 ones.
+# $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. HOSTFILE names a
+#            DeepSpeed hostfile, to use the GPUs of other machines too. Without a GPU: one plain process.
+# $held_out  A tenth of the rows to evaluate on, unless the user's flags say what to evaluate on.
+# $numbers   --fp16. Without a GPU --bf16, if the CPU has instructions for bfloat16: it is then several times faster
+#            than float32.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Teaches the small VisualGLM that ships with the project a question that it has never seen, and shows what it learned.
-# Sets up, answers pictures held out, fine-tunes with LoRA on fewshot-data/dataset.json, answers them again.
+# Teaches the small VisualGLM that ships with the project a question that it has never seen, and shows what it learned:
+# sets up, asks about held-out pictures, fine-tunes with LoRA on fewshot-data/dataset.json, and asks again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
-# The small model's matrices are too small to share: with one thread a step is as fast, and far faster on a busy machine.
+# The small model's matrices are too small to share between threads. One thread is as fast, and far faster on a busy
+# machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 run=.quickstart
@@ -17,7 +18,7 @@ echo "Before: the small model answers pictures that it won't be trained on."
 before=$(answers model/tiny)
 
 echo
-# In float32: at the small model's width bfloat16 is hardly faster, where a CPU has instructions for it at all.
+# In float32: for so small a model bfloat16 is hardly faster, and not every CPU has instructions for it.
 echo "Training: LoRA on the 20 rows of fewshot-data/dataset.json."
 "$python" finetune_visualglm.py \
     --from_pretrained model/tiny \

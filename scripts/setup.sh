@@ -1,8 +1,10 @@
-# Sourced by the other scripts: puts a Python with requirements.txt into $python. Installs nothing the second time.
+# Sourced by the other scripts, in the project's folder. Afterwards $python is a Python that has the packages of
+# requirements.txt.
 #
 #   source scripts/setup.sh [more-requirements.txt …]
 #
-# An active environment (venv or conda) is used as it is; else .venv is made beside this project.
+# An active environment (venv or conda) is used as it is. Otherwise .venv is made in the project's folder. A second run
+# installs nothing.
 
 fail() { echo "$*" >&2; exit 1; }
 
@@ -28,7 +30,7 @@ else
 fi
 
 for requirements in requirements.txt "$@"; do
-    # Named after the file's content: a changed file is installed again, an unchanged one never.
+    # The stamp is named after the file's content, so that a file is installed again only if it has changed.
     stamp=$("$python" -c '
 import hashlib, pathlib, sys
 print(pathlib.Path(sys.prefix, ".installed-" + hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest()[:16]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does, then runs all tests, two files at a time; arguments go to pytest (-n 0: one after another).
+# Sets up as quickstart.sh does, then runs all tests, two files at a time. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt

@@ -118,6 +118,26 @@ def write_rows(folder: Path, rows: list, name: str = "rows.json") -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def upstream_rows() -> list:
+    """The rows that the released script's losses were recorded with; their images are not looked up."""
+    from model.data.rows import row_from_json
+
+    entries = json.loads((GOLDEN / "upstream/dataset.json").read_text(encoding="utf-8"))
+    return [row_from_json(entry, f"dataset.json row {number}") for number, entry in enumerate(entries, 1)]
+
+
+def few_shot_dataset(path: Path, image_size: int = 28, flags: dict | None = None, **options: Any) -> Any:
+    """The FewShotDataset of a data file, with the golden tokenizer; flags are attributes of args, options its own."""
+    from model.data.dataset import FewShotDataset
+    from model.data.image_processor import BlipImageEvalProcessor
+    from model.data.tokenizer import ChatGLMTokenizer
+
+    args = SimpleNamespace(**{"image_length": 32, "max_source_length": 64, "max_target_length": 64} | (flags or {}))
+    tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    return FewShotDataset(path, BlipImageEvalProcessor(image_size), tokenizer, args, **options)
+
+
 def run_program(name: str, *words: str | Path, cwd: Path = PROJECT, **environment: str) -> Any:
     """Run tests/programs/<name>.py in a process of its own, and give what it printed; see `run_python`."""
     return run_python(PROJECT / "tests/programs" / f"{name}.py", *words, cwd=cwd, **environment)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python, write_checkpoint
+from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_program, run_python, write_checkpoint
 from PIL import Image
 
 SCRIPT = PROJECT / "finetune_visualglm.py"
+PROGRAMS = PROJECT / "tests/programs"
 STEPS = 3
 RECIPE = (
     "--mode", "finetune", "--train-data", "dataset.json", "--split", "1", "--train-iters", STEPS, "--batch-size", "2",
@@ -105,25 +106,6 @@ def test_deepspeed_config_files_values_win_and_one_line_says_so(train, plain, tm
     assert run.losses == plain.losses
 
 
-# Records the logits of one input from the model that is saved, beside the checkpoint.
-SAVING = """
-import sys
-import torch
-import finetune_visualglm
-from model.checkpoints import weights as checkpoint
-
-save_checkpoint = checkpoint.save_checkpoint
-
-def recording_save(iteration, model, optimizer, lr_scheduler, args):
-    model.module.eval()
-    with torch.no_grad():
-        logits = model.module(input_ids=torch.tensor([[859, 775, 2685, 86, 89, 554]]))[0]
-    torch.save(logits, sys.argv[1])
-    save_checkpoint(iteration, model, optimizer, lr_scheduler, args)
-
-checkpoint.save_checkpoint = recording_save
-finetune_visualglm.main(sys.argv[2:])
-"""
 BOTH = (*LORA, "--use_ptuning", "--pre_seq_len", "3")
 
 
@@ -132,7 +114,7 @@ def both(train, tmp_path_factory):
     """A saved run of LoRA and P-Tuning together, with the logits of the trained model."""
     folder = tmp_path_factory.mktemp("both")
     logits, saved = folder / "logits", folder / "saved"
-    run = train("--save", saved, launcher=("-c", SAVING, logits), method=BOTH)
+    run = train("--save", saved, launcher=(PROGRAMS / "train_and_save_logits.py", logits), method=BOTH)
     return SimpleNamespace(**vars(run) | {"folder": folder}, logits=torch.load(logits))
 
 
@@ -205,25 +187,6 @@ def test_one_batch_of_four_trains_like_two_of_two_and_like_two_processes_of_two(
 
 # --- wrong command lines and data: told before torch is even imported
 
-# Runs each command line of a JSON file of lists, and tells for each how it ended.
-REFUSING = """
-import contextlib, io, json, sys
-import finetune_visualglm
-
-found = []
-for argv in json.load(open(sys.argv[1])):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            finetune_visualglm.main(argv)
-            status = "trained"
-        except SystemExit as end:
-            status = end.code
-        except BaseException as error:
-            status = repr(error)
-    found.append({"status": status, "out": out.getvalue(), "err": err.getvalue(), "torch": "torch" in sys.modules})
-print(json.dumps(found))
-"""
 
 ROW = {"img": "good.png", "prompt": "?", "label": "!"}
 # name: further flags (after good ones), the content of rows.json, and what the sentence says
@@ -276,7 +239,7 @@ def refused(tmp_path_factory, upstream_config):
         method = [] if flags == ["--use_none"] else ["--use_lora"]
         command_lines.append([*good, *method, *(flag for flag in flags if flag != "--use_none")])
     (home / "command_lines.json").write_text(json.dumps(command_lines))
-    done = run_python("-c", REFUSING, home / "command_lines.json", cwd=folder, SAT_HOME=str(home / "models"))
+    done = run_program("main_with_each", home / "command_lines.json", cwd=folder, SAT_HOME=str(home / "models"))
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads(done.stdout), strict=True))
 

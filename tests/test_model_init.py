@@ -58,6 +58,28 @@ def test_public_name_can_be_imported_from_the_script(name):
     assert public.__name__ == name
 
 
+def test_public_names_are_found_by_dir_and_by_import_star():
+    script = importlib.import_module("finetune_visualglm")
+    assert set(PUBLIC) <= set(dir(script))
+    namespace = {}
+    exec("from finetune_visualglm import *", namespace)
+    assert set(PUBLIC) <= set(namespace)
+
+
+def test_models_names_are_found_by_dir_and_by_import_star():
+    names = {"VisualGLMModel", "FineTuneVisualGLMModel", "chat"}
+    assert names <= set(dir(importlib.import_module("model")))
+    namespace = {}
+    exec("from model import *", namespace)
+    assert names <= set(namespace)
+
+
+def test_image_processor_is_where_scripts_of_2023_import_it_from():
+    from model.blip2 import BlipImageEvalProcessor
+
+    assert BlipImageEvalProcessor is importlib.import_module("finetune_visualglm").BlipImageEvalProcessor
+
+
 @pytest.mark.run
 @pytest.mark.parametrize("first", ["", "import model.inference.chat, model.lora\n"])
 def test_models_names_can_be_imported_from_the_package(first):

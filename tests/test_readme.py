@@ -1,4 +1,7 @@
-"""Every command in the README runs, as it stands there, in a copy of the project."""
+"""Every command in the pages runs, as it stands there, in a copy of the project; and what the pages name is there.
+
+Two kinds of commands don't run here, see `HELP_ONLY` and `test_benchmark_of_a_gpu_…`.
+"""
 
 import json
 import os
@@ -11,22 +14,63 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, write_checkpoint
 
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    command.split("  #")[0].strip()
-    for block in BLOCKS
-    for command in block.replace("\\\n", " ").splitlines()
-    if command.strip()
-]
+from scripts.dev import benchmark
+
+PAGES = (
+    "README.md", "scripts/README.md", "scripts/dev/BENCHMARKS.md", ".github/CONTRIBUTING.md", "model/README.md",
+    "tests/golden/README.md",
+)  # fmt: skip
+TEXTS = {page: (PROJECT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+
+
+def commands_in(text: str) -> list[str]:
+    """The command lines of a page, without their comments."""
+    return [
+        command.split("  #")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for command in block.replace("\\\n", " ").splitlines()
+        if command.strip()
+    ]
+
+
+COMMANDS = commands_in(README)
+ALL_COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands_in(text)))
 BY_THEMSELVES = ("bash scripts/test.sh", "bash scripts/check.sh")  # they run these tests
 LONG = ("bash scripts/quickstart.sh",)
+NEEDS_GPU = "bash scripts/dev/benchmark_gpu.sh"
+# These take minutes, and tests/scripts/dev runs them at small size. Here, --help must know the flags in their lines.
+HELP_ONLY = (
+    "python scripts/dev/benchmark.py",  # 15 seconds at its smallest
+    "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
+    "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
+)
+RUN_HERE = [
+    command for command in ALL_COMMANDS if not command.startswith((*BY_THEMSELVES, *LONG, *HELP_ONLY, NEEDS_GPU))
+]
 SHORTENED = {  # so that a run of minutes on a real model takes seconds here; nothing else is changed
     "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2",
     "python finetune_visualglm.py --": " --train-iters 2",
     "deepspeed": " --train-iters 2",
     "torchrun": " --train-iters 2",
+    "python scripts/dev/fuzz_data.py": " --rows 100 --pictures 20",
 }
+# Flags of other people's commands.
+FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help"}
+CONVERSATION = {
+    "image": "images/train00.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\n这张图片的背景里有什么内容？"},
+        {"from": "gpt", "value": "这张图片的背景是茂密的森林。"},
+    ],
+}
+
+
+def not_cloned(folder: str, names: list[str]) -> set[str]:
+    """Which of a folder's files stay behind: results in the project's own folder, for model/checkpoints is a package."""
+    everywhere = {"__pycache__", "golden"}
+    at_the_top = {".git", ".venv", "runs", "checkpoints", ".quickstart"}
+    return set(names) & (everywhere | at_the_top if Path(folder) == PROJECT else everywhere)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +79,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> 
     from conftest import upstream_weights
 
     copy = tmp_path_factory.mktemp("readme") / "project"
-    left_out = {PROJECT / name for name in (".git", ".venv", "runs", "checkpoints", ".quickstart")}
-    left_out |= {*PROJECT.rglob("__pycache__"), *PROJECT.rglob("golden")}
-    shutil.copytree(
-        PROJECT, copy, ignore=lambda folder, names: [name for name in names if Path(folder, name) in left_out]
-    )
+    shutil.copytree(PROJECT, copy, ignore=not_cloned)
     write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
     rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
     for name, some in (("my.json", rows[:8]), ("my-other.json", rows[8:12])):
         (copy / name).write_text(json.dumps(some, ensure_ascii=False))
+    (copy / "conversations.json").write_text(json.dumps([CONVERSATION], ensure_ascii=False))
     return copy
 
 
@@ -55,13 +96,19 @@ def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        ["bash", "-c", command], cwd=project, env=environment, capture_output=True, text=True, timeout=900
+        ["bash", "-c", command],
+        cwd=project,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in BY_THEMSELVES + LONG])
-def test_command_of_the_readme_runs(command: str, project: Path) -> None:
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_command_of_the_pages_runs(command: str, project: Path) -> None:
     shorter = next((words for start, words in SHORTENED.items() if start in command and "--help" not in command), "")
     done = run(command + shorter, project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -102,3 +149,59 @@ def test_readme_of_the_house_names_every_module() -> None:
 
 def test_commands_that_run_by_themselves_are_in_the_readme() -> None:
     assert set(BY_THEMSELVES + LONG) <= set(COMMANDS)
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("command", [command for command in ALL_COMMANDS if command.startswith(HELP_ONLY)])
+def test_command_that_takes_minutes_has_only_flags_of_its_help(command: str, project: Path) -> None:
+    done = run(f"{command} --help", project)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert flags_in(command) <= flags_in(done.stdout)
+
+
+def test_benchmark_of_a_gpu_has_only_flags_of_the_benchmark(tmp_path: Path) -> None:
+    """Its rows, written down by a `python` of ours in place of measured: there may be no GPU here."""
+    for name, script in (("nvidia-smi", "true"), ("python", f'echo "$@" >> {tmp_path}/rows')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", PROJECT / "scripts/dev/benchmark_gpu.sh", "figures"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "rows").read_text().splitlines()
+    assert len(rows) == 7
+    for row in rows:
+        script, *words = row.split()
+        assert script.endswith("scripts/dev/benchmark.py")
+        assert benchmark.command_line().parse_args(words).shape == "6b"
+
+
+def test_scripts_readme_names_every_script() -> None:
+    scripts = [path for path in (PROJECT / "scripts").rglob("*") if path.suffix in (".py", ".sh")]
+    named = set(re.findall(r"`(?:dev/)?(\w+\.(?:py|sh))`", TEXTS["scripts/README.md"]))
+    assert {path.name for path in scripts} <= named
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_a_page_names_exist(page: str) -> None:
+    sources = [*(PROJECT / "model").rglob("*.py"), *(PROJECT / "scripts").rglob("*.py")]
+    declared = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
+    assert flags_in(TEXTS[page]) <= declared | FOREIGN_FLAGS
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_somewhere(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[page]) if not link.startswith("https://")]
+    assert [link for link in links if not (PROJECT / page).parent.joinpath(link).exists()] == []
+
+
+def test_readme_has_at_most_220_lines() -> None:
+    assert len(README.splitlines()) <= 220
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))

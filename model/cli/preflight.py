@@ -24,11 +24,11 @@ from model.cli.flag_checks import (
     split_row_problems,
 )
 from model.cli.options import Options
-from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts
+from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
-from model.data.split import Selection, hold_out, picture_notes, same_file_warnings, scan_files
+from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.data.workers import done_beside
+from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process
 from model.errors import raise_problems
 
@@ -63,7 +63,7 @@ def preflight(options: Options, meanwhile: Callable[[], object] = lambda: None) 
     raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
-    data = done_beside(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
+    data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
 
 
@@ -133,15 +133,15 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     selection, problems = scan_files([*train_files, *valid_files], options.bad_rows)
     lengths = settled_lengths(options, config, tokenizer, selection)
     # Nobody but the first process tells it, and counting takes a while.
-    cuts = begin_to_count_cuts(selection, tokenizer, lengths) if is_first_process() else None
-    notes = picture_notes(selection, problems, options.bad_rows, options.check_seconds)
+    truncations = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
+    notes = leave_out_bad_images(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in train_files}))
     notes += same_file_warnings(train_files, valid_files)
     if options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
-    if cuts is not None:
-        notes += data_notes(options, selection, lengths, cuts())
+    if truncations is not None:
+        notes += data_notes(options, selection, lengths, truncations())
     return Data(selection, lengths, notes)
 
 
@@ -155,22 +155,24 @@ def settled_lengths(
     )
     if source is None or target is None:
         limit = config.get("max_sequence_length", options.max_sequence_length)
-        source, target = auto_lengths(selection, tokenizer, unsettled, source, target, limit)
+        source, target = auto_lengths(selection.rows, tokenizer, unsettled, source, target, limit)
     return replace(unsettled, max_source_length=source, max_target_length=target)
 
 
 # --- what is said of them ---------------------------------------------------------------------------------------------
 
 
-def data_notes(options: Options, selection: Selection, lengths: Lengths, cuts: Mapping[str, Cuts]) -> list[str]:
-    """What the run will do with its data: rows, the cuts of each file, held-out ones, samples seen and epochs."""
+def data_notes(
+    options: Options, selection: Selection, lengths: Lengths, truncations: Mapping[str, Truncations]
+) -> list[str]:
+    """What the run will do with its data: rows, what is truncated in each file, held-out ones, samples seen and epochs."""
     notes = []
     if None in (options.max_source_length, options.max_target_length):
         notes.append(
             f"--max_source_length {lengths.max_source_length} --max_target_length {lengths.max_target_length} (auto)"
         )
     for file, rows in selection.rows.items():
-        notes.append(f"{file}: {len(rows)} rows{cut_note(cuts[file], len(rows))}")
+        notes.append(f"{file}: {len(rows)} rows{truncation_note(truncations[file], len(rows))}")
     held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
         notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")
@@ -221,13 +223,13 @@ def epochs_note(options: Options, selection: Selection) -> str:
     )
 
 
-def cut_note(cuts: Cuts, rows: int) -> str:
+def truncation_note(truncations: Truncations, rows: int) -> str:
     """How many samples rows make, where it isn't one each, and what the lengths cut off; nothing if they all fit."""
-    turns = f", {cuts.samples} samples (one for every turn)" if cuts.samples != rows else ""
-    if not cuts.prompts + cuts.labels + cuts.histories:
+    turns = f", {truncations.samples} samples (one for every turn)" if truncations.samples != rows else ""
+    if not truncations.prompts + truncations.labels + truncations.histories:
         return turns
-    histories = f", oldest turns of {cuts.histories} samples" if cuts.histories else ""
+    histories = f", oldest turns of {truncations.histories} samples" if truncations.histories else ""
     return (
-        f"{turns}; cut to fit: {cuts.prompts} prompts{histories} (--max_source_length), {cuts.labels} labels"
+        f"{turns}; cut to fit: {truncations.prompts} prompts{histories} (--max_source_length), {truncations.labels} labels"
         " (--max_target_length)"
     )

@@ -1,4 +1,4 @@
-"""What becomes of rows that cannot be used: how they are listed, and what --bad_rows says about those found while training."""
+"""Rows that can't be used: how they are listed before training, and what --bad_rows does about those found later."""
 
 import functools
 import os
@@ -13,7 +13,10 @@ MOST_PROBLEM_LINES = 20  # what fits on a screen
 
 
 def first_lines(problems: list[str]) -> list[str]:
-    """As many problems as a screen has room for; then how many more there are, and which file, made here, has them all."""
+    """The first MOST_PROBLEM_LINES problems, and one line that counts the rest and names a file that has them all.
+
+    The file is written here, by the first process. If there is no rest, it is not.
+    """
     more = len(problems) - MOST_PROBLEM_LINES
     if more <= 0:
         return problems
@@ -29,15 +32,15 @@ def first_lines(problems: list[str]) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where things are kept from run to run: in the user's cache folder, never beside the data."""
+    """Where things are kept from run to run: in the user's cache folder. Nothing is written beside the data."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "visualglm")
 
 
-def heed_problems(batch: dict[str, Any], bad_rows: str) -> None:
-    """Do what --bad_rows says about rows of a batch whose pictures could no longer be opened.
+def handle_bad_rows(batch: dict[str, Any], bad_rows: str) -> None:
+    """Do what --bad_rows says about the rows of a batch whose images can't be opened.
 
-    "skip" tells each of them once: nothing is learned from it, and no other row takes its place, so that all processes stay
-    in step. "error" stops the run.
+    "skip" names each such row once. Nothing is learned from it, and no other row takes its place: all processes must make
+    the same number of steps. "error" stops the run.
 
     Raises:
         RowError: bad_rows is "error" and there are such rows.

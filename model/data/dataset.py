@@ -1,20 +1,23 @@
-"""Rows become training batches: pictures are opened when asked for, and padding ends with the batch's longest row.
+"""Rows become training batches. Images are opened when asked for; padding ends with the batch's longest row.
 
-Shapes: batch rows, pictures those of them that have one, seq tokens, image[3, H, W].
+    dataset = FewShotDataset("rows.json", processor, tokenizer, args)
+    batch = data_collator([dataset[0], dataset[1]])
+
+Shapes: batch rows, images those of them that have one, seq tokens, image[3, H, W].
 """
 
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from model.data.images import open_picture
-from model.data.prompt import IGNORE_INDEX, Lengths, Tokenizer, sample_from_row
+from model.data.images import open_image
+from model.data.lengths import estimated_length
+from model.data.prompt import IGNORE_INDEX, Lengths, Sample, Tokenizer, pre_image, sample_from_row
 from model.data.rows import Row, Rows, read_rows, row_turns
 from model.errors import InputError
 from model.masks import packed_position_ids, supervised_positions
@@ -22,19 +25,23 @@ from model.masks import packed_position_ids, supervised_positions
 PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 PAD_MULTIPLE = 8  # tokens; half-precision matrix units work in tiles of 8
 
+Entry = TypeVar("Entry")
+
 
 class FewShotDataset(Dataset[dict[str, Any]]):
-    """The rows of one data file as samples: texts in memory, pictures on disk until a row is asked for.
+    """The rows of one data file as samples. Texts are in memory; images stay on disk until a sample is asked for.
 
-    A row with history makes one sample of every turn. processor turns a Pillow image into float32[3, H, W]. args is any
-    object with `image_length`, `max_source_length`, `max_target_length` and, if wanted, `source_prefix`,
-    `ignore_pad_token_for_loss` and `lang`.
+    A row with history makes one sample of every turn. The first four arguments are those of the 2023 script, and so are
+    the attributes `images`, `input_ids`, `labels` and `pre_image`.
 
     Args:
-        rows: of the file at path, if they have been read already.
-        chosen: which of them, counted from 0; all if absent.
-        note_bad_pictures: give a sample that has nothing to learn and a "problem", in place of raising, when a picture
-            can't be opened: an error in a worker process would end in its traceback. See `heed_problems`.
+        processor: a Pillow image in mode RGB becomes float32[3, H, W].
+        args: any object with `image_length`, `max_source_length`, `max_target_length` and, if wanted, `source_prefix`,
+            `ignore_pad_token_for_loss` and `lang`.
+        rows: those of the file at path, if they have been read already.
+        chosen: which rows are used, counted from 0; all if absent.
+        note_bad_images: an image that can't be opened raises no error, which would show a worker process's traceback.
+            Its sample has nothing to learn, and a "problem", a sentence for `model.data.bad_rows.handle_bad_rows`.
 
     Raises:
         InputError: the file can't be used; as `model.data.rows.read_rows`.
@@ -48,38 +55,43 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         args: Any,
         rows: Rows | None = None,
         chosen: Iterable[int] | None = None,
-        note_bad_pictures: bool = False,
+        note_bad_images: bool = False,
     ):
         self.rows = read_rows(path) if rows is None else rows
         self.processor = processor
         self.tokenizer = tokenizer
         self.lengths = Lengths.from_args(args)
-        self.note_bad_pictures = note_bad_pictures
-        self.features: dict[str, torch.Tensor] = {}  # by picture path; see model.training.feature_cache
+        self.note_bad_images = note_bad_images
+        self.features: dict[str, torch.Tensor] = {}  # by image path; see model.training.feature_cache
         self._samples = _samples(self.rows, chosen)
 
     def __len__(self) -> int:
         return len(self.rows) if self._samples is None else len(self._samples[0])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: `input_ids` and `labels` list[int] of equal length, `image` float32[3, H, W] or None, or once they
-        are known its `image_features` [queries, width], `pre_image`, `image_length` and `pad_token_id` int.
+        """One sample, as a dict:
+
+            input_ids, labels                        list[int] of equal length
+            image                                    float32[3, H, W]; None in a row of text only
+            image_features                           [queries, width], in place of image once they are known
+            pre_image, image_length, pad_token_id    int
+            problem                                  str; only with note_bad_images, if the image can't be opened
 
         Raises:
-            InputError: the row's picture can't be opened, or the lengths leave no room.
+            InputError: the row's image can't be opened, or the lengths leave no room.
         """
         row, problem = self._turn(index), None
         try:
-            picture = self._picture(row)
+            image = self._image_or_features(row)
         except InputError as error:
-            if not self.note_bad_pictures:
+            if not self.note_bad_images:
                 raise
-            picture, problem = {"image": None}, f"{row.where}: {error}"
-            row = replace(row, img=None)
+            image, problem = {"image": None}, f"{row.where}: {error}"
+            row = row._replace(img=None)
         sample = sample_from_row(row, self.tokenizer, self.lengths)
         labels = sample.labels if problem is None else [IGNORE_INDEX] * len(sample.labels)
         return {
-            **picture,
+            **image,
             "input_ids": sample.input_ids,
             "labels": labels,
             "pre_image": sample.pre_image,
@@ -94,29 +106,55 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         rows, turns = self._samples
         return row_turns(self.rows[rows[index]])[turns[index]]
 
-    def _picture(self, row: Row) -> dict[str, torch.Tensor | None]:
+    def _image(self, row: Row) -> torch.Tensor | None:
         if row.img is None:
-            return {"image": None}
+            return None
+        return self.processor(open_image(row.img, getattr(self.processor, "image_size", None)))
+
+    def _image_or_features(self, row: Row) -> dict[str, torch.Tensor | None]:
         if row.img in self.features:
             return {"image_features": self.features[row.img]}
-        return {"image": self.processor(open_picture(row.img, getattr(self.processor, "image_size", None)))}
+        return {"image": self._image(row)}
+
+    @property
+    def images(self) -> "Sequence[torch.Tensor | None]":
+        """float32[3, H, W] of every sample, None of one of text only; each is opened when it is asked for."""
+        return _MadeWhenAsked(len(self), lambda index: self._image(self._turn(index)))
+
+    @property
+    def input_ids(self) -> Sequence[list[int]]:
+        """Token ids of every sample, without padding; each is made when it is asked for."""
+        return _MadeWhenAsked(len(self), lambda index: self._sample(index).input_ids)
+
+    @property
+    def labels(self) -> Sequence[list[int]]:
+        """Labels of every sample, as long as its input_ids; each is made when it is asked for."""
+        return _MadeWhenAsked(len(self), lambda index: self._sample(index).labels)
+
+    @property
+    def pre_image(self) -> int:
+        """Position of the first image slot in samples with an image."""
+        return pre_image(self.tokenizer)
+
+    def _sample(self, index: int) -> Sample:
+        return sample_from_row(self._turn(index), self.tokenizer, self.lengths)
 
     def text_length(self, index: int) -> int:
-        """About how many tokens a sample has: its characters, and its picture's slots."""
-        row = self._turn(index)
-        history = sum(len(question) + len(answer) for question, answer in row.history)
-        source = history + len(row.prompt) + (self.lengths.image_length if row.img else 0)
-        return min(source, self.lengths.max_source_length) + min(len(row.label), self.lengths.max_target_length)
+        """About how many tokens a sample has; see `model.data.lengths.estimated_length`."""
+        return estimated_length(self._turn(index), self.lengths)
 
-    def pictures(self) -> list[str]:
-        """The paths of all pictures that its samples have, each once."""
+    def image_paths(self) -> list[str]:
+        """The paths of all images that its samples have, each once."""
         rows = range(len(self.rows)) if self._samples is None else self._samples[0]
         paths = (self.rows[index].img for index in rows)
         return list(dict.fromkeys(path for path in paths if path is not None))
 
 
 def _samples(rows: Rows, chosen: Iterable[int] | None) -> "tuple[array[int], array[int]] | None":
-    """Row and turn of every sample; None where sample i is simply row i. Arrays, for a worker copies no page of them."""
+    """The row and the turn of every sample, by index; None if sample i is simply row i.
+
+    They are arrays because worker processes share an array's memory, and copy a list's as they read it.
+    """
     if chosen is None and max(rows.turns) == 1:
         return None
     row_of, turn_of = array("L"), array("L")
@@ -127,28 +165,47 @@ def _samples(rows: Rows, chosen: Iterable[int] | None) -> "tuple[array[int], arr
     return row_of, turn_of
 
 
+class _MadeWhenAsked(Sequence[Entry]):
+    """A sequence of so many entries, each made from its index whenever it is asked for."""
+
+    def __init__(self, length: int, entry: Callable[[int], Entry]) -> None:
+        self._indices, self._entry = range(length), entry
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self._entry(one) for one in self._indices[index]]
+        return self._entry(self._indices[index])
+
+
 def data_collator(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One batch of samples, a row each, padded on the right to the longest, rounded up to a multiple of PAD_MULTIPLE.
 
     input_ids          int64[batch, seq]               padding is the pad id
     labels             int64[batch, seq]               padding is IGNORE_INDEX
-    image              float32[pictures, 3, H, W]      or image_features [pictures, queries, width]; [0, 3, 0, 0] without
-    pre_image          int                             the same in every row with a picture: the length of <img>
-    image_slots        int64[pictures, image_length]   where each picture goes in the flattened batch · seq
+    image              float32[images, 3, H, W]        or image_features [images, queries, width]; [0, 3, 0, 0] without
+    pre_image          int                             the same in every row with an image: the length of <img>
+    image_slots        int64[images, image_length]     where each image goes in the flattened batch · seq
     answer_positions   int64[answers]                  which of the flattened batch · seq predict a supervised token
     answers            int64[answers]                  those tokens
-    problems           list[str]                       of the samples that have one; absent otherwise
+    problems           list[str]                       of the samples that have one; absent if none has
     """
     return _batch([[example] for example in examples])
 
 
 def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_TOKENS) -> dict[str, Any]:
-    """The same samples in as few rows as fit into capacity tokens each: data of mixed lengths needs less padding.
+    """One batch in which samples share rows of up to capacity tokens: samples of mixed lengths then need less padding.
 
         row        <img> · · question gMASK sop answer | <img> · · question gMASK sop answer | padding
         segments     0   0 0    0       0    0    0        1   1 1    1       1    1    1      -1
 
-    Besides what `data_collator` gives:
+    It holds what `data_collator` gives, and:
 
     segments       int64[batch, seq]      the sample that each token belongs to; none sees another's
     in_context     bool[batch, seq]       before <sop>
@@ -177,28 +234,28 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
 
 
 def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """A batch of rows, each of one sample or several behind each other; see `data_collator`."""
+    """A batch of rows, each of one sample, or of several one after another; see `data_collator`."""
     examples = [example for row in rows for example in row]
     seq = -(-max(map(_length, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = torch.full((len(rows), seq), examples[0]["pad_token_id"], dtype=torch.int64)
     labels = torch.full((len(rows), seq), IGNORE_INDEX, dtype=torch.int64)
-    slots, pictures = [], []
+    slots, with_image = [], []
     for number, row in enumerate(rows):
         for start, example in _with_starts(row):
             end = start + len(example["input_ids"])
             input_ids[number, start:end] = torch.tensor(example["input_ids"])
             labels[number, start:end] = torch.tensor(example["labels"])
-            if _picture_of(example) is not None:
+            if _image_of(example) is not None:
                 first = number * seq + start + example["pre_image"]
                 slots.append(torch.arange(first, first + example["image_length"]))
-                pictures.append(example)
-    kind = "image_features" if pictures and "image_features" in pictures[0] else "image"
+                with_image.append(example)
+    kind = "image_features" if with_image and "image_features" in with_image[0] else "image"
     positions, answers = supervised_positions(labels, IGNORE_INDEX)
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        kind: torch.stack([example[kind] for example in pictures]) if pictures else torch.empty(0, 3, 0, 0),
-        "pre_image": pictures[0]["pre_image"] if pictures else 0,
+        kind: torch.stack([example[kind] for example in with_image]) if with_image else torch.empty(0, 3, 0, 0),
+        "pre_image": with_image[0]["pre_image"] if with_image else 0,
         "image_slots": torch.stack(slots) if slots else torch.empty(0, 0, dtype=torch.int64),
         "answer_positions": positions,
         "answers": answers,
@@ -207,7 +264,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     return {**batch, "problems": problems} if problems else batch
 
 
-def _picture_of(example: dict[str, Any]) -> torch.Tensor | None:
+def _image_of(example: dict[str, Any]) -> torch.Tensor | None:
     return example["image_features"] if "image_features" in example else example["image"]
 
 

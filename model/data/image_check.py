@@ -1,4 +1,7 @@
-"""The pictures of many rows, opened once each before training, and remembered so that the next run need not.
+"""The images of many rows, each opened once before training. Later runs open only those that are new or have changed.
+
+    check = check_rows(rows, CheckedImages(), seconds=20)     all that was found
+    check_images(rows)                                        bad images are an error
 
 Standard library and Pillow only.
 """
@@ -15,23 +18,23 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from model.data.bad_rows import cache_folder, first_lines
-from model.data.images import checked_file, open_picture
-from model.data.rows import Row, Rows
+from model.data.images import checked_file, open_image
+from model.data.rows import Row
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.progress import with_progress
 
-MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million pictures; then the memory starts afresh
+MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million images; a larger file is begun anew
 
 
-class PictureMemory:
-    """Which pictures were whole when they were last opened: a file of 8-byte digests of path, size and time of change.
+class CheckedImages:
+    """The images that earlier runs found whole: a file of 8-byte digests of path, size and time of change.
 
-    It only saves time: without a place to write, or with a damaged file, pictures are opened again.
+    It only saves time. If the file can't be written or is damaged, images are opened again.
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file or memory_file()
+        self.file = file or checked_images_file()
         known = array("Q")
         try:
             content = self.file.read_bytes()
@@ -48,15 +51,15 @@ class PictureMemory:
         return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
     def knows(self, path: str, status: os.stat_result) -> bool:
-        """Whether the picture at path was whole, and has not changed since; status is what the system says of it now."""
+        """Whether the image at path was found whole and has not changed since. status is its present one."""
         return bool(self._known) and self._digest(path, status) in self._known
 
     def add(self, path: str) -> None:
-        """Note a picture that was opened and is whole."""
+        """Note an image that was opened and is whole; `write` puts it into the file."""
         self._new.append(self._digest(path, os.stat(path)))
 
     def write(self) -> None:
-        """Put what was noted into the file, behind what other runs have put there."""
+        """Append what was noted to the file. Other runs may do so at the same time."""
         if not self._new:
             return
         try:
@@ -65,42 +68,44 @@ class PictureMemory:
             with open(self.file, "wb" if full else "ab") as file:
                 file.write(self._new.tobytes())
         except OSError:
-            return  # a home folder that can't be written to costs the next run some time, and this one nothing
+            return  # the next run opens these images again
         self._known.update(self._new)
         self._new = array("Q")
 
 
-def memory_file() -> Path:
-    """Where pictures are remembered."""
+def checked_images_file() -> Path:
+    """Where `CheckedImages` is kept."""
     return cache_folder() / "pictures-1"
 
 
 @dataclass
-class PictureCheck:
-    """What became of the pictures of some rows, each distinct path counted once."""
+class ImageCheck:
+    """What was found about the images of some rows. Each distinct path counts once."""
 
     problems: dict[int, str] = field(default_factory=dict)  # index of a row → where: what was found; what is needed
     opened: int = 0
-    remembered: int = 0
-    unopened: int = 0  # there was no time left
+    remembered: int = 0  # from an earlier run
+    unopened: int = 0  # for want of time
 
 
 def check_rows(
-    rows: Sequence[Row], memory: PictureMemory | None = None, seconds: float = math.inf, progress: bool = True
-) -> PictureCheck:
-    """Look at every distinct picture of rows: is it a file, and can it be opened?
+    rows: Sequence[Row], checked_before: CheckedImages | None = None, seconds: float = math.inf, progress: bool = True
+) -> ImageCheck:
+    """Check every distinct image of rows: is there such a file, and can it be opened?
 
-    Files are looked for in any case. They are opened in as many threads as there are CPUs, but for those that memory
-    knows, in an order of chance, until the seconds are over; looking for them may take half of that away.
+    All files are looked for. Those that weren't checked before are opened in random order, in as many threads as there
+    are CPUs, until the time is over.
 
-    With progress, stderr shows how far it is and the time left, once it has taken two seconds.
+    Args:
+        checked_before: images that are not opened again; those found whole are added.
+        seconds: how long both may take. At least half of it is for opening images, however long looking for them took.
+        progress: after two seconds, show on stderr how far it is and the time left.
     """
     started = time.monotonic()
-    result = PictureCheck()
+    result = ImageCheck()
     bad: dict[str, str] = {}
     to_open: list[str] = []
-    pictures = (values[0] for values in rows.values()) if isinstance(rows, Rows) else (row.img for row in rows)
-    for path in dict.fromkeys(pictures):
+    for path in dict.fromkeys(row.img for row in rows):
         if path is None:
             continue
         try:
@@ -108,24 +113,24 @@ def check_rows(
         except InputError as problem:
             bad[path] = str(problem)
             continue
-        if memory is not None and memory.knows(path, status):
+        if checked_before is not None and checked_before.knows(path, status):
             result.remembered += 1
         else:
             to_open.append(path)
     random.Random(0).shuffle(to_open)
     seconds = max(seconds / 2, seconds - (time.monotonic() - started))
-    checked: Iterable[tuple[str, str | None]] = _opened(to_open, seconds)
+    checked: Iterable[tuple[str, str | None]] = problems_by_path(to_open, seconds)
     if progress and is_first_process():
         checked = with_progress(checked, len(to_open), "Checking pictures", stops_after=seconds)
     for path, found in checked:
         result.opened += 1
         if found:
             bad[path] = found
-        elif memory is not None:
-            memory.add(path)
+        elif checked_before is not None:
+            checked_before.add(path)
     result.unopened = len(to_open) - result.opened
-    if memory is not None:
-        memory.write()
+    if checked_before is not None:
+        checked_before.write()
     if bad:
         result.problems = {
             index: f"{row.where}: {bad[row.img]}"
@@ -135,22 +140,22 @@ def check_rows(
     return result
 
 
-def check_pictures(rows: Sequence[Row], progress: bool = True) -> None:
-    """Open every distinct picture of rows once; do nothing if all are good.
+def check_images(rows: Sequence[Row], progress: bool = True) -> None:
+    """Open every distinct image of rows once; do nothing if all are good.
 
     Raises:
-        InputError: some aren't; the first 20 rows concerned are named (`picture_problems` gives all).
+        InputError: some are bad; the first 20 rows that have one are named (`image_problems` gives all).
     """
-    raise_problems(first_lines(picture_problems(rows, progress)))
+    raise_problems(first_lines(image_problems(rows, progress)))
 
 
-def picture_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
-    """One line for each row whose picture can't be used: `{row.where}: {what was found}; {what is needed}`."""
+def image_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
+    """One line for each row whose image can't be used: `{row.where}: {what was found}; {what is needed}`."""
     return list(check_rows(rows, progress=progress).problems.values())
 
 
-def _opened(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | None]]:
-    """(path, problem) of pictures until the seconds are over."""
+def problems_by_path(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | None]]:
+    """Open images in threads until the seconds are over; yields each one's path, and what is wrong with it or None."""
     if not paths:
         return
     end = time.monotonic() + seconds
@@ -161,12 +166,12 @@ def _opened(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | N
             if time.monotonic() > end:
                 return
             some = paths[start : start + at_once]
-            yield from zip(some, pool.map(_picture_problem, some, chunksize=1), strict=True)
+            yield from zip(some, pool.map(_image_problem, some, chunksize=1), strict=True)
 
 
-def _picture_problem(path: str) -> str | None:
+def _image_problem(path: str) -> str | None:
     try:
-        open_picture(path)
+        open_image(path)
     except InputError as problem:
         return str(problem)
     return None

@@ -1,10 +1,13 @@
-"""A picture by path or by URL, for asking about it: rows of training data are always files."""
+"""Image files become Pillow images in mode RGB. Damaged and hostile ones become a sentence.
+
+open_image("a.jpg")                      for training and for asking
+open_image(image_file("https://…"))      for asking only: the rows of data files name files
+"""
 
 import io
 import os
 import stat
 import warnings
-from pathlib import Path
 from typing import IO, Any, cast
 
 import requests
@@ -13,9 +16,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from model.errors import InputError
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
-LEAST_REDUCTION = 3  # times the resized edge: what a JPEG decoded at reduced size still has
-# Only what people keep photos in. Pillow would also run Ghostscript on EPS, a program inside a stranger's file.
-PICTURE_FORMATS = (
+LEAST_REDUCTION = 3  # a JPEG decoded at reduced size has edges at least so many times as long as when resized
+# The formats that people keep photos in. Others stay closed: for EPS, Pillow would run a program that the file holds.
+IMAGE_FORMATS = (
     "JPEG",
     "PNG",
     "WEBP",
@@ -31,10 +34,9 @@ PICTURE_FORMATS = (
     "TGA",
     "PSD",
 )
-A_PICTURE = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
+IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
-PictureSource = str | os.PathLike[str] | IO[bytes] | Image.Image
-
+ImageSource = str | os.PathLike[str] | IO[bytes] | Image.Image
 
 TIMEOUT = 20.0  # seconds without a byte
 LARGEST_DOWNLOAD = 50 * 2**20  # bytes; a 200-megapixel JPEG is smaller
@@ -42,12 +44,12 @@ CHUNK = 2**16
 
 
 def is_url(source: object) -> bool:
-    """Whether source is text that names a picture on a server."""
+    """Whether source is the text of an http or https address."""
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def downloaded(url: str) -> io.BytesIO:
-    """What a server gives for url, in memory.
+    """The content of url, in memory.
 
     Raises:
         InputError: the server can't be reached, refuses, is silent for TIMEOUT seconds, or sends too much.
@@ -77,24 +79,28 @@ def _reason(error: Exception) -> str:
     return str(cause).rsplit(": ", 1)[-1].splitlines()[0]
 
 
-def picture_file(source: Any) -> Any:
-    """source, or an open file of what it points to if it is a URL: something that `model.data.images.open_picture` takes."""
+def image_file(source: Any) -> Any:
+    """source, in a form that `open_image` takes: a URL is downloaded into an open file, anything else stays as it is.
+
+    Raises:
+        InputError: as `downloaded`.
+    """
     return downloaded(str(source)) if is_url(source) else source
 
 
-def find_picture(img: str, json_path: str | os.PathLike[str]) -> Path | None:
-    """Where the picture of a row is: looked up from the working directory, else from the JSON file's own folder."""
-    place = place_of(img, os.path.dirname(json_path), {})
-    return None if place is None else Path(place)
+def image_path(img: str, folder: str, known_folders: dict[str, bool]) -> str | None:
+    """Path of a row's picture, or None: looked up from the working directory, else from the JSON file's own folder.
 
-
-def place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
-    """The path of a picture, or None; in folders it is noted which ones there are, to ask the disk but once."""
+    Args:
+        folder: the JSON file's own.
+        known_folders: whether there is a folder of that name, seen from the working directory. What is asked here is
+            added, so that the disk is asked but once for each folder.
+    """
     of_img = img.rpartition("/")[0]
     try:
-        if of_img not in folders:
-            folders[of_img] = not of_img or os.path.isdir(of_img)
-        if folders[of_img] and os.path.lexists(img):  # a broken link counts as found: its error can then say what it is
+        if of_img not in known_folders:
+            known_folders[of_img] = not of_img or os.path.isdir(of_img)
+        if known_folders[of_img] and os.path.lexists(img):  # a broken link is found: opening it says what is wrong
             return img
         if not folder or img.startswith("/"):
             return None
@@ -104,22 +110,23 @@ def place_of(img: str, folder: str, folders: dict[str, bool]) -> str | None:
         return None
 
 
-def open_picture(source: PictureSource, target_size: int | None = None) -> Image.Image:
-    """The picture in mode RGB, decoded in full and turned upright as its EXIF says; the first frame of an animation.
+def open_image(source: ImageSource, target_size: int | None = None) -> Image.Image:
+    """The image in mode RGB, decoded in full and upright as its EXIF says. Of an animation, the first frame.
 
-    Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8, not clipped: I;16
-    from 0…65535; I and F, which have no range of their own in use, from the smallest of 0…1 (F only), 0…255, 0…65535
-    and 0…2³¹ - 1 that holds their brightest value.
+    Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8 bits, not clipped.
+    Mode I;16 is scaled from 0…65535. Modes I and F have no fixed range: they are scaled from the smallest of 0…1 (F
+    only), 0…255, 0…65535 and 0…2³¹ - 1 that holds their brightest value.
 
-    With target_size, the edge in pixels that the picture will be resized to, a JPEG is decoded at a half, a quarter or
-    an eighth where that leaves both edges at least LEAST_REDUCTION times as long: four times faster on a phone's photo,
-    and after resizing no further from the whole picture than a level of grey or two. Smaller ones are decoded whole.
+    Pillow's limit of pixels, which holds for the whole process, is set to MAX_PIXELS.
 
-    source is a path, an open binary file or a Pillow image; an upright RGB image is returned as it is. Pillow's own limit
-    of pixels is one per process, and is set to MAX_PIXELS there.
+    Args:
+        source: a path, an open binary file or a Pillow image. An upright RGB image is returned as it is.
+        target_size: the edge, in pixels, that the image will be resized to. A large JPEG is then decoded at a half, a
+            quarter or an eighth of its size, if both edges stay at least LEAST_REDUCTION times as long as that. Opening
+            a phone's photo is four times faster, and after resizing it differs by one or two levels of grey.
 
     Raises:
-        InputError: source is no picture, is damaged or has more than MAX_PIXELS; the text has no line break.
+        InputError: source is no image, is damaged or has more than MAX_PIXELS. Its text is one line.
     """
     if isinstance(source, Image.Image):
         name = "the picture"
@@ -141,63 +148,65 @@ def open_picture(source: PictureSource, target_size: int | None = None) -> Image
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name)) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} isn't a picture; {A_PICTURE}.") from error
+        raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}.") from error
     except OSError as error:
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
-        raise InputError(f"{name} {found}; {A_PICTURE}.") from error
+        raise InputError(f"{name} {found}; {IMAGE_NEEDED}.") from error
     except Exception as error:  # a damaged file leaves Pillow's decoders as almost any exception
-        raise InputError(f"{name} is damaged and can't be decoded; {A_PICTURE}.") from error
+        raise InputError(f"{name} is damaged and can't be decoded; {IMAGE_NEEDED}.") from error
 
 
 def checked_file(path: str, name: str | None = None) -> os.stat_result:
-    """What the system says of path, a file with something in it. A pipe would hang whoever opens it.
+    """The status of the file at path, which has something in it.
 
     Args:
-        name: what to call it in a message, path if absent.
+        name: what to call it in a message; path if absent.
 
     Raises:
-        InputError: it isn't.
+        InputError: there is no such file, it is empty, or it is no ordinary file. (Opening a pipe would hang.)
     """
     name = printable(path) if name is None else name
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
         if os.path.islink(path):
-            raise InputError(f"{name} is a link to {os.readlink(path)}, which doesn't exist; {A_PICTURE}.") from error
+            raise InputError(
+                f"{name} is a link to {os.readlink(path)}, which doesn't exist; {IMAGE_NEEDED}."
+            ) from error
         raise InputError(
             f"there is no file {name}; a relative path is looked up from the working directory,"
             " then from the JSON file's own folder."
         ) from error
     except OSError as error:
-        raise InputError(f"{name} can't be read ({error.strerror}); {A_PICTURE}.") from error
+        raise InputError(f"{name} can't be read ({error.strerror}); {IMAGE_NEEDED}.") from error
     except ValueError as error:
-        raise InputError(f"{name} can't be the name of a file; {A_PICTURE}.") from error
+        raise InputError(f"{name} can't be the name of a file; {IMAGE_NEEDED}.") from error
     if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{name} is a folder; {A_PICTURE}.")
+        raise InputError(f"{name} is a folder; {IMAGE_NEEDED}.")
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{name} is not an ordinary file; {A_PICTURE}.")
+        raise InputError(f"{name} is not an ordinary file; {IMAGE_NEEDED}.")
     if status.st_size == 0:
-        raise InputError(f"{name} is empty (0 bytes); {A_PICTURE}.")
+        raise InputError(f"{name} is empty (0 bytes); {IMAGE_NEEDED}.")
     return status
 
 
 def printable(path: str) -> str:
-    """path as it can stand in a message: a line break or an escape code would garble the report."""
+    """path as it can stand in a message, without line breaks and escape codes."""
     return path if path.isprintable() else repr(path)
 
 
 def _set_pixel_limit() -> None:
-    # Pillow warns above its limit and refuses above twice the limit; setting it again and again is safe in threads.
+    # Pillow warns above its limit and refuses above twice the limit. Setting it for each image is safe in threads.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken tags in a readable picture
 
 
 def _known_formats() -> list[str]:
-    """PICTURE_FORMATS that this build of Pillow knows."""
+    """Those of IMAGE_FORMATS that this build of Pillow knows."""
     Image.init()
-    return [name for name in PICTURE_FORMATS if name in Image.OPEN]
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _too_large(name: str) -> str:
@@ -206,7 +215,7 @@ def _too_large(name: str) -> str:
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) < 1:
-        raise InputError(f"{name} has no pixels ({image.width}×{image.height}); {A_PICTURE}.")
+        raise InputError(f"{name} has no pixels ({image.width}×{image.height}); {IMAGE_NEEDED}.")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(_too_large(name))
     image.load()
@@ -227,7 +236,7 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF says nothing about up and down: viewers show such a picture as it is stored
+    except Exception:  # broken EXIF: viewers show such an image as it is stored
         return image
 
 

@@ -1,157 +1,197 @@
-"""How many tokens rows take, and what the length flags cut off."""
+"""How many tokens rows take. Whoever asks that asks here.
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+A turn has two lengths, counted as the flags that bound them count:
+
+    <img> · · · </img> 问 ： question <n> 答 ： gMASK sop answer eop
+    '------------------ source -------------------' '-- target --'
+
+A turn within --max_source_length and --max_target_length loses nothing. What `sample_from_row` truncates of longer
+ones is counted here without making samples. A text is tokenized only if its characters leave open whether it fits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from itertools import islice
+from typing import TypeVar
 
 from model.data.prompt import (
     IMAGE_OPEN,
     LEAST_TARGET_LENGTH,
+    TOKENS_AFTER_SOURCE,
+    TOKENS_AROUND_LABEL,
     Lengths,
     Tokenizer,
     chat_prompt,
     least_source_length,
+    pre_image,
     question_text,
-    sample_from_row,
 )
-from model.data.rows import Row, RowValues, row_turns, values_of_turns
-from model.data.split import Selection
-from model.errors import InputError
+from model.data.rows import Row, Rows, row_turns
+from model.data.workers import begin_in_processes
 
+ROWS_AT_ONCE = 1000  # tokenized together
 ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
 Part = tuple[str, range]  # a file, and some of its rows
 Result = TypeVar("Result")
-_task: Callable[[Part], object] | None = None  # of a process that was started for it
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
-    """How many samples there are, and how many of them lose something: prompts, labels and earlier turns."""
+class Truncations:
+    """How many samples there are, and how many of them lose tokens of the prompt, of the label, or earlier turns."""
 
     samples: int = 0
     prompts: int = 0
     labels: int = 0
     histories: int = 0
 
-    def __add__(self, other: "Cuts") -> "Cuts":
-        return Cuts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+    def __add__(self, other: "Truncations") -> "Truncations":
+        return Truncations(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
-def count_cuts(rows: Iterable[RowValues], tokenizer: Tokenizer, lengths: Lengths) -> Cuts:
-    """How many samples rows make, each given by its values, and what `lengths` cut off from them.
+class TokenCounter:
+    """Counts the tokens of turns. Equal texts are tokenized once.
 
-    Only texts are tokenized of which that can't be told from their characters, and a prompt only once.
-
-    Raises:
-        InputError: as `sample_from_row`.
+    Where at_least is given, every count is at least that. A turn that surely takes no more tokens is not tokenized.
     """
-    room = lengths.max_source_length - 1
-    image_tokens = len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)) + lengths.image_length
-    # A frame has no more tokens around a prompt than it has characters.
-    frame_texts = [
-        chat_prompt(lengths.source_prefix, None, True, english).removeprefix(IMAGE_OPEN) for english in (False, True)
-    ]
-    frame_room = max(map(len, frame_texts)) if all(_is_known(text, tokenizer) for text in frame_texts) else room
-    label_room = lengths.max_target_length - 2
-    unsure_labels: list[str] = []
-    unsure_questions: dict[tuple[str, int], int] = {}  # text and room → how many samples ask it
-    samples = prompts = histories = 0
-    for values in rows:
-        for img, prompt, label, history, lang in values_of_turns(values) if values[3] else (values,):
-            samples += 1
-            if not _surely_fits(label, label_room, tokenizer):
-                unsure_labels.append(label)
-            question_room = room - (image_tokens if img else 0)
-            if history:
-                sample = sample_from_row(Row(img, prompt, label, "", history, lang), tokenizer, lengths)
-                prompts += sample.prompt_tokens_cut > 0
-                histories += sample.turns_cut > 0
-            elif not _surely_fits(prompt, question_room - frame_room, tokenizer):
-                text = chat_prompt(
-                    lengths.source_prefix + prompt, None, img is not None, (lang or lengths.lang) == "en"
-                )
-                key = text.removeprefix(IMAGE_OPEN), question_room
-                unsure_questions[key] = unsure_questions.get(key, 0) + 1
-    labels = sum(tokens > label_room for tokens in tokenizer.token_counts(unsure_labels))
-    tokens_of_questions = tokenizer.token_counts([text for text, _ in unsure_questions])
-    for ((_, question_room), asked), tokens in zip(unsure_questions.items(), tokens_of_questions, strict=True):
-        prompts += asked * (tokens > question_room)
-    return Cuts(samples, prompts, labels, histories)
+
+    def __init__(self, tokenizer: Tokenizer, lengths: Lengths) -> None:
+        """lengths says what surrounds the texts; its two maxima are not read."""
+        self._tokenizer, self._lengths = tokenizer, lengths
+        self._image_tokens = pre_image(tokenizer) + lengths.image_length
+        frames = [
+            chat_prompt(lengths.source_prefix, None, True, english).removeprefix(IMAGE_OPEN)
+            for english in (False, True)
+        ]
+        # A frame adds at most as many tokens as it has characters, if each is one token. Else no text surely fits.
+        self._frame_characters = max(map(len, frames)) if all(map(self._has_known_characters, frames)) else 2**31
+
+    def sources(self, turns: Sequence[Row], at_least: int = 0) -> list[int]:
+        """Tokens of each turn's picture, history, question and frame, and [gMASK]."""
+        around = [TOKENS_AFTER_SOURCE + (self._image_tokens if turn.img else 0) for turn in turns]
+        texts: list[str | None] = []
+        for turn, tokens in zip(turns, around, strict=True):
+            prompt_room = at_least - tokens - self._frame_characters
+            fits = not turn.history and self._surely_fits(turn.prompt, prompt_room)
+            texts.append(None if fits else question_text(turn, self._lengths, turn.history))
+        return self._counts(texts, around, at_least)
+
+    def targets(self, turns: Sequence[Row], at_least: int = 0) -> list[int]:
+        """Tokens of each turn's label, and <sop> and <eop>."""
+        return self._counts([turn.label for turn in turns], [TOKENS_AROUND_LABEL] * len(turns), at_least)
+
+    def _counts(self, texts: Sequence[str | None], around: Sequence[int], at_least: int) -> list[int]:
+        """Tokens of each text and those around it. None stands for a text that takes at_least tokens at most."""
+        unsure = (
+            text
+            for text, tokens in zip(texts, around, strict=True)
+            if text is not None and not self._surely_fits(text, at_least - tokens)
+        )
+        to_count = list(dict.fromkeys(unsure))
+        counts = dict(zip(to_count, self._tokenizer.token_counts(to_count), strict=True))
+        return [
+            at_least if text is None else max(at_least, counts.get(text, 0) + tokens)
+            for text, tokens in zip(texts, around, strict=True)
+        ]
+
+    def _surely_fits(self, text: str, tokens: int) -> bool:
+        # Less, not as many: SentencePiece puts one mark of its own before a text.
+        return len(text) < tokens and self._has_known_characters(text)
+
+    def _has_known_characters(self, text: str) -> bool:
+        """Whether text has no more tokens than characters, and one mark."""
+        return self._tokenizer.known_characters.issuperset(text) and "  " not in text  # several spaces are one token
+
+
+def turn_lengths(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> Iterator[tuple[int, int]]:
+    """Tokens of the source and of the target of every turn, in order, as if nothing were truncated."""
+    counter = TokenCounter(tokenizer, lengths)
+    for some in _some_at_once(rows):
+        turns = _turns(some)
+        yield from zip(counter.sources(turns), counter.targets(turns), strict=True)
+
+
+def count_truncations(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> Truncations:
+    """How many samples rows make, and how many of them `lengths` truncate."""
+    counter = TokenCounter(tokenizer, lengths)
+    longest_source, longest_target = lengths.max_source_length, lengths.max_target_length
+    total = Truncations()
+    for some in _some_at_once(rows):
+        turns = _turns(some)
+        sources = counter.sources(turns, longest_source)
+        too_long = [turn for turn, tokens in zip(turns, sources, strict=True) if tokens > longest_source]
+        # Earlier turns leave first. The prompt is truncated if it is too long without them.
+        prompts = counter.sources([turn._replace(history=()) for turn in too_long], longest_source)
+        total += Truncations(
+            samples=len(turns),
+            prompts=sum(tokens > longest_source for tokens in prompts),
+            labels=sum(tokens > longest_target for tokens in counter.targets(turns, longest_target)),
+            histories=sum(bool(turn.history) for turn in too_long),
+        )
+    return total
 
 
 def needed_lengths(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> tuple[int, int]:
-    """The --max_source_length and --max_target_length that cut nothing of rows, history included.
+    """The smallest --max_source_length and --max_target_length that truncate nothing of rows.
 
     Args:
-        lengths: what surrounds the texts; its two lengths are not read.
+        lengths: says what surrounds the texts; its two maxima are not read.
     """
-    image_tokens = len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)) + lengths.image_length
+    counter = TokenCounter(tokenizer, lengths)
     source, target = least_source_length(tokenizer, lengths.image_length), LEAST_TARGET_LENGTH
-    for row in rows:
-        for turn in row_turns(row):
-            label_tokens = 0 if _surely_fits(turn.label, target - 2, tokenizer) else len(
-                tokenizer.encode(turn.label, add_special_tokens=False)
-            )  # fmt: skip
-            target = max(target, label_tokens + 2)
-        text = question_text(row, lengths, row.history)  # of the last turn: the longest, it holds the others
-        around = (image_tokens if row.img else 0) + 1
-        if not _surely_fits(text, source - around, tokenizer):
-            source = max(source, len(tokenizer.encode(text, add_special_tokens=False)) + around)
+    for some in _some_at_once(rows):
+        source = max(counter.sources(some, source))  # of each row's last turn: it holds the earlier ones
+        target = max(counter.targets(_turns(some), target))
     return source, target
 
 
-def _surely_fits(text: str, tokens: int, tokenizer: Tokenizer) -> bool:
-    """Whether text has at most so many tokens, as far as that can be told without tokenizing; false if not."""
-    return len(text) < tokens and _is_known(text, tokenizer)  # less: SentencePiece puts one mark of its own before it
+def bounded_length(source: int, target: int, lengths: Lengths) -> int:
+    """About how many tokens a sample has whose source and target are so long, if not truncated."""
+    return min(source, lengths.max_source_length) + min(target, lengths.max_target_length)
 
 
-def _is_known(text: str, tokenizer: Tokenizer) -> bool:
-    return tokenizer.known_characters.issuperset(text) and "  " not in text  # several spaces are a piece by themselves
+def estimated_length(turn: Row, lengths: Lengths) -> int:
+    """About how many tokens a turn's sample has, told from its characters: quick enough to sort all samples by it."""
+    history = sum(len(question) + len(answer) for question, answer in turn.history)
+    source = history + len(turn.prompt) + (lengths.image_length if turn.img else 0)
+    return bounded_length(source, len(turn.label), lengths)
 
 
-def begin_to_count_cuts(selection: Selection, tokenizer: Tokenizer, lengths: Lengths) -> Callable[[], dict[str, Cuts]]:
-    """What lengths cut off from the rows of every file; returned is a function that waits until they are counted.
+def begin_counting_truncations(
+    files: Mapping[str, Rows], tokenizer: Tokenizer, lengths: Lengths
+) -> Callable[[], dict[str, Truncations]]:
+    """What lengths truncate of each file's rows; returns a function that waits until they are counted.
 
     Very many rows are counted in processes of their own, while this one does something else.
     """
+    parts = _parts(files)
+    wait = _begin(lambda rows: count_truncations(rows, tokenizer, lengths), files, parts)
 
-    def cuts(part: Part) -> Cuts:
-        file, some = part
-        return count_cuts(selection.rows[file].values(some.start, some.stop), tokenizer, lengths)
+    def truncations() -> dict[str, Truncations]:
+        total = dict.fromkeys(files, Truncations())
+        for (file, _), found in zip(parts, wait(), strict=True):
+            total[file] += found
+        return total
 
-    parts = _parts(selection)
-    counted = _begun(cuts, parts)
-
-    def by_file() -> dict[str, Cuts]:
-        found = dict.fromkeys(selection.rows, Cuts())
-        for (file, _), some in zip(parts, counted(), strict=True):
-            found[file] += some
-        return found
-
-    return by_file
+    return truncations
 
 
 def auto_lengths(
-    selection: Selection, tokenizer: Tokenizer, lengths: Lengths, source: int | None, target: int | None, limit: int
+    files: Mapping[str, Rows],
+    tokenizer: Tokenizer,
+    lengths: Lengths,
+    source: int | None,
+    target: int | None,
+    limit: int,
 ) -> tuple[int, int]:
-    """--max_source_length and --max_target_length, with what the data needs in the place of None.
+    """--max_source_length and --max_target_length; one that is None becomes what the rows need.
 
-    Where both don't fit into the model together, a question has at least half of the room if it needs it.
+    If the model can't take both, questions get what the answers leave, but at least half.
 
     Args:
-        limit: tokens that the model takes, the two together.
+        limit: tokens that the model takes, source and target together.
     """
-
-    def needed_by(part: Part) -> tuple[int, int]:
-        file, some = part
-        return needed_lengths(selection.rows[file][some.start : some.stop], tokenizer, lengths)
-
-    needed = _begun(needed_by, _parts(selection))()
-    needed_source, needed_target = (max(pair[part] for pair in needed) for part in (0, 1))
+    needed = _begin(lambda rows: needed_lengths(rows, tokenizer, lengths), files, _parts(files))()
+    needed_source, needed_target = map(max, zip(*needed, strict=True))
     if source is None:
         source = min(needed_source, limit - target if target is not None else max(limit - needed_target, limit // 2))
     if target is None:
@@ -159,41 +199,34 @@ def auto_lengths(
     return source, target
 
 
-def _parts(selection: Selection) -> list[Part]:
-    """All rows of a selection in parts; each file has one at least."""
+def _some_at_once(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while some := list(islice(iterator, ROWS_AT_ONCE)):
+        yield some
+
+
+def _turns(rows: Sequence[Row]) -> list[Row]:
+    return [turn for row in rows for turn in (row_turns(row) if row.history else (row,))]
+
+
+def _parts(files: Mapping[str, Rows]) -> list[Part]:
+    """All rows in parts; each file has at least one."""
     return [
         (file, range(start, min(start + ROWS_PER_PROCESS, len(rows))))
-        for file, rows in selection.rows.items()
+        for file, rows in files.items()
         for start in range(0, max(1, len(rows)), ROWS_PER_PROCESS)
     ]
 
 
-def _begun(task: Callable[[Part], Result], parts: list[Part]) -> Callable[[], list[Result]]:
-    """A function that waits for task's results for parts; processes are forked, so nothing but results is copied."""
-    number = sum(len(rows) for _, rows in parts)
-    if number < 2 * ROWS_PER_PROCESS or "fork" not in multiprocessing.get_all_start_methods():
-        return lambda: [task(part) for part in parts]
-    workers = ProcessPoolExecutor(
-        max(1, (os.cpu_count() or 1) - 1), multiprocessing.get_context("fork"), _take, (task,)
-    )
-    results = [cast("Future[Result]", workers.submit(_result, part)) for part in parts]
+def _begin(
+    task: Callable[[Sequence[Row]], Result], files: Mapping[str, Rows], parts: Sequence[Part]
+) -> Callable[[], list[Result]]:
+    """Begin task for the rows of every part; returns a function that waits for the results."""
 
-    def found() -> list[Result]:
-        try:
-            return [result.result() for result in results]
-        except BrokenProcessPool as error:
-            raise InputError("A process that counted tokens died (no memory left?).") from error
-        finally:
-            workers.shutdown()
+    def of_part(part: Part) -> Result:
+        file, some = part
+        return task(files[file][some.start : some.stop])
 
-    return found
-
-
-def _take(task: Callable[[Part], object]) -> None:
-    global _task
-    _task = task
-
-
-def _result(part: Part) -> object:
-    assert _task is not None
-    return _task(part)
+    if sum(len(some) for _, some in parts) < 2 * ROWS_PER_PROCESS:
+        return lambda: [of_part(part) for part in parts]
+    return begin_in_processes(of_part, parts, "A process that counts tokens")

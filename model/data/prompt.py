@@ -1,14 +1,15 @@
-"""A JSON row becomes token ids: the question's frame, the image's slots, the labels, and what is cut when too long.
+"""A row becomes token ids: the question's frame, the image's slots, the labels, and what is truncated.
 
 One sample, and the flags that bound it (`·` are image_length pad tokens, replaced by the image inside the model):
 
     <img> · · · </img> 问 ： question <n> 答 ： gMASK sop answer eop
-    '------- < max_source_length ------------' '- max_target_length -'
+    '------------- max_source_length -------------' '- max_target_length -'
 
-A row without a picture goes without `<img> · · · </img>`. Earlier turns stand between the picture and the question, as
-in `chat`; each of them is a sample of its own too, so that a row with two earlier turns makes three samples.
+A row without a picture has no `<img> · · · </img>`. Earlier turns stand between the picture and the question, as in
+`chat`. Each of them is a sample of its own too: a row with two earlier turns makes three samples.
 
-Only the standard library is imported, so that rows can be checked before torch is loaded.
+How long samples are is counted in `model.data.lengths`. Only the standard library is imported, so that rows can be
+checked before torch is loaded.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from model.data.rows import Row
 from model.errors import InputError
 
 IGNORE_INDEX = -100  # torch's cross_entropy default: no loss where a label holds it
-LEAST_TARGET_LENGTH = 3  # <sop>, one token of the answer, <eop>
+TOKENS_AFTER_SOURCE = 1  # [gMASK]: the released script gives the source max_source_length - 1 tokens before it
+TOKENS_AROUND_LABEL = 2  # <sop> and <eop>
+LEAST_TARGET_LENGTH = TOKENS_AROUND_LABEL + 1
 
 IMAGE_OPEN = "<img>"
 IMAGE_CLOSE = "</img>"
@@ -45,7 +48,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a sample may be, in tokens, and what surrounds its texts. The names are those of the flags."""
+    """How long a sample may be, in tokens, and what surrounds its texts. The fields are named after the flags."""
 
     image_length: int
     max_source_length: int
@@ -69,28 +72,28 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Sample:
-    """One turn as token ids. `pre_image` is the position of the first image slot, 0 without a picture.
+    """One turn as token ids, and how much of it was truncated: 0 of what fits.
 
-    What fits has cut counts of 0.
+    `pre_image` is the position of the first image slot, 0 without a picture.
     """
 
     input_ids: list[int]
     labels: list[int]
     pre_image: int
-    prompt_tokens_cut: int
-    label_tokens_cut: int
-    turns_cut: int = 0
+    truncated_prompt_tokens: int
+    truncated_label_tokens: int
+    dropped_turns: int = 0
 
 
 def sample_from_row(row: Row, tokenizer: Tokenizer, lengths: Lengths) -> Sample:
     """Sample of one row's last turn: int[seq] input_ids and labels of equal length, without padding.
 
-    A row that fits gives the released script's tokens. Where it doesn't, its earlier turns leave, the oldest first and
-    each as a whole; then the prompt (with its prefix) loses tokens at its end, never the frame nor the image's slots.
-    The label loses tokens at its end, and its <eop> with them.
+    A row that fits gives the released script's tokens. If the source is too long, whole earlier turns are dropped, the
+    oldest first. If that is not enough, the end of the prompt is truncated. The frame and the image's slots stay.
+    A label that is too long loses its end, and <eop> with it.
 
-    With `ignore_pad_token_for_loss` off, padding is learned too, so the sample is padded here to the released script's
-    length, max_source_length + max_target_length: the mean loss depends on how much padding there is.
+    With `ignore_pad_token_for_loss` off, padding is learned too, and the mean loss depends on how much of it there is.
+    The sample is then padded here to the released script's length, max_source_length + max_target_length.
 
     Raises:
         InputError: the lengths leave no room for one token of the prompt, or of the label.
@@ -102,12 +105,11 @@ def sample_from_row(row: Row, tokenizer: Tokenizer, lengths: Lengths) -> Sample:
         )
     image_ids = tokenizer.encode(IMAGE_OPEN, add_special_tokens=False) if row.img else []
     image_slots = [tokenizer.pad_token_id] * (lengths.image_length if row.img else 0)
-    # The released script counts one token less than the flag for the source, and two less for the label.
-    question_room = lengths.max_source_length - 1 - len(image_ids) - len(image_slots)
-    label_room = lengths.max_target_length - 2
+    question_room = lengths.max_source_length - TOKENS_AFTER_SOURCE - len(image_ids) - len(image_slots)
+    label_room = lengths.max_target_length - TOKENS_AROUND_LABEL
 
-    question_ids, turns_cut = _question_ids(row, question_room, tokenizer, lengths)
-    prompt_tokens_cut = 0
+    question_ids, dropped_turns = _question_ids(row, question_room, tokenizer, lengths)
+    truncated_prompt_tokens = 0
     if len(question_ids) > question_room:
         least = least_source_length(tokenizer, lengths.image_length)
         if lengths.max_source_length < least:
@@ -117,21 +119,23 @@ def sample_from_row(row: Row, tokenizer: Tokenizer, lengths: Lengths) -> Sample:
             )
         prompt, english = lengths.source_prefix + row.prompt, _is_english(row, lengths)
         frame = _question_frame(tokenizer, row.img is not None, english)
-        question_ids, prompt_tokens_cut = _shortened_question(question_ids, prompt, question_room, tokenizer, frame)
+        question_ids, truncated_prompt_tokens = _shortened_question(
+            question_ids, prompt, question_room, tokenizer, frame
+        )
 
     label_ids = tokenizer.encode(row.label, add_special_tokens=False)
-    label_tokens_cut = max(0, len(label_ids) - label_room)
+    truncated_label_tokens = max(0, len(label_ids) - label_room)
     input_ids = tokenizer.build_inputs_with_special_tokens(
         image_ids + image_slots + question_ids, label_ids[:label_room]
     )
-    if label_tokens_cut:
+    if truncated_label_tokens:
         input_ids.pop()  # <eop> after half an answer would teach the model to stop in mid-sentence
     labels = answer_labels(input_ids, tokenizer.bos_token_id)
     if not lengths.ignore_pad_token_for_loss:
         padding_length = lengths.max_source_length + lengths.max_target_length - len(input_ids)
         padding = [tokenizer.pad_token_id] * padding_length
         input_ids, labels = input_ids + padding, labels + padding
-    return Sample(input_ids, labels, len(image_ids), prompt_tokens_cut, label_tokens_cut, turns_cut)
+    return Sample(input_ids, labels, len(image_ids), truncated_prompt_tokens, truncated_label_tokens, dropped_turns)
 
 
 def answer_labels(input_ids: list[int], bos_id: int) -> list[int]:
@@ -151,12 +155,15 @@ def answer_labels(input_ids: list[int], bos_id: int) -> list[int]:
 
 def least_source_length(tokenizer: Tokenizer, image_length: int) -> int:
     """The smallest --max_source_length, in tokens, that leaves room for one token of prompt."""
-    image_ids = tokenizer.encode(IMAGE_OPEN, add_special_tokens=False)
-    head, tail = max(
-        (_question_frame(tokenizer, True, english) for english in (False, True)), key=lambda f: len(f[0]) + len(f[1])
-    )
-    prompt_token, uncounted = 1, 1  # uncounted: the source may hold max_source_length - 1 tokens
-    return len(image_ids) + image_length + len(head) + prompt_token + len(tail) + uncounted
+    frames = (_question_frame(tokenizer, True, english) for english in (False, True))
+    longest_frame = max(len(head) + len(tail) for head, tail in frames)
+    one_prompt_token = 1
+    return pre_image(tokenizer) + image_length + longest_frame + one_prompt_token + TOKENS_AFTER_SOURCE
+
+
+def pre_image(tokenizer: Tokenizer) -> int:
+    """Position of the first image slot: how many tokens `<img>` takes."""
+    return len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False))
 
 
 def chat_prompt(query: str, history: Sequence[tuple[str, str]] | None, has_image: bool, english: bool = False) -> str:
@@ -195,7 +202,7 @@ def context_ids(
 
 
 def question_text(row: Row, lengths: Lengths, history: Sequence[tuple[str, str]]) -> str:
-    """What follows the image's slots in training; every question has the prefix, an earlier one too."""
+    """What follows the image's slots in training. The prefix stands before every question, also before earlier ones."""
     prefix = lengths.source_prefix
     past = [(prefix + question, answer) for question, answer in history]
     text = chat_prompt(prefix + row.prompt, past, row.img is not None, _is_english(row, lengths))
@@ -203,13 +210,13 @@ def question_text(row: Row, lengths: Lengths, history: Sequence[tuple[str, str]]
 
 
 def _question_ids(row: Row, room: int, tokenizer: Tokenizer, lengths: Lengths) -> tuple[list[int], int]:
-    """Token ids of `question_text` with as many of the latest earlier turns as room has place for, and how many left."""
-    for turns_cut in range(len(row.history) + 1):
-        text = question_text(row, lengths, row.history[turns_cut:])
+    """Token ids of `question_text` with the latest earlier turns that fit into room, and how many were dropped."""
+    for dropped_turns in range(len(row.history) + 1):
+        text = question_text(row, lengths, row.history[dropped_turns:])
         question_ids = tokenizer.encode(text, add_special_tokens=False)
         if len(question_ids) <= room:
             break
-    return question_ids, turns_cut
+    return question_ids, dropped_turns
 
 
 def _is_english(row: Row, lengths: Lengths) -> bool:
@@ -228,11 +235,11 @@ def _question_frame(tokenizer: Tokenizer, has_image: bool = True, english: bool 
 def _shortened_question(
     question_ids: list[int], prompt: str, room: int, tokenizer: Tokenizer, frame: tuple[list[int], list[int]]
 ) -> tuple[list[int], int]:
-    """question_ids cut to room tokens at the prompt's end, and how many tokens that took."""
+    """question_ids with the prompt's end truncated so that room tokens are left, and how many tokens that took."""
     head, tail = frame
     if question_ids[-len(tail) :] == tail:
         body = question_ids[: -len(tail)]
-    else:  # the prompt's end and the frame melted into one token
+    else:  # the prompt's end and the frame's beginning are one token
         body = head + tokenizer.encode(prompt, add_special_tokens=False)
     kept = body[: room - len(tail)]
     return kept + tail, len(body) - len(kept)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.data.bad_rows import first_lines
-from model.data.image_check import PictureMemory, check_rows
+from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
@@ -19,14 +19,14 @@ from model.errors import InputError, raise_problems
 
 @dataclass
 class Selection:
-    """The rows of every data file, and what becomes of them. Rows are counted from 0 here."""
+    """The rows of every data file, and which of them are left out or held out; by file, counted from 0."""
 
     rows: dict[str, Rows]
-    left_out: dict[str, list[int]] = field(default_factory=dict)  # bad pictures, with --bad_rows skip
-    held_out: dict[str, list[int]] = field(default_factory=dict)  # by --holdout, good or bad
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # their images are bad, and --bad_rows is skip
+    held_out: dict[str, list[int]] = field(default_factory=dict)  # by --holdout; some may be left out as well
 
     def chosen(self, path: str, training: bool) -> list[int] | None:
-        """Rows of a file to train on, or those held out of it; None for all of them."""
+        """Rows of a file to train on, None if all are; or, if not training, the rows held out of it."""
         bad, held = set(self.left_out.get(path, ())), set(self.held_out.get(path, ()))
         if not training:
             return [index for index in self.held_out.get(path, ()) if index not in bad]
@@ -35,26 +35,26 @@ class Selection:
         return [index for index in range(len(self.rows[path])) if index not in bad and index not in held]
 
     def sample_count(self, path: str, training: bool = True) -> int:
-        """How many samples those rows make: one for every turn."""
+        """How many samples the rows of `chosen` make: one for every turn."""
         turns = self.rows[path].turns
         chosen = self.chosen(path, training)
         return sum(turns) if chosen is None else sum(turns[index] for index in chosen)
 
 
 def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) -> tuple[Selection, list[str]]:
-    """The rows of files, and notes for the person at the prompt: `scan_files`, then `picture_notes`."""
+    """The rows of files, and notes for the person at the prompt: `scan_files` and `leave_out_bad_images`."""
     selection, problems = scan_files(files, bad_rows)
-    return selection, picture_notes(selection, problems, bad_rows, check_seconds)
+    return selection, leave_out_bad_images(selection, problems, bad_rows, check_seconds)
 
 
 def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str]]:
     """The good rows of files, and a sentence for each bad one.
 
     Args:
-        bad_rows: "error" stops at bad rows, "skip" leaves them out.
+        bad_rows: "error" or "skip"; the latter leaves bad rows out.
 
     Raises:
-        InputError: a file can't be used, or there are bad rows (the first 20 are named).
+        InputError: a file can't be used; or bad_rows is "error", and there are some (the first 20 are named).
     """
     selection, problems = Selection({}), []
     for file in dict.fromkeys(files):
@@ -65,21 +65,23 @@ def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str
     return selection, problems
 
 
-def picture_notes(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
-    """Leave rows with bad pictures out, and give notes for the person. Only the first process looks at pictures.
+def leave_out_bad_images(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
+    """Put rows with bad images into selection.left_out. Returns notes for the person at the prompt.
+
+    Only the first process opens images.
 
     Args:
-        problems: of the rows that were left out already.
-        check_seconds: how long pictures that are not remembered may be opened, those of all files together.
+        problems: sentences of `scan_files` about rows; those about images are added.
+        check_seconds: how long images may be opened that were not checked by an earlier run, in all files together.
 
     Raises:
-        InputError: there are bad rows (the first 20 are named) and bad_rows is "error", or there are no others.
+        InputError: bad_rows is "error" and there are bad rows (the first 20 are named), or every row of a file is bad.
     """
     notes, end = [], time.monotonic() + check_seconds
-    memory = PictureMemory() if is_first_process() else None
+    checked_before = CheckedImages() if is_first_process() else None
     unopened = 0
-    for file, rows in selection.rows.items() if memory is not None else ():
-        check = check_rows(rows, memory, end - time.monotonic())
+    for file, rows in selection.rows.items() if checked_before is not None else ():
+        check = check_rows(rows, checked_before, end - time.monotonic())
         problems += check.problems.values()
         selection.left_out[file] = list(check.problems)
         unopened += check.unopened
@@ -100,16 +102,18 @@ def picture_notes(selection: Selection, problems: list[str], bad_rows: str, chec
 
 
 def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int) -> None:
-    """Take rows out of files for evaluation: a number of rows (1 or more), or a share of them (below 1).
+    """Take rows out of files for evaluation, and put them into selection.held_out.
 
-    Rows that share a picture stay together, so that none is evaluated on whose picture is trained on; the number then
-    differs from what was asked by less than the smallest such group that is left has rows. The same seed takes the same
-    rows, whatever the process, the restart and --bad_rows.
+    May take more or fewer rows than asked for: rows that share an image stay together, so that no image is both trained
+    on and evaluated on. Which rows are taken depends on the seed and the files, not on the process or --bad_rows.
+
+    Args:
+        share: a number of rows (1 or more), or a share of all (below 1).
 
     Raises:
         InputError: nothing would be left to train on.
     """
-    groups = _rows_by_picture(selection, files)
+    groups = _rows_by_image(selection, files)
     total = sum(map(len, groups))
     number = int(share) if share >= 1 else max(1, round(share * total))
     if number >= total:
@@ -130,24 +134,26 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
         else:
             left.append(group)
     smallest, missing = min(left, key=len), number - len(held)
-    if not held or (len(smallest) < 2 * missing and len(left) > 1):  # rather some too many than more too few
+    too_many = len(smallest) - missing
+    if not held or (too_many < missing and len(left) > 1):  # with one group more, the number is closer
         held += smallest
     for file, index in sorted(held):
         selection.held_out.setdefault(file, []).append(index)
 
 
-def _rows_by_picture(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
-    """File and index of all rows, those that share a picture together; rows without a picture are by themselves."""
+def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
+    """File and index of every row, in groups that share an image. A row without an image is a group by itself."""
+    folder = os.getcwd()
     groups: dict[object, list[tuple[str, int]]] = {}
     for file in dict.fromkeys(files):
-        for index, (img, *_) in enumerate(selection.rows[file].values()):
-            key = (file, index) if img is None else os.path.abspath(img)
+        for index, row in enumerate(selection.rows[file]):
+            key = (file, index) if row.img is None else os.path.normpath(os.path.join(folder, row.img))
             groups.setdefault(key, []).append((file, index))
     return list(groups.values())
 
 
 def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:
-    """A sentence for each file that is both trained and evaluated on."""
+    """A sentence for each file of valid that is also one of train, under whatever name."""
     return [
         f"WARNING: {one} is given for training and for evaluation: the evaluation will only say how well its rows are"
         " remembered. --holdout 0.1 takes other rows out of --train-data."

@@ -1,10 +1,14 @@
-"""ChatGLM-6B's tokenizer over its SentencePiece file: offline, no remote code, in the shape transformers users know.
+"""ChatGLM-6B's tokenizer over its SentencePiece file: offline, no remote code, with the methods of transformers' own.
 
-SentencePiece itself would lose line breaks, tabs and runs of spaces, so they travel as pieces of their own:
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint_folder))
+    tokenizer.decode(tokenizer.encode("你好"))
+
+SentencePiece itself would lose line breaks, tabs and runs of spaces. They become pieces of their own:
 
     "\\n" ↔ <n>     "\\t" ↔ <|tab|>     2 to 80 spaces ↔ <|blank_2|> … <|blank_80|>
 
-transformers and huggingface_hub are imported only where they are needed: each takes longer than all checks together.
+transformers and huggingface_hub are imported only where they are needed: importing either takes longer than all the
+checks before training.
 """
 
 import functools
@@ -31,7 +35,7 @@ CHATGLM_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 
 
 class ChatGLMTokenizer:
-    """Text ↔ token ids of ChatGLM-6B. Sequences are [gMASK] <sop> at the end of the context, <eop> at the answer's.
+    """Text ↔ token ids of ChatGLM-6B. A context ends in [gMASK] <sop>, an answer in <eop>.
 
     Raises:
         InputError: vocab_file isn't a SentencePiece model, or not one of ChatGLM.
@@ -73,7 +77,7 @@ class ChatGLMTokenizer:
         return cls(path / VOCAB_FILE if path.is_dir() else path)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ice_text.model into folder, which is made if need be."""
+        """Write ice_text.model into folder, which is made if it doesn't exist."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / VOCAB_FILE).write_bytes(self._pieces.serialized_model_proto())
 
@@ -95,13 +99,13 @@ class ChatGLMTokenizer:
         return self.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
 
     def token_counts(self, texts: list[str]) -> list[int]:
-        """How many tokens each text has, special ones aside: twice as fast as `encode` one by one."""
+        """How many tokens each text has, without special ones. Twice as fast as `encode` for each."""
         return [len(ids) for ids in self._pieces.encode([_with_blank_pieces(text) for text in texts])]
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of token ids: an int, a sequence of ints, or a tensor or array int[seq].
 
-        Padding has no text, nor has an id beyond the file's pieces (the model's vocabulary is padded with such).
+        Padding has no text. Nor have ids beyond the file's pieces, with which the model's vocabulary is padded.
         """
         if hasattr(ids, "tolist"):
             ids = ids.tolist()
@@ -111,7 +115,7 @@ class ChatGLMTokenizer:
         return _with_blanks(self._pieces.decode(known))
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Id of one token, or ids of several; a token that doesn't exist has <unk>'s."""
+        """Id of one token, or ids of several. A token that doesn't exist has the id of <unk>."""
         return self._id(tokens) if isinstance(tokens, str) else [self._id(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
@@ -175,9 +179,10 @@ class ChatGLMTokenizer:
 
     @functools.cached_property
     def known_characters(self) -> frozenset[str]:
-        """Characters that are a token each: a text of them, without two spaces in a row, has no more tokens than that.
+        """Characters that are one token each.
 
-        What counts is what SentencePiece normalises a character to.
+        A text of them has no more tokens than characters, but for one mark at its beginning, if it has no two spaces in
+        a row. A character is looked up as SentencePiece normalises it.
         """
         pieces = self._pieces
         usable = (
@@ -185,7 +190,7 @@ class ChatGLMTokenizer:
         )
         known = {piece for piece in map(pieces.id_to_piece, usable) if len(piece) == 1}
         has_space = "▁" in known
-        candidates = known | {chr(code) for code in range(0xFF01, 0xFF5F)}  # full width: narrow, if normalised at all
+        candidates = known | {chr(code) for code in range(0xFF01, 0xFF5F)}  # full width; may be normalised to narrow
         known = {character for character in candidates if pieces.normalize(character).lstrip("▁") in known}
         known |= {" "} if has_space else set()
         known |= {"\n"} if pieces.id_to_piece(self._id("<n>")) == "<n>" else set()
@@ -214,7 +219,7 @@ def find_tokenizer(
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(HUB_REPOSITORY, VOCAB_FILE))
-    except Exception as error:  # no network, no such file, a broken proxy, no package: all mean the same here
+    except Exception as error:  # no network, no such file, a broken proxy, no package: all have the same remedy
         looked = "" if checkpoint_folder is None else f"in {checkpoint_folder} and "
         raise InputError(
             f"No tokenizer: {VOCAB_FILE} was looked for {looked}on the hub in {HUB_REPOSITORY}"
@@ -223,10 +228,13 @@ def find_tokenizer(
 
 
 def check_special_ids(tokenizer: ChatGLMTokenizer, config: Mapping[str, Any]) -> None:
-    """Do nothing if tokenizer and model agree: each special id is model_config.json's, and every id has an embedding.
+    """Check that tokenizer and model agree: on the special ids, and that every id has an embedding.
+
+    Args:
+        config: the checkpoint's model_config.json.
 
     Raises:
-        InputError: they don't; each id that differs is named.
+        InputError: they don't agree; each id that differs is named.
     """
     found = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -1,68 +1,128 @@
-"""One task in a process of its own, while this process gets on with another. Standard library only."""
+"""Work in forked processes, which inherit what it is done on. Standard library only.
+
+    result = run_in_subprocess(task, meanwhile)     one task there, something else here
+    wait = begin_in_processes(task, parts, what)    task(part) for every part, on all CPUs but this one
+    results = wait()
+
+A task may be any function, over any data: nothing is copied but the results, which must be picklable. Where processes
+can't be forked, all of it is done here.
+"""
 
 import multiprocessing
+import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from model.errors import InputError
 
-PATIENCE = 0.3  # seconds: what is done by then is waited for
+PATIENCE = 0.3  # seconds: a task that is done by then is waited for
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-def done_beside(task: Callable[[], Result], meanwhile: Callable[[], object]) -> Result:
-    """What task gives, which is done in a forked process; if it isn't done in a moment, meanwhile is done here.
-
-    Only the result is copied, so it must be picklable; task may be anything.
+def run_in_subprocess(task: Callable[[], Result], meanwhile: Callable[[], object]) -> Result:
+    """What task returns. It runs in a forked process; unless it is done in PATIENCE seconds, meanwhile() runs here.
 
     Raises:
         InputError: task raised it, or its process died.
     """
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if not _can_fork():
         return task()
-    forked = multiprocessing.get_context("fork")
-    receiver, sender = forked.Pipe(duplex=False)
-    process = forked.Process(target=_do, args=(task, receiver, sender))
-    process.start()
-    sender.close()
-    try:
-        if not wait([receiver, process.sentinel], PATIENCE):
+    with _ForkedTask(task, "The process that checks the data") as forked:
+        if not forked.is_done_within(PATIENCE):
             meanwhile()
-        result, problem = _answer(receiver, process)
-    finally:
-        receiver.close()
-        process.terminate()
-        process.join()
-    if problem is not None:
-        raise problem
-    return result
+        return forked.result()
 
 
-def _answer(receiver: Connection, process: BaseProcess) -> tuple[Any, InputError | None]:
-    # Not the receiver alone is waited for: processes that the task has started keep it open.
-    if receiver in wait([receiver, process.sentinel]):
-        with suppress(EOFError):  # told below
-            return receiver.recv()
-    process.join()
-    raise InputError(f"The process that checks the data died (status {process.exitcode}; no memory left?).")
+def begin_in_processes(task: Callable[[Part], Result], parts: Sequence[Part], what: str) -> Callable[[], list[Result]]:
+    """Begin task(part) for every part in forked processes; returns a function that waits for the results, in order.
+
+    Args:
+        what: names one of the processes in the sentence that says that it died, as "The process that counts tokens".
+
+    Raises (the function that is returned):
+        InputError: task raised it, or a process died.
+    """
+    if not _can_fork():
+        return lambda: [task(part) for part in parts]
+    processes = min(len(parts), max(1, (os.cpu_count() or 1) - 1))
+
+    def share(first: int) -> Callable[[], list[Result]]:
+        return lambda: [task(part) for part in parts[first::processes]]
+
+    # A daemon, so that it ends with this process even if nobody waits for its results.
+    forked = [_ForkedTask(share(first), what, daemon=True) for first in range(processes)]
+
+    def results() -> list[Result]:
+        with ExitStack() as stack:
+            shares = [stack.enter_context(one) for one in forked]
+            found = [one.result() for one in shares]
+        return [found[index % processes][index // processes] for index in range(len(parts))]
+
+    return results
 
 
-def _do(task: Callable[[], object], receiver: Connection, sender: Connection) -> None:
-    receiver.close()  # or else nobody would tell this process that its parent has died
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    answer: tuple[object, InputError | None]
-    try:
-        answer = task(), None
-    except InputError as problem:
-        answer = None, problem
-    try:
-        sender.send(answer)
-    except BrokenPipeError:
-        sys.exit(1)
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
+class _ForkedTask(Generic[Result]):
+    """A task that a forked process works on from now on. Leaving its `with` block ends the process."""
+
+    def __init__(self, task: Callable[[], Result], what: str, daemon: bool = False) -> None:
+        context = multiprocessing.get_context("fork")
+        self._what = what
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=self._work, args=(task, sender), daemon=daemon)
+        self._process.start()
+        sender.close()
+
+    def is_done_within(self, seconds: float) -> bool:
+        # Not the receiver alone is waited for: processes that the task has started keep its other end open.
+        return bool(wait([self._receiver, self._process.sentinel], seconds))
+
+    def result(self) -> Result:
+        """Wait for it.
+
+        Raises:
+            InputError: the task raised it, or the process died.
+        """
+        if self._receiver in wait([self._receiver, self._process.sentinel]):
+            with suppress(EOFError):
+                result, problem = self._receiver.recv()
+                if problem is not None:
+                    raise problem
+                return result
+        self._process.join()
+        raise InputError(f"{self._what} died (status {self._process.exitcode}; no memory left?).")
+
+    def _work(self, task: Callable[[], Result], sender: Any) -> None:
+        """Send (result, None) or (None, problem). This runs in the forked process."""
+        self._receiver.close()  # else sending to a parent that has died would not fail
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        answer: tuple[Result | None, InputError | None]
+        try:
+            answer = task(), None
+        except InputError as problem:
+            answer = None, problem
+        try:
+            sender.send(answer)
+        except BrokenPipeError:
+            sys.exit(1)
+
+    def __enter__(self) -> "_ForkedTask[Result]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._receiver.close()
+        self._process.terminate()
+        self._process.join()

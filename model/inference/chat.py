@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model.data.image_processor import BlipImageEvalProcessor
-from model.data.images import open_picture, picture_file
+from model.data.images import image_file, open_image
 from model.data.prompt import context_ids
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
@@ -104,7 +104,7 @@ def image_tensor(source: str | Path | Any, model: VisualGLMModel) -> torch.Tenso
         InputError: it can't be fetched or opened.
     """
     edge = image_size(model)
-    pixels = BlipImageEvalProcessor(edge)(open_picture(picture_file(source), edge))
+    pixels = BlipImageEvalProcessor(edge)(open_image(image_file(source), edge))
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from model.blip2 import BLIP2
 from model.checkpoints.weights import fingerprint
 from model.data.dataset import FewShotDataset
-from model.data.images import checked_file, open_picture
+from model.data.images import checked_file, open_image
 from model.distributed import from_processes_here, is_first_process, processes_here
 from model.errors import InputError
 from model.progress import with_progress
@@ -59,7 +59,7 @@ class _Images(Dataset[OpenedImage]):
             digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
             if digest in self.known:
                 return path, digest, None
-            image = open_picture(io.BytesIO(content), getattr(self.processor, "image_size", None))
+            image = open_image(io.BytesIO(content), getattr(self.processor, "image_size", None))
             return path, digest, self.processor(image)
         except (InputError, OSError):
             return path, None, None
@@ -164,7 +164,7 @@ class FeatureCache:
         rows = len(dataset)
         if self.vision.has_fixed_features() and (self.folder or self.samples_planned(rows) >= 2 * rows):
             file = feature_file(self.folder, self.vision, dataset.processor) if self.folder else None
-            paths = dataset.pictures()
+            paths = dataset.image_paths()
             dataset.features = image_features(paths, dataset.processor, self.vision, self.num_workers, file)
         else:
             self.vision_is_needed = True

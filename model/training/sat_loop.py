@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,29 @@ ABSENT = object()  # the old value of an attribute that was not there
 # --- what is replaced -------------------------------------------------------------------------------------------------
 
 
+class LoopState(NamedTuple):
+    """What SAT's loop works on; `args.iteration` counts the steps that are done."""
+
+    model: Any  # DeepSpeed's engine
+    optimizer: Any
+    scheduler: Any
+    args: argparse.Namespace
+
+
+class StepWatcher:
+    """Something that is told of every optimizer step, on every process. A subclass says what it does with it."""
+
+    def before_step(self, state: LoopState) -> None:
+        """`state.args.iteration` steps are done, and the next one comes now."""
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """A step has been taken, or skipped; `state.args.iteration` doesn't count it yet.
+
+        Args:
+            loss: scalar float32, the mean over processes and micro-batches.
+        """
+
+
 @dataclass
 class Hooks:
     """Our own parts in SAT's loop. They are read when SAT calls them, so they may be set after the loop is adapted.
@@ -62,6 +85,7 @@ class Hooks:
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
     when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
+    step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
 
 
 class Replacement(NamedTuple):
@@ -93,6 +117,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         ),
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
+        Replacement(loop, "train_step", _train_step(loop, hooks), "SAT has no hook around a step"),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)
@@ -221,6 +246,24 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         return result
 
     return evaluate_and_go_on
+
+
+def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """SAT's step, of which the watchers are told before and after."""
+    step_of_sat = loop.train_step
+
+    def train_step(
+        iterator: Any, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace, *rest: Any, **named: Any
+    ) -> Any:
+        state = LoopState(model, optimizer, scheduler, args)
+        for watcher in hooks.step_watchers:
+            watcher.before_step(state)
+        loss, skipped, metrics = step_of_sat(iterator, model, optimizer, scheduler, args, *rest, **named)
+        for watcher in hooks.step_watchers:
+            watcher.after_step(state, loss, bool(skipped))
+        return loss, skipped, metrics
+
+    return train_step
 
 
 def timers_without_gpu(timers_of_sat: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.data.bad_rows import heed_problems
+from model.data.bad_rows import handle_bad_rows
 from model.data.prompt import IGNORE_INDEX
 from model.loss import head_loss
 from model.masks import packed_prefix_mask, supervised_positions
@@ -65,7 +65,7 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
-    heed_problems(batch, getattr(args, "bad_rows", "error"))
+    handle_bad_rows(batch, getattr(args, "bad_rows", "error"))
     if "labels" in batch and "answers" not in batch:
         positions, answers = supervised_positions(batch["labels"], IGNORE_INDEX)
         batch = {**batch, "answer_positions": positions, "answers": answers}

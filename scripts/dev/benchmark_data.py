@@ -32,7 +32,7 @@ from model.progress import say
 
 PROJECT = Path(__file__).resolve().parents[2]
 FEW = 20
-DIFFERENT_PICTURES = 100
+DIFFERENT_IMAGES = 100
 MIB = 2**20
 
 
@@ -94,11 +94,11 @@ def made_data(folder: Path, rows: int, edge: int) -> Path:
     rng = random.Random(rows)
     pictures = folder / f"pictures-{rows}"
     pictures.mkdir()
-    for number in range(min(rows, DIFFERENT_PICTURES)):
+    for number in range(min(rows, DIFFERENT_IMAGES)):
         noise = Image.frombytes("RGB", (16, 16), rng.randbytes(768))
         noise.resize((edge, edge), Image.Resampling.BICUBIC).save(pictures / f"{number:06}.jpg", quality=90)
-    for number in range(DIFFERENT_PICTURES, rows):
-        os.link(pictures / f"{number % DIFFERENT_PICTURES:06}.jpg", pictures / f"{number:06}.jpg")
+    for number in range(DIFFERENT_IMAGES, rows):
+        os.link(pictures / f"{number % DIFFERENT_IMAGES:06}.jpg", pictures / f"{number:06}.jpg")
     path = folder / f"rows-{rows}.json"
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole table of one GPU in a few minutes: the 6B shape with random weights, our way against the released one.
-# Needs nothing but this repository and its packages; the figures go to $1 (default: benchmark_gpu/), a JSON file a row.
+# Measures the whole table of one GPU in a few minutes: the 6B shape with random weights, the released way and ours.
+# It needs only this repository and its packages. Each row's figures go to a JSON file in the folder $1 (default:
+# benchmark_gpu).
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=${1:-benchmark_gpu}

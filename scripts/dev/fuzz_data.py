@@ -1,10 +1,10 @@
-"""Feed thousands of damaged rows and pictures to check_data.py and to the checks before training, and judge verdicts.
+"""Give thousands of damaged rows and pictures to check_data.py and the checks before training, and judge the verdicts.
 
     python scripts/dev/fuzz_data.py                         10,000 rows and 2,000 pictures, the same ones each time
     python scripts/dev/fuzz_data.py --hostile               a folder of pictures made to hurt, and what is said of each
 
-Every verdict must be a good row, or one sentence in one line that names the row; nothing may hang, no row that is good
-may be refused, none that is bad accepted. Exit status 1 if something went otherwise.
+Each row must be accepted, or refused with one sentence in one line that names it. Nothing may hang, no good row may be
+refused, and no bad row accepted. Exit status 1 if something went otherwise.
 """
 
 import argparse
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from model.data.lengths import begin_to_count_cuts
+from model.data.lengths import begin_counting_truncations
 from model.data.prompt import Lengths
 from model.data.split import read_selection
 from model.data.tokenizer import ChatGLMTokenizer
@@ -71,7 +71,7 @@ HARMFUL = (
 
 
 def random_text(rng: random.Random, least: int) -> str:
-    """Some characters of all kinds, none of them half of one."""
+    """Some characters of all kinds, none of them a lone surrogate."""
     kinds = ((0, 0x80), (0x80, 0x3000), (0x3000, 0xA000), (0xE000, 0x10000), (0x1F300, 0x1F700))
     return "".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(rng.randrange(least, 30)))
 
@@ -109,7 +109,7 @@ class Judge:
 
     @contextmanager
     def watching(self, what: str) -> Iterator[None]:
-        """Note whatever leaves the block but InputError, and a block that doesn't end."""
+        """Note every exception but InputError that leaves the block, and a block that takes over MOST_SECONDS."""
 
         def give_up(*_: Any) -> NoReturn:
             raise TimeoutError(f"more than {MOST_SECONDS} seconds")
@@ -126,7 +126,7 @@ class Judge:
             signal.alarm(0)
 
     def sentences(self, lines: Sequence[str], what: str) -> None:
-        """Note lines that are no sentences."""
+        """Note those of lines that are no sentences."""
         self.failures += [f"{what}: no sentence: {line!r}" for line in lines if not SENTENCE.fullmatch(line)]
 
     def verdicts(self, path: str, expected: Sequence[bool | None]) -> None:
@@ -150,7 +150,7 @@ class Judge:
             bad = set(range(1, len(expected) + 1))
         with self.watching(f"training checks {path}"):
             selection, _ = read_selection([path], "skip", float("inf"))
-            begin_to_count_cuts(selection, self.tokenizer, LENGTHS)()
+            begin_counting_truncations(selection.rows, self.tokenizer, LENGTHS)()
             usable = len(selection.rows[path]) - len(selection.left_out[path])
             if usable != len(expected) - len(bad):
                 self.failures.append(
@@ -222,7 +222,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def whole_pictures() -> dict[str, bytes]:
+def whole_images() -> dict[str, bytes]:
     """A good picture of every common format and mode, by the name of its file."""
     rng = random.Random(SEED)
     colour = Image.frombytes("RGB", (40, 30), rng.randbytes(3600))
@@ -255,10 +255,10 @@ def whole_pictures() -> dict[str, bytes]:
     return pictures
 
 
-def fuzz_pictures(folder: Path, number: int, judge: Judge) -> None:
-    """Damaged pictures of every format, a hundred in a file of rows, each with a whole one of its kind beside it."""
+def fuzz_images(folder: Path, number: int, judge: Judge) -> None:
+    """Damaged images of every format. Each has a whole one of its format beside it; a hundred rows are in a file."""
     rng = random.Random(SEED)
-    whole = whole_pictures()
+    whole = whole_images()
     for name, content in whole.items():
         (folder / name).write_bytes(content)
     at_once = ROWS_IN_A_FILE // 2
@@ -275,9 +275,9 @@ def fuzz_pictures(folder: Path, number: int, judge: Judge) -> None:
         judge.verdicts(str(path), expected)
 
 
-def hostile_pictures(folder: Path) -> None:
+def hostile_images(folder: Path) -> None:
     """Fill folder with files that hurt whoever opens them carelessly."""
-    whole = whole_pictures()
+    whole = whole_images()
     for name, content in whole.items():
         (folder / name).write_bytes(content)
         (folder / f"cut {name}").write_bytes(content[: len(content) // 2])
@@ -300,7 +300,7 @@ def hostile_pictures(folder: Path) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises width × height pixels and holds one row of none."""
+    """A PNG whose header says width × height pixels, and that holds none."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -311,10 +311,10 @@ def png_header(width: int, height: int) -> bytes:
 
 def show_hostile(folder: Path, judge: Judge) -> None:
     """Print what is said of each hostile picture."""
-    hostile_pictures(folder)
+    hostile_images(folder)
     for path in sorted(folder.iterdir()):
         with judge.watching(path.name):
-            fact = check_data.picture_fact(str(path))
+            fact = check_data.image_fact(str(path))
             verdict = fact.get("problem", f"good, {'×'.join(map(str, fact.get('size', ())))}")
             if "problem" in fact:
                 judge.sentences([f"row: {verdict}"], path.name)
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command_line().parse_args(argv)
     tasks: list[tuple[str, Callable[[Path, Judge], None]]] = [
         ("rows", lambda folder, judge: fuzz_rows(folder, options.rows, judge)),
-        ("pictures", lambda folder, judge: fuzz_pictures(folder, options.pictures, judge)),
+        ("pictures", lambda folder, judge: fuzz_images(folder, options.pictures, judge)),
     ]
     if options.hostile:
         tasks = [("hostile pictures", show_hostile)]

@@ -7,29 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, few_shot_dataset, write_rows
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from model.data.bad_rows import heed_problems
+from model.data.bad_rows import handle_bad_rows
 from model.data.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
-from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError, RowError
 
 FIRST_BATCH = json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
-ARGS = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
 PAD, EOP = 3, 90
-
-
-def dataset_of(folder, args=ARGS):
-    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(224), tokenizer, args)
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return dataset_of(GOLDEN / "upstream")
+    return few_shot_dataset(GOLDEN / "upstream/dataset.json", image_size=224)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +69,13 @@ def test_sample_names_the_pad_id(dataset):
 
 def test_dataset_opens_no_picture_before_a_row_is_asked_for(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
-    assert len(dataset_of(tmp_path)) == 6
+    assert len(few_shot_dataset(tmp_path / "dataset.json")) == 6
 
 
 def test_sample_when_its_picture_is_gone_is_an_error(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
     with pytest.raises(InputError, match=r"there is no file images/0\.png"):
-        dataset_of(tmp_path)[0]
+        few_shot_dataset(tmp_path / "dataset.json")[0]
 
 
 def test_dataset_when_pickled_gives_the_same_sample(dataset):
@@ -97,17 +91,67 @@ def test_dataset_in_a_worker_process_gives_the_same_batches(dataset):
 
 
 def test_dataset_with_the_optional_flags_uses_them():
-    args = SimpleNamespace(**vars(ARGS), source_prefix="图", ignore_pad_token_for_loss=False)
-    assert len(dataset_of(GOLDEN / "upstream", args)[0]["labels"]) == 128
+    flags = {"source_prefix": "图", "ignore_pad_token_for_loss": False}
+    assert len(few_shot_dataset(GOLDEN / "upstream/dataset.json", flags=flags)[0]["labels"]) == 128
+
+
+# As the 2023 script's users know it
+
+
+def test_dataset_attributes_have_one_entry_for_every_sample(dataset):
+    assert len(dataset.images) == len(dataset.input_ids) == len(dataset.labels) == 6
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_dataset_attribute_holds_what_the_samples_hold(dataset, name):
+    assert list(getattr(dataset, name)) == [sample[name] for sample in dataset]
+
+
+def test_dataset_images_are_what_the_samples_hold(dataset):
+    assert all(torch.equal(image, sample["image"]) for image, sample in zip(dataset.images, dataset, strict=True))
+    assert (dataset.images[0].dtype, tuple(dataset.images[0].shape)) == (torch.float32, (3, 224, 224))
+
+
+def test_dataset_pre_image_is_that_of_every_sample(dataset):
+    assert {sample["pre_image"] for sample in dataset} == {dataset.pre_image} == {3}
+
+
+def test_dataset_attributes_take_indices_from_the_end_and_slices(dataset):
+    assert dataset.labels[-1] == dataset.labels[5]
+    assert dataset.labels[1:3] == [dataset.labels[1], dataset.labels[2]]
+    with pytest.raises(IndexError):
+        dataset.labels[6]
+
+
+def test_dataset_attributes_open_no_image_but_the_one_that_is_asked_for(tmp_path):
+    shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
+    dataset = few_shot_dataset(tmp_path / "dataset.json")  # its images are not there
+    assert len(dataset.images) == 6 and len(dataset.input_ids[0]) == len(dataset.labels[0])
+    with pytest.raises(InputError, match=r"there is no file images/0\.png"):
+        dataset.images[0]
+
+
+def test_dataset_takes_args_of_three_fields_and_a_processor_that_is_any_function(tmp_path):
+    modes = []
+
+    def processor(image):
+        modes.append(image.mode)
+        return torch.zeros(3, 28, 28)
+
+    Image.new("L", (5, 5)).save(tmp_path / "grey.png")
+    rows = [{"img": str(tmp_path / "grey.png"), "prompt": "?", "label": "!"}, {"prompt": "?", "label": "!"}]
+    path, tokenizer = write_rows(tmp_path, rows), ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
+    args = SimpleNamespace(image_length=32, max_source_length=64, max_target_length=64)
+    dataset = FewShotDataset(path, processor, tokenizer, args)
+    assert (tuple(dataset[0]["image"].shape), modes) == ((3, 28, 28), ["RGB"])
+    assert dataset.images[1] is None
 
 
 # Rows of other shapes
 
 
 def dataset_with(folder, rows, **options):
-    (folder / "dataset.json").write_text(json.dumps(rows))
-    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-    return FewShotDataset(folder / "dataset.json", BlipImageEvalProcessor(28), tokenizer, ARGS, **options)
+    return few_shot_dataset(write_rows(folder, rows, "dataset.json"), **options)
 
 
 def answers(dataset):
@@ -131,7 +175,7 @@ def test_sample_of_a_row_without_picture_has_no_image(tmp_path):
 
 
 def test_sample_whose_picture_breaks_is_noted_and_has_nothing_to_learn(tmp_path):
-    dataset = dataset_with(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}], note_bad_pictures=True)
+    dataset = dataset_with(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}], note_bad_images=True)
     assert "dataset.json row 1: there is no file no.png" in dataset[0]["problem"]
     assert set(dataset[0]["labels"]) == {IGNORE_INDEX} and dataset[0]["image"] is None
 
@@ -196,12 +240,12 @@ def test_batch_without_pictures_has_an_empty_image():
 def test_problems_of_a_batch_stop_the_run_or_are_told_once(capfd):
     batch = data_collator([example(4), example(4) | {"image": None, "problem": "a.json row 3: no"}])
     with pytest.raises(RowError, match=r"^a\.json row 3: no$"):
-        heed_problems(batch, "error")
-    heed_problems(batch, "skip")
-    heed_problems(batch, "skip")
+        handle_bad_rows(batch, "error")
+    handle_bad_rows(batch, "skip")
+    handle_bad_rows(batch, "skip")
     assert capfd.readouterr().err == "Left out: a.json row 3: no\n"
 
 
 def test_batch_without_problems_is_heeded_in_silence(capfd):
-    heed_problems(data_collator([example(4)]), "error")
+    handle_bad_rows(data_collator([example(4)]), "error")
     assert capfd.readouterr() == ("", "")

@@ -26,6 +26,10 @@ def test_image_is_float32_with_channels_first():
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (3, 32, 32))
 
 
+def test_processor_without_mean_and_std_has_clips():
+    assert (BlipImageEvalProcessor(32, None, None).mean, BlipImageEvalProcessor().std) == (CLIP_MEAN, CLIP_STD)
+
+
 def test_image_is_not_cropped():
     wide = Image.new("RGB", (100, 10))
     wide.paste((255, 255, 255), (0, 0, 50, 10))

@@ -1,15 +1,10 @@
 """Rows with a picture, without one, with history and in two languages share a batch, and each gives what it gives alone."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import GOLDEN, load_model
+from conftest import GOLDEN, few_shot_dataset, load_model, write_rows
 
-from model.data.dataset import FewShotDataset, data_collator
-from model.data.image_processor import BlipImageEvalProcessor
-from model.data.tokenizer import ChatGLMTokenizer
+from model.data.dataset import data_collator
 from model.loss import answer_loss
 from model.training.step import loss_sum
 
@@ -28,12 +23,9 @@ def model(upstream_checkpoint):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.json"
     rows = [row | {"img": str(GOLDEN / "upstream" / row["img"])} if "img" in row else row for row in ROWS]
-    path.write_text(json.dumps(rows))
-    args = SimpleNamespace(image_length=32, max_source_length=96, max_target_length=32)
-    tokenizer = ChatGLMTokenizer(GOLDEN / "tokenizer/ice_text.model")
-    dataset = FewShotDataset(path, BlipImageEvalProcessor(224), tokenizer, args)
+    path = write_rows(tmp_path_factory.mktemp("data"), rows)
+    dataset = few_shot_dataset(path, 224, {"max_source_length": 96, "max_target_length": 32})
     return [dataset[index] for index in range(len(dataset))]
 
 

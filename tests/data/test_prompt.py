@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
-from conftest import GOLDEN, run_python
+from conftest import GOLDEN, run_program
 
-from model.data.lengths import Cuts, count_cuts, needed_lengths
 from model.data.prompt import (
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
@@ -18,7 +16,7 @@ from model.data.prompt import (
     least_source_length,
     sample_from_row,
 )
-from model.data.rows import Row, plain_values, row_from_json, row_turns
+from model.data.rows import Row, released_row, row_from_json, row_turns
 from model.errors import InputError
 
 QUESTION = "这张图片的背景里有什么内容？"
@@ -35,18 +33,8 @@ def first_batch():
     return json.loads((GOLDEN / "upstream/expected_lora.json").read_text())["first_batch"]
 
 
-@pytest.fixture(scope="module")
-def upstream_rows():
-    entries = json.loads((GOLDEN / "upstream/dataset.json").read_text())
-    return [row_from_json(entry, f"dataset.json row {number}") for number, entry in enumerate(entries, 1)]
-
-
 def row(prompt=QUESTION, label="蒙蒙细雨。"):
     return Row("0.png", prompt, label, "data.json row 1")
-
-
-def cuts_of(rows, tokenizer, lengths):
-    return count_cuts([one.values() for one in rows], tokenizer, lengths)
 
 
 def without_padding(ids):
@@ -61,9 +49,10 @@ def test_row_when_keys_are_there_holds_them_and_where():
     assert found == Row("a.png", "?", "!", "data.json row 3")
 
 
-def test_plain_values_of_a_released_row_are_those_of_its_row():
+def test_released_row_is_the_row_that_all_checks_give():
     entry = {"label": "!", "prompt": "", "img": "a.png"}
-    assert plain_values(entry) == row_from_json(entry, "").values() == ("a.png", "", "!", (), None)
+    expected = Row(img="a.png", prompt="", label="!", where="row 1", history=(), lang=None)
+    assert released_row(entry, "row 1") == row_from_json(entry, "row 1") == expected
 
 
 @pytest.mark.parametrize(
@@ -75,8 +64,8 @@ def test_plain_values_of_a_released_row_are_those_of_its_row():
         {"img": "a.png", "prompt": "\ud800", "label": "!"}, {"img": "a.png", "prompt": "?", "label": "!", "lang": "en"},
     ],
 )  # fmt: skip
-def test_plain_values_of_anything_else_are_none(entry):
-    assert plain_values(entry) is None
+def test_released_row_of_anything_else_is_none(entry):
+    assert released_row(entry, "row 1") is None
 
 
 def test_row_when_it_has_another_key_is_accepted():
@@ -177,13 +166,13 @@ def test_labels_when_padding_is_learned_end_in_pad_ids(tokenizer):
 def test_prompt_when_it_is_exactly_as_long_as_allowed_is_not_cut(tokenizer):
     source = len(sample_from_row(row(), tokenizer, LENGTHS).input_ids) - len([GMASK, SOP, 2468, 3117, 3117, EOP]) - 3
     lengths = dataclasses.replace(LENGTHS, max_source_length=source + 1)
-    assert sample_from_row(row(), tokenizer, lengths).prompt_tokens_cut == 0
+    assert sample_from_row(row(), tokenizer, lengths).truncated_prompt_tokens == 0
 
 
 def test_prompt_when_it_is_one_token_too_long_loses_one_token(tokenizer):
     source = len(sample_from_row(row(), tokenizer, LENGTHS).input_ids) - len([GMASK, SOP, 2468, 3117, 3117, EOP]) - 3
     lengths = dataclasses.replace(LENGTHS, max_source_length=source)
-    assert sample_from_row(row(), tokenizer, lengths).prompt_tokens_cut == 1
+    assert sample_from_row(row(), tokenizer, lengths).truncated_prompt_tokens == 1
 
 
 def test_long_prompt_fills_the_source_to_its_last_token(tokenizer):
@@ -204,7 +193,7 @@ def test_long_prompt_with_line_breaks_keeps_only_the_frames_own_tail(tokenizer):
 
 def test_long_prompt_counts_what_it_lost(tokenizer):
     whole = tokenizer.encode(f"</img>问：{LONG}\n答：", add_special_tokens=False)
-    assert sample_from_row(row(LONG), tokenizer, LENGTHS).prompt_tokens_cut == len(whole) - 28
+    assert sample_from_row(row(LONG), tokenizer, LENGTHS).truncated_prompt_tokens == len(whole) - 28
 
 
 def test_long_label_fills_the_target_without_eop(tokenizer):
@@ -215,7 +204,7 @@ def test_long_label_fills_the_target_without_eop(tokenizer):
 
 def test_long_label_counts_what_it_lost(tokenizer):
     sample = sample_from_row(row(label=LONG), tokenizer, LENGTHS)
-    assert sample.label_tokens_cut == len(tokenizer.encode(LONG, add_special_tokens=False)) - 62
+    assert sample.truncated_label_tokens == len(tokenizer.encode(LONG, add_special_tokens=False)) - 62
 
 
 def test_label_when_it_is_exactly_as_long_as_allowed_keeps_eop(tokenizer):
@@ -225,34 +214,6 @@ def test_label_when_it_is_exactly_as_long_as_allowed_keeps_eop(tokenizer):
 
 def test_sample_when_all_is_too_long_is_within_both_lengths(tokenizer):
     assert len(sample_from_row(row(LONG, LONG), tokenizer, LENGTHS).input_ids) <= 64 + 64
-
-
-def test_cuts_of_rows_are_counted(tokenizer):
-    lengths = dataclasses.replace(LENGTHS, max_target_length=7)  # five of the label's six tokens
-    assert cuts_of([row(), row(label="蒙。")], tokenizer, lengths) == Cuts(samples=2, labels=1)
-
-
-def test_cuts_are_those_of_the_samples_at_every_length(tokenizer, upstream_rows):
-    rows = [row(LONG, LONG), row("?", "a  b\nc" * 9), *upstream_rows]
-    rows.append(Row(None, "second", "…", "", history=(("first", "①½㌖" * 3), ("", "﷽" * 3))))
-    for length in range(48, 90, 3):
-        lengths = dataclasses.replace(LENGTHS, max_source_length=length, max_target_length=length - 40)
-        samples = [sample_from_row(turn, tokenizer, lengths) for one in rows for turn in row_turns(one)]
-        assert cuts_of(rows, tokenizer, lengths) == Cuts(
-            len(samples),
-            sum(sample.prompt_tokens_cut > 0 for sample in samples),
-            sum(sample.label_tokens_cut > 0 for sample in samples),
-            sum(sample.turns_cut > 0 for sample in samples),
-        )
-
-
-def test_needed_lengths_cut_nothing_and_one_token_less_does(tokenizer):
-    rows = [row(LONG, "!"), row("?", LONG), Row(None, "?", "!", "", history=(("?", LONG),))]
-    source, target = needed_lengths(rows, tokenizer, LENGTHS)
-    enough = dataclasses.replace(LENGTHS, max_source_length=source, max_target_length=target)
-    assert cuts_of(rows, tokenizer, enough) == Cuts(samples=4)
-    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_source_length=source - 1)).prompts == 1
-    assert cuts_of(rows, tokenizer, dataclasses.replace(enough, max_target_length=target - 1)).labels == 2
 
 
 # Rows of other shapes
@@ -297,17 +258,14 @@ def test_lang_of_the_flags_is_for_rows_that_say_none(tokenizer):
 def test_history_when_it_is_too_long_loses_its_oldest_turns_whole(tokenizer):
     one = Row(None, "三？", "丙", "", history=(("甲" * 30, "乙" * 30), ("二？", "丁")))
     sample = sample_from_row(one, tokenizer, LENGTHS)
-    assert (sample.turns_cut, sample.prompt_tokens_cut) == (1, 0)
-    assert (
-        sample.input_ids
-        == sample_from_row(dataclasses.replace(one, history=one.history[1:]), tokenizer, LENGTHS).input_ids
-    )
+    assert (sample.dropped_turns, sample.truncated_prompt_tokens) == (1, 0)
+    assert sample.input_ids == sample_from_row(one._replace(history=one.history[1:]), tokenizer, LENGTHS).input_ids
 
 
 def test_prompt_is_cut_only_when_all_history_has_left(tokenizer):
     one = Row(None, LONG, "丙", "", history=(("一？", "甲"),))
     sample = sample_from_row(one, tokenizer, LENGTHS)
-    assert sample.turns_cut == 1 and sample.prompt_tokens_cut > 0
+    assert sample.dropped_turns == 1 and sample.truncated_prompt_tokens > 0
 
 
 class MeltingTokenizer:
@@ -326,7 +284,7 @@ def test_long_prompt_when_its_end_melts_with_the_frame_still_keeps_the_frame():
     lengths = Lengths(image_length=1, max_source_length=30, max_target_length=8)
     sample = sample_from_row(row("abcdefghijklmnopqrstuvwxyz", "!"), MeltingTokenizer(), lengths)
     text = "".join(map(chr, sample.input_ids[len("<img>") + 1 : 29]))
-    assert (text, sample.prompt_tokens_cut) == ("</img>问：abcdefghijkl\n答：", 14)
+    assert (text, sample.truncated_prompt_tokens) == ("</img>问：abcdefghijkl\n答：", 14)
 
 
 # Too small lengths
@@ -417,12 +375,11 @@ def test_context_with_history_holds_one_image(tokenizer):
     ],
 )
 def test_checks_before_training_import_neither_torch_nor_sat(module):
-    loaded = f"import sys, {module}; print(sorted({{'torch', 'sat', 'transformers', 'numpy'}} & set(sys.modules)))"
-    finished = run_python("-c", loaded)
+    finished = run_program("loaded_modules", module, "torch", "sat", "transformers", "numpy")
     assert (finished.stdout.strip(), finished.stderr) == ("[]", "")
 
 
 @pytest.mark.parametrize("module", ["model.data.image_processor", "model.data.dataset"])
 def test_data_modules_do_not_import_sat(module):
-    finished = run_python("-c", f"import sys, {module}; print('sat' in sys.modules)")
-    assert finished.stdout.strip() == "False", (sys.version, finished.stderr)
+    finished = run_program("loaded_modules", module, "sat")
+    assert finished.stdout.strip() == "[]", finished.stderr

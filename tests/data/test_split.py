@@ -8,17 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, write_rows
 
-from model.data import lengths as lengths_module
-from model.data import split as module
-from model.data.image_check import PictureCheck
-from model.data.lengths import Cuts, auto_lengths, begin_to_count_cuts, count_cuts
-from model.data.prompt import Lengths
+from model.data import split
+from model.data.image_check import ImageCheck
 from model.data.split import hold_out, read_selection, same_file_warnings, scan_files
-from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
-LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)
 
 
 def texts(number: int) -> list[dict]:
@@ -68,9 +63,9 @@ def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, m
     def slow_check(rows, memory, left):
         seconds.append(left)
         time.sleep(0.2)
-        return PictureCheck()
+        return ImageCheck()
 
-    monkeypatch.setattr(module, "check_rows", slow_check)
+    monkeypatch.setattr(split, "check_rows", slow_check)
     read_selection([str(write_rows(tmp_path, texts(1), name)) for name in ("a.json", "b.json")], "error", 5.0)
     assert 4.5 < seconds[0] <= 5 and seconds[1] <= 4.8
 
@@ -172,30 +167,3 @@ def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
         f"WARNING: {other} is given for training and for evaluation"
     )
     assert same_file_warnings([file], [str(write_rows(tmp_path, texts(2), "other.json"))]) == []
-
-
-# Counting and lengths
-
-
-def test_cuts_in_processes_are_those_in_one(tmp_path: Path, tokenizer: ChatGLMTokenizer, monkeypatch) -> None:
-    rows = [{"prompt": "长" * (i % 90), "label": "长" * (i % 70 + 1)} for i in range(500)]
-    selection, _ = selection_of(tmp_path, rows)
-    ((file, some),) = selection.rows.items()
-    monkeypatch.setattr(lengths_module, "ROWS_PER_PROCESS", 100)
-    in_processes = begin_to_count_cuts(selection, tokenizer, LENGTHS)()
-    assert in_processes == {file: count_cuts(some.values(), tokenizer, LENGTHS)} != {file: Cuts(500)}
-
-
-def test_auto_lengths_cut_nothing(tmp_path: Path, tokenizer: ChatGLMTokenizer) -> None:
-    selection, _ = selection_of(tmp_path, [{"prompt": "长" * 90, "label": "长" * 70}, *texts(3)])
-    source, target = auto_lengths(selection, tokenizer, LENGTHS, None, None, limit=2048)
-    (rows,) = selection.rows.values()
-    assert count_cuts(rows.values(), tokenizer, Lengths(32, source, target)) == Cuts(4)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [((None, None), (100, 100)), ((64, None), (64, 136)), ((None, 20), (180, 20))]
-)
-def test_auto_lengths_share_what_the_model_takes(tmp_path: Path, tokenizer, given, expected) -> None:
-    selection, _ = selection_of(tmp_path, [{"prompt": "长" * 900, "label": "长" * 900}])
-    assert auto_lengths(selection, tokenizer, LENGTHS, *given, limit=200) == expected

@@ -11,7 +11,7 @@ import torch
 from conftest import load_model
 
 from model.data.image_processor import BlipImageEvalProcessor
-from model.data.images import open_picture
+from model.data.images import open_image
 from model.training.feature_cache import image_features
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     found = image_features(paths, processor, vision, file=Path(file) if file else None)
     assert list(found) == [path for path in paths if Path(path).exists()]
     with torch.no_grad():
-        expected = {path: features_of(processor(open_picture(path))[None])[0] for path in found}
+        expected = {path: features_of(processor(open_image(path))[None])[0] for path in found}
     torch.testing.assert_close(found, expected)
     print(f"looked at {len(seen)}", flush=True)
     torch.distributed.destroy_process_group()

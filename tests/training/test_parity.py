@@ -8,34 +8,9 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import GOLDEN, load_model, run_python, upstream_weights, write_checkpoint
+from conftest import GOLDEN, load_model, run_program, upstream_weights, write_checkpoint
 
 pytestmark = pytest.mark.run
-
-# Runs the script and records what it doesn't print in full: losses to the last digit and the first batch.
-RECORDING = """
-import json, sys
-import finetune_visualglm
-from model.data import dataset
-from model.training import metrics as report
-
-recorded = {"losses": [], "first_batch": None}
-report_step, data_collator = report.TrainingReport.step, dataset.data_collator
-
-def recording_step(self, writer, optimizer, rate, loss, *rest):
-    recorded["losses"].append(loss)
-    report_step(self, writer, optimizer, rate, loss, *rest)
-
-def recording_collator(examples):
-    batch = data_collator(examples)
-    ids = {key: batch[key].tolist() for key in ("input_ids", "labels")}
-    recorded["first_batch"] = recorded["first_batch"] or {**ids, "pre_image": batch["pre_image"]}
-    return batch
-
-report.TrainingReport.step, dataset.data_collator = recording_step, recording_collator
-finetune_visualglm.main(sys.argv[2:])
-open(sys.argv[1], "w").write(json.dumps(recorded))
-"""
 
 
 def trainable_shapes(checkpoint, expected):
@@ -58,8 +33,8 @@ def run(request, tmp_path_factory, upstream_checkpoint, upstream_config):
     expected = json.loads((GOLDEN / f"upstream/expected_{request.param}.json").read_text())
     weights = upstream_weights(trainable_shapes(upstream_checkpoint, expected))
     checkpoint = write_checkpoint(folder / "start", upstream_config, weights)
-    done = run_python(
-        "-c", RECORDING, folder / "recorded.json", *expected["flags"],
+    done = run_program(
+        "train_and_record", folder / "recorded.json", *expected["flags"],
         "--from_pretrained", checkpoint, "--save_full_model", "--save", folder / "saved",
         cwd=GOLDEN / "upstream",
     )  # fmt: skip

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from model.distributed import is_first_process
+from model.errors import InputError
 
 SECONDS_TO_ANSWER = 2.5
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/repository, with a revision after @ where it is pinned
@@ -26,6 +27,19 @@ PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 def is_hub_name(name: str) -> bool:
     """Whether a name can be one of the hub's: owner/repository, or owner/repository@revision."""
     return NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """The name of a repository at a branch, tag or commit: OWNER/NAME@REVISION.
+
+    Raises:
+        InputError: it is a folder, or no repository's name.
+    """
+    if revision is None:
+        return name
+    if Path(name).expanduser().exists() or not is_hub_name(name):
+        raise InputError(f"--revision {revision}: {name} is a folder or no OWNER/NAME; a name of the hub is needed.")
+    return f"{name}@{revision}"
 
 
 def cached_snapshot(name: str) -> Path | None:

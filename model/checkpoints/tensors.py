@@ -60,6 +60,11 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         """These tensors and others, which win where a name is in both."""
         return LazyTensors(self.entries | {name: LazyTensor.of(tensor) for name, tensor in others.items()})
 
+    def renamed(self, new_name: Callable[[str], str | None]) -> "LazyTensors":
+        """These tensors under other names, without those for which new_name gives None."""
+        named = ((new_name(name), entry) for name, entry in self.entries.items())
+        return LazyTensors({name: entry for name, entry in named if name is not None})
+
 
 def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of the same names, shapes and dtypes, for which no lazy one is read."""

@@ -23,6 +23,7 @@ import torch
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, Base, base_of, is_adapter_name, with_base
+from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, open_huggingface
 from model.errors import InputError
 from model.progress import say, warn
 from model.sat_compat import import_sat
@@ -73,7 +74,7 @@ def save_checkpoint(
         config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
         text = json.dumps(config, indent=4, ensure_ascii=False)
         write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-        get_tokenizer().save_pretrained(folder)
+        get_tokenizer().save_vocabulary(folder)
         write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
         say(f"Saved {folder} (iteration {iteration}).")
     torch.distributed.barrier()
@@ -154,14 +155,19 @@ def _put_into(
         InputError: they are of another model, or some are missing.
     """
     path = checkpoint.weights_file(mpu.get_model_parallel_rank())
-    selected = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    try:
-        missing, unexpected = module.load_state_dict(selected, strict=False)
-    except RuntimeError as error:  # torch lists every tensor of another shape
-        raise InputError(
-            f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
-        ) from None
-    needed = [name for name in missing if not is_adapter_name(name)]
+    missing, unexpected = None, []
+    for group in by_layer(weights):
+        selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
+        try:
+            missing_here, unexpected_here = module.load_state_dict(selected, strict=False)
+        except RuntimeError as error:  # torch lists every tensor of another shape
+            raise InputError(
+                f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
+            ) from None
+        missing_in_all = set(missing_here)
+        missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
+        unexpected += unexpected_here
+    needed = [name for name in missing or () if not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "
@@ -171,7 +177,20 @@ def _put_into(
         warn(f"{path}: {len(unexpected)} tensors belong to no part of this model and are left out: {unexpected[:3]} …")
 
 
-def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dict[str, torch.Tensor], Base, set[str]]:
+def open_weights(checkpoint: Checkpoint, rank: int = 0) -> Mapping[str, torch.Tensor]:
+    """The tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
+
+    Raises:
+        InputError: a file is missing or broken, or holds something else than weights.
+    """
+    if checkpoint.layout == "hf":
+        return open_huggingface(checkpoint.folder, checkpoint.config["num_attention_heads"])
+    return read_weights(checkpoint.weights_file(rank))
+
+
+def whole_weights(
+    checkpoint: Checkpoint, force_base: bool = False
+) -> tuple[Mapping[str, torch.Tensor], Base, set[str]]:
     """All the weights that a checkpoint stands for, mapped from the disk; their base; the names that aren't the base's.
 
     For an adapter checkpoint the base's weights and its own; for any other the base is the checkpoint itself, without
@@ -186,13 +205,13 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
     """
     rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
     path = checkpoint.weights_file(rank)
-    weights = read_weights(path)
+    weights = open_weights(checkpoint, rank)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
     recorded = base_of(checkpoint.config)
     base_path = checkpoint.base.weights_file(rank)
-    base_weights = without_adapters(read_weights(base_path))
+    base_weights = without_adapters(open_weights(checkpoint.base, rank))
     found = fingerprint(base_weights)
     if found != recorded.fingerprint and not force_base:
         raise InputError(
@@ -200,11 +219,14 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
             f"{recorded.fingerprint[:12]}, found {found[:12]}); --base with {recorded.name} as it was is needed, or "
             "--force_base to use this one all the same."
         )
-    return base_weights | weights, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+    whole = base_weights.with_others(weights) if isinstance(base_weights, LazyTensors) else {**base_weights, **weights}
+    return whole, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
 
 
-def without_adapters(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_adapters(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """The tensors of a checkpoint but for LoRA and P-Tuning, under the names that they have in a base model."""
+    if isinstance(weights, LazyTensors):
+        return weights.renamed(lambda name: None if is_adapter_name(name) else name.replace(".original.", "."))
     return {name.replace(".original.", "."): tensor for name, tensor in weights.items() if not is_adapter_name(name)}
 
 
@@ -215,7 +237,9 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     reading 15 GB at every start would take longer than loading them.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(without_adapters(weights).items()):
+    plain = without_adapters(weights)
+    for name in sorted(plain):
+        tensor = plain[name]
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         numbers = tensor.detach().reshape(-1)
         step = max(1, len(numbers) // SAMPLES_PER_TENSOR)
@@ -230,21 +254,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, broken, or holds something else than weights.
     """
-    try:
-        with torch.serialization.safe_globals(safe_checkpoint_types()):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
-    except Exception as error:  # torch raises several kinds, for broken zips, pickles and forbidden types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: can't be read as weights ({reason}); needed is a checkpoint that is whole."
-        ) from None
+    with torch.serialization.safe_globals(safe_checkpoint_types()):
+        content = load_tensors(path)
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
     return content["module"]

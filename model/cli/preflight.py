@@ -31,6 +31,7 @@ from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_token
 from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process
 from model.errors import raise_problems
+from model.hub import at_revision
 
 SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 
@@ -87,7 +88,7 @@ def checked_checkpoint(options: Options) -> Checkpoint:
     Raises:
         InputError: one of them is not there, or the checkpoint and the flags don't fit.
     """
-    checkpoint = Checkpoint.find(options.from_pretrained)
+    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
     raise_problems(config_problems(options, checkpoint.config))
     return with_base(checkpoint, options.base)
 
@@ -107,7 +108,7 @@ def checked_tokenizer(options: Options, checkpoint: Checkpoint) -> ChatGLMTokeni
 def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
     """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most."""
     if options.save_full_model or options.train_parts or options.image_size:
-        return (checkpoint.base or checkpoint).weights_file().stat().st_size
+        return (checkpoint.base or checkpoint).weights_size()
     return adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
 
 

@@ -14,11 +14,13 @@ from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes
+from model.checkpoints.tensors import shapes, size_in_bytes
 from model.checkpoints.weights import whole_weights, without_adapters, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.lora import folded
+from model.progress import with_progress
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
@@ -42,7 +44,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
         raise InputError(f"{out}: something is there already; a new folder is needed.")
     weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
     plain = without_adapters(weights)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+    size = size_in_bytes(plain)
     free = free_bytes(folder)
     if free < size:
         raise InputError(f"{out}: {free / 2**30:.1f} GiB free on its disk; {size / 2**30:.1f} GiB are needed.")
@@ -50,7 +52,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     def merged(name: str) -> torch.Tensor:
         return merged_weight(name, plain[name], weights, adapters)
 
-    write_whole(weights_path(folder, ITERATION), lambda file: write_weights(file, plain, merged))
+    write_whole(weights_path(folder, ITERATION), lambda file: write_weights(file, shapes(plain), merged))
     text = json.dumps(_plain_config(checkpoint), indent=4, ensure_ascii=False)
     write_whole(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
     tokenizer = find_tokenizer(checkpoint.folder, None)
@@ -113,7 +115,7 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[
         torch.save({"module": empty, "iteration": int(ITERATION)}, path)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         on_disk = torch.load(path, mmap=True, weights_only=True)["module"]
-    for name in list(on_disk):
+    for name in with_progress(list(on_disk), len(on_disk), "Tensors written"):
         on_disk.pop(name).copy_(value(name))
 
 

@@ -60,6 +60,34 @@ def write_checkpoint(folder: Path, config: dict, weights: dict) -> Path:
     return folder
 
 
+def write_huggingface(folder: Path, config: dict, weights: dict, files: str = "model.safetensors") -> Path:
+    """A checkpoint folder in Hugging Face's layout, with the golden tokenizer.
+
+    files: "model.safetensors", "pytorch_model.bin", or two files with "safetensors index" or "bin index".
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from model.checkpoints.huggingface import huggingface_config
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(huggingface_config(config, 90, "float32")))
+    (folder / "ice_text.model").write_bytes((GOLDEN / "tokenizer/ice_text.model").read_bytes())
+    write = save_file if "safetensors" in files else torch.save
+    if "index" not in files:
+        write(weights, folder / files)
+        return folder
+    stem, kind = ("model", "safetensors") if "safetensors" in files else ("pytorch_model", "bin")
+    names, places = sorted(weights), {}
+    for number, some in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"{stem}-{number:05}-of-00002.{kind}"
+        write({name: weights[name] for name in some}, folder / file)
+        places |= dict.fromkeys(some, file)
+    index = f"{stem}.{kind}.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def upstream_config() -> dict:
     """model_config.json of the small model that the released script's losses were recorded with."""

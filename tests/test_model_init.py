@@ -28,13 +28,15 @@ WITH_SAT = {
     "training.sat_loop",
     "training.loaders",
     "training.feature_cache",
+    "checkpoints.download",
     "checkpoints.weights",
     "inference.chat",
     "inference.load",
     "sat_compat",
 }
 WITHOUT_TORCH = (
-    "cli.preflight", "errors", "checkpoints.layout", "checkpoints.metadata", "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
+    "cli.preflight", "errors", "checkpoints.layout", "checkpoints.metadata", "checkpoints.huggingface", "checkpoints.broken_files", "checkpoints.download", "hub",
+    "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
 )  # fmt: skip
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 

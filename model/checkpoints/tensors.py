@@ -8,7 +8,6 @@ A weights file of SAT's is mapped from the disk and is a plain dictionary. One o
 query_key_value in another order, so that mapping is not enough: they are put in order when they are read.
 """
 
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ DTYPES = {  # of the safetensors format
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NOT_OF_TORCH = "it isn't a file of tensors that torch wrote"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     try:
         file = safe_open(path, framework="pt")
-        for name in file.keys():  # noqa: SIM118  (it has no other way to go through the names)
+        for name in file.offset_keys():  # in the order in which they lie there
             piece = file.get_slice(name)
             dtype = DTYPES.get(piece.get_dtype())
             if dtype is None:
@@ -176,17 +176,20 @@ def load_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
-    except pickle.UnpicklingError as error:  # its text tells people to let the file run its code
-        raise unreadable(path, _reason_of_pickle(str(error))) from None
-    except Exception as error:  # torch raises several kinds, for broken zips and pickles
-        raise unreadable(path, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    except (RuntimeError, OSError) as error:
+        raise unreadable(path, _first_line(error)) from None
+    except Exception as error:  # torch raises several kinds, for broken pickles and forbidden types
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise unreadable(
+            path,
+            f"it asks for {asked_for[1]}, which is no tensor and could run code" if asked_for else NOT_OF_TORCH,
+        ) from None
 
 
-def _reason_of_pickle(text: str) -> str:
-    asked_for = re.search(r"GLOBAL ([\w.]+)", text)
-    if asked_for:
-        return f"it asks for {asked_for[1]}, which is no tensor and could run code"
-    return "it isn't a file of tensors that torch wrote"
+def _first_line(error: Exception) -> str:
+    """What torch says, unless it tells people to let the file run its code."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and "weights_only" not in lines[0] else NOT_OF_TORCH
 
 
 def unreadable(path: Path, reason: str) -> InputError:

@@ -47,10 +47,8 @@ def cached_snapshot(name: str) -> Path | None:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
-    except Exception:  # the library has several errors for "not there"
-        return None
+    config = huggingface_hub.try_to_load_from_cache(repository, CHECKPOINT_FILES[0], revision=revision or None)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def download_snapshot(name: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from model import hub
 from model.checkpoints import huggingface
+from model.checkpoints.broken_files import what_it_is_instead
 from model.checkpoints.layout import sat_home
 from model.errors import InputError
 from model.progress import say
@@ -59,5 +60,9 @@ def from_sat(name: str, tried: list[str]) -> Path | None:
     try:
         return Path(auto_create(name, path=str(sat_home()), url=SAT_LINK))
     except Exception as error:  # of the network, of the disk, or a file that is no zip
-        tried.append(f"SAT's download: {type(error).__name__}: {error}")
+        archive = sat_home() / f"{name}.zip"
+        problem = what_it_is_instead(archive)
+        tried.append(f"SAT's download, {archive}: {problem or f'{type(error).__name__}: {error}'}")
+        if problem is not None and "web page" in problem:
+            archive.unlink()  # or the next download would go on after it
         return None

@@ -43,7 +43,9 @@ LORA_NAME = re.compile(
 PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "layer_replication": (None,), "lora_bias": (False, None),
-    "trainable_token_indices": (None,),
+    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base's weights
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def cached_snapshot(name: str) -> Path | None:
 
 
 def download_snapshot(name: str) -> Path:
-    """The folder with a checkpoint's files, downloaded into Hugging Face's cache. Half a download is gone on with.
+    """The folder with a checkpoint's files, downloaded into Hugging Face's cache: of half a download, the missing files.
 
     Raises:
         OSError: the hub doesn't answer, or has no such files; the text is a clause that says so.

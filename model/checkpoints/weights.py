@@ -23,7 +23,7 @@ import torch
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, Base, base_of, is_adapter_name, with_base
-from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, open_huggingface
+from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, looks_old, open_huggingface
 from model.errors import InputError
 from model.progress import say, warn
 from model.sat_compat import import_sat
@@ -206,6 +206,7 @@ def whole_weights(
     rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
     path = checkpoint.weights_file(rank)
     weights = open_weights(checkpoint, rank)
+    _warn_of_old_rows(checkpoint, weights)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
@@ -221,6 +222,16 @@ def whole_weights(
         )
     whole = base_weights.with_others(weights) if isinstance(base_weights, LazyTensors) else {**base_weights, **weights}
     return whole, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+
+
+def _warn_of_old_rows(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> None:
+    """Say so if a whole model of SAT's looks as if it had been written before July 2023."""
+    heads = checkpoint.config.get("num_attention_heads")
+    if heads and checkpoint.layout == "sat" and len(checkpoint.weights_files()) == 1 and looks_old(weights, heads):
+        warn(
+            f"{checkpoint.name}: the rows of query_key_value look ordered as SAT did before July 2023, and then the answers "
+            f"are wrong. python scripts/convert_checkpoint.py {checkpoint.name} DST --to sat --old_sat puts them in order."
+        )
 
 
 def without_adapters(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

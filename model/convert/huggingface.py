@@ -32,8 +32,8 @@ from model.checkpoints.huggingface import (
 from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
 from model.checkpoints.metadata import is_adapter
 from model.checkpoints.sizes import folder_problems
-from model.checkpoints.tensors import DTYPES, LazyTensor, LazyTensors, shapes, size_in_bytes
-from model.checkpoints.weights import open_weights
+from model.checkpoints.tensors import DTYPES, LazyTensor, LazyTensors, looks_old, one_by_one, shapes, size_in_bytes
+from model.checkpoints.weights import open_weights, read_weights
 from model.convert.merge_lora import ITERATION, write_weights
 from model.convert.model_parallel import joined
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
@@ -41,10 +41,6 @@ from model.errors import InputError, raise_problems
 from model.progress import say, with_progress
 
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
-# The share of the differences among the biases' sizes that an order of the rows has to explain, to be recognised.
-# A key's bias hardly changes the attention and stays small, so that the right order explains most of them: 0.84 to 0.95
-# in each layer of model/tiny, and another order 0.01 to 0.07. Weights that were never trained show nothing.
-EXPLAINS, DOES_NOT = 0.6, 0.3
 
 
 def convert(
@@ -120,7 +116,7 @@ def plain_weights(checkpoint: Checkpoint, parts: int, old_sat: bool | None) -> M
                 f"--old_sat: {checkpoint.name} is in Hugging Face's layout; a checkpoint of SAT is needed."
             )
         return open_weights(checkpoint)
-    opened = [open_weights(checkpoint, rank) for rank in range(parts)]
+    opened = [one_by_one(file, read_weights(file)) for file in map(checkpoint.weights_file, range(parts))]
     weights = joined(opened, checkpoint.config) if parts > 1 else opened[0]
     heads = checkpoint.config["num_attention_heads"]
     if old_sat is None and looks_old(weights, heads):
@@ -137,33 +133,6 @@ def _in_todays_order(weights: Mapping[str, torch.Tensor], heads: int) -> LazyTen
 
     like = shapes(weights)
     return LazyTensors({name: LazyTensor(tuple(like[name].shape), like[name].dtype, reader(name)) for name in like})
-
-
-def looks_old(weights: Mapping[str, torch.Tensor], heads: int) -> bool:
-    """Whether the rows of query_key_value look ordered (head, 3, head_dim), as in Hugging Face's layout.
-
-    Told by the sizes of the biases, see `EXPLAINS`. False where nothing can be told.
-    """
-    biases = [weights[name] for name in weights if is_reordered(name) and name.endswith("bias")]
-    if not biases:
-        return False
-    blocks = torch.arange(3 * heads)
-    new, old = (
-        sum(_explained(bias, parts) for bias in biases) / len(biases) for parts in (blocks // heads, blocks % 3)
-    )
-    return old > EXPLAINS and new < DOES_NOT
-
-
-def _explained(bias: torch.Tensor, parts: torch.Tensor) -> float:
-    """The share of the variance of the blocks' norms that their parts explain: 0 to 1.
-
-    Args:
-        bias: [blocks · head_dim]. parts: int64[blocks], query, key or value.
-    """
-    norms = bias.float().reshape(len(parts), -1).norm(dim=1)
-    means = torch.stack([norms[parts == part].mean() for part in range(3)])
-    total = (norms - norms.mean()).square().sum()
-    return float((means[parts] - norms.mean()).square().sum() / total) if total > 0 else 0.0
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

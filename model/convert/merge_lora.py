@@ -1,7 +1,6 @@
 """LoRA folded into the weights, from file to file: no model is built, and one tensor at a time is in memory."""
 
 import json
-import mmap
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes
-from model.checkpoints.tensors import shapes, size_in_bytes
+from model.checkpoints.tensors import load_tensors, place_in_file, shapes, size_in_bytes
 from model.checkpoints.weights import whole_weights, without_adapters, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
@@ -103,8 +102,8 @@ def _factors(weights: Mapping[str, torch.Tensor], prefix: str) -> list[torch.Ten
 def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]) -> None:
     """Write a weights file of SAT's layout, with value(name) for each tensor, one after another.
 
-    torch.save needs every tensor at once. So it writes the file without their numbers first, and those go through a
-    memory map of the file.
+    torch.save needs every tensor at once. So it writes the file without their numbers first, and those are put into
+    their places.
 
     Args:
         like: tensors of the same names, shapes and dtypes.
@@ -113,10 +112,15 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"module": empty, "iteration": int(ITERATION)}, path)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        on_disk = torch.load(path, mmap=True, weights_only=True)["module"]
-    for name in with_progress(list(on_disk), len(on_disk), "Tensors written"):
-        on_disk.pop(name).copy_(value(name))
+    with FakeTensorMode():
+        places = load_tensors(path)["module"]
+    with open(path, "r+b") as file:
+        for name in with_progress(list(places), len(places), "Tensors written"):
+            offset, size = place_in_file(places[name])
+            numbers = value(name).to(places[name].dtype).contiguous().reshape(-1).view(torch.uint8)
+            assert len(numbers) == size, name
+            file.seek(offset)
+            file.write(numbers.numpy().data)
 
 
 def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:

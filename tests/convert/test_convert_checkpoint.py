@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from model.checkpoints.huggingface import rows_for_huggingface
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import free_bytes
+from model.checkpoints.tensors import looks_old
 from model.checkpoints.weights import read_weights
 from model.convert import huggingface as module
-from model.convert.huggingface import convert, looks_old
+from model.convert.huggingface import convert
 from model.convert.merge_lora import merge
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
@@ -149,6 +150,13 @@ def test_old_file_ends_with_a_question_unless_told(old: Path, tmp_path: Path):
         convert(str(old), str(tmp_path / "hf"), "hf")
     assert not (tmp_path / "hf").exists()
     assert convert(str(old), str(tmp_path / "hf"), "hf", old_sat=False).is_dir()
+
+
+def test_old_file_that_is_loaded_as_it_is_is_warned_of(old: Path, capsys: pytest.CaptureFixture[str]):
+    load_for_answering(str(old))
+    assert f"convert_checkpoint.py {old} DST --to sat --old_sat puts them in order" in capsys.readouterr().err
+    load_for_answering(str(TINY))
+    assert capsys.readouterr().err == ""
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

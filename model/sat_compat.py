@@ -1,8 +1,7 @@
-"""Every adaptation of SAT and DeepSpeed to today's machines, one function each.
+"""Importing SAT, and small mends of it. Each function says what breaks without it.
 
-Written for SwissArmyTransformer 0.4.12 and DeepSpeed 0.19 on torch 2.13. Each function says what breaks without it.
-Nothing happens at import: the modules that stand on SAT call `import_sat`. What is replaced for a run stands in
-`model.training.sat_loop`.
+Importing this module does nothing: the modules that stand on SAT call `import_sat`. What is replaced for a training run is
+listed in `model.training.sat_loop`. Written for SwissArmyTransformer 0.4.12 on torch 2.13.
 """
 
 import argparse
@@ -36,9 +35,9 @@ def _placeholder(name: str, needed_for: str, *attributes: str) -> types.ModuleTy
 
 @contextmanager
 def _standing_in(modules: Mapping[str, types.ModuleType | None]) -> Iterator[None]:
-    """Let modules be importable inside the block only, so that nobody else mistakes them for the real packages.
+    """Make modules importable inside the block only. Outside, nobody mistakes them for the real packages.
 
-    None in place of a module makes importing it fail.
+    None in place of a module makes its import fail.
     """
     sys.modules.update(modules)  # type: ignore[arg-type]
     try:
@@ -52,22 +51,22 @@ def _standing_in(modules: Mapping[str, types.ModuleType | None]) -> Iterator[Non
 def model_only() -> Iterator[None]:
     """Keep SAT from importing DeepSpeed inside the block, where only a model is built or asked.
 
-    SAT imports it on every path where it is installed, takes two seconds for that, and does without it where it isn't.
+    SAT imports it wherever it is installed, which takes two seconds. It also works without DeepSpeed.
     """
     with _standing_in({} if "deepspeed" in sys.modules else {"deepspeed": None}):
         yield
 
 
 def import_sat(training: bool = False) -> types.ModuleType:
-    """SAT's top module, imported although wandb and triton may be missing, and without what no run here uses.
+    """SAT's top module, imported without wandb, triton, and the parts of SAT that no run here uses.
 
-    SAT imports both on every path, uses wandb for `--wandb` alone and triton for the rotary embeddings of other
-    models: without this, `import sat` ends in ModuleNotFoundError for whoever hasn't installed 200 MB that never run.
-    SAT's GPT-2 and Hugging Face data set pull in transformers and pandas, four seconds of every start.
+    A plain `import sat` fails without wandb and triton. SAT uses wandb for `--wandb` alone, and triton for the rotary
+    embeddings of other models. SAT's GPT-2 and its Hugging Face data set import transformers and pandas, which takes four
+    seconds of every start.
 
     Args:
-        training: with its training loop, and so with DeepSpeed. On a GPU SAT chooses at its first import whose
-            checkpointing of activations it takes, so whoever trains calls this first.
+        training: also import the training loop, and with it DeepSpeed. Training code calls this first: on a GPU, SAT
+            decides at its first import whether activations are checkpointed by DeepSpeed.
     """
     loop = "sat.training.deepspeed_training"
     if ("sat" in sys.modules and not training) or loop in sys.modules:
@@ -77,12 +76,12 @@ def import_sat(training: bool = False) -> types.ModuleType:
         "sat.data_utils.hf_dataset": ("SAT's Hugging Face data set", "load_hf_dataset"),
     }
     if importlib.util.find_spec("triton") is None:
-        # SAT's own user of triton is stood in for, not triton: torch and DeepSpeed look for triton too.
+        # The stand-in is for SAT's module, not for triton itself: torch and DeepSpeed look for triton too.
         unused["sat.model.position_embedding.triton_rotary"] = ("SAT's triton rotary embedding", "apply_rotary")
     if importlib.util.find_spec("wandb") is None:
         unused["wandb"] = ("--wandb", "log")
     placeholders = {name: _placeholder(name, *why) for name, why in unused.items() if not sys.modules.get(name)}
-    # About fifty lines that nobody asked for are logged on the way, one of them a warning that there is no GPU.
+    # SAT logs about fifty lines at import, one of them a warning that there is no GPU.
     logging.disable(logging.WARNING)
     try:
         with _standing_in(placeholders), nullcontext() if training else model_only():
@@ -108,10 +107,10 @@ def quieten() -> None:
 
 
 def parallel_output_once(args: argparse.Namespace, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """kwargs without `parallel_output`, which is noted in args instead.
+    """kwargs without `parallel_output`, which is put into args instead.
 
-    The 2023 script hands it to the constructor; SAT 0.4.12 takes it from args as well, and then Python finds the same
-    keyword twice.
+    The 2023 script gives it to the constructor. SAT 0.4.12 also takes it from args, and the same keyword twice is a
+    TypeError.
     """
     if "parallel_output" not in kwargs:
         return kwargs
@@ -126,8 +125,8 @@ def parallel_output_once(args: argparse.Namespace, kwargs: dict[str, Any]) -> di
 def broadcast_data(keys: Sequence[str], data: Mapping[str, Any], dtype: Any, device: Any) -> dict[str, Any]:
     """The tensors data[key] of the first model-parallel rank, on every rank of its group, on device.
 
-    SAT's `mpu.broadcast_data` calls CUDA without asking whether there is a GPU. It is used where there is one and the
-    group has several ranks; on the CPU the same tensors are sent one by one over gloo.
+    SAT's `mpu.broadcast_data` needs a GPU. It is used where there is one and the group has several ranks. Without a GPU
+    the tensors are sent one by one over gloo.
 
     Args:
         data: needed on the group's first rank only. dtype: of all those tensors.

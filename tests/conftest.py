@@ -206,13 +206,13 @@ def load_model(checkpoint: Path, name: str = "VisualGLMModel", **flags: Any) -> 
 def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> Path:
     """A checkpoint of base tuned as flags say, by random numbers in place of training; saved as the script saves."""
     import torch
-    from sat import get_tokenizer
 
     from model.checkpoints.weights import save_checkpoint
     from model.data.tokenizer import ChatGLMTokenizer
     from model.finetune import FineTuneVisualGLMModel
+    from model.sat_compat import import_sat
 
-    get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))
+    import_sat().get_tokenizer(outer_tokenizer=ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer"))
     args = FineTuneVisualGLMModel.get_args(skip_init=True, save=str(folder), save_full_model=full, lr=1.0, **flags)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(base), args)
     model.freeze()

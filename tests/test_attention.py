@@ -84,7 +84,7 @@ def test_rotated_query_key_value_has_the_gradient_of_the_formula() -> None:
     assert torch.autograd.gradcheck(lambda x: rotated_query_key_value(x, *rows), stacked)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
 def test_layers_attention_equals_sats_own(upstream_checkpoint, dtype: torch.dtype, tolerance: float) -> None:
     model = load_model(upstream_checkpoint).to(dtype).eval()
     ours = model.get_mixin("chatglm-attn")

@@ -79,7 +79,8 @@ def test_state_of_a_packed_linear_is_the_plain_ones_and_goes_back_in(dtype) -> N
 def test_plain_linear_of_a_packed_one_is_what_it_was() -> None:
     again = packed().plain()
     assert type(again) is torch.nn.Linear
-    assert torch.equal(again.weight, plain().weight) and torch.equal(again.bias, plain().bias)
+    assert torch.equal(again.weight, plain().weight)
+    assert torch.equal(again.bias, plain().bias)
 
 
 def test_lora_over_a_packed_linear_merges_into_a_plain_one() -> None:

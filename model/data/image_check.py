@@ -103,20 +103,7 @@ def check_rows(
     """
     started = time.monotonic()
     result = ImageCheck()
-    bad: dict[str, str] = {}
-    to_open: list[str] = []
-    for path in dict.fromkeys(row.img for row in rows):
-        if path is None:
-            continue
-        try:
-            status = checked_file(path)
-        except InputError as problem:
-            bad[path] = str(problem)
-            continue
-        if checked_before is not None and checked_before.knows(path, status):
-            result.remembered += 1
-        else:
-            to_open.append(path)
+    bad, to_open = _missing_and_unchecked(rows, checked_before, result)
     random.Random(0).shuffle(to_open)
     seconds = max(seconds / 2, seconds - (time.monotonic() - started))
     checked: Iterable[tuple[str, str | None]] = problems_by_path(to_open, seconds)
@@ -138,6 +125,29 @@ def check_rows(
             if row.img is not None and row.img in bad
         }
     return result
+
+
+def _missing_and_unchecked(
+    rows: Sequence[Row], checked_before: CheckedImages | None, result: ImageCheck
+) -> tuple[dict[str, str], list[str]]:
+    """What is wrong with the files of rows, by path, and the images that are still to be opened.
+
+    Args:
+        result: images that were checked before are counted in it.
+    """
+    bad: dict[str, str] = {}
+    unchecked: list[str] = []
+    for path in dict.fromkeys(row.img for row in rows if row.img is not None):
+        try:
+            status = checked_file(path)
+        except InputError as problem:
+            bad[path] = str(problem)
+            continue
+        if checked_before is not None and checked_before.knows(path, status):
+            result.remembered += 1
+        else:
+            unchecked.append(path)
+    return bad, unchecked
 
 
 def check_images(rows: Sequence[Row], progress: bool = True) -> None:

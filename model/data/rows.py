@@ -76,8 +76,8 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: "slice[int | None, int | None, int | None]") -> list[Row]: ...
+    def __getitem__(self, index: "int | slice[int | None, int | None, int | None]") -> Row | list[Row]:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             return list(self._from_to(start, stop)) if step == 1 else [self[one] for one in range(start, stop, step)]
@@ -235,11 +235,7 @@ def row_from_json(entry: object, where: str) -> Row:
     if img is None and (other_name := next((key for key in _OTHER_NAMES_OF_IMG if key in entry), None)):
         raise InputError(f'{where}: no "img", but "{other_name}"; rename it, or convert the file (convert_data.py).')
     for key, value in (("img", "" if img is None else img), ("prompt", prompt), ("label", label)):
-        if not isinstance(value, str):
-            raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {ROW_NEEDS}.')
-    if not _is_unicode(f"{img}{prompt}{label}"):
-        key = next(key for key in ("img", "prompt", "label") if not _is_unicode(str(entry.get(key))))
-        raise InputError(f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.')
+        _check_text(key, value, where)
     if img is not None and not img.strip():
         raise InputError(f'{where}: "img" is empty; it is the path of a picture, or left out in a row of text only.')
     if not label.strip():
@@ -248,6 +244,13 @@ def row_from_json(entry: object, where: str) -> Row:
     if lang is not None and lang not in LANGUAGES:
         raise InputError(f'{where}: "lang" is {_shown(lang)}; "zh" or "en" is needed.')
     return Row(img, prompt, label, where, _history(entry.get("history"), where), lang)
+
+
+def _check_text(key: str, value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {ROW_NEEDS}.')
+    if not _is_unicode(value):
+        raise InputError(f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.')
 
 
 def released_row(entry: object, where: str) -> Row | None:

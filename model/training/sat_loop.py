@@ -100,13 +100,11 @@ class Replacement(NamedTuple):
 def replacements(hooks: Hooks) -> list[Replacement]:
     """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
     sat = import_sat(training=True)
-    base_model = importlib.import_module("sat.model.base_model")
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
-        Replacement(base_model, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files, and asks CUDA"),
-        Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "the same, for --load"),
+        Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files of --load, and asks CUDA"),
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
         Replacement(loop, "report_iteration_metrics", hooks.report.step, "one line a step, with the time left"),
         Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "one line, the mean over all tokens"),

@@ -20,7 +20,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content, parts", [
+@pytest.mark.parametrize(("content", "parts"), [
     (b'{"a": 1,\n "b" 2}', ["line 2, column 6", "an object {…} is needed"]),
     (b"[1]", ["a list found; an object {…} is needed"]),
     (b"3", ["3 found; an object {…} is needed"]),

@@ -266,7 +266,7 @@ def test_lora_dropout_blurs_the_change_in_training_only(upstream_checkpoint):
     assert torch.equal(lora.eval()(x), lora(x))
 
 
-# parts of the eyes
+# parts of the vision
 
 
 def test_train_parts_trains_those_parts_beside_the_adapters(upstream_checkpoint):
@@ -282,8 +282,8 @@ def test_train_parts_trains_those_parts_beside_the_adapters(upstream_checkpoint)
 
 def test_parts_that_are_not_trained_stay_in_eval_mode(upstream_checkpoint):
     model, _ = start_from(upstream_checkpoint, use_lora=True, train_parts=["qformer"])
-    eyes = model.train().get_mixin("eva").model
-    assert {name: part.training for name, part in eyes.named_children()} == {
+    vision = model.train().get_mixin("eva").model
+    assert {name: part.training for name, part in vision.named_children()} == {
         "vit": False, "qformer": True, "glm_proj": False,
     }  # fmt: skip
 

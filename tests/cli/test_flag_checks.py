@@ -73,7 +73,7 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     assert len(flag_problems(good("--fp16", "--bf16", "--lr", "0", "--zero-stage", "3"))) == 3
 
 
-@pytest.mark.parametrize("words, parts", [
+@pytest.mark.parametrize(("words", "parts"), [
     (["--fp16", "--bf16"], ["--fp16 and --bf16", "one is needed"]),
     (["--train-iters", "5", "--epochs", "1"], ["--train-iters and --epochs", "one is needed"]),
     (["--mode", "inference"], ["--mode inference", "this script trains", "--mode finetune"]),
@@ -118,7 +118,7 @@ def test_flag_problems_when_lora_meets_qlora_needs_one_of_them(monkeypatch: pyte
     assert "--use_lora and --use_qlora: only one is needed" in problem("--use_qlora")
 
 
-@pytest.mark.parametrize("words, package", [
+@pytest.mark.parametrize(("words", "package"), [
     (["--use_qlora"], "bitsandbytes"),
     (["--use_lora", "--wandb"], "wandb"),
 ])  # fmt: skip
@@ -160,7 +160,7 @@ def test_flag_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, shares", [
+@pytest.mark.parametrize(("words", "shares"), [
     (["--split", "1"], [1, 0, 0]),
     (["--split", "8,1,1"], [0.8, 0.1, 0.1]),
     (["--split", "3/1"], [0.75, 0.25, 0]),
@@ -197,7 +197,7 @@ def test_config_problems_when_keys_are_missing_names_them_and_the_file() -> None
     )
 
 
-@pytest.mark.parametrize("key, value, needed", [
+@pytest.mark.parametrize(("key", "value", "needed"), [
     ("num_layers", "28", 'model_config.json: "num_layers" is "28"; a whole number is needed.'),
     ("eva_args", [], 'model_config.json: "eva_args" is []; an object {…} is needed.'),
 ])  # fmt: skip
@@ -206,7 +206,7 @@ def test_config_problems_when_a_key_has_the_wrong_type_says_which(key: str, valu
     assert needed in sentence
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.parametrize(("words", "sentence"), [
     (["--layer_range", "0", "28"],
      "--layer_range 0 28: no layer 28 in this checkpoint; layers from 0 to 27 are needed."),
     (["--layer_range", "-1"], "--layer_range -1: no layer -1 in this checkpoint; layers from 0 to 27 are needed."),
@@ -226,7 +226,7 @@ def test_config_problems_when_the_layer_norms_are_elsewhere_says_so() -> None:
     assert sentence.endswith('"layernorm_order" is "pre"; a ChatGLM has "post".')
 
 
-@pytest.mark.parametrize("words, sentences", [
+@pytest.mark.parametrize(("words", "sentences"), [
     (["--num-layers", "12"], ["--num-layers 12 is overridden by 28 from visualglm-6b/model_config.json."]),
     (["--num-layers", "28"], []),
     ([], []),
@@ -240,7 +240,7 @@ def test_overridden_by_config_names_the_users_flags_that_differ(words: list[str]
 # --- DeepSpeed's settings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, settings, sentences", [
+@pytest.mark.parametrize(("words", "settings", "sentences"), [
     (["--lr", "1e-4"], {"optimizer": {"params": {"lr": 0.5}}},
      ["--lr 0.0001 is overridden by 0.5 from ds.json (optimizer.params.lr)."]),
     (["--weight-decay", "0"], {"optimizer": {"params": {"weight_decay": 0.1}}},
@@ -262,7 +262,7 @@ def test_overridden_by_deepspeed_names_the_users_flags_that_differ(
     assert overridden_by_deepspeed(good(*words), settings, "ds.json") == sentences
 
 
-@pytest.mark.parametrize("settings, sentence", [
+@pytest.mark.parametrize(("settings", "sentence"), [
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; only one is needed."),
     ({"fp16": True}, '"fp16" is true; an object {…} is needed.'),
     ({"bf16": {}}, 'no "enabled" in "bf16"; true or false is needed.'),

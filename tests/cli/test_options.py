@@ -121,7 +121,8 @@ def test_help_of_layer_range_says_that_it_is_a_list(help_text: str) -> None:
 
 def test_help_of_each_flag_is_a_sentence_that_names_its_default() -> None:
     for action in full_parser()._actions:
-        assert action.help is not None and action.help.endswith("."), action.option_strings
+        assert action.help is not None, action.option_strings
+        assert action.help.endswith("."), action.option_strings
         has_default = action.default not in (None, False, {}, argparse.SUPPRESS)
         assert not has_default or "default" in action.help, action.option_strings
 
@@ -161,7 +162,7 @@ def test_parse_of_the_2023_recipe_finds_no_problem() -> None:
     assert flag_problems(parse(RECIPE.split())) == []
 
 
-@pytest.mark.parametrize("words, value", [
+@pytest.mark.parametrize(("words", "value"), [
     (["true"], True), (["True"], True), (["1"], True), (["yes"], True), ([], True),
     (["false"], False), (["False"], False), (["0"], False), (["no"], False),
 ])  # fmt: skip
@@ -178,7 +179,7 @@ def test_parsers_share_no_default_object() -> None:
     assert parse([]).eva_args == {}
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.parametrize(("words", "sentence"), [
     (["--train_data", "a"], "--train_data: there is no such flag; did you mean --train-data?"),
     (["--max-source-length", "9"], "--max-source-length: there is no such flag; did you mean --max_source_length?"),
     (["--batchsize=4"], "--batchsize: there is no such flag; did you mean --batch-size?"),
@@ -204,7 +205,8 @@ def test_parse_when_a_word_is_wrong_exits_with_one_sentence(
 def test_parse_when_a_choice_is_wrong_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, "--mode", "tune")
     assert error.startswith("finetune_visualglm.py: error: --mode tune: one of ")
-    assert "finetune" in error and "inference" in error
+    assert "finetune" in error
+    assert "inference" in error
 
 
 def test_parse_when_a_flag_is_ambiguous_names_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:

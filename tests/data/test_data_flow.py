@@ -34,7 +34,8 @@ def test_epochs_with_every_shape_of_row_and_accumulation_sees_all_samples(tmp_pa
         "--max_source_length", "auto", "--max_target_length", "auto",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "8 rows, 10 samples (one for every turn)" in done.stdout and "cut to fit" not in done.stdout
+    assert "8 rows, 10 samples (one for every turn)" in done.stdout
+    assert "cut to fit" not in done.stdout
     assert "Training on 10 samples: 5 steps of 4 see 20 samples, 2 epochs." in done.stdout
     assert len(printed_losses(done.stdout)) == 5
 
@@ -93,7 +94,8 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
         upstream_checkpoint, data, "--bad_rows", policy, "--check_seconds", "0", "--epochs", "2", "--num-workers", "2"
     )
     told = f"{data} row 2: broken.jpg isn't a picture"
-    assert told in done.stderr and "Traceback" not in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
     assert "pictures have not been opened yet" in done.stdout
     assert done.returncode == (2 if policy == "error" else 0)
     assert len(printed_losses(done.stdout)) == (0 if policy == "error" else 2)
@@ -122,7 +124,8 @@ def test_order_of_rows_follows_the_seed(tmp_path, upstream_checkpoint):
         for seed in ("1234", "7", "7")
     ]
     released, seven, seven_again = map(printed_losses, runs)
-    assert len(seven) == 3 and seven == seven_again
+    assert len(seven) == 3
+    assert seven == seven_again
     assert seven != released
 
 
@@ -143,7 +146,8 @@ def test_evaluation_on_two_processes_is_the_same_as_on_one(tmp_path, upstream_ch
         *NO_DROPOUT, *flags, cwd=tmp_path, OMP_NUM_THREADS="1",
     )  # fmt: skip
     found = [re.findall(r"validation loss (\S+),", run.stdout) for run in (one, two)]
-    assert found[0] and found[0] == found[1], one.stderr + two.stderr
+    assert found[0], one.stderr + two.stderr
+    assert found[0] == found[1]
 
 
 def test_larger_image_is_trained_and_saved_as_such(tmp_path, upstream_checkpoint):

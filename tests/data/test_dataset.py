@@ -126,7 +126,8 @@ def test_dataset_attributes_take_indices_from_the_end_and_slices(dataset):
 def test_dataset_attributes_open_no_image_but_the_one_that_is_asked_for(tmp_path):
     shutil.copy(GOLDEN / "upstream/dataset.json", tmp_path)
     dataset = few_shot_dataset(tmp_path / "dataset.json")  # its images are not there
-    assert len(dataset.images) == 6 and len(dataset.input_ids[0]) == len(dataset.labels[0])
+    assert len(dataset.images) == 6
+    assert len(dataset.input_ids[0]) == len(dataset.labels[0])
     with pytest.raises(InputError, match=r"there is no file images/0\.png"):
         dataset.images[0]
 
@@ -177,7 +178,8 @@ def test_sample_of_a_row_without_picture_has_no_image(tmp_path):
 def test_sample_whose_picture_breaks_is_noted_and_has_nothing_to_learn(tmp_path):
     dataset = dataset_with(tmp_path, [{"img": "no.png", "prompt": "?", "label": "!"}], note_bad_images=True)
     assert "dataset.json row 1: there is no file no.png" in dataset[0]["problem"]
-    assert set(dataset[0]["labels"]) == {IGNORE_INDEX} and dataset[0]["image"] is None
+    assert set(dataset[0]["labels"]) == {IGNORE_INDEX}
+    assert dataset[0]["image"] is None
 
 
 # Batches
@@ -196,7 +198,8 @@ def example(length, image=0.0):
 
 @pytest.mark.parametrize(("longest", "seq"), [(1, 8), (8, 8), (9, 16), (16, 16)])
 def test_batch_is_as_long_as_its_longest_row_in_eights(longest, seq):
-    assert PAD_MULTIPLE == 8 and data_collator([example(1), example(longest)])["input_ids"].shape == (2, seq)
+    assert PAD_MULTIPLE == 8
+    assert data_collator([example(1), example(longest)])["input_ids"].shape == (2, seq)
 
 
 def test_batch_is_padded_on_the_right_with_the_pad_id():

@@ -34,7 +34,8 @@ def test_image_is_not_cropped():
     wide = Image.new("RGB", (100, 10))
     wide.paste((255, 255, 255), (0, 0, 50, 10))
     red = BlipImageEvalProcessor(10, mean=(0, 0, 0), std=(1, 1, 1))(wide)[0]
-    assert red[:, 0].tolist() == [1.0] * 10 and red[:, 9].tolist() == [0.0] * 10
+    assert red[:, 0].tolist() == [1.0] * 10
+    assert red[:, 9].tolist() == [0.0] * 10
 
 
 def test_image_rows_are_height_and_columns_are_width():

@@ -227,7 +227,8 @@ def texts(sample, tokenizer):
 
 def test_sample_of_a_row_without_picture_has_no_slots(tokenizer):
     sample = sample_from_row(Row(None, "几点了？", "三点。", ""), tokenizer, LENGTHS)
-    assert sample.pre_image == 0 and tokenizer.pad_token_id not in sample.input_ids
+    assert sample.pre_image == 0
+    assert tokenizer.pad_token_id not in sample.input_ids
     assert sample.input_ids[: sample.input_ids.index(SOP) + 1] == context_ids("几点了？", None, False, tokenizer, 32)[0]
 
 
@@ -265,7 +266,8 @@ def test_history_when_it_is_too_long_loses_its_oldest_turns_whole(tokenizer):
 def test_prompt_is_cut_only_when_all_history_has_left(tokenizer):
     one = Row(None, LONG, "丙", "", history=(("一？", "甲"),))
     sample = sample_from_row(one, tokenizer, LENGTHS)
-    assert sample.dropped_turns == 1 and sample.truncated_prompt_tokens > 0
+    assert sample.dropped_turns == 1
+    assert sample.truncated_prompt_tokens > 0
 
 
 class MeltingTokenizer:

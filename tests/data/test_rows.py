@@ -51,7 +51,8 @@ def test_rows_when_the_file_is_bad_names_it_and_what_was_found(tmp_path, content
     path = written(tmp_path, content)
     with pytest.raises(InputError) as error:
         read_rows(path)
-    assert str(error.value).startswith(str(path)) and found in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert found in str(error.value)
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n"])

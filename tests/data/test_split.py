@@ -43,7 +43,8 @@ def test_selection_when_skipping_leaves_bad_pictures_out_and_says_so(tmp_path: P
         "row 2",
         "row 4",
     ]
-    assert notes[0] == "Left out, 2 bad rows (--bad_rows skip):" and len(notes) == 3
+    assert notes[0] == "Left out, 2 bad rows (--bad_rows skip):"
+    assert len(notes) == 3
 
 
 def test_selection_when_every_row_is_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:
@@ -67,7 +68,8 @@ def test_selection_of_several_files_shares_the_time_among_them(tmp_path: Path, m
 
     monkeypatch.setattr(split, "check_rows", slow_check)
     read_selection([str(write_rows(tmp_path, texts(1), name)) for name in ("a.json", "b.json")], "error", 5.0)
-    assert 4.5 < seconds[0] <= 5 and seconds[1] <= 4.8
+    assert 4.5 < seconds[0] <= 5
+    assert seconds[1] <= 4.8
 
 
 def test_selection_on_another_process_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,8 @@ def test_held_out_rows_are_as_many_as_asked_and_never_trained_on(tmp_path: Path,
     (file,) = selection.rows
     hold_out(selection, [file], share, seed=1)
     held, trained = selection.chosen(file, training=False) or [], selection.chosen(file, training=True) or []
-    assert len(held) == number and sorted(held + trained) == list(range(20))
+    assert len(held) == number
+    assert sorted(held + trained) == list(range(20))
 
 
 def test_held_out_rows_follow_the_seed(tmp_path: Path) -> None:
@@ -120,7 +123,9 @@ def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, sh
     held = {rows[index]["img"] for index in selection.chosen(file, training=False) or []}
     trained = {rows[index]["img"] for index in selection.chosen(file, training=True) or []}
     assert len(selection.held_out[file]) == number
-    assert held and trained and not held & trained
+    assert held
+    assert trained
+    assert not held & trained
 
 
 def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path: Path) -> None:
@@ -138,7 +143,8 @@ def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling
     other = str(write_rows(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json"))
     selection, _ = scan_files([one, other], "error")
     hold_out(selection, [one, other], 2, seed=1)
-    assert selection.held_out[one] == selection.held_out[other] and len(selection.held_out[one]) == 1
+    assert selection.held_out[one] == selection.held_out[other]
+    assert len(selection.held_out[one]) == 1
 
 
 def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_task_that_takes_longer_is_done_in_another_process_while_meanwhile_is_do
         return os.getpid(), bytes(LARGE)
 
     process, content = run_in_subprocess(task, lambda: calls.append(os.getpid()))
-    assert (calls, len(content)) == ([os.getpid()], LARGE) and process != os.getpid()
+    assert (calls, len(content)) == ([os.getpid()], LARGE)
+    assert process != os.getpid()
 
 
 def test_problem_of_the_task_is_raised():
@@ -88,7 +89,8 @@ def test_parts_are_worked_on_before_their_results_are_waited_for(two_processes, 
     deadline = time.monotonic() + 30
     while not (tmp_path / "one").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (tmp_path / "one").exists() and wait() == [None]
+    assert (tmp_path / "one").exists()
+    assert wait() == [None]
 
 
 def test_parts_and_what_the_task_holds_need_not_be_picklable(two_processes):

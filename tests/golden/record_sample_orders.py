@@ -214,8 +214,8 @@ def loader_of(case: dict[str, Any], rank: int) -> Any:
     training: Any = importlib.import_module("sat.training.deepspeed_training")
     with (
         untouched_sat(),
-        mock.patch("torch.distributed.get_world_size", lambda group=None: case["ranks"]),
-        mock.patch("torch.distributed.get_rank", lambda group=None: rank),
+        mock.patch("torch.distributed.get_world_size", return_value=case["ranks"]),
+        mock.patch("torch.distributed.get_rank", return_value=rank),
     ):
         sat_compat.adapt_data(args)
         loaders = training.make_loaders(args, create_dataset, collate_fn=list)

@@ -63,7 +63,8 @@ def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:
 def test_row_of_a_bad_conversation_is_refused_with_a_sentence(entry: object, found: str) -> None:
     with pytest.raises(InputError) as error:
         row_of(entry, "in.json row 2")
-    assert str(error.value).startswith("in.json row 2") and found in str(error.value)
+    assert str(error.value).startswith("in.json row 2")
+    assert found in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

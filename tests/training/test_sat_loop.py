@@ -283,9 +283,14 @@ def test_what_is_replaced_for_a_run_is_as_before_afterwards():
 def test_what_is_replaced_is_put_back_after_an_error():
     loop = importlib.import_module("sat.training.deepspeed_training")
     before = loop.save_checkpoint
-    with pytest.raises(ZeroDivisionError), sat_loop.adapted(hooks()):
-        assert loop.save_checkpoint is save_checkpoint
-        raise ZeroDivisionError
+
+    def fails_in_a_run():
+        with sat_loop.adapted(hooks()):
+            assert loop.save_checkpoint is save_checkpoint
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_in_a_run()
     assert loop.save_checkpoint is before
 
 

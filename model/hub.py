@@ -4,13 +4,11 @@ What is in Hugging Face's cache is taken without asking. Before anything is down
 whether the hub answers at all: its library would try for half a minute. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the
 proxies of the environment count, as they do for the library. No code is downloaded or run.
 
-Only the standard library is imported, until a file is asked for: the library takes longer than all checks together.
+The library is imported when a file is asked for: that takes longer than all checks together.
 """
 
 import re
 import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from model.distributed import is_first_process
@@ -107,6 +105,9 @@ def require_answer() -> None:
 
 def answers(url: str, seconds: float = SECONDS_TO_ANSWER) -> bool:
     """Whether a server says anything at all, within so many seconds."""
+    import urllib.error
+    import urllib.request
+
     heard = []
 
     def ask() -> None:

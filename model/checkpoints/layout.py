@@ -258,6 +258,8 @@ def _what_to_give_instead(folder: Path) -> str:
     checkpoints = sorted(path.parent for path in folder.glob("*/latest"))
     if checkpoints:
         return f"a checkpoint folder inside it is needed, such as {checkpoints[-1]}."
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter of PEFT's: python scripts/convert_checkpoint.py {folder} DST --to sat converts it."
     return "a checkpoint folder with model_config.json, latest and the weights is needed."
 
 

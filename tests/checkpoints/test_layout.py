@@ -149,6 +149,11 @@ def test_find_when_it_is_hugging_faces_config_of_another_model_says_what_is_miss
     assert f'{tmp_path}/config.json: no "num_layers"' in checkpoint_error(tmp_path)
 
 
+def test_find_when_it_is_an_adapter_of_pefts_says_how_it_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    assert f"convert_checkpoint.py {tmp_path} DST --to sat converts it." in checkpoint_error(tmp_path)
+
+
 def test_find_when_a_file_is_given_needs_a_folder(checkpoint: Path) -> None:
     assert "is a file; a checkpoint folder is needed." in checkpoint_error(checkpoint / "model_config.json")
 

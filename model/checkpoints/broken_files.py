@@ -51,3 +51,12 @@ def _safetensors_problem(path: Path) -> str | None:
     if size < needed:
         return f"{size:,} of {needed:,} bytes are there, as after half a download"
     return None
+
+
+def safetensors_shapes(path: Path) -> list[list[int]] | None:
+    """The shapes of the tensors in a safetensors file; None where it is broken."""
+    if what_it_is_instead(path) is not None:
+        return None
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]

@@ -29,11 +29,12 @@ from model.checkpoints.huggingface import (
     rows_for_huggingface,
     rows_for_sat,
 )
-from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
+from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import is_adapter
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.tensors import DTYPES, LazyTensor, LazyTensors, looks_old, one_by_one, shapes, size_in_bytes
 from model.checkpoints.weights import open_weights, read_weights
+from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place, sync
 from model.convert.merge_lora import ITERATION, write_weights
 from model.convert.model_parallel import joined
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
@@ -76,8 +77,7 @@ def convert(
             _write_huggingface(folder, weights, checkpoint.config, vocabulary, max_shard_size)
             vocabulary.save_pretrained(folder)
         else:
-            _write_sat(folder, weights, checkpoint.config)
-            vocabulary.save_vocabulary(folder)
+            _write_sat(folder, weights, checkpoint.config, vocabulary)
     if layout == "hf" and checkpoint.config["num_layers"] != LAYERS_OF_THE_RELEASED_CODE:
         say(
             f"{destination}: {checkpoint.config['num_layers']} layers; Hugging Face's released code computes with "
@@ -149,14 +149,14 @@ def new_folder(destination: str, bytes_needed: int) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"DST {destination}: something is there already; a new or empty folder is needed.")
     raise_problems(folder_problems("DST", destination, bytes_needed))
-    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished = target.with_name(target.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
         for path in unfinished.rglob("*"):
             if path.is_file():
-                _force_to_disk(path)
+                sync(path)
         if target.exists():
             target.rmdir()
         os.replace(unfinished, target)
@@ -166,20 +166,19 @@ def new_folder(destination: str, bytes_needed: int) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _force_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_sat(folder: Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    path = weights_path(folder, ITERATION)
-    path.parent.mkdir()
-    write_weights(path, shapes(weights), weights.__getitem__)
+def _write_sat(
+    folder: Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], tokenizer: ChatGLMTokenizer
+) -> None:
+    unfinished = folder / f"{ITERATION}{UNFINISHED}"
+    unfinished.mkdir()
+    write_weights(weights_path(folder, unfinished.name), shapes(weights), weights.__getitem__)
     _write_json(folder / CONFIG_FILE, {**config, "model_parallel_size": 1})
+    tokenizer.save_vocabulary(folder)
+    put_in_place(unfinished, folder / ITERATION, (folder / name for name in SHARED_FILES))
     (folder / "latest").write_text(ITERATION)
 
 

@@ -24,10 +24,11 @@ import torch
 
 from model.adapter_config import LORA_TARGETS, AdapterConfig
 from model.checkpoints.huggingface import rows_for_huggingface, rows_for_sat
-from model.checkpoints.layout import CONFIG_FILE, Checkpoint, read_json_object, weights_path
+from model.checkpoints.layout import Checkpoint, read_json_object, weights_path
 from model.checkpoints.metadata import KEY, base_of, is_adapter
 from model.checkpoints.tensors import load_tensors, open_safetensors, size_in_bytes
 from model.checkpoints.weights import description, open_weights, whole_weights
+from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place
 from model.convert.huggingface import new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
@@ -171,11 +172,12 @@ def from_peft(source: str, destination: str, base: str | None = None, tokenizer:
     }
     vocabulary = ChatGLMTokenizer.from_pretrained(find_tokenizer(base_model.folder, tokenizer))
     with new_folder(destination, size_in_bytes(tensors)) as out:
-        weights = weights_path(out, ITERATION)
-        weights.parent.mkdir()
-        torch.save({"module": tensors, "iteration": int(ITERATION)}, weights)
+        unfinished = out / f"{ITERATION}{UNFINISHED}"
+        unfinished.mkdir()
+        torch.save({"module": tensors, "iteration": int(ITERATION)}, weights_path(out, unfinished.name))
         (out / CONFIG_FILE).write_text(json.dumps(config, indent=4, ensure_ascii=False), encoding="utf-8")
         vocabulary.save_vocabulary(out)
+        put_in_place(unfinished, out / ITERATION, (out / name for name in SHARED_FILES))
         (out / "latest").write_text(ITERATION)
     return Path(destination)
 

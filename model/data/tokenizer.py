@@ -94,12 +94,9 @@ class ChatGLMTokenizer:
         (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
     def save_vocabulary(self, folder: str | os.PathLike[str]) -> None:
-        """Write ice_text.model into folder, which is made if need be; a kill leaves the file that was there."""
-        path = Path(folder) / VOCAB_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{VOCAB_FILE}.unfinished")
-        unfinished.write_bytes(self._pieces.serialized_model_proto())
-        os.replace(unfinished, path)
+        """Write ice_text.model into folder, which is made if it doesn't exist."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / VOCAB_FILE).write_bytes(self._pieces.serialized_model_proto())
 
     def _released_config(self) -> dict[str, Any]:
         """tokenizer_config.json of ChatGLM-6B. Its code stays in the repository that published it."""

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model.checkpoints.layout import Checkpoint
 from model.data.images import is_url, open_image
 from model.errors import InputError, exit_on_input_error
+from model.hub import at_revision
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
@@ -59,7 +60,9 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--from_pretrained", default="visualglm-6b", metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, or a name in $SAT_HOME (default %(default)s)")
+        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub "
+             "(default %(default)s)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
     add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
     add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
     add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
@@ -92,7 +95,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
         raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
     if not 0 < options.top_p <= 1:
         raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
-    checkpoint = Checkpoint.find(options.from_pretrained)
+    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
     if options.image and not is_url(options.image):
         open_image(options.image)
     return checkpoint

@@ -18,6 +18,7 @@ from model.checkpoints.layout import Checkpoint
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
 from model.errors import InputError, exit_on_input_error
+from model.hub import at_revision
 from model.progress import say
 
 SHOWN = 3  # rows printed as examples
@@ -157,7 +158,8 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--from_pretrained", required=True, metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, or a name in $SAT_HOME")
+        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub")
+    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
     add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
@@ -184,7 +186,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if options.compare == options.from_pretrained:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
-    checkpoints = [Checkpoint.find(options.from_pretrained)]
+    checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     rows = read_rows(options.data)
@@ -210,7 +212,7 @@ def evaluate(options: argparse.Namespace) -> None:
         say(heading + summary_line(measured))
     if options.compare:
         say(comparison(*results.values()))
-    say(f"answers right: {measures[options.from_pretrained]['right']}/{len(rows)}")
+    say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
 
 
 def comparison(first: Sequence[Result], second: Sequence[Result]) -> str:

@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(PROJECT))
 # The models here are so small that threads would wait for each other; set before torch is imported, for runs as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network, but for those that have a hub of their own
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +58,34 @@ def write_checkpoint(folder: Path, config: dict, weights: dict) -> Path:
     (folder / "latest").write_text("1")
     torch.save({"module": weights}, folder / "1" / "mp_rank_00_model_states.pt")
     (folder / "ice_text.model").write_bytes((GOLDEN / "tokenizer/ice_text.model").read_bytes())
+    return folder
+
+
+def write_huggingface(folder: Path, config: dict, weights: dict, files: str = "model.safetensors") -> Path:
+    """A checkpoint folder in Hugging Face's layout, with the golden tokenizer.
+
+    files: "model.safetensors", "pytorch_model.bin", or two files with "safetensors index" or "bin index".
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from model.checkpoints.huggingface import huggingface_config
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(huggingface_config(config, 90, "float32")))
+    (folder / "ice_text.model").write_bytes((GOLDEN / "tokenizer/ice_text.model").read_bytes())
+    write = save_file if "safetensors" in files else torch.save
+    if "index" not in files:
+        write(weights, folder / files)
+        return folder
+    stem, kind = ("model", "safetensors") if "safetensors" in files else ("pytorch_model", "bin")
+    names, places = sorted(weights), {}
+    for number, some in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"{stem}-{number:05}-of-00002.{kind}"
+        write({name: weights[name] for name in some}, folder / file)
+        places |= dict.fromkeys(some, file)
+    index = f"{stem}.{kind}.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 

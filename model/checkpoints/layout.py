@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint lie, in SAT's layout.
+"""Where the files of a checkpoint lie: in SAT's layout, or in Hugging Face's (`model.checkpoints.huggingface`).
 
     <folder>/model_config.json                        what to build, and how it was fine-tuned
     <folder>/latest                                   the iteration to load
@@ -7,6 +7,9 @@
     <folder>/ice_text.model                           the tokenizer; older checkpoints lack it
 
     checkpoint = Checkpoint.find("visualglm-6b")      once, from what the user gave; then it is handed on
+
+A name is looked for in this order, and the first place that has it is taken: the folder as given; $SAT_HOME; for
+OWNER/NAME the Hugging Face hub and its cache; for visualglm-6b the download that SAT's users know.
 
 Only the standard library is imported.
 """
@@ -17,9 +20,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from model.adapter_config import AdapterKeys
+from model.checkpoints import huggingface
 from model.checkpoints.whole import (
     CONFIG_FILE,
     UNFINISHED,
@@ -84,14 +88,15 @@ class Checkpoint:
     iteration: str  # a number, or "release"
     config: ModelConfig = field(repr=False, compare=False)
     base: "Checkpoint | None" = None  # of an adapter checkpoint, once it has been looked for
+    layout: Literal["sat", "hf"] = "sat"  # of its files; the config is in SAT's terms in both
 
     @classmethod
     def find(cls, name: "str | Path | Checkpoint", flag: str = "--from_pretrained") -> "Checkpoint":
-        """The checkpoint that the value of a flag means: a folder as given, else the name in $SAT_HOME.
+        """The checkpoint that the value of a flag means: a folder as given, else a name, see above.
 
-        Given a checkpoint's folder, the iteration is the one that `latest` names. Where that one is damaged, a line says
-        so, and the newest before it whose checksums are right is taken. An iteration's folder may be given too, or the
-        weights in it. A Checkpoint is returned as it is.
+        Given a checkpoint's folder in SAT's layout, the iteration is the one that `latest` names. Where that one is
+        damaged, a line says so, and the newest before it whose checksums are right is taken. An iteration's folder may
+        be given too, or the weights in it. A Checkpoint is returned as it is.
 
         Raises:
             InputError: nothing is there, or a part is missing, or the configuration can't be read.
@@ -100,14 +105,11 @@ class Checkpoint:
         if isinstance(name, Checkpoint):
             return name
         name = str(name)
-        given, in_home = Path(name).expanduser(), _sat_home() / name
-        found = next((path for path in (given, in_home) if path.exists()), None)
-        if found is None:
-            raise InputError(
-                f"{flag} {name}: no such folder, neither {given.absolute()} nor {in_home}; give "
-                f"{flag} FOLDER, or unpack the checkpoint to {in_home}."
-            )
-        folder, iteration = _folder_and_iteration(found)
+        place = _place(name, flag)
+        folder, iteration = _folder_and_iteration(place)
+        published = huggingface.folder_of(place)
+        if published is not None and not (folder / CONFIG_FILE).is_file():
+            return cls._in_huggingfaces_layout(name, flag, published)
         problem = (
             checkpoint_problem(folder, (CONFIG_FILE, "latest"))
             if iteration is None
@@ -117,6 +119,16 @@ class Checkpoint:
             raise InputError(f"{flag} {name}: {problem}")
         iteration = _whole_iteration(f"{flag} {name}", folder, iteration)
         return cls(name, folder, iteration, _read_config(folder))
+
+    @classmethod
+    def _in_huggingfaces_layout(cls, name: str, flag: str, folder: Path) -> "Checkpoint":
+        path = folder / huggingface.CONFIG_FILE
+        try:
+            config = huggingface.sat_config(read_json_object(path, "The checkpoint's configuration"), str(path))
+            huggingface.weights_files(folder)
+        except InputError as error:
+            raise InputError(f"{flag} {name}: {error}") from None
+        return cls(name, folder, "1", cast(ModelConfig, config), layout="hf")
 
     @classmethod
     def at(cls, place: str | Path, iteration: int | None = None) -> "Checkpoint":
@@ -137,8 +149,21 @@ class Checkpoint:
         return cls(str(place), folder, _whole_iteration(str(place), folder, found), config)
 
     def weights_file(self, rank: int = 0) -> Path:
-        """The weights of a model-parallel rank."""
+        """The weights of a model-parallel rank; in Hugging Face's layout all weights, or the index of their files."""
+        if self.layout == "hf":
+            return huggingface.weights_file(self.folder)
         return weights_path(self.folder, self.iteration, rank)
+
+    def weights_files(self) -> list[Path]:
+        """All files with weights: of Hugging Face's layout, or of all model-parallel ranks."""
+        if self.layout == "hf":
+            return huggingface.weights_files(self.folder)
+        ranks = range(len(list(self.weights_file().parent.glob("mp_rank_*_model_states.pt"))))
+        return [self.weights_file(rank) for rank in ranks]
+
+    def weights_size(self) -> int:
+        """How many bytes the files with weights take."""
+        return sum(file.stat().st_size for file in self.weights_files())
 
 
 def weights_path(folder: Path, iteration: str | int, rank: int = 0) -> Path:
@@ -178,7 +203,32 @@ def read_json_object(path: str | Path, what: str) -> dict[str, object]:
     return value
 
 
-def _sat_home() -> Path:
+def _place(name: str, flag: str) -> Path:
+    """Where a name leads to.
+
+    Raises:
+        InputError: nowhere; every place that was tried is told, a line each.
+    """
+    given, in_home = Path(name).expanduser(), sat_home() / name
+    for path in (given, in_home):
+        if path.exists():
+            return path
+    tried = [f"no folder {given.absolute()}", f"no folder {in_home} ($SAT_HOME)"]
+    from model.checkpoints.download import from_hub, from_sat  # it imports this module
+
+    for get in (from_hub, from_sat):
+        fetched = get(name, tried)
+        if fetched is not None:
+            return fetched
+    lines = "".join(f"  {line}\n" for line in tried)
+    raise InputError(
+        f"{flag} {name}: no such folder. Tried:\n{lines}Needed is {flag} FOLDER, OWNER/NAME of the Hugging Face hub, or "
+        f"the checkpoint unpacked to {in_home}."
+    )
+
+
+def sat_home() -> Path:
+    """The folder in which SAT's checkpoints are looked for by name."""
     return Path(os.environ.get("SAT_HOME") or "~/.sat_models").expanduser()
 
 
@@ -267,8 +317,8 @@ def _what_to_give_instead(folder: Path) -> str:
     checkpoints = sorted(path.parent for path in folder.glob("*/latest"))
     if checkpoints:
         return f"a checkpoint folder inside it is needed, such as {checkpoints[-1]}."
-    if (folder / "config.json").is_file():
-        return "it looks like a Hugging Face checkpoint, and one in SAT's layout is needed."
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter of PEFT's: python scripts/convert_checkpoint.py {folder} DST --to sat converts it."
     return "a checkpoint folder with model_config.json, latest and the weights is needed."
 
 

@@ -15,6 +15,7 @@ from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.whole import DamagedCheckpoint
 from model.errors import InputError
+from model.hub import is_hub_name
 
 KEY = "finetuning"
 VISION = "mixins.eva.model."  # before the names of the vision parts' tensors
@@ -88,7 +89,10 @@ def _found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     if given is not None:
         return Checkpoint.find(given, "--base")
     recorded = base_of(checkpoint.config)
-    for place in (recorded.name, recorded.path):
+    places = [recorded.name, recorded.path]
+    if is_hub_name(recorded.name):  # the hub may have changed; and where the files lie, nobody has to ask it
+        places.reverse()
+    for place in places:
         try:
             return Checkpoint.find(place, "--base")
         except DamagedCheckpoint:

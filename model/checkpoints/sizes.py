@@ -3,6 +3,7 @@
 Only the standard library is imported.
 """
 
+import math
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from model.adapter_config import AdapterConfig
+from model.checkpoints.broken_files import safetensors_shapes
 from model.checkpoints.layout import ModelConfig
 
 BYTES_OF_FLOAT32 = 4
@@ -44,9 +46,13 @@ def full_size(weights: Path, bytes_of_a_number: int) -> int:
     """How many bytes a weights file takes when its numbers are saved again in another width.
 
     Args:
-        weights: of all the model. Where it isn't torch's zip file, its own size is all that is known.
+        weights: of all the model, or a part. Where it is neither torch's zip file nor safetensors, its own size is all
+            that is known.
     """
     size = weights.stat().st_size
+    if weights.suffix == ".safetensors":
+        shapes = safetensors_shapes(weights)
+        return size if shapes is None else bytes_of_a_number * sum(math.prod(shape) for shape in shapes)
     try:
         with zipfile.ZipFile(weights) as file:
             [pickled] = [name for name in file.namelist() if name.endswith("/data.pkl")]

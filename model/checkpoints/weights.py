@@ -38,6 +38,7 @@ from model.checkpoints.metadata import (
     with_base,
 )
 from model.checkpoints.sizes import free_bytes, size_text
+from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, looks_old, open_huggingface
 from model.checkpoints.whole import (
     CONFIG_FILE,
     SHARED_FILES,
@@ -102,58 +103,81 @@ def write_unfinished(
         As for `save_checkpoint`.
     """
     module: Any = getattr(model, "module", model)
-    folder, is_first = Path(args.save), torch.distributed.get_rank() == 0
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
     weights: Mapping[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
         weights = module.state_dict() if full else trained_weights(module)
-    needed = size_of(weights) + _size_of_extra_files(folder)
-    unfinished = folder / f"{iteration}{UNFINISHED}"
+    adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
+    saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
 
     def begin() -> None:
-        learned = _learned(weights, AdapterConfig.from_options(args)) if full else weights
-        refuse_unless_finite(learned, f"iteration {iteration}")
+        refuse_unless_finite(_learned(weights, adapters) if full else weights, f"iteration {iteration}")
         if is_first:
-            with told_as_a_sentence(iteration, folder, needed):
-                _make_room(folder, iteration, needed)
-                unfinished.mkdir(parents=True)
+            saving.make_room()
 
-    def write() -> None:
-        with told_as_a_sentence(iteration, folder, needed):
-            if weights:
-                path = weights_path(folder, unfinished.name, mpu.get_model_parallel_rank())
-                torch.save({"module": weights, "iteration": iteration}, path)
-            for name, write_file in extra_files.items():
-                write_file(unfinished / name)
+    on_every_process(begin)
+    try:
+        on_every_process(saving.write)
+    except BaseException:
+        if is_first:
+            remove_unfinished(saving.folder)
+        raise
+    if not is_first:
+        return lambda: None
+    config = extract_model_specific_args_to_dump(args, module)
+    config[KEY] = description(adapters, module.base, args.num_layers, full)
+    saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
+    return saving.publish
 
-    def publish() -> None:
+
+class _Saving:
+    """An iteration on its way to the disk: written beside its place, then put there."""
+
+    def __init__(
+        self,
+        iteration: int,
+        folder: Path,
+        weights: Mapping[str, torch.Tensor],
+        extra_files: Mapping[str, Callable[[Path], Any]],
+        save_total_limit: int | None,
+    ) -> None:
+        self.iteration, self.folder, self.weights, self.extra_files = iteration, folder, weights, extra_files
+        self.save_total_limit = save_total_limit
+        self.needed = size_of(weights) + _size_of_extra_files(folder)  # bytes
+        self.unfinished = folder / f"{iteration}{UNFINISHED}"
+        self.config_text = ""  # of model_config.json
+
+    def make_room(self) -> None:
+        """Make the folder that is written to, without what a killed save has left."""
+        with told_as_a_sentence(self.iteration, self.folder, self.needed):
+            _make_room(self.folder, self.iteration, self.needed)
+            self.unfinished.mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write this process's files."""
+        with told_as_a_sentence(self.iteration, self.folder, self.needed):
+            if self.weights:
+                path = weights_path(self.folder, self.unfinished.name, mpu.get_model_parallel_rank())
+                torch.save({"module": self.weights, "iteration": self.iteration}, path)
+            for name, write_file in self.extra_files.items():
+                write_file(self.unfinished / name)
+
+    def publish(self) -> None:
+        """Wait for the disk, and make the files the newest checkpoint."""
+        folder, iteration = self.folder, self.iteration
         try:
-            with told_as_a_sentence(iteration, folder, needed):
-                shared = _write_shared_files(folder, config_text)
-                put_in_place(unfinished, folder / str(iteration), shared)
+            with told_as_a_sentence(iteration, folder, self.needed):
+                shared = _write_shared_files(folder, self.config_text)
+                put_in_place(self.unfinished, folder / str(iteration), shared)
                 write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
         except BaseException:
             remove_unfinished(folder)
             raise
         try:
-            remove_older_iterations(folder, iteration, getattr(args, "save_total_limit", None))
+            remove_older_iterations(folder, iteration, self.save_total_limit)
         except OSError as error:
             warn(f"WARNING: {folder}: older iterations can't be removed ({error.strerror}).")
         say(f"Saved {folder} (iteration {iteration}).")
-
-    on_every_process(begin)
-    try:
-        on_every_process(write)
-    except BaseException:
-        if is_first:
-            remove_unfinished(folder)
-        raise
-    if not is_first:
-        return lambda: None
-    config = extract_model_specific_args_to_dump(args, module)
-    config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
-    config_text = json.dumps(config, indent=4, ensure_ascii=False)
-    return publish
 
 
 def on_every_process(act: Callable[[], None]) -> None:
@@ -237,7 +261,7 @@ def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> Non
 def _learned(weights: Mapping[str, torch.Tensor], adapters: AdapterConfig) -> dict[str, torch.Tensor]:
     """The tensors of a whole model with these adapters that fine-tuning has changed."""
     parts = tuple(f"{VISION}{part}." for part in adapters.part_rates)
-    return {name: tensor for name, tensor in weights.items() if is_adapter_name(name) or name.startswith(parts)}
+    return {name: weights[name] for name in weights if is_adapter_name(name) or name.startswith(parts)}
 
 
 def _write_shared_files(folder: Path, config_text: str) -> list[Path]:
@@ -246,7 +270,7 @@ def _write_shared_files(folder: Path, config_text: str) -> list[Path]:
     if not config.is_file() or config.read_bytes() != config_text.encode():
         write_whole(config, lambda path: path.write_text(config_text, encoding="utf-8"))
     beside = folder / f"tokenizer{UNFINISHED}"
-    get_tokenizer().save_pretrained(beside)
+    get_tokenizer().save_vocabulary(beside)
     for new in sorted(beside.iterdir()):
         old = folder / new.name
         if not old.is_file() or old.read_bytes() != new.read_bytes():
@@ -345,14 +369,19 @@ def _put_into(
         InputError: they are of another model, or some are missing.
     """
     path = checkpoint.weights_file(mpu.get_model_parallel_rank())
-    selected = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    try:
-        missing, unexpected = module.load_state_dict(selected, strict=False)
-    except RuntimeError as error:  # torch lists every tensor of another shape
-        raise InputError(
-            f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
-        ) from None
-    needed = [name for name in missing if not is_adapter_name(name)]
+    missing, unexpected = None, []
+    for group in by_layer(weights):
+        selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
+        try:
+            missing_here, unexpected_here = module.load_state_dict(selected, strict=False)
+        except RuntimeError as error:  # torch lists every tensor of another shape
+            raise InputError(
+                f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
+            ) from None
+        missing_in_all = set(missing_here)
+        missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
+        unexpected += unexpected_here
+    needed = [name for name in missing or () if not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "
@@ -362,7 +391,20 @@ def _put_into(
         warn(f"{path}: {len(unexpected)} tensors belong to no part of this model and are left out: {unexpected[:3]} …")
 
 
-def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dict[str, torch.Tensor], Base, set[str]]:
+def open_weights(checkpoint: Checkpoint, rank: int = 0) -> Mapping[str, torch.Tensor]:
+    """The tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
+
+    Raises:
+        InputError: a file is missing or broken, or holds something else than weights.
+    """
+    if checkpoint.layout == "hf":
+        return open_huggingface(checkpoint.folder, checkpoint.config["num_attention_heads"])
+    return read_weights(checkpoint.weights_file(rank))
+
+
+def whole_weights(
+    checkpoint: Checkpoint, force_base: bool = False
+) -> tuple[Mapping[str, torch.Tensor], Base, set[str]]:
     """All the weights that a checkpoint stands for, mapped from the disk; their base; the names that aren't the base's.
 
     For an adapter checkpoint the base's weights and its own; for any other the base is the checkpoint itself, without
@@ -377,14 +419,15 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
     """
     rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
     path = checkpoint.weights_file(rank)
-    weights = read_weights(path)
+    weights = open_weights(checkpoint, rank)
     refuse_unless_whole(weights, checkpoint.config, path)
+    _warn_of_old_rows(checkpoint, weights)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
     recorded = base_of(checkpoint.config)
     base_path = checkpoint.base.weights_file(rank)
-    base_weights = without_adapters(read_weights(base_path))
+    base_weights = without_adapters(open_weights(checkpoint.base, rank))
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
     _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
     found = fingerprint(base_weights)
@@ -394,7 +437,18 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
             f"{recorded.fingerprint[:12]}, found {found[:12]}); --base with {recorded.name} as it was is needed, or "
             "--force_base to use this one all the same."
         )
-    return base_weights | weights, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+    whole = base_weights.with_others(weights) if isinstance(base_weights, LazyTensors) else {**base_weights, **weights}
+    return whole, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+
+
+def _warn_of_old_rows(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> None:
+    """Say so if a whole model of SAT's looks as if it had been written before July 2023."""
+    heads = checkpoint.config.get("num_attention_heads")
+    if heads and checkpoint.layout == "sat" and len(checkpoint.weights_files()) == 1 and looks_old(weights, heads):
+        warn(
+            f"{checkpoint.name}: the rows of query_key_value look ordered as SAT did before July 2023, and then the answers "
+            f"are wrong. python scripts/convert_checkpoint.py {checkpoint.name} DST --to sat --old_sat puts them in order."
+        )
 
 
 def refuse_unless_whole(weights: Mapping[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
@@ -422,8 +476,10 @@ def _refuse_missing(what: str, names: Sequence[str], path: Path) -> None:
         )
 
 
-def without_adapters(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_adapters(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """The tensors of a checkpoint but for LoRA and P-Tuning, under the names that they have in a base model."""
+    if isinstance(weights, LazyTensors):
+        return weights.renamed(lambda name: None if is_adapter_name(name) else name.replace(".original.", "."))
     return {name.replace(".original.", "."): tensor for name, tensor in weights.items() if not is_adapter_name(name)}
 
 
@@ -434,7 +490,9 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     reading 15 GB at every start would take longer than loading them.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(without_adapters(weights).items()):
+    plain = without_adapters(weights)
+    for name in sorted(plain):
+        tensor = plain[name]
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         numbers = tensor.detach().reshape(-1)
         step = max(1, len(numbers) // SAMPLES_PER_TENSOR)
@@ -449,21 +507,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, broken, or holds something else than weights.
     """
-    try:
-        with torch.serialization.safe_globals(safe_checkpoint_types()):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
-    except Exception as error:  # torch raises several kinds, for broken zips, pickles and forbidden types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: can't be read as weights ({reason}); needed is a checkpoint that is whole."
-        ) from None
+    with torch.serialization.safe_globals(safe_checkpoint_types()):
+        content = load_tensors(path)
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
     return content["module"]

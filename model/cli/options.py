@@ -61,6 +61,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
 
     # fine-tuning VisualGLM
     from_pretrained: str
+    revision: str | None
     base: str | None
     force_base: bool
     save_full_model: bool
@@ -99,8 +100,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("-h", "--help", action=_Help, nargs="?", choices=["all"], metavar="all",
         help="Show what is needed first and leave; --help all shows every flag.")
     add("--from_pretrained", default="visualglm-6b", metavar="NAME_OR_FOLDER",
-        help="Checkpoint to start from: a folder, or a name looked up in $SAT_HOME, which is ~/.sat_models unless set "
-             "(default %(default)s).")
+        help="Checkpoint to start from, in SAT's or Hugging Face's layout: a folder, a name in $SAT_HOME (~/.sat_models), "
+             "or OWNER/NAME of the hub (default %(default)s).")
+    add("--revision", metavar="NAME", help="Branch, tag or commit of the hub's checkpoint (default: its newest).")
     add("--base", metavar="NAME_OR_FOLDER",
         help="Base of an adapter checkpoint, where it isn't in the place that the checkpoint remembers.")
     add("--force_base", action="store_true", help="Take --base although the adapter was trained on other weights.")

@@ -31,6 +31,7 @@ from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_token
 from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process
 from model.errors import raise_problems
+from model.hub import at_revision
 
 SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 
@@ -88,7 +89,7 @@ def checked_checkpoint(options: Options) -> Checkpoint:
     Raises:
         InputError: one of them is not there, or the checkpoint and the flags don't fit.
     """
-    checkpoint = Checkpoint.find(options.from_pretrained)
+    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
     raise_problems(config_problems(options, checkpoint.config))
     return with_base(checkpoint, options.base)
 
@@ -111,13 +112,12 @@ def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
     `model.checkpoints.weights` asks again before each is saved, when it knows.
     """
     adapters = adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
+    whole = checkpoint.base or checkpoint
     if options.save_full_model:
-        return (
-            full_size((checkpoint.base or checkpoint).weights_file(), 2 if options.fp16 or options.bf16 else 4)
-            + adapters
-        )
+        width = 2 if options.fp16 or options.bf16 else 4
+        return sum(full_size(file, width) for file in whole.weights_files()) + adapters
     if options.train_parts or options.image_size:
-        return (checkpoint.base or checkpoint).weights_file().stat().st_size
+        return whole.weights_size()
     return adapters
 
 

@@ -1,8 +1,6 @@
 """LoRA folded into the weights, from file to file: no model is built, and one tensor at a time is in memory."""
 
 import json
-import mmap
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,12 +13,14 @@ from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes, size_text
+from model.checkpoints.tensors import load_tensors, place_in_file, shapes
 from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weights, without_adapters
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.lora import folded
+from model.progress import with_progress
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
@@ -44,7 +44,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
         raise InputError(f"{out}: something is there already; a new folder is needed.")
     weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
     plain = without_adapters(weights)
-    needed = size_of(plain)
+    needed = size_of(shapes(plain))
     free = free_bytes(folder)
     if free < needed:
         raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
@@ -58,7 +58,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     unfinished = folder / f"{ITERATION}{UNFINISHED}"
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        write_weights(weights_path(folder, unfinished.name), plain, merged)
+        write_weights(weights_path(folder, unfinished.name), shapes(plain), merged)
         put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint))
         write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
     except OSError as error:
@@ -124,8 +124,8 @@ def _factors(weights: Mapping[str, torch.Tensor], prefix: str) -> list[torch.Ten
 def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]) -> None:
     """Write a weights file of SAT's layout, with value(name) for each tensor, one after another.
 
-    torch.save needs every tensor at once. So it writes the file without their numbers first, and those go through a
-    memory map of the file.
+    torch.save needs every tensor at once. So it writes the file without their numbers first, and those are put into
+    their places.
 
     Args:
         like: tensors of the same names, shapes and dtypes.
@@ -134,12 +134,15 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"module": empty, "iteration": int(ITERATION)}, path)
-    with open(path, "ab") as file:  # to be written through a map, where a full disk would kill the process
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        on_disk = torch.load(path, mmap=True, weights_only=True)["module"]
-    for name in list(on_disk):
-        on_disk.pop(name).copy_(value(name))
+    with FakeTensorMode():
+        places = load_tensors(path)["module"]
+    with open(path, "r+b") as file:
+        for name in with_progress(list(places), len(places), "Tensors written"):
+            offset, size = place_in_file(places[name])
+            numbers = value(name).to(places[name].dtype).contiguous().reshape(-1).view(torch.uint8)
+            assert len(numbers) == size, name
+            file.seek(offset)
+            file.write(numbers.numpy().data)
 
 
 def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:

@@ -12,6 +12,7 @@ checks before training.
 """
 
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,16 @@ from typing import TYPE_CHECKING, Any
 import sentencepiece
 
 from model.errors import InputError, raise_problems
+from model.hub import hub_file
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
 VOCAB_FILE = "ice_text.model"
+CONFIG_FILE = "tokenizer_config.json"
 HUB_REPOSITORY = "THUDM/visualglm-6b"  # where the released VisualGLM-6B keeps its tokenizer file
+
+RELEASED_CLASS = "ChatGLMTokenizer"
 
 SPACES = re.compile(" {2,80}")
 BLANK = re.compile(r"<\|blank_([2-9]|[1-7]\d|80)\|>")
@@ -71,15 +76,46 @@ class ChatGLMTokenizer:
         """Tokenizer from a SentencePiece file, or from a folder that holds one as ice_text.model.
 
         Raises:
-            InputError: there is none, or it isn't ChatGLM's.
+            InputError: there is none, or it isn't ChatGLM's; or the folder's tokenizer_config.json is of another one.
         """
         path = Path(path)
-        return cls(path / VOCAB_FILE if path.is_dir() else path)
+        if not path.is_dir():
+            return cls(path)
+        _check_tokenizer_config(path / CONFIG_FILE)
+        return cls(path / VOCAB_FILE)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ice_text.model and tokenizer_config.json into folder, which is made if need be.
+
+        The configuration is the released one, so that transformers finds ChatGLM's own class for it.
+        """
+        self.save_vocabulary(folder)
+        text = json.dumps(self._released_config(), indent=2)
+        (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def save_vocabulary(self, folder: str | os.PathLike[str]) -> None:
         """Write ice_text.model into folder, which is made if it doesn't exist."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / VOCAB_FILE).write_bytes(self._pieces.serialized_model_proto())
+
+    def _released_config(self) -> dict[str, Any]:
+        """tokenizer_config.json of ChatGLM-6B. Its code stays in the repository that published it."""
+        return {
+            "name_or_path": HUB_REPOSITORY,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "end_token": "</s>",
+            "gmask_token": self.gmask_token,
+            "mask_token": self.mask_token,
+            "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
+            "remove_space": False,
+            "do_lower_case": False,
+            "padding_side": self.padding_side,
+            "tokenizer_class": RELEASED_CLASS,
+            "num_image_tokens": 0,
+            "auto_map": {"AutoTokenizer": [f"{HUB_REPOSITORY}--tokenization_chatglm.{RELEASED_CLASS}", None]},
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -216,9 +252,7 @@ def find_tokenizer(
     if given is not None:
         return given
     try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(HUB_REPOSITORY, VOCAB_FILE))
+        return hub_file(HUB_REPOSITORY, VOCAB_FILE)
     except Exception as error:  # no network, no such file, a broken proxy, no package: all have the same remedy
         looked = "" if checkpoint_folder is None else f"in {checkpoint_folder} and "
         raise InputError(
@@ -255,6 +289,24 @@ def check_special_ids(tokenizer: ChatGLMTokenizer, config: Mapping[str, Any]) ->
             " model_config.json; it has to be at least as many."
         )
     raise_problems(problems)
+
+
+def _check_tokenizer_config(path: Path) -> None:
+    """Do nothing if a tokenizer_config.json, where there is one, describes the ids that SentencePiece gives.
+
+    Raises:
+        InputError: it is another class's, or moves the ids.
+    """
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); the tokenizer_config.json of ChatGLM-6B is needed.") from None
+    needed = {"tokenizer_class": RELEASED_CLASS, "num_image_tokens": 0, "remove_space": False, "do_lower_case": False}
+    for key, value in needed.items():
+        if isinstance(config, dict) and config.get(key, value) != value:
+            raise InputError(f'{path}: "{key}" is {json.dumps(config[key])}; {json.dumps(value)} is needed.')
 
 
 def _sentencepiece_model(path: str) -> sentencepiece.SentencePieceProcessor:

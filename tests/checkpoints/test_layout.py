@@ -114,11 +114,14 @@ def test_find_when_nothing_is_there_says_where_it_looked_and_what_to_do(
 ) -> None:
     monkeypatch.setenv("SAT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_error("visualglm-6b") == (
-        f"--from_pretrained visualglm-6b: no such folder, neither {tmp_path}/visualglm-6b nor "
-        f"{tmp_path}/home/visualglm-6b; give --from_pretrained FOLDER, or unpack the checkpoint to "
-        f"{tmp_path}/home/visualglm-6b."
-    )
+    assert checkpoint_error("visualglm-6b").splitlines() == [
+        "--from_pretrained visualglm-6b: no such folder. Tried:",
+        f"  no folder {tmp_path}/visualglm-6b",
+        f"  no folder {tmp_path}/home/visualglm-6b ($SAT_HOME)",
+        "  SAT's download: HF_HUB_OFFLINE is set",
+        "Needed is --from_pretrained FOLDER, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to "
+        f"{tmp_path}/home/visualglm-6b.",
+    ]
 
 
 @pytest.mark.parametrize("file", ["latest", "model_config.json"])
@@ -150,9 +153,14 @@ def test_find_when_the_folder_above_is_given_names_a_checkpoint_inside(checkpoin
     assert f"is needed, such as {checkpoint}." in checkpoint_error(checkpoint.parent)
 
 
-def test_find_when_it_is_hugging_faces_layout_says_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").touch()
-    assert "looks like a Hugging Face checkpoint, and one in SAT's layout is needed" in checkpoint_error(tmp_path)
+def test_find_when_it_is_hugging_faces_config_of_another_model_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert f'{tmp_path}/config.json: no "num_layers"' in checkpoint_error(tmp_path)
+
+
+def test_find_when_it_is_an_adapter_of_pefts_says_how_it_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    assert f"convert_checkpoint.py {tmp_path} DST --to sat converts it." in checkpoint_error(tmp_path)
 
 
 def test_find_when_a_file_is_given_needs_a_folder(checkpoint: Path) -> None:

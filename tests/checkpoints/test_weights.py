@@ -191,7 +191,7 @@ def test_kill_while_weights_are_written_leaves_the_last_checkpoint_whole(tuned, 
 
 def test_kill_after_the_weights_leaves_latest_at_the_last_checkpoint(tuned, tmp_path, monkeypatch):
     folder = saved(tuned, tmp_path / "run", iteration=1)
-    monkeypatch.setattr(ChatGLMTokenizer, "save_pretrained", killed)
+    monkeypatch.setattr(ChatGLMTokenizer, "save_vocabulary", killed)
     with pytest.raises(KeyboardInterrupt):
         saved(tuned, folder, iteration=2)
     assert (folder / "latest").read_text() == "1"

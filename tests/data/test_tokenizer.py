@@ -265,3 +265,56 @@ def test_text_of_known_characters_has_no_more_tokens_than_characters_and_one_mar
 def test_characters_that_take_several_tokens_are_not_known(tokenizer):
     for character in "😀﷽㌖①½":
         assert character not in tokenizer.known_characters, character
+
+
+# --- for transformers' users ------------------------------------------------------------------------------------------
+
+
+def test_saved_folder_has_the_released_configuration(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ice_text.model", "tokenizer_config.json"]
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "ChatGLMTokenizer"
+    assert config["auto_map"] == {"AutoTokenizer": ["THUDM/visualglm-6b--tokenization_chatglm.ChatGLMTokenizer", None]}
+    names = ("bos_token", "eos_token", "end_token", "gmask_token", "mask_token", "pad_token", "unk_token")
+    assert [config[name] for name in names] == ["<sop>", "<eop>", "</s>", "[gMASK]", "[MASK]", "<pad>", "<unk>"]
+    assert (config["num_image_tokens"], config["remove_space"], config["do_lower_case"]) == (0, False, False)
+
+
+def test_transformers_reads_the_saved_configuration(tokenizer, tmp_path):
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    tokenizer.save_pretrained(tmp_path)
+    assert get_tokenizer_config(tmp_path)["tokenizer_class"] == "ChatGLMTokenizer"
+
+
+def test_golden_rows_are_equal_after_saving_and_reading_twice(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "once")
+    ChatGLMTokenizer.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    again = ChatGLMTokenizer.from_pretrained(tmp_path / "twice")
+    rows = EXPECTED["rows"]
+    assert [again.encode(row["text"], add_special_tokens=False) for row in rows] == [row["ids"] for row in rows]
+    assert [again.decode(row["ids"]) for row in rows] == [tokenizer.decode(row["ids"]) for row in rows]
+    assert (tmp_path / "twice/ice_text.model").read_bytes() == VOCAB.read_bytes()
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"num_image_tokens": 20000}, '"num_image_tokens" is 20000; 0 is needed.'),
+    ({"tokenizer_class": "LlamaTokenizer"}, '"tokenizer_class" is "LlamaTokenizer"; "ChatGLMTokenizer" is needed.'),
+    ({"do_lower_case": True}, '"do_lower_case" is true; false is needed.'),
+])  # fmt: skip
+def test_configuration_that_gives_other_ids_is_refused(tokenizer, tmp_path, change, told):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError) as error:
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+    assert str(error.value) == f"{path}: {told}"
+
+
+def test_configuration_of_the_first_release_is_read(tokenizer, tmp_path):
+    tokenizer.save_vocabulary(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"name_or_path": "THUDM/chatglm-6b", "tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 0}'
+    )
+    assert ChatGLMTokenizer.from_pretrained(tmp_path).vocab_size == tokenizer.vocab_size

@@ -1,0 +1,270 @@
+"""The tensors of a checkpoint in either layout, under SAT's names, each read when it is asked for.
+
+    weights = open_huggingface(folder, heads)     nothing is read but the files' headers
+    weights["transformer.word_embeddings.weight"]
+    shapes(weights)                               the same names, with tensors that have no numbers
+
+A weights file of SAT's is mapped from the disk and is a plain dictionary. One of Hugging Face's has the rows of
+query_key_value in another order, so that mapping is not enough: they are put in order when they are read.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.checkpoints.broken_files import what_it_is_instead
+from model.checkpoints.huggingface import is_reordered, rows_for_sat, sat_name, weights_files
+from model.errors import InputError
+
+DTYPES = {  # of the safetensors format
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# The share of the differences among the biases' sizes that an order of the rows has to explain, to be recognised.
+# A key's bias hardly changes the attention and stays small, so that the right order explains most of them: 0.84 to 0.95
+# in each layer of model/tiny, and another order 0.01 to 0.07. Weights that were never trained show nothing.
+EXPLAINS, DOES_NOT = 0.6, 0.3
+NOT_OF_TORCH = "it isn't a file of tensors that torch wrote"
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is on the disk: its shape and dtype, and how it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "LazyTensor":
+        """A tensor that is there already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """Tensors by name. Each is read anew whenever it is asked for, and kept by nobody."""
+
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def with_others(self, others: Mapping[str, torch.Tensor]) -> "LazyTensors":
+        """These tensors and others, which win where a name is in both."""
+        return LazyTensors(self.entries | {name: LazyTensor.of(tensor) for name, tensor in others.items()})
+
+    def renamed(self, new_name: Callable[[str], str | None]) -> "LazyTensors":
+        """These tensors under other names, without those for which new_name gives None."""
+        named = ((new_name(name), entry) for name, entry in self.entries.items())
+        return LazyTensors({name: entry for name, entry in named if name is not None})
+
+
+def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the same names, shapes and dtypes, for which no lazy one is read."""
+    if not isinstance(weights, LazyTensors):
+        return dict(weights)
+    return {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in weights.entries.items()}
+
+
+def size_in_bytes(weights: Mapping[str, torch.Tensor]) -> int:
+    """How many bytes the numbers of these tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in shapes(weights).values())
+
+
+def by_layer(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups, those of one layer in each: of lazy ones, no more than that is in memory at a time."""
+    if not isinstance(weights, LazyTensors):
+        yield dict(weights)
+        return
+    groups: dict[str, list[str]] = {}
+    for name in weights:
+        layer = re.match(r".*\.layers\.\d+\.", name)
+        groups.setdefault(layer[0] if layer else name, []).append(name)
+    for names in groups.values():
+        yield {name: weights[name] for name in names}
+
+
+def open_huggingface(folder: Path, heads: int) -> LazyTensors:
+    """The weights of a folder in Hugging Face's layout, under SAT's names and in SAT's order.
+
+    Args:
+        heads: attention heads of the language model.
+
+    Raises:
+        InputError: a file is missing or broken, or holds something else than a VisualGLM's weights.
+    """
+    entries: dict[str, LazyTensor] = {}
+    for name, tensor in _huggingface_tensors(folder).items():
+        ours = sat_name(name)
+        if ours is not None:
+            entries[ours] = _in_sat_order(ours, tensor, heads)
+    return LazyTensors(entries)
+
+
+def _in_sat_order(name: str, tensor: LazyTensor, heads: int) -> LazyTensor:
+    if not is_reordered(name):
+        return tensor
+    return LazyTensor(tensor.shape, tensor.dtype, lambda: rows_for_sat(tensor.read(), heads))
+
+
+def _huggingface_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of all weights files, under their own names."""
+    tensors: dict[str, LazyTensor] = {}
+    for file in weights_files(folder):
+        tensors |= open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+    return tensors
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, under their own names.
+
+    Raises:
+        InputError: it can't be read, or has numbers of a kind that no VisualGLM has.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    problem = what_it_is_instead(path)
+    if problem:
+        raise unreadable(path, problem)
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():  # in the order in which they lie there
+                piece = file.get_slice(name)
+                dtype = DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise unreadable(path, f"{name} holds {piece.get_dtype()}, which no VisualGLM does")
+                tensors[name] = LazyTensor(tuple(piece.get_shape()), dtype, partial(_from_safetensors, path, name))
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, str(error)) from None
+    return tensors
+
+
+def _from_safetensors(path: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    # Opened anew for each tensor: what was mapped for one is let go with it.
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
+    content = load_tensors(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise InputError(f"{path}: something else than tensors in it; a file of named tensors is needed.")
+    return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
+
+
+def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors that torch.save wrote into a file's "module", each read by itself; of old files, the mapped ones.
+
+    A process that maps a file of 15 GB and goes through it seems to take 15 GB, although the system may take them back.
+
+    Args:
+        mapped: the same tensors, see `load_tensors`.
+    """
+    if not zipfile.is_zipfile(path):
+        return mapped
+    with FakeTensorMode():  # such tensors know where in the file their numbers are: torch's notes on serialization
+        fake = load_tensors(path)["module"]
+    entries = {}
+    for name, tensor in fake.items():
+        offset, size = place_in_file(tensor)
+        whole = size == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+        read = partial(_from_file, path, offset, tensor) if whole and size else partial(mapped.__getitem__, name)
+        entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+    return LazyTensors(entries)
+
+
+def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the numbers of a tensor are in its file, if it was loaded under FakeTensorMode: first byte, bytes."""
+    storage: Any = tensor.untyped_storage()
+    return storage._checkpoint_offset, storage.nbytes()
+
+
+def _from_file(path: Path, offset: int, like: torch.Tensor) -> torch.Tensor:
+    numbers = bytearray(like.numel() * like.element_size())
+    with open(path, "rb") as file:
+        file.seek(offset)
+        file.readinto(numbers)
+    return torch.frombuffer(numbers, dtype=like.dtype).reshape(tuple(like.shape))
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote into a file, its tensors mapped from the disk where that can be. No code in it is run.
+
+    Raises:
+        InputError: the file is missing or broken, or asks for something else than tensors.
+    """
+    problem = what_it_is_instead(path)
+    if problem:
+        raise unreadable(path, problem)
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
+    except (RuntimeError, OSError) as error:
+        raise unreadable(path, _first_line(error)) from None
+    except Exception as error:  # torch raises several kinds, for broken pickles and forbidden types
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise unreadable(
+            path,
+            f"it asks for {asked_for[1]}, which is no tensor and could run code" if asked_for else NOT_OF_TORCH,
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says, unless it tells people to let the file run its code."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and "weights_only" not in lines[0] else NOT_OF_TORCH
+
+
+def unreadable(path: Path, reason: str) -> InputError:
+    """The error of a file that holds no weights, for a reason."""
+    return InputError(f"{path}: can't be read as weights ({reason}); needed is a checkpoint that is whole.")
+
+
+def looks_old(weights: Mapping[str, torch.Tensor], heads: int) -> bool:
+    """Whether the rows of query_key_value look ordered (head, 3, head_dim), as in Hugging Face's layout.
+
+    Told by the sizes of the biases, see `EXPLAINS`. False where nothing can be told.
+    """
+    biases = [weights[name] for name in weights if is_reordered(name) and name.endswith("bias")]
+    if not biases:
+        return False
+    blocks = torch.arange(3 * heads)
+    new, old = (
+        sum(_explained(bias, parts) for bias in biases) / len(biases) for parts in (blocks // heads, blocks % 3)
+    )
+    return old > EXPLAINS and new < DOES_NOT
+
+
+def _explained(bias: torch.Tensor, parts: torch.Tensor) -> float:
+    """The share of the variance of the blocks' norms that their parts explain: 0 to 1.
+
+    Args:
+        bias: [blocks · head_dim]. parts: int64[blocks], query, key or value.
+    """
+    norms = bias.float().reshape(len(parts), -1).norm(dim=1)
+    means = torch.stack([norms[parts == part].mean() for part in range(3)])
+    total = (norms - norms.mean()).square().sum()
+    return float((means[parts] - norms.mean()).square().sum() / total) if total > 0 else 0.0

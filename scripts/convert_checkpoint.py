@@ -1,0 +1,90 @@
+"""Convert a checkpoint: SAT's layout into Hugging Face's and back, or a LoRA adapter into PEFT's and back.
+
+python scripts/convert_checkpoint.py visualglm-6b published --to hf
+python scripts/convert_checkpoint.py THUDM/visualglm-6b visualglm-6b --to sat
+python scripts/convert_checkpoint.py checkpoints/finetune-visualglm-6b-01-31-12-00 adapter --to peft
+python scripts/convert_checkpoint.py adapter tuned --to sat --base THUDM/visualglm-6b
+
+A checkpoint in either layout is loaded as it is by the other commands: convert it for other tools, not for these.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.checkpoints.layout import Checkpoint
+from model.errors import exit_on_input_error
+from model.hub import at_revision
+from model.progress import say
+
+BYTES = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("source", metavar="SRC",
+        help="A checkpoint in either layout: a folder, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub; or the "
+             "folder of an adapter of PEFT's.")
+    add("destination", metavar="DST", help="A new or empty folder.")
+    add("--to", required=True, choices=["sat", "hf", "peft"],
+        help="sat: model_config.json and mp_rank_00_model_states.pt. hf: config.json and safetensors. peft: the LoRA of a "
+             "fine-tuned checkpoint alone, as adapter_config.json and adapter_model.safetensors.")
+    add("--max_shard_size", type=_size, default=_size("2GB"), metavar="SIZE",
+        help="Of one file with --to hf, such as 2GB (the default) or 500MB.")
+    add("--old_sat", action=argparse.BooleanOptionalAction,
+        help="SRC was written by SAT before July 2023, which ordered query_key_value otherwise; put it in order. The files "
+             "don't say so. Trained weights that look like that end with a question; --no-old_sat takes them as they are.")
+    add("--base", metavar="NAME_OR_FOLDER", help="The model that PEFT's adapter was trained on, with --to sat.")
+    add("--tokenizer", metavar="PATH", help="ice_text.model, or a folder that holds it, if SRC has none.")
+    add("--revision", metavar="NAME", help="Branch, tag or commit, where SRC is OWNER/NAME of the hub.")
+    # fmt: on
+    return parser
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text, re.IGNORECASE)
+    size = int(float(found[1]) * BYTES[found[2].upper()]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" found; a size such as 2GB or 500MB is needed')
+    return size
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends it with a sentence and status 2."""
+    options = command_line().parse_args(argv)
+    with exit_on_input_error("convert_checkpoint.py"):
+        folder = converted(options)
+    say(f"Converted into {folder}.")
+
+
+def converted(options: argparse.Namespace) -> Path:
+    """The folder with what the command line asks for.
+
+    Raises:
+        InputError: it can't be done.
+    """
+    if Path(options.source, "adapter_config.json").is_file() and options.to == "sat":
+        from model.convert.peft import from_peft
+
+        return from_peft(options.source, options.destination, options.base, options.tokenizer)
+    checkpoint = Checkpoint.find(at_revision(options.source, options.revision), "SRC")  # before torch is loaded
+    if options.to == "peft":
+        from model.convert.peft import to_peft
+
+        return to_peft(checkpoint, options.destination)
+    from model.convert.huggingface import convert
+
+    return convert(
+        checkpoint, options.destination, options.to, options.max_shard_size, options.old_sat, options.tokenizer
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from model.cli.options import parse
 from model.cli.preflight import preflight
 from model.data.image_check import check_rows
 from model.data.rows import read_rows
+from model.errors import exit_on_input_error
 from scripts import check_data
 
 DATA = "fewshot-data/dataset.json"
@@ -145,6 +146,13 @@ def printed_by(function: object, *arguments: object) -> str:
         return stream.getvalue()
 
 
+def check(words: list[str]) -> None:
+    """What the script does before it loads SAT and a model."""
+    options = parse(words)
+    with exit_on_input_error("finetune_visualglm.py"):
+        finetune_visualglm.announce(options, preflight(options).notes)
+
+
 def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     """Command lines that are refused before a model is loaded."""
     good = ["--use_lora", "--from_pretrained", "model/tiny", "--train-data", DATA]
@@ -200,16 +208,13 @@ def checked(data: Path) -> list[str]:
         patch.chdir(PROJECT)
         patch.setenv("VISUALGLM_UI_LANG", "en")
         patch.setattr(progress, "QUIET_SECONDS", 0.0)
-        for words in wrong_command_lines(data):
-            text += printed_by(finetune_visualglm.main, words)
-        for words in good_command_lines(data):
-            options = parse(words)
-            text += printed_by(lambda told=options: finetune_visualglm.announce(told, preflight(told).notes))
+        for words in [*wrong_command_lines(data), *good_command_lines(data)]:
+            text += printed_by(check, words)
         text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
         text += printed_by(check_data.main, [str(data / "bad.json")])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-        text += printed_by(finetune_visualglm.main, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
+        text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
     return text.splitlines()
 
 

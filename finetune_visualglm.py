@@ -99,10 +99,13 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.feature_cache import FeatureCache
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
+    from model.training.saving import CheckpointSaver, TimedSaves
     from model.training.step import evaluation_step, forward_step, token_normalized_step
 
-    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
-    with distributed.launcher_environment(), sat_loop.adapted(hooks):
+    saver = CheckpointSaver(save_checkpoint)
+    hooks = sat_loop.Hooks(load_checkpoint, saver.save, TrainingReport(), options.auto_warmup_steps)
+    hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
+    with distributed.launcher_environment(), sat_loop.adapted(hooks), saver:
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(
@@ -115,7 +118,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
         hooks.when_ready = features.offload_vision
         if options.keep_best:
-            hooks.after_evaluation = BestCheckpoint(save_checkpoint).consider
+            hooks.after_evaluation = BestCheckpoint(saver.save).consider
         sat_loop.training_main()(
             args,
             model_cls=model,
@@ -124,7 +127,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             handle_metrics_function=mean_over_tokens,
             create_dataset_function=create_dataset_function,
             collate_fn=packed_collator if options.packing else data_collator,
-            init_function=sat_loop.save_beside_earlier_runs,
+            init_function=saver.begin,
         )
 
 

@@ -77,6 +77,9 @@ SENTENCES = {
     "Left out, {count:d} bad rows (--bad_rows skip):": "跳过 {count} 条有问题的数据（--bad_rows skip）：",
     "… and {count:d} more; all are in {file}.": "…… 还有 {count} 条；全部列在 {file}。",
     # before a run
+    "NOTHING IS SAVED (--save none): what is learned is gone when this run ends.": (
+        "不保存任何检查点（--save none）：训练结束后，学到的内容就没有了。"
+    ),
     "{file}: {rows:d} rows": "{file}：{rows} 条数据",
     "{file}: {rows:d} rows; cut to fit: {prompts:d} prompts (--max_source_length), {labels:d} labels (--max_target_length)": (
         "{file}：{rows} 条数据；因超长被截断：{prompts} 个问题（--max_source_length）、{labels} 个回答（--max_target_length）"

@@ -8,6 +8,7 @@ import torch
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import VISION
 from model.frozen import keep_in_4_bits
 from model.lora import LoraMixin
 from model.model_flags import add_method_flags
@@ -18,8 +19,6 @@ from model.visualglm import VisualGLMModel
 import_sat()
 
 from sat.model.finetune import PTuningV2Mixin  # noqa: E402  (sat can be imported only after import_sat)
-
-VISION = "mixins.eva.model."  # before the names of the vision parts' tensors
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):

@@ -18,7 +18,8 @@ Item = TypeVar("Item")
 def say(text: str) -> None:
     """Print text for the person at the prompt, from rank 0 only, at once."""
     if is_first_process():
-        print(in_ui_language(text, sys.stdout), flush=True)
+        text = in_ui_language(text, sys.stdout)
+        print(f"{text}\n", end="", flush=True)  # in one piece: a thread that saves may print too
 
 
 def warn(text: str) -> None:

@@ -175,7 +175,7 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
 def good_command_lines(folder: Path) -> Iterator[list[str]]:
     """Command lines of which much is said before a model is loaded."""
     good = ["--use_lora", "--mode", "finetune", "--from_pretrained", "model/tiny", "--train-data"]
-    yield [*good, DATA, "--holdout", "4", "--epochs", "2"]
+    yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
     yield [*good, str(folder / "many-bad.json"), "--bad_rows", "skip"]

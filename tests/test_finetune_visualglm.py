@@ -27,7 +27,18 @@ def train(upstream_checkpoint, tmp_path_factory):
 
     def trained(*flags, launcher=(SCRIPT,), checkpoint=upstream_checkpoint, method=LORA):
         folder = tmp_path_factory.mktemp("run")
-        command = (*launcher, "--from_pretrained", checkpoint, *RECIPE, *method, "--summary-dir", folder, *flags)
+        command = (
+            *launcher,
+            "--from_pretrained",
+            checkpoint,
+            *RECIPE,
+            *method,
+            "--summary-dir",
+            folder,
+            "--save",
+            "none",
+            *flags,
+        )
         done = run_python(*command, cwd=GOLDEN / "upstream")
         assert done.returncode == 0, done.stdout + done.stderr
         losses = printed_losses(done.stdout)

@@ -3,6 +3,7 @@
     <folder>/model_config.json                        what to build, and how it was fine-tuned
     <folder>/latest                                   the iteration to load
     <folder>/<iteration>/mp_rank_00_model_states.pt   the weights of model-parallel rank 0
+    <folder>/<iteration>/checksums.json               what its files must be, see `model.checkpoints.whole`
     <folder>/ice_text.model                           the tokenizer; older checkpoints lack it
 
     checkpoint = Checkpoint.find("visualglm-6b")      once, from what the user gave; then it is handed on
@@ -19,9 +20,16 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from model.adapter_config import AdapterKeys
+from model.checkpoints.whole import (
+    CONFIG_FILE,
+    UNFINISHED,
+    DamagedCheckpoint,
+    config_was_changed,
+    damage,
+    has_checksums,
+)
 from model.errors import InputError
-
-CONFIG_FILE = "model_config.json"
+from model.progress import warn
 
 
 class BaseRecord(TypedDict):
@@ -81,11 +89,13 @@ class Checkpoint:
     def find(cls, name: "str | Path | Checkpoint", flag: str = "--from_pretrained") -> "Checkpoint":
         """The checkpoint that the value of a flag means: a folder as given, else the name in $SAT_HOME.
 
-        Given a checkpoint's folder, the iteration is the one that `latest` names. An iteration's folder may be given
-        too, or the weights in it. A Checkpoint is returned as it is.
+        Given a checkpoint's folder, the iteration is the one that `latest` names. Where that one is damaged, a line says
+        so, and the newest before it whose checksums are right is taken. An iteration's folder may be given too, or the
+        weights in it. A Checkpoint is returned as it is.
 
         Raises:
             InputError: nothing is there, or a part is missing, or the configuration can't be read.
+            DamagedCheckpoint: an InputError too: no iteration is whole, or the given one isn't.
         """
         if isinstance(name, Checkpoint):
             return name
@@ -105,7 +115,8 @@ class Checkpoint:
         )
         if problem:
             raise InputError(f"{flag} {name}: {problem}")
-        return cls(name, folder, iteration or _latest(folder), _read_config(folder))
+        iteration = _whole_iteration(f"{flag} {name}", folder, iteration)
+        return cls(name, folder, iteration, _read_config(folder))
 
     @classmethod
     def at(cls, place: str | Path, iteration: int | None = None) -> "Checkpoint":
@@ -115,7 +126,7 @@ class Checkpoint:
             iteration: instead of the one that `latest` names.
 
         Raises:
-            InputError: the folder has no `latest`, or its configuration can't be read.
+            InputError: the folder has no `latest`, or its configuration can't be read, or as `find` does.
         """
         folder, found = _folder_and_iteration(Path(place))
         if iteration is not None:
@@ -123,7 +134,7 @@ class Checkpoint:
         if found is None and not (folder / "latest").is_file():
             raise InputError(f"{place}: no file named latest; a checkpoint folder has one.")
         config = _read_config(folder) if (folder / CONFIG_FILE).is_file() else ModelConfig()
-        return cls(str(place), folder, found or _latest(folder), config)
+        return cls(str(place), folder, _whole_iteration(str(place), folder, found), config)
 
     def weights_file(self, rank: int = 0) -> Path:
         """The weights of a model-parallel rank."""
@@ -190,11 +201,59 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
         return problem
     iteration = _latest(folder)
     if iteration != "release" and not (iteration.isdecimal() and int(iteration) > 0):
-        return f'"{iteration}" found in {folder / "latest"}; the number of the iteration to load is needed.'
+        return (
+            f"{json.dumps(iteration[:40])} found in {folder / 'latest'}; the number of the iteration to load is needed."
+        )
     weights = weights_path(folder, iteration)
-    if not weights.is_file():
+    if not weights.is_file() and not any(has_checksums(folder / earlier) for earlier in _earlier(folder, iteration)):
         return f"no {weights}; the weights of the iteration that latest names are needed."
     return None
+
+
+def _whole_iteration(what: str, folder: Path, named: str | None) -> str:
+    """The iteration to use: the named one, else the one of `latest`, else the newest before it that is surely whole.
+
+    Args:
+        what: who asked for it, to begin a message with.
+
+    Raises:
+        DamagedCheckpoint: there is none.
+    """
+    iteration = named or _latest(folder)
+    problem = _iteration_damage(folder, iteration)
+    if problem and named:
+        raise DamagedCheckpoint(
+            f"{what}: {problem}; another iteration, or a copy of this one that is whole, is needed."
+        )
+    if problem:
+        whole = (one for one in _earlier(folder, iteration) if has_checksums(folder / one) and not damage(folder / one))
+        earlier = next(whole, None)
+        if earlier is None:
+            raise DamagedCheckpoint(f"{what}: {problem}; no iteration before it is whole, and one that is is needed.")
+        warn(f"WARNING: {what}: iteration {iteration} is left out: {problem}. Iteration {earlier} is used.")
+        iteration = earlier
+    if config_was_changed(folder / iteration):
+        warn(
+            f"WARNING: {folder / CONFIG_FILE} was changed after iteration {iteration} was saved; it is used as it is now."
+        )
+    return iteration
+
+
+def _iteration_damage(folder: Path, iteration: str) -> str | None:
+    if iteration.endswith(UNFINISHED):
+        return f"{folder / iteration} was never finished"
+    weights = weights_path(folder, iteration)
+    if not weights.is_file() and any(has_checksums(folder / earlier) for earlier in _earlier(folder, iteration)):
+        return f"{weights} is missing"
+    return damage(folder / iteration)
+
+
+def _earlier(folder: Path, iteration: str) -> list[str]:
+    """The iterations in folder before this one, the newest first."""
+    if not iteration.isdecimal():
+        return []
+    numbers = (int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return [str(number) for number in sorted(numbers, reverse=True) if number < int(iteration)]
 
 
 def _missing_file(folder: Path, files: Sequence[str]) -> str | None:
@@ -214,4 +273,4 @@ def _what_to_give_instead(folder: Path) -> str:
 
 
 def _latest(folder: Path) -> str:
-    return (folder / "latest").read_text().strip()
+    return (folder / "latest").read_text(encoding="ascii", errors="replace").strip()

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig
+from model.checkpoints.whole import DamagedCheckpoint
 from model.errors import InputError
 
 KEY = "finetuning"
+VISION = "mixins.eva.model."  # before the names of the vision parts' tensors
 ADAPTER_NAMES = ("matrix_A", "matrix_B", "ptuning")  # parts of adapter tensors' names
 
 
@@ -41,6 +43,22 @@ def is_finetuned(config: ModelConfig) -> bool:
 def is_adapter(config: ModelConfig) -> bool:
     """Whether a checkpoint with this config holds only what differs from its base."""
     return config.get("finetuning", {}).get("contents") == "adapter"
+
+
+def adapter_tensors(config: ModelConfig) -> list[str]:
+    """The names of the tensors of LoRA and P-Tuning that a checkpoint with this config has."""
+    adapters, layers = AdapterConfig.from_json(config), config.get("num_layers", 0)
+    names = []
+    if adapters.has_lora:
+        for layer in adapters.lora_layers(layers):
+            for target in adapters.lora_targets:
+                room = "attention" if target in ("query_key_value", "dense") else "mlp"
+                prefix = f"transformer.layers.{layer}.{room}.{target}.matrix_"
+                parts = 3 if target == "query_key_value" else 1  # query, key and value have factors of their own
+                names += [f"{prefix}{factor}.{part}" for factor in "AB" for part in range(parts)]
+    if adapters.has_ptuning:
+        names += [f"mixins.ptuning.prefix.{layer}" for layer in range(layers)]
+    return names
 
 
 def base_of(config: ModelConfig) -> Base:
@@ -73,6 +91,8 @@ def _found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     for place in (recorded.name, recorded.path):
         try:
             return Checkpoint.find(place, "--base")
+        except DamagedCheckpoint:
+            raise  # not "is not there"
         except InputError:
             continue
     raise InputError(

@@ -4,8 +4,11 @@ Only the standard library is imported.
 """
 
 import os
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
+from typing import IO
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import ModelConfig
@@ -37,6 +40,62 @@ def adapter_size(adapters: AdapterConfig, config: ModelConfig) -> int:
     return BYTES_OF_FLOAT32 * numbers + ROOM_FOR_THE_REST
 
 
+def full_size(weights: Path, bytes_of_a_number: int) -> int:
+    """How many bytes a weights file takes when its numbers are saved again in another width.
+
+    Args:
+        weights: of all the model. Where it isn't torch's zip file, its own size is all that is known.
+    """
+    size = weights.stat().st_size
+    try:
+        with zipfile.ZipFile(weights) as file:
+            [pickled] = [name for name in file.namelist() if name.endswith("/data.pkl")]
+            with file.open(pickled) as content:
+                storages = _Storages(content)
+                storages.load()
+            stored = sum(entry.file_size for entry in file.infolist() if "/data/" in entry.filename)
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ):
+        return size  # broken, or of an early torch: it is read, and refused if need be, later
+    return size - stored + bytes_of_a_number * sum(storages.numbers.values())
+
+
+class _Storages(pickle.Unpickler):
+    """Reads how many numbers each of a weights file's storages has, and makes nothing else of it: no code in it is run."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.numbers: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> type["_Nothing"]:
+        return _Nothing
+
+    def persistent_load(self, storage: tuple[object, object, str, object, int]) -> None:
+        _, _, key, _, count = storage
+        self.numbers[key] = int(count)
+
+
+class _Nothing:
+    """In place of every class and function that a weights file names."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     """Why so many bytes can't be put into the folder that flag names, which may not be there yet."""
     target = Path(folder).expanduser().absolute()
@@ -47,7 +106,7 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
         return [f"{flag} {folder}: {existing} can't be written to; a folder of your own is needed."]
     free = free_bytes(target)
     if free < bytes_needed:
-        return [f"{flag} {folder}: {_size(free)} free on its disk; {_size(bytes_needed)} are needed."]
+        return [f"{flag} {folder}: {size_text(free)} free on its disk; {size_text(bytes_needed)} are needed."]
     return []
 
 
@@ -60,5 +119,6 @@ def _nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes as a person says it."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

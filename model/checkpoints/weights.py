@@ -4,9 +4,12 @@
     model_config.json                        what to build
     ice_text.model                           the tokenizer
     <iteration>/mp_rank_00_model_states.pt   {"module": weights, "iteration": int}
+    <iteration>/checksums.json               of all of these
+    <iteration>/…                            further files of the run, which the released tools never look at
     latest                                   the iteration; written last
 
 The weights are those that differ from the base, or all of them with --save_full_model: see `model.checkpoints.metadata`.
+How files are written whole, and checked, is in `model.checkpoints.whole`.
 """
 
 import argparse
@@ -14,15 +17,37 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from model.adapter_config import AdapterConfig
-from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
-from model.checkpoints.metadata import KEY, Base, base_of, is_adapter_name, with_base
+from model.checkpoints.layout import Checkpoint, ModelConfig, weights_path
+from model.checkpoints.metadata import (
+    KEY,
+    VISION,
+    Base,
+    adapter_tensors,
+    base_of,
+    is_adapter,
+    is_adapter_name,
+    with_base,
+)
+from model.checkpoints.sizes import free_bytes, size_text
+from model.checkpoints.whole import (
+    CONFIG_FILE,
+    SHARED_FILES,
+    UNFINISHED,
+    put_in_place,
+    remove,
+    remove_unfinished,
+    sync,
+    write_whole,
+)
 from model.errors import InputError
 from model.progress import say, warn
 from model.sat_compat import import_sat
@@ -34,49 +59,212 @@ from sat.training.model_io import extract_model_specific_args_to_dump  # noqa: E
 
 SAMPLES_PER_TENSOR = 16  # places, spread evenly, where a fingerprint looks into a tensor
 SAMPLE_LENGTH = 32  # numbers in a row that it reads there
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let write fill a file beside path, force it to the disk, and only then give it path's name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    write(unfinished)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+BYTES_BESIDE_A_TENSOR = 768  # at most, in a file of torch's: two zip headers, alignment to 64 bytes, its names
+NO_FILES: Mapping[str, Callable[[Path], Any]] = MappingProxyType({})
 
 
 def save_checkpoint(
-    iteration: int, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
+    iteration: int,
+    model: torch.nn.Module,
+    optimizer: Any,
+    lr_scheduler: Any,
+    args: argparse.Namespace,
+    extra_files: Mapping[str, Callable[[Path], Any]] = NO_FILES,
+    publish: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Write a checkpoint into args.save (SAT has put the experiment's name into it). SAT calls this on every rank.
+
+    With args.save_total_limit, older iterations are removed once this one is on the disk.
 
     Args:
         model: DeepSpeed's engine, or the model itself.
         optimizer, lr_scheduler: SAT hands them over; its layout has no place for the optimizer's state.
+        extra_files: further files of the iteration, by name: each function writes to the path that it is given. They
+            are there whole, with the weights, or not at all. Several processes may give files of different names.
+        publish: calls the function that it is given, at once or in a thread: it waits for the disk.
+
+    Raises:
+        InputError: on every process. The weights are not finite, or the disk has no room or can't be written to; the
+            checkpoints before are as they were.
+    """
+    (publish or on_every_process)(write_unfinished(iteration, model, args, extra_files))
+
+
+def write_unfinished(
+    iteration: int, model: torch.nn.Module, args: argparse.Namespace, extra_files: Mapping[str, Callable[[Path], Any]]
+) -> Callable[[], None]:
+    """Write the files of a checkpoint beside its place, and give the function that makes them the checkpoint.
+
+    All that depends on the state of the run is written here, at the speed of memory. What is left waits for the disk and
+    uses nothing that training changes; on other processes than the first it does nothing.
+
+    Args, Raises:
+        As for `save_checkpoint`.
     """
     module: Any = getattr(model, "module", model)
-    folder = Path(args.save)
+    folder, is_first = Path(args.save), torch.distributed.get_rank() == 0
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
+    weights: Mapping[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
-        rank = mpu.get_model_parallel_rank()
-        weights = {"module": module.state_dict() if full else trained_weights(module), "iteration": iteration}
-        write_whole(weights_path(folder, iteration, rank), lambda path: torch.save(weights, path))
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        config = extract_model_specific_args_to_dump(args, module)
-        config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
-        text = json.dumps(config, indent=4, ensure_ascii=False)
-        write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-        get_tokenizer().save_pretrained(folder)
-        write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
+        weights = module.state_dict() if full else trained_weights(module)
+    needed = size_of(weights) + _size_of_extra_files(folder)
+    unfinished = folder / f"{iteration}{UNFINISHED}"
+
+    def begin() -> None:
+        learned = _learned(weights, AdapterConfig.from_options(args)) if full else weights
+        refuse_unless_finite(learned, f"iteration {iteration}")
+        if is_first:
+            with told_as_a_sentence(iteration, folder, needed):
+                _make_room(folder, iteration, needed)
+                unfinished.mkdir(parents=True)
+
+    def write() -> None:
+        with told_as_a_sentence(iteration, folder, needed):
+            if weights:
+                path = weights_path(folder, unfinished.name, mpu.get_model_parallel_rank())
+                torch.save({"module": weights, "iteration": iteration}, path)
+            for name, write_file in extra_files.items():
+                write_file(unfinished / name)
+
+    def publish() -> None:
+        try:
+            with told_as_a_sentence(iteration, folder, needed):
+                shared = _write_shared_files(folder, config_text)
+                put_in_place(unfinished, folder / str(iteration), shared)
+                write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
+        except BaseException:
+            remove_unfinished(folder)
+            raise
+        remove_older_iterations(folder, iteration, getattr(args, "save_total_limit", None))
         say(f"Saved {folder} (iteration {iteration}).")
-    torch.distributed.barrier()
+
+    on_every_process(begin)
+    try:
+        on_every_process(write)
+    except BaseException:
+        if is_first:
+            remove_unfinished(folder)
+        raise
+    if not is_first:
+        return lambda: None
+    config = extract_model_specific_args_to_dump(args, module)
+    config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
+    config_text = json.dumps(config, indent=4, ensure_ascii=False)
+    return publish
+
+
+def on_every_process(act: Callable[[], None]) -> None:
+    """Call act on every process of the run, wait for all, and raise one's InputError on all of them.
+
+    Raises:
+        InputError: act raised it on one process at least.
+    """
+    problem = None
+    try:
+        act()
+    except InputError as error:
+        problem = str(error)
+    problems = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    found = [problem for problem in problems if problem]
+    if found:
+        raise InputError(found[0])
+
+
+@contextmanager
+def told_as_a_sentence(iteration: int, folder: Path, needed: int) -> Iterator[None]:
+    """Turn what a full or broken disk raises inside the block into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        # torch's own writer tells where in its code it stopped, and not why
+        reason = error.strerror if isinstance(error, OSError) else "the file was cut short while it was written"
+        raise InputError(
+            f"{folder}: iteration {iteration} can't be saved ({reason}); {size_text(free_bytes(folder))} free on its disk, "
+            f"{size_text(needed)} and a folder that can be written to are needed. Checkpoints before it are whole."
+        ) from error
+
+
+def _make_room(folder: Path, iteration: int, needed: int) -> None:
+    """Remove what a killed save has left in folder.
+
+    Raises:
+        InputError: there is no room for so many bytes all the same.
+    """
+    remove_unfinished(folder)
+    free = free_bytes(folder)
+    if free < needed:
+        raise InputError(
+            f"{folder}: {size_text(free)} free on its disk; {size_text(needed)} are needed to save iteration {iteration}. "
+            "Checkpoints before it are whole."
+        )
+
+
+def size_of(weights: Mapping[str, torch.Tensor]) -> int:
+    """How many bytes torch.save takes for these tensors; a few more, for their names and what stands beside them."""
+    return sum(tensor.numel() * tensor.element_size() + BYTES_BESIDE_A_TENSOR for tensor in weights.values())
+
+
+def _size_of_extra_files(folder: Path) -> int:
+    """How many bytes the iteration that `latest` names takes besides its weights, in folder."""
+    try:
+        iteration = folder / (folder / "latest").read_text().strip()
+        files = [path for path in iteration.iterdir() if not path.name.startswith("mp_rank_")]
+        return sum(path.stat().st_size for path in files)
+    except (OSError, ValueError):
+        return 0
+
+
+def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise an error that names the first tensor with a NaN or infinite number in it.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{where}: {name} has numbers that are NaN or infinite, so the model has diverged; weights that are finite "
+                "are needed. A lower --lr from the checkpoint before may help."
+            )
+
+
+def _learned(weights: Mapping[str, torch.Tensor], adapters: AdapterConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a whole model with these adapters that fine-tuning has changed."""
+    parts = tuple(f"{VISION}{part}." for part in adapters.part_rates)
+    return {name: tensor for name, tensor in weights.items() if is_adapter_name(name) or name.startswith(parts)}
+
+
+def _write_shared_files(folder: Path, config_text: str) -> list[Path]:
+    """Write what all iterations share, where it isn't there already, and give the paths."""
+    config = folder / CONFIG_FILE
+    if not config.is_file() or config.read_bytes() != config_text.encode():
+        write_whole(config, lambda path: path.write_text(config_text, encoding="utf-8"))
+    beside = folder / f"tokenizer{UNFINISHED}"
+    get_tokenizer().save_pretrained(beside)
+    for new in sorted(beside.iterdir()):
+        old = folder / new.name
+        if not old.is_file() or old.read_bytes() != new.read_bytes():
+            sync(new)
+            os.replace(new, old)
+    remove(beside)
+    sync(folder)
+    return [path for path in (folder / name for name in SHARED_FILES) if path.is_file()]
+
+
+def remove_older_iterations(folder: Path, iteration: int, limit: int | None) -> None:
+    """Remove the oldest iterations in folder, so that limit of them are left up to this one, which is the newest."""
+    if limit is None:
+        return
+    weights = folder.glob("*/mp_rank_00_model_states.pt")
+    numbers = sorted(int(path.parent.name) for path in weights if path.parent.name.isdecimal())
+    for number in [number for number in numbers if number <= iteration][:-limit]:
+        # Renamed first: a kill while it is removed leaves litter, and not half a checkpoint.
+        unwanted = folder / f"{number}.old{UNFINISHED}"
+        os.rename(folder / str(number), unwanted)
+        remove(unwanted)
 
 
 def trained_weights(module: Any) -> dict[str, torch.Tensor]:
@@ -182,17 +370,20 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
         force_base: take the base even if it isn't the one that the adapter was trained on.
 
     Raises:
-        InputError: a file can't be read, or the base is another one.
+        InputError: a file can't be read, the adapters in it are not whole, or the base is another one.
     """
     rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
     path = checkpoint.weights_file(rank)
     weights = read_weights(path)
+    refuse_unless_whole(weights, checkpoint.config, path)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
     recorded = base_of(checkpoint.config)
     base_path = checkpoint.base.weights_file(rank)
     base_weights = without_adapters(read_weights(base_path))
+    parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
+    _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
     found = fingerprint(base_weights)
     if found != recorded.fingerprint and not force_base:
         raise InputError(
@@ -201,6 +392,31 @@ def whole_weights(checkpoint: Checkpoint, force_base: bool = False) -> tuple[dic
             "--force_base to use this one all the same."
         )
     return base_weights | weights, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+
+
+def refuse_unless_whole(weights: Mapping[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
+    """Raise an error where a checkpoint's adapters lack a tensor, or have a NaN or infinite number.
+
+    Weights that weren't trained are not looked at: reading the base's 15 GB takes too long.
+
+    Args:
+        weights: all, or what was trained. path: where they come from, for the message.
+
+    Raises:
+        InputError: as said.
+    """
+    missing = [name for name in adapter_tensors(config) if name not in weights]
+    _refuse_missing("tensors of its adapters", missing, path)
+    learned = weights if is_adapter(config) else _learned(weights, AdapterConfig.from_json(config))
+    refuse_unless_finite(learned, str(path))
+
+
+def _refuse_missing(what: str, names: Sequence[str], path: Path) -> None:
+    if names:
+        raise InputError(
+            f"{path}: {len(names)} {what} are missing (the first: {', '.join(names[:3])}); a checkpoint that is whole is "
+            "needed."
+        )
 
 
 def without_adapters(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

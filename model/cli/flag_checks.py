@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model.adapter_config import ADAPTER_KEYS, VISION_PARTS, AdapterConfig
-from model.checkpoints.layout import CONFIG_FILE, EvaArgs, ModelConfig, checkpoint_problem
+from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem
 from model.checkpoints.sizes import folder_problems
+from model.checkpoints.whole import CONFIG_FILE
 from model.cli.options import Options, flag_names, flag_with_value, shown
 from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length
@@ -25,7 +26,7 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         "1 or more is needed.",
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
-         "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size"),
+         "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size"),
     ),
     (
         lambda number: number >= 0,
@@ -146,9 +147,20 @@ def _data_flag_problems(options: Options) -> list[str]:
         problems.append("--keep_best: nothing to evaluate on; --holdout or --valid-data is needed.")
     if options.keep_best and options.save is None:
         problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
+    if not _is_below(options.experiment_name):
+        problems.append(
+            f"--experiment-name {shown(options.experiment_name)}: it leads out of --save; a name without .. and without / at "
+            "its start is needed."
+        )
     if options.train_data:
         problems += _split_problems(options)
     return problems
+
+
+def _is_below(name: str) -> bool:
+    """Whether a folder of this name, with the time behind it, lies below the one that it is put into."""
+    top = os.path.join(os.sep, "save")
+    return os.path.normpath(os.path.join(top, f"{name}-")).startswith(top + os.sep)
 
 
 def _weights_problems(weights: Sequence[int] | None, files: Sequence[str] | None) -> list[str]:

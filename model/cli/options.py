@@ -65,6 +65,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     base: str | None
     force_base: bool
     save_full_model: bool
+    save_total_limit: int | None
     tokenizer: str | None
     max_source_length: int | None  # None: auto
     max_target_length: int | None  # None: auto
@@ -107,6 +108,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--force_base", action="store_true", help="Take --base although the adapter was trained on other weights.")
     add("--save_full_model", action="store_true",
         help="Save every weight, for the released tools, and not only what was trained.")
+    add("--save_total_limit", type=int, metavar="N",
+        help="Iterations that are kept: once a new one is safe, the oldest are removed, but never the one in the folder "
+             "best (default: all).")
     add("--tokenizer", metavar="PATH",
         help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
     add("--max_source_length", type=_length, default=64, metavar="N|auto",

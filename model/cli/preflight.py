@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.metadata import with_base
-from model.checkpoints.sizes import adapter_size, folder_problems
+from model.checkpoints.sizes import adapter_size, folder_problems, full_size
 from model.cli.flag_checks import (
     config_problems,
     deepspeed_problems,
@@ -56,7 +56,8 @@ def preflight(options: Options, meanwhile: Callable[[], object] = lambda: None) 
         InputError: lists every problem of the first kind that there is.
     """
     raise_problems(flag_problems(options))
-    notes = deepspeed_notes(options)
+    notes = [] if options.save else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
+    notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options)
     notes += overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
@@ -105,10 +106,19 @@ def checked_tokenizer(options: Options, checkpoint: Checkpoint) -> ChatGLMTokeni
 
 
 def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
-    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most."""
-    if options.save_full_model or options.train_parts or options.image_size:
+    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most.
+
+    `model.checkpoints.weights` asks again before each is saved, when it knows.
+    """
+    adapters = adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
+    if options.save_full_model:
+        return (
+            full_size((checkpoint.base or checkpoint).weights_file(), 2 if options.fp16 or options.bf16 else 4)
+            + adapters
+        )
+    if options.train_parts or options.image_size:
         return (checkpoint.base or checkpoint).weights_file().stat().st_size
-    return adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
+    return adapters
 
 
 # --- the data files ---------------------------------------------------------------------------------------------------

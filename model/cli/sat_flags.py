@@ -1,6 +1,7 @@
 """SAT's and DeepSpeed's own flags, with a help text for each.
 
-Names, types, choices and defaults are theirs exactly (SwissArmyTransformer 0.4.12, DeepSpeed 0.19); a test compares them.
+Names, types, choices and defaults are theirs (SwissArmyTransformer 0.4.12, DeepSpeed 0.19); a test compares them, and lists
+where ours differ on purpose.
 """
 
 import argparse
@@ -36,10 +37,10 @@ class SatOptions:
     lr_decay_ratio: float
     warmup: float
     weight_decay: float
-    save: str | None
+    save: str | None  # None: nothing is saved
     load: str | None
     force_train: bool
-    save_interval: int
+    save_interval: int  # counts where it is user_set, or with save_full_model
     no_save_rng: bool
     no_load_rng: bool
     resume_dataloader: bool
@@ -165,12 +166,14 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=float, default=0.01, metavar="X",
         help="Fraction of all iterations, 0 to 1, over which the rate rises to --lr (default %(default)s).")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="Decoupled weight decay (default %(default)s).")
-    add("--save", type=str, metavar="FOLDER", help="Folder that checkpoints are saved under (default: none are saved).")
+    add("--save", type=_folder_or_none, default="./checkpoints", metavar="FOLDER|none",
+        help="Where each run saves in a folder of its own (default %(default)s).")
     add("--load", type=str, metavar="FOLDER",
         help="Checkpoint folder whose weights replace those of --from_pretrained (default: none).")
     add("--force-train", action="store_true", help="Train although the checkpoint lacks some of the weights.")
     add("--save-interval", type=int, default=5000, metavar="N",
-        help="Iterations between two checkpoints; the last is always saved (default %(default)s).")
+        help="Iterations between two checkpoints; the last is always saved (default: an epoch with --epochs, else five "
+             "minutes; %(default)s with --save_full_model).")
     add("--no-save-rng", action="store_true", help="Leave the random states out of checkpoints.")
     add("--no-load-rng", action="store_true", help="Leave the random states of a checkpoint alone.")
     add("--resume-dataloader", action="store_true", help="Go on with the data where the checkpoint of --load stopped.")
@@ -181,6 +184,10 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--wandb", action="store_true", help="Report to Weights & Biases (needs the package wandb).")
     add("--wandb-project-name", type=str, default="default_project", metavar="NAME",
         help="Project at Weights & Biases (default %(default)s).")
+
+
+def _folder_or_none(text: str) -> str | None:
+    return None if text in ("", "none") else text
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:

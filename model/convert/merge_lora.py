@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,10 +12,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
-from model.checkpoints.layout import CONFIG_FILE, Checkpoint, weights_path
+from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
-from model.checkpoints.sizes import free_bytes
-from model.checkpoints.weights import whole_weights, without_adapters, write_whole
+from model.checkpoints.sizes import free_bytes, size_text
+from model.checkpoints.weights import size_of, whole_weights, without_adapters
+from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
@@ -38,25 +40,41 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     checkpoint, folder = Checkpoint.find(checkpoint, "CHECKPOINT"), Path(out)
     adapters = AdapterConfig.from_json(checkpoint.config)
     _refuse_unmergeable(checkpoint.name, adapters)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.suffix != UNFINISHED for path in folder.iterdir())):
         raise InputError(f"{out}: something is there already; a new folder is needed.")
     weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
     plain = without_adapters(weights)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+    needed = size_of(plain)
     free = free_bytes(folder)
-    if free < size:
-        raise InputError(f"{out}: {free / 2**30:.1f} GiB free on its disk; {size / 2**30:.1f} GiB are needed.")
+    if free < needed:
+        raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
 
     def merged(name: str) -> torch.Tensor:
         return merged_weight(name, plain[name], weights, adapters)
 
-    write_whole(weights_path(folder, ITERATION), lambda file: write_weights(file, plain, merged))
+    unfinished = folder / f"{ITERATION}{UNFINISHED}"
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        write_weights(weights_path(folder, unfinished.name), plain, merged)
+        put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint))
+        write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
+    except OSError as error:
+        raise InputError(
+            f"{out}: the merged checkpoint can't be written ({error.strerror}); {size_text(free_bytes(folder))} free on its "
+            f"disk, {size_text(needed)} and a folder that can be written to are needed."
+        ) from error
+    finally:
+        remove_unfinished(folder)
+    return folder
+
+
+def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Path]:
+    """Write what stands above the merged checkpoint's weights, and give the paths."""
     text = json.dumps(_plain_config(checkpoint), indent=4, ensure_ascii=False)
     write_whole(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
-    tokenizer = find_tokenizer(checkpoint.folder, None)
-    write_whole(folder / Path(tokenizer).name, lambda file: shutil.copyfile(tokenizer, file))
-    write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
-    return folder
+    tokenizer = Path(find_tokenizer(checkpoint.folder, None))
+    write_whole(folder / tokenizer.name, lambda file: shutil.copyfile(tokenizer, file))
+    return [folder / CONFIG_FILE, folder / tokenizer.name]
 
 
 def _refuse_unmergeable(checkpoint: str, adapters: AdapterConfig) -> None:
@@ -111,6 +129,8 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"module": empty, "iteration": int(ITERATION)}, path)
+    with open(path, "ab") as file:  # to be written through a map, where a full disk would kill the process
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         on_disk = torch.load(path, mmap=True, weights_only=True)["module"]
     for name in list(on_disk):

@@ -76,8 +76,8 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: "slice[int | None, int | None, int | None]") -> list[Row]: ...
+    def __getitem__(self, index: "int | slice[int | None, int | None, int | None]") -> Row | list[Row]:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             return list(self._from_to(start, stop)) if step == 1 else [self[one] for one in range(start, stop, step)]

@@ -105,7 +105,7 @@ def image_features(
         digests |= others_digests
         places |= placed(added, rows)
     if file and processes > 1:
-        places |= kept_in(file, format)  # another process may have found more there
+        places |= kept_in(file, format, known=places)  # another process may have found more there
     from_processes_here(None)  # everybody has opened the files that have no name
     found = ((path, places[digests[path]]) for path in paths if path in digests)
     return {path: rows[row] for path, (rows, row) in found}

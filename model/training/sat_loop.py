@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
 from model.cli.options import Options, full_parser
-from model.distributed import from_first_process, has_gpu, launcher_environment, start_gloo
+from model.distributed import from_first_process, has_gpu, is_first_process, launcher_environment, start_gloo
+from model.errors import InputError
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import completed_settings, deepspeed_settings
@@ -42,6 +43,7 @@ from model.training.metrics import TrainingReport
 AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
+NEVER = sys.maxsize  # steps; SAT divides by it
 ABSENT = object()  # the old value of an attribute that was not there
 
 
@@ -320,21 +322,39 @@ def training_main() -> Callable[..., Any]:
 
 
 def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
-    """Change args.save when it exists already. SAT calls this on every rank before training (its `init_function`).
+    """Make the run's folder, args.save, and change args.save where it exists. SAT calls this on every rank.
 
-    SAT names a run after the minute it started in: a second one within that minute would overwrite the first.
+    SAT names a run after the minute it started in: a second one within that minute would overwrite the first. Making a
+    folder is one operation, so that of two runs that start at once each gets its own.
+
+    Raises:
+        InputError: it can't be made. Every process raises it.
     """
-    import torch
-
     if not args.save:
         return
-    taken = [args.save]
-    if torch.distributed.get_rank() == 0:
-        number = 2
-        while os.path.exists(taken[0]):
-            taken, number = [f"{args.save}-{number}"], number + 1
-    torch.distributed.broadcast_object_list(taken)
-    args.save = taken[0]
+    made: str | OSError | None = None
+    if is_first_process():
+        try:
+            made = _folder_of_its_own(args.save)
+        except OSError as error:
+            made = error
+    made = from_first_process(made)
+    if isinstance(made, OSError):
+        raise InputError(f"--save: {made.filename} can't be made ({made.strerror}); a folder of your own is needed.")
+    args.save = made
+
+
+def _folder_of_its_own(folder: str) -> str:
+    """A new folder of that name, or with a number behind it where that is taken."""
+    os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+    number, new = 1, folder
+    while True:
+        try:
+            os.mkdir(new)
+            return new
+        except FileExistsError:
+            number += 1
+            new = f"{folder}-{number}"
 
 
 # --- SAT's namespace --------------------------------------------------------------------------------------------------
@@ -358,6 +378,10 @@ def get_args(argv: Sequence[str], options: Options, parser: argparse.ArgumentPar
         args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate
     if args.mode == "finetune":
         args.resume_dataloader = False  # a fresh run has nothing to skip
+    args.save = options.save  # SAT would take "none" for a folder
+    if "save_interval" not in options.user_set and not options.save_full_model:
+        # SAT puts an epoch for None. Without epochs `model.training.saving` looks at the clock instead.
+        args.save_interval = None if args.epochs else NEVER
     return args
 
 

@@ -125,7 +125,7 @@ def training_run(
     command = [
         sys.executable, str(PROJECT / "finetune_visualglm.py"), "--from_pretrained", str(checkpoint.folder.resolve()), "--use_lora",
         "--mode", "finetune", "--train-data", str(data), "--batch-size", str(options.batch_size), "--num-workers",
-        str(options.num_workers), "--max_target_length", "64", *flags,
+        str(options.num_workers), "--max_target_length", "64", "--save", "none", *flags,
     ]  # fmt: skip
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
     started, processor_before = time.monotonic(), children_seconds()

@@ -185,7 +185,7 @@ def test_a_plain_start_reads_model_config_json_once(upstream_checkpoint: Path, t
     run = run_program(
         "count_config_reads", "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune",
         "--train-data", GOLDEN / "upstream/dataset.json", "--train-iters", "1", "--batch-size", "1", "--num-workers", "0",
-        "--max_source_length", "80", "--summary-dir", tmp_path, cwd=GOLDEN / "upstream",
+        "--max_source_length", "80", "--summary-dir", tmp_path, "--save", "none", cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-2:] == [str(upstream_checkpoint / "model_config.json"), "1"]

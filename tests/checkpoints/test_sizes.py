@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tuned
+from conftest import PROJECT, write_tuned
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.sizes import adapter_size, folder_problems
+from model.checkpoints.sizes import adapter_size, folder_problems, full_size
 from model.cli.flag_checks import save_problems
 from model.cli.options import Options, parse
 
@@ -23,7 +23,7 @@ def good(*words: str) -> Options:
 
 
 def test_save_problems_when_nothing_is_saved_is_empty() -> None:
-    assert save_problems(good(), 2**60) == []
+    assert save_problems(good("--save", "none"), 2**60) == []
 
 
 def test_save_problems_when_there_is_room_is_empty_and_makes_no_folder(tmp_path: Path) -> None:
@@ -73,3 +73,31 @@ def test_adapter_size_is_at_least_what_a_saved_adapter_takes(upstream_checkpoint
     needed = adapter_size(AdapterConfig.from_json(saved.config), saved.config)
     tensors = torch.load(saved.weights_file())["module"].values()
     assert needed - MIB <= sum(4 * tensor.numel() for tensor in tensors) < saved.weights_file().stat().st_size < needed
+
+
+TINY = PROJECT / "model/tiny/1/mp_rank_00_model_states.pt"
+
+
+def test_full_size_of_a_half_precision_base_is_what_is_saved_in_float32(tmp_path: Path) -> None:
+    saved = write_tuned(
+        PROJECT / "model/tiny", tmp_path / "full", full=True, use_lora=True, lora_rank=1, layer_range=[0]
+    )
+    found = (saved / "1/mp_rank_00_model_states.pt").stat().st_size
+    assert found > 1.9 * TINY.stat().st_size
+    assert found == pytest.approx(full_size(TINY, 4), rel=0.01)
+
+
+def test_full_size_runs_no_code_of_the_file(tmp_path: Path) -> None:
+    class Command:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path}/was-here",)
+
+    torch.save({"module": {"a": torch.zeros(100)}, "more": Command()}, tmp_path / "weights.pt")
+    assert full_size(tmp_path / "weights.pt", 8) == (tmp_path / "weights.pt").stat().st_size + 400
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04"])
+def test_full_size_of_something_else_is_its_own(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    assert full_size(tmp_path / "weights.pt", 4) == len(content)

@@ -1,9 +1,14 @@
 """Checkpoints: what is written and in which order, what is read back, and what is refused without being run."""
 
 import json
+import math
 import os
 import pickle
 import random
+import shutil
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +16,16 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import GOLDEN, load_model, upstream_weights, write_checkpoint
+from conftest import GOLDEN, PROJECT, load_model, upstream_weights, write_checkpoint, write_tuned
 
 from model.checkpoints import weights as module
-from model.checkpoints.weights import load_checkpoint, read_weights, save_checkpoint, write_whole
+from model.checkpoints.layout import Checkpoint
+from model.checkpoints.weights import load_checkpoint, read_weights, save_checkpoint, write_unfinished
+from model.convert.merge_lora import merge
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.finetune import FineTuneVisualGLMModel
+from model.inference.load import load_for_answering
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
@@ -52,11 +60,12 @@ def tuned(upstream_checkpoint):
     return tuned, args
 
 
+def saving_args(tuned, folder):
+    return Namespace(**vars(tuned[1]) | {"save": str(folder), "save_full_model": True})
+
+
 def saved(tuned, folder, iteration=1):
-    model, args = tuned
-    save_checkpoint(
-        iteration, model, None, None, Namespace(**vars(args) | {"save": str(folder), "save_full_model": True})
-    )
+    save_checkpoint(iteration, tuned[0], None, None, saving_args(tuned, folder))
     return folder
 
 
@@ -83,7 +92,7 @@ def refused(model, folder):
 def test_saved_checkpoint_has_the_released_layout(tuned, tmp_path):
     folder = saved(tuned, tmp_path / "run", iteration=300)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == [f"300/{WEIGHTS}", "ice_text.model", "latest", "model_config.json"]
+    assert files == ["300/checksums.json", f"300/{WEIGHTS}", "ice_text.model", "latest", "model_config.json"]
     assert (folder / "latest").read_text() == "300"
     assert (folder / "ice_text.model").read_bytes() == (GOLDEN / "tokenizer/ice_text.model").read_bytes()
 
@@ -138,16 +147,19 @@ def test_model_inside_deepspeeds_engine_is_saved_under_its_own_names(tuned, tmp_
 
 
 def test_saving_writes_latest_last(tuned, tmp_path, monkeypatch):
-    written = []
+    named = []
 
-    def recording(path, write):
-        write_whole(path, write)
-        written.append(path.name)
+    def recording(rename):
+        def renamed(source, target):
+            rename(source, target)
+            named.append(Path(target).name)
 
-    monkeypatch.setattr(module, "write_whole", recording)
+        return renamed
+
+    monkeypatch.setattr(os, "rename", recording(os.rename))
+    monkeypatch.setattr(os, "replace", recording(os.replace))
     saved(tuned, tmp_path / "run")
-    assert written[0] == WEIGHTS
-    assert written[-1] == "latest"
+    assert named == ["model_config.json", "ice_text.model", "checksums.json", "1", "latest"]
 
 
 def dies_midway(_, path):
@@ -180,12 +192,164 @@ def test_kill_after_the_weights_leaves_latest_at_the_last_checkpoint(tuned, tmp_
     assert load_checkpoint(tuned[0], Namespace(load=str(folder))) == 0
 
 
-def test_write_whole_when_writing_fails_leaves_the_old_content(tmp_path):
-    path = tmp_path / "new folder" / "file"
-    write_whole(path, lambda unfinished: unfinished.write_text("old"))
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_kill_leaves_litter_that_the_next_save_removes(tuned, tmp_path):
+    folder = saved(tuned, tmp_path / "run")
+    whole = names_in(folder)
+    write_unfinished(2, tuned[0], saving_args(tuned, folder), {})
+    assert "2.unfinished" in names_in(folder)
+    (folder / "tokenizer.unfinished").mkdir()
+    (folder / "latest.unfinished").touch()
+    saved(tuned, folder, 3)
+    assert names_in(folder) == sorted([*whole, "3"])
+
+
+def killed_at(operation, publish):
+    """Whether a process that publishes is killed (-9) at this one of what it asks of the file system."""
+    if not (child := os.fork()):
+        left = [operation]
+
+        def killing(act):
+            def one_less(*words, **named):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*words, **named)
+
+            return one_less
+
+        for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (Path, "write_text")):
+            setattr(owner, name, killing(getattr(owner, name)))
+        publish()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_kill_at_every_moment_of_a_save_leaves_a_checkpoint_that_is_whole(tuned, tmp_path, capsys):
+    found, operation = [], 0
+    while operation := operation + 1:
+        folder = saved(tuned, tmp_path / str(operation))
+        (folder / "model_config.json").write_text("{}")  # of an older version: to be written again, as is the tokenizer
+        (folder / "ice_text.model").write_bytes(b"")
+        (folder / "1/checksums.json").unlink()
+        saved(tuned, folder)
+        (folder / "model_config.json").write_text("{}")
+        capsys.readouterr()
+        was_killed = killed_at(operation, write_unfinished(2, tuned[0], saving_args(tuned, folder), {}))
+        capsys.readouterr()
+        checkpoint = Checkpoint.find(folder)
+        assert ChatGLMTokenizer.from_pretrained(folder).vocab_size > 0
+        assert read_weights(checkpoint.weights_file()).keys() == tuned[0].state_dict().keys()
+        assert "is left out" not in capsys.readouterr().err
+        found.append(checkpoint.iteration)
+        if not was_killed:
+            break
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == ("1", "2")
+    assert len(found) > 10
+
+
+def test_further_files_of_an_iteration_are_there_with_it_and_checked(tuned, tmp_path):
+    args = saving_args(tuned, tmp_path / "run")
+    save_checkpoint(1, tuned[0], None, None, args, {"training_state.pt": lambda path: path.write_bytes(b"state")})
+    assert (tmp_path / "run/1/training_state.pt").read_bytes() == b"state"
+    (tmp_path / "run/1/training_state.pt").write_bytes(b"stats")
+    with pytest.raises(InputError, match=r"1/training_state.pt is damaged: its checksum"):
+        Checkpoint.find(tmp_path / "run")
+
+
+def test_tokenizer_that_is_there_already_is_not_written_again(tuned, tmp_path):
+    folder = saved(tuned, tmp_path / "run")
+    before = (folder / "ice_text.model").stat()
+    saved(tuned, folder, 2)
+    after = (folder / "ice_text.model").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_iteration_saved_again_replaces_the_one_before(tuned, tmp_path):
+    folder = saved(tuned, tmp_path / "run")
+    (folder / "1" / "more").touch()
+    saved(tuned, folder)
+    assert names_in(folder / "1") == ["checksums.json", WEIGHTS]
+    assert Checkpoint.find(folder).iteration == "1"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("full", [True, False])
+def test_weights_that_are_not_finite_are_not_saved(upstream_checkpoint, tmp_path, full, number):
+    model = load_model(upstream_checkpoint, "FineTuneVisualGLMModel", use_lora=True, lora_rank=2)
+    args = FineTuneVisualGLMModel.get_args(
+        use_lora=True, save=str(tmp_path / "run"), save_full_model=full, num_layers=3
+    )
+    factor = dict(model.named_parameters())["transformer.layers.1.attention.dense.matrix_B.0"]
+    with torch.no_grad():
+        factor[1, 1] = number
+    with pytest.raises(
+        InputError, match=r"^iteration 5: transformer\.layers\.1\.attention\.dense\.matrix_B\.0 has numbers"
+    ):
+        save_checkpoint(5, model, None, None, args)
+    assert not (tmp_path / "run").exists()
+
+
+# what is removed, and when
+
+
+def test_save_total_limit_keeps_the_newest_and_the_best(tuned, tmp_path):
+    folder = tmp_path / "run"
+    args = saving_args(tuned, folder)
+    save_checkpoint(2, tuned[0], None, None, Namespace(**vars(args) | {"save": str(folder / "best")}))
+    args.save_total_limit = 2
+    for iteration in (2, 4, 10, 12):
+        save_checkpoint(iteration, tuned[0], None, None, args)
+    assert [name for name in names_in(folder) if name[0].isdigit()] == ["10", "12"]
+    assert Checkpoint.find(folder / "best").iteration == "2"
+
+
+def test_save_total_limit_removes_nothing_until_the_new_one_is_safe(tuned, tmp_path, monkeypatch):
+    folder = saved(tuned, tmp_path / "run")
+    args = saving_args(tuned, folder)
+    args.save_total_limit = 1
+    publish = write_unfinished(2, tuned[0], args, {})
+    monkeypatch.setattr(os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, lambda unfinished: dies_midway(None, unfinished))
-    assert path.read_text() == "old"
+        publish()
+    assert Checkpoint.find(folder).iteration == "1"
+
+
+# a disk without room
+
+
+FULL_DISK = pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="a small disk is mounted in a namespace of its own, which this user may not make (unshare -m)",
+)
+
+
+@FULL_DISK
+@pytest.mark.run
+@pytest.mark.parametrize(("how", "reason"), [
+    ("known", "are needed to save iteration 2"),
+    ("filling", "can't be saved (the file was cut short while it was written)"),
+    ("extra", "can't be saved (No space left on device)"),
+    ("read-only", "can't be saved (Read-only file system)"),
+])  # fmt: skip
+def test_save_onto_a_disk_without_room_is_a_sentence_and_leaves_the_one_before(
+    upstream_checkpoint, tmp_path, how, reason
+):
+    program = PROJECT / "tests/programs/save_without_room.sh"
+    done = subprocess.run(
+        ["unshare", "-m", "bash", program, sys.executable, tmp_path, upstream_checkpoint, how],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"saving: error: {tmp_path}/run: ")
+    assert reason in error
+    assert "free on its disk" in error
+    assert done.stdout.splitlines()[-2:] == ["found 1", "1 ice_text.model latest model_config.json"]
 
 
 # what is read
@@ -294,6 +458,41 @@ def test_weights_cut_short_are_refused_with_the_files_name(model, upstream_check
     text = refused(model, folder)
     assert text.startswith(f"{folder / '1' / WEIGHTS}: can't be read as weights")
     assert "\n" not in text
+
+
+@pytest.fixture(scope="module")
+def adapter(upstream_checkpoint, tmp_path_factory):
+    """An adapter as it was saved before there were checksums."""
+    folder = write_tuned(upstream_checkpoint, tmp_path_factory.mktemp("old") / "run", train_parts=["glm_proj"], **FLAGS)
+    (folder / "1/checksums.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_for_answering, lambda folder: merge(folder, f"{folder}-merged")])
+@pytest.mark.parametrize(("name", "change", "text"), [
+    ("transformer.layers.1.attention.dense.matrix_B.0", None, "1 tensors of its adapters are missing (the first: "),
+    ("mixins.ptuning.prefix.2", None, "1 tensors of its adapters are missing (the first: mixins.ptuning.prefix.2)"),
+    ("mixins.eva.model.glm_proj.bias", None, "1 trained tensors are missing (the first: mixins.eva.model.glm_proj.bias)"),
+    ("mixins.ptuning.prefix.2", math.nan, "mixins.ptuning.prefix.2 has numbers that are NaN or infinite"),
+    ("mixins.eva.model.glm_proj.bias", -math.inf, "mixins.eva.model.glm_proj.bias has numbers that are NaN or infinite"),
+])  # fmt: skip
+def test_adapter_that_is_not_whole_is_refused(adapter, tmp_path, load, name, change, text):
+    folder = Path(shutil.copytree(adapter, tmp_path / "run"))
+    content = torch.load(folder / "1" / WEIGHTS)
+    if load is not load_for_answering and "ptuning" in name:
+        pytest.skip("P-Tuning is never merged")
+    if change is None:
+        del content["module"][name]
+    else:
+        content["module"][name].view(-1)[0] = change
+    torch.save(content, folder / "1" / WEIGHTS)
+    if load is not load_for_answering:
+        config = json.loads((folder / "model_config.json").read_text()) | {"use_ptuning": False}
+        (folder / "model_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        load(str(folder))
+    assert str(error.value).startswith(f"{folder / '1' / WEIGHTS}: ")
+    assert text in str(error.value)
 
 
 def test_weights_of_another_model_are_refused_with_the_tensors_name(model, tmp_path):

@@ -249,6 +249,7 @@ BY_PARSER = {
     "_truth": bool,
     "_json_object": dict[str, object],
     "_part_and_rate": str,
+    "_folder_or_none": str | None,
 }
 
 

@@ -90,10 +90,13 @@ def test_preflight_when_a_row_is_bad_names_it(good: Options, tmp_path: Path) -> 
 # --- room on the disk -------------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_size_is_all_weights_when_every_weight_is_saved(good: Options, upstream_checkpoint: Path) -> None:
-    good.save_full_model = True
+def test_checkpoint_size_is_all_weights_and_adapters_when_every_weight_is_saved(
+    good: Options, upstream_checkpoint: Path
+) -> None:
     checkpoint = Checkpoint.find(upstream_checkpoint)
-    assert checkpoint_size(good, checkpoint) == checkpoint.weights_file().stat().st_size
+    adapters = checkpoint_size(good, checkpoint)
+    good.save_full_model = True
+    assert checkpoint_size(good, checkpoint) == checkpoint.weights_file().stat().st_size + adapters
 
 
 def test_checkpoint_size_is_of_the_adapters_alone_otherwise(good: Options, upstream_checkpoint: Path) -> None:

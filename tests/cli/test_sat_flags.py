@@ -11,6 +11,8 @@ from model.cli.options import FlagParser, full_parser, script_parser
 # Where a flag of ours is not SAT's on purpose: flag, fact, SAT's, ours.
 DIFFERENCES = [
     ("--log-interval", "default", 50, 1),  # a first run shows every loss
+    ("--save", "default", None, "./checkpoints"),  # SAT saves nothing unless told to
+    ("--save", "type", "str", "_folder_or_none"),
     ("--split", "default", "1000,1,1", "1"),  # SAT's asks for 10,000 rows
 ]
 

@@ -16,7 +16,7 @@ folder, *argv = sys.argv[1:]
 save_checkpoint = checkpoint.save_checkpoint
 
 
-def save_both_kinds(iteration, model, optimizer, lr_scheduler, args):
+def save_both_kinds(iteration, model, optimizer, lr_scheduler, args, *_, **__):
     with torch.no_grad():
         logits = model.module.eval()(**QUESTION)[0]
     for kind in ("adapter", "full"):

@@ -13,7 +13,7 @@ from model.checkpoints import weights as checkpoint
 save_checkpoint = checkpoint.save_checkpoint
 
 
-def recording_save(iteration, model, optimizer, lr_scheduler, args):
+def recording_save(iteration, model, optimizer, lr_scheduler, args, *_, **__):
     model.module.eval()
     with torch.no_grad():
         logits = model.module(input_ids=torch.tensor([[859, 775, 2685, 86, 89, 554]]))[0]

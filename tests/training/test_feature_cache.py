@@ -193,7 +193,7 @@ def test_features_of_a_second_run_at_the_same_time_are_for_that_run_only(vision,
     assert not file.with_suffix(".index").read_bytes()
     part.close()
     assert torch.equal(cached(vision, dataset, tmp_path)[dataset.rows[0].img], second[dataset.rows[0].img])
-    assert len(file.with_suffix(".index").read_bytes()) == 6 * 16
+    assert len(file.with_suffix(".index").read_bytes()) == len(feature_store.HEADER) + 6 * 32
 
 
 def test_features_whose_file_is_gone_are_made_again(vision, dataset, monkeypatch, tmp_path):
@@ -203,6 +203,47 @@ def test_features_whose_file_is_gone_are_made_again(vision, dataset, monkeypatch
     cached(vision, dataset, tmp_path)
     cached(vision, dataset, tmp_path)
     assert len(seen) == 6
+
+
+def test_features_kept_in_a_folder_take_no_more_room_after_a_second_run(vision, dataset, tmp_path):
+    sizes = []
+    for _ in range(3):
+        cached(vision, dataset, tmp_path)
+        sizes.append({path.suffix: path.stat().st_size for path in tmp_path.iterdir()})
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert sizes[0][".features"] == 6 * 32 * 48 * 4
+
+
+@pytest.mark.parametrize("content", [b"\0", b"\xff"])
+def test_features_that_a_disk_has_lost_are_made_again_with_a_sentence(
+    content, vision, dataset, monkeypatch, tmp_path, capsys
+):
+    first = cached(vision, dataset, tmp_path)
+    first = {path: features.clone() for path, features in first.items()}
+    file = feature_file(str(tmp_path), vision, dataset.processor)
+    size = file.stat().st_size
+    file.write_bytes(content * size)
+    seen = looked_at(vision, monkeypatch)
+    for _ in range(2):
+        again = cached(vision, dataset, tmp_path)
+        assert all(torch.equal(again[path], features) for path, features in first.items())
+    assert len(seen) == 6
+    assert file.stat().st_size == size
+    told = f"{file}: the features of 6 of 6 pictures are damaged; they are made anew."
+    assert capsys.readouterr().out.count(told) == 1
+
+
+def test_features_with_one_flipped_bit_are_made_again_and_no_others(vision, dataset, monkeypatch, tmp_path):
+    first = {path: features.clone() for path, features in cached(vision, dataset, tmp_path).items()}
+    file = feature_file(str(tmp_path), vision, dataset.processor)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    seen = looked_at(vision, monkeypatch)
+    for _ in range(2):
+        again = cached(vision, dataset, tmp_path)
+        assert all(torch.allclose(again[path], features, atol=1e-6) for path, features in first.items())
+    assert len(seen) == 1
 
 
 def test_features_with_no_room_on_the_disk_are_one_sentence(vision, dataset, monkeypatch, tmp_path):
@@ -230,7 +271,9 @@ def test_row_whose_picture_cannot_be_opened_still_tells_when_it_is_asked_for(vis
         dataset[0]
 
 
-TRAINING = ("--use_lora", "--mode", "finetune", "--train-iters", "3", "--batch-size", "2", "--num-workers", "1")
+TRAINING = (
+    "--use_lora", "--mode", "finetune", "--train-iters", "3", "--batch-size", "2", "--num-workers", "1", "--save", "none",
+)  # fmt: skip
 
 
 @pytest.mark.run

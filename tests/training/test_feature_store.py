@@ -1,9 +1,12 @@
 """A part of the features: what is added can be read, here and by others, and what is not on the disk isn't listed."""
 
+from hashlib import blake2b
 from pathlib import Path
 
+import pytest
 import torch
 
+from model.errors import InputError
 from model.training import feature_store
 from model.training.feature_store import (
     FeatureFormat,
@@ -81,13 +84,81 @@ def test_part_in_a_folder_while_another_run_adds_to_it_is_for_this_run_only(tmp_
     assert type(new_part(4, FORMAT, file)) is FeaturesOnDisk
 
 
-def test_files_of_a_part_are_plain_numbers_and_digests_as_ever(tmp_path):
-    """Caches of earlier versions are read: `.features` holds the rows one behind the other, `.index` their digests."""
-    (tmp_path / "some.features").write_bytes(FEATURES.numpy().tobytes())
-    (tmp_path / "some.index").write_bytes(b"".join(DIGESTS))
-    kept = kept_in(tmp_path / "some.features", FORMAT)
-    assert all(torch.equal(kept[digest][0][kept[digest][1]], FEATURES[i]) for i, digest in enumerate(DIGESTS))
-    part = new_part(4, FORMAT, tmp_path / "some.features")
-    assert part.start == 4
+def written(file):
+    part = new_part(4, FORMAT, file)
+    part.add(DIGESTS, FEATURES)
     part.close()
-    assert (tmp_path / "some.index").read_bytes() == b"".join(DIGESTS)
+    return file
+
+
+def test_files_of_a_part_are_plain_numbers_and_a_list_of_digests_and_checksums(tmp_path):
+    file = written(tmp_path / "some.features")
+    assert file.read_bytes() == FEATURES.numpy().tobytes()
+    sums = [
+        blake2b(row.numpy().tobytes(), key=digest, digest_size=16).digest()
+        for digest, row in zip(DIGESTS, FEATURES, strict=True)
+    ]
+    entries = b"".join(digest + sum for digest, sum in zip(DIGESTS, sums, strict=True))
+    assert file.with_suffix(".index").read_bytes() == b"features of images, version 2\n" + entries
+
+
+def test_files_of_an_earlier_version_cant_be_checked_and_are_made_anew_with_a_sentence(tmp_path, capsys):
+    """They had the same rows, and only the digests in their index."""
+    file = tmp_path / "some.features"
+    file.write_bytes(FEATURES.numpy().tobytes())
+    file.with_suffix(".index").write_bytes(b"".join(DIGESTS))
+    assert kept_in(file, FORMAT) == {}
+    index = file.with_suffix(".index")
+    told = f"{index}: it is of an earlier version, without checksums, or damaged; the features are made anew."
+    assert told in capsys.readouterr().out
+    assert new_part(4, FORMAT, file).start == 0
+    assert len(kept_in(written(file), FORMAT)) == 4
+
+
+def test_file_of_no_use_is_not_overwritten_where_another_run_may_be_reading_it(tmp_path):
+    file = written(tmp_path / "some.features")
+    (digest, *_) = DIGESTS
+    rows, row = kept_in(file, FORMAT)[digest]
+    file.with_suffix(".index").unlink()
+    part = new_part(4, FORMAT, file)
+    part.add(DIGESTS, -FEATURES)
+    part.close()
+    assert torch.equal(rows[row], FEATURES[0])
+
+
+def test_entry_that_a_killed_run_has_half_written_is_not_in_the_way_of_the_next(tmp_path):
+    file = written(tmp_path / "some.features")
+    index = file.with_suffix(".index")
+    index.write_bytes(index.read_bytes()[:-5])
+    part = new_part(4, FORMAT, file)
+    assert part.start == 3
+    part.add(DIGESTS[3:], FEATURES[3:])
+    part.close()
+    assert set(kept_in(file, FORMAT)) == set(DIGESTS)
+
+
+def test_index_with_a_flipped_bit_loses_that_row_only(tmp_path):
+    file = written(tmp_path / "some.features")
+    index = bytearray(file.with_suffix(".index").read_bytes())
+    index[len(feature_store.HEADER) + 32] ^= 1  # in the second digest
+    file.with_suffix(".index").write_bytes(index)
+    assert set(kept_in(file, FORMAT)) == {*DIGESTS} - {DIGESTS[1]}
+
+
+@pytest.mark.parametrize("suffix", [".index", ".features"])
+@pytest.mark.parametrize("act", [kept_in, lambda file, format: new_part(4, format, file)])
+def test_link_out_of_the_folder_is_refused_and_its_target_left_alone(tmp_path, suffix, act):
+    file = written(tmp_path / "cache" / "some.features")
+    target = tmp_path / "target"
+    target.write_text("mine")
+    file.with_suffix(suffix).unlink()
+    file.with_suffix(suffix).symlink_to(target)
+    with pytest.raises(InputError, match=rf"some\{suffix}: a link found; .* so remove the link"):
+        act(file, FORMAT)
+    assert target.read_text() == "mine"
+
+
+def test_index_that_cant_be_opened_is_a_sentence(tmp_path):
+    (tmp_path / "some.index").mkdir()
+    with pytest.raises(InputError, match=r"some\.index: Is a directory; a file that can be written to is needed"):
+        new_part(4, FORMAT, tmp_path / "some.features")

@@ -14,6 +14,7 @@ from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_program, r
 from model import distributed, sat_compat
 from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.options import parse, script_parser
+from model.errors import InputError
 from model.training import sat_loop
 from model.training.metrics import TrainingReport
 
@@ -166,9 +167,16 @@ def test_run_that_would_overwrite_an_earlier_one_is_saved_beside_it(upstream_che
     for _ in range(3):
         args = SimpleNamespace(save=str(tmp_path / "run-11-22-10-46"))
         sat_loop.save_beside_earlier_runs(args, None)
-        Path(args.save).mkdir()
+        assert list(Path(args.save).iterdir()) == []
         saved.append(Path(args.save).name)
     assert saved == ["run-11-22-10-46", "run-11-22-10-46-2", "run-11-22-10-46-3"]
+
+
+def test_run_whose_folder_cant_be_made_is_a_sentence(upstream_checkpoint, tmp_path):
+    load_model(upstream_checkpoint)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^--save: .*/file can't be made .*; a folder of your own is needed\.$"):
+        sat_loop.save_beside_earlier_runs(SimpleNamespace(save=str(tmp_path / "file" / "run")), None)
 
 
 def test_run_that_saves_nothing_needs_no_place():
@@ -299,7 +307,7 @@ def test_main_three_times_in_one_process_trains_each_time_as_the_first(upstream_
     done = run_program(
         "main_three_times", "--from_pretrained", upstream_checkpoint, "--mode", "finetune", "--train-data",
         GOLDEN / "upstream/dataset.json", "--train-iters", "3", "--hidden-dropout", "0", "--attention-dropout", "0",
-        "--num-workers", "0", "--auto_warmup_steps", "0", cwd=GOLDEN / "upstream",
+        "--num-workers", "0", "--auto_warmup_steps", "0", "--save", "none", cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *losses, environment = done.stdout.split("== ")[1:]
@@ -322,8 +330,9 @@ def test_script_in_the_manner_of_2023_trains_as_ours_does(upstream_checkpoint, t
     )  # fmt: skip
     assert theirs.returncode == 0, theirs.stderr
     ours = run_python(
-        PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *flags, cwd=GOLDEN / "upstream"
-    )
+        PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *flags, "--save", "none",
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
     assert printed_losses(theirs.stdout) == pytest.approx(printed_losses(ours.stdout), abs=1e-4)
     assert len(printed_losses(ours.stdout)) == 3
     (saved,) = tmp_path.glob("*/3/mp_rank_00_model_states.pt")

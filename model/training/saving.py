@@ -1,0 +1,154 @@
+"""When a run saves, and what of it happens beside the training.
+
+    each epoch with --epochs, else every five minutes, or as --save-interval says       SAT's loop, `TimedSaves`
+    before --exit-interval ends the run                                                 `TimedSaves`
+    after the last step                                                                 SAT's loop
+
+`CheckpointSaver` stands between them and `save_checkpoint`. It saves no iteration twice. The files are written at once,
+which takes milliseconds for an adapter; a thread then waits for the disk, and gives the checkpoint its name. There is one
+such thread at most, on the first process. Its error ends the run when the next checkpoint comes, or at the end. The thread
+asks nothing of torch and nothing of other processes, so that it can't come between their messages.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from model.checkpoints.weights import NO_FILES, on_every_process
+from model.cli.options import Options
+from model.distributed import is_first_process
+from model.training.sat_loop import Hooks, LoopState, StepWatcher, save_beside_earlier_runs
+
+SECONDS_BETWEEN_SAVES = 300.0
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints. As a context manager, it waits for the last one when its block ends."""
+
+    def __init__(self, save_checkpoint: Callable[..., None]) -> None:
+        """save_checkpoint is that of `model.checkpoints.weights`."""
+        self.save_checkpoint = save_checkpoint
+        self.saved: dict[str, int] = {}  # the last iteration, by folder
+        self.folder: Path | None = None
+        self.thread: Thread | None = None
+        self.problem: Exception | None = None  # of the thread
+
+    def begin(self, args: argparse.Namespace, model: Any) -> None:
+        """Make the run's own folder. SAT calls this on every process before training (its `init_function`)."""
+        save_beside_earlier_runs(args, model)
+        self.folder = Path(args.save) if args.save else None
+
+    def save(
+        self,
+        iteration: int,
+        model: torch.nn.Module,
+        optimizer: Any,
+        lr_scheduler: Any,
+        args: argparse.Namespace,
+        extra_files: Mapping[str, Callable[[Path], Any]] = NO_FILES,
+    ) -> None:
+        """Save a checkpoint as `save_checkpoint` does, but for the wait. Every process calls this.
+
+        Raises:
+            InputError: this checkpoint can't be written, or the one before couldn't be. Every process raises it.
+        """
+        if self.saved.get(args.save) == iteration:
+            return
+        on_every_process(self._wait)
+        self.save_checkpoint(iteration, model, optimizer, lr_scheduler, args, extra_files, publish=self._publish)
+        self.saved[args.save] = iteration
+
+    def _publish(self, publish: Callable[[], None]) -> None:
+        def noting_its_error() -> None:
+            try:
+                publish()
+            except Exception as error:
+                self.problem = error
+
+        if is_first_process():  # elsewhere there is nothing to do
+            self.thread = Thread(target=noting_its_error)
+            self.thread.start()
+
+    def _wait(self) -> None:
+        """Wait for the thread.
+
+        Raises:
+            InputError: it could not write the checkpoint.
+        """
+        if self.thread is not None:
+            self.thread.join()
+        self.thread, problem, self.problem = None, self.problem, None
+        if problem is not None:
+            raise problem
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for the last checkpoint; remove the run's folder if nothing has come into it.
+
+        Raises:
+            InputError: it could not be written. After an error the other processes may be gone, and aren't asked.
+        """
+        try:
+            if kind is None and self.saved:
+                on_every_process(self._wait)
+            else:
+                self._wait()
+        finally:
+            if (
+                self.folder is not None
+                and is_first_process()
+                and self.folder.is_dir()
+                and not any(self.folder.iterdir())
+            ):
+                os.rmdir(self.folder)
+
+
+class TimedSaves(StepWatcher):
+    """Saves when so many seconds have passed since the run, or the last such save, began; and before --exit-interval."""
+
+    def __init__(self, hooks: Hooks, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """hooks.save_checkpoint saves. seconds is None where SAT's loop counts steps or epochs."""
+        self.hooks, self.seconds, self.clock = hooks, seconds, clock
+        self.last: float | None = None
+
+    @classmethod
+    def of_run(cls, hooks: Hooks, options: Options) -> "TimedSaves":
+        """With the five minutes, where nothing else is asked for. All weights take gigabytes: they are left to SAT."""
+        by_steps = options.epochs or options.save_full_model or "save_interval" in options.user_set
+        return cls(hooks, None if by_steps else SECONDS_BETWEEN_SAVES)
+
+    def before_step(self, state: LoopState) -> None:
+        """Save what is there when it is time."""
+        if self.seconds is None or not state.args.save:
+            return
+        now = self.clock()
+        self.last = now if self.last is None else self.last
+        if of_first_process(now - self.last >= self.seconds, state.args.device):
+            self.hooks.save_checkpoint(state.args.iteration, *state[:3], state.args)
+            self.last = self.clock()
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """Save when SAT's loop is about to leave."""
+        after = copy.copy(state.args)
+        after.iteration += 1  # it doesn't count this step yet
+        if after.save and after.exit_interval and after.iteration % after.exit_interval == 0:
+            self.hooks.save_checkpoint(after.iteration, *state[:3], after)
+
+
+def of_first_process(answer: bool, device: Any) -> bool:
+    """The first process's answer, on every process: their clocks differ. One number, for this is asked at every step."""
+    if torch.distributed.get_world_size() == 1:
+        return answer
+    shared = torch.tensor([answer], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(shared, src=0)
+    return bool(shared.item())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from model.chinese import in_ui_language
 from model.distributed import is_first_process
 
 QUIET_SECONDS = 2.0
@@ -17,18 +18,19 @@ Item = TypeVar("Item")
 def say(text: str) -> None:
     """Print text for the person at the prompt, from rank 0 only, at once."""
     if is_first_process():
+        text = in_ui_language(text, sys.stdout)
         print(f"{text}\n", end="", flush=True)  # in one piece: a thread that saves may print too
 
 
 def warn(text: str) -> None:
     """Print text on standard error, from rank 0 only, at once."""
     if is_first_process():
-        print(text, file=sys.stderr, flush=True)
+        print(in_ui_language(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def warn_from_any_process(text: str) -> None:
     """Print on standard error what this process alone knows."""
-    print(text, file=sys.stderr, flush=True)
+    print(in_ui_language(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -55,7 +57,7 @@ def with_progress(items: Iterable[Item], total: int, what: str, stops_after: flo
         now = time.monotonic()
         if now >= next_line:
             left = min((now - start) / done * (total - done), start + stops_after - now)
-            line = f"{what}: {done} of {total}, {duration(left)} left"
+            line = in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr)
             print(f"\r{line:<60}" if on_screen else line, end="" if on_screen else "\n", file=sys.stderr, flush=True)
             next_line = now + (0.2 if on_screen else SECONDS_BETWEEN_LOG_LINES)
             shown = True

@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run=.quickstart
 rm -rf "$run"
 answers() { "$python" scripts/evaluate.py --from_pretrained "$1" --data fewshot-data/heldout.json | tee >(cat >&2); }
-right() { tail -n 1 <<< "$1" | sed 's/.*: //'; }
+right() { grep -o '[0-9]*/[0-9]*$' <<< "$1" | tail -n 1; }
 
 echo "Before: the small model answers pictures that it won't be trained on."
 before=$(answers model/tiny)

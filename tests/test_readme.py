@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, write_checkpoint
+from conftest import PROJECT, run_python, write_checkpoint
 
 from scripts.dev import benchmark
 
 PAGES = (
-    "README.md", "scripts/README.md", "scripts/dev/BENCHMARKS.md", ".github/CONTRIBUTING.md", "model/README.md",
+    "README.md", "README_6b.md", "README_zh.md", "scripts/README.md", "scripts/dev/BENCHMARKS.md", ".github/CONTRIBUTING.md", "model/README.md",
     "tests/golden/README.md",
 )  # fmt: skip
 TEXTS = {page: (PROJECT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -45,18 +45,21 @@ HELP_ONLY = (
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
 )
+CONVERTER = "scripts/convert_checkpoint.py"
+HUB_NAME = "THUDM/visualglm-6b"  # here the folder of a small checkpoint in Hugging Face's layout
 RUN_HERE = [
     command for command in ALL_COMMANDS if not command.startswith((*BY_THEMSELVES, *LONG, *HELP_ONLY, NEEDS_GPU))
 ]
 SHORTENED = {  # so that a run of minutes on a real model takes seconds here; nothing else is changed
     "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2",
     "python finetune_visualglm.py --": " --train-iters 2",
+    "cli_demo.py --from_pretrained checkpoints/my-6b": " --max_length 100",  # the model of random numbers never ends
     "deepspeed": " --train-iters 2",
     "torchrun": " --train-iters 2",
     "python scripts/dev/fuzz_data.py": " --rows 100 --pictures 20",
 }
 # Flags of other people's commands.
-FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help"}
+FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help", "--model", "--local_dir"}
 CONVERSATION = {
     "image": "images/train00.png",
     "conversations": [
@@ -80,7 +83,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> 
 
     copy = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(PROJECT, copy, ignore=not_cloned)
-    write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
+    released = write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
+    converted = run_python(copy / CONVERTER, released, copy / HUB_NAME, "--to", "hf", "--no-old_sat")
+    assert converted.returncode == 0, converted.stderr
     rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
     for name, some in (("my.json", rows[:8]), ("my-other.json", rows[8:12])):
         (copy / name).write_text(json.dumps(some, ensure_ascii=False))
@@ -134,8 +139,9 @@ def test_recipe_without_its_checkpoint_says_where_it_looked(project: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_readme_shows_a_real_row() -> None:
-    [row] = re.findall(r"```json\n(.*?)\n```", README, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_readme_shows_a_real_row(page: str) -> None:
+    [row] = re.findall(r"```json\n(.*?)\n```", TEXTS[page], re.DOTALL)
     assert json.loads(row) in json.loads((PROJECT / "fewshot-data/dataset.json").read_text(encoding="utf-8"))
 
 
@@ -199,8 +205,19 @@ def test_links_of_a_page_lead_somewhere(page: str) -> None:
     assert [link for link in links if not (PROJECT / page).parent.joinpath(link).exists()] == []
 
 
-def test_readme_has_at_most_220_lines() -> None:
-    assert len(README.splitlines()) <= 220
+@pytest.mark.parametrize(("page", "lines"), [("README.md", 220), ("README_6b.md", 200), ("README_zh.md", 150)])
+def test_page_is_short(page: str, lines: int) -> None:
+    assert len(TEXTS[page].splitlines()) <= lines
+
+
+def test_page_of_the_6b_has_commands_on_either_layout() -> None:
+    of_page = commands_in(TEXTS["README_6b.md"])
+    recipes = [command for command in of_page if command.startswith("bash scripts/finetune_visualglm")]
+    assert {HUB_NAME in command for command in recipes} == {True, False}
+    assert [layout for layout in ("sat", "hf") if any(f"--to {layout}" in command for command in of_page)] == [
+        "sat",
+        "hf",
+    ]
 
 
 def flags_in(text: str) -> set[str]:

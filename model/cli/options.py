@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from model.chinese import UI_LANGUAGES, choose_ui_language
 from model.cli.sat_flags import SatOptions, add_sat_flags
 from model.model_flags import MethodOptions, ModelOptions, add_method_flags, add_model_flags
 from model.progress import warn
@@ -82,6 +83,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     packing: bool
     group_by_length: bool
     auto_warmup_steps: int
+    ui_lang: str
 
     user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
 
@@ -151,6 +153,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "stays one of chance.")
     add("--auto_warmup_steps", type=int, default=100, metavar="N",
         help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
+    add("--ui_lang", default="auto", choices=UI_LANGUAGES,
+        help="Language of the most common messages, 中文 or English; auto goes by $VISUALGLM_UI_LANG, then by the locale "
+             "(default %(default)s).")
     # fmt: on
 
 
@@ -236,6 +241,7 @@ def parse(argv: Sequence[str]) -> Options:
     Prints and exits where argparse does: with status 0 for `--help`, with status 2 and a sentence on standard error for
     an unknown flag, a missing value or a value of the wrong type.
     """
+    choose_ui_language(_ui_language(argv))
     parser = full_parser()
     defaults: dict[str, object] = vars(parser.parse_args([]))
     absent = object()
@@ -244,6 +250,14 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(_unknown_words(unknown, list(flag_names().values())))
     given = {name: value for name, value in vars(found).items() if value is not absent}
     return Options({**defaults, **given}, frozenset(given))
+
+
+def _ui_language(argv: Sequence[str]) -> str:
+    """The value of --ui_lang, known before the other flags so that their errors are told in it; auto if it has none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--ui_lang", nargs="?")
+    language = parser.parse_known_args(argv)[0].ui_lang
+    return language if language in UI_LANGUAGES else "auto"
 
 
 # argparse's own messages and what we say in their place.

@@ -1,0 +1,233 @@
+"""The most common sentences in Chinese: one table, applied where text is printed (`model.progress`).
+
+    in_ui_language("--lr -1: a number greater than 0 is needed.")     →   --lr -1：需要大于 0 的数。
+
+Sentences that the table lacks stay English, and so does everything where Chinese isn't asked for. Chinese is asked for by
+`--ui_lang zh`; else by the first of the variables in LANGUAGE_VARIABLES that is set.
+
+A pattern holds fields: {name} for any text, {name:d} for a whole number. A test holds every pattern against what the
+commands print, so that a sentence that is reworded there must be reworded here.
+
+Only the standard library is imported.
+"""
+
+import functools
+import os
+import re
+
+LANGUAGE_VARIABLES = ("VISUALGLM_UI_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
+UI_LANGUAGES = ("auto", "en", "zh")
+
+_ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
+_ROW_NEEDS_ZH = "每条数据是一个对象，要有文本 prompt 和 label；有图片时还要有 img"
+_PICTURE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
+_PICTURE_NEEDED_ZH = "需要一张图片（JPEG、PNG、WebP、GIF、BMP、TIFF 等）"
+
+SENTENCES = {
+    # flags
+    "{flag}: there is no such flag; did you mean {other}?": "{flag}：没有这个参数；您是想写 {other} 吗？",
+    "{flag}: there is no such flag; --help all shows every flag.": "{flag}：没有这个参数；--help all 列出所有参数。",
+    "{flag} {value}: a whole number is needed.": "{flag} {value}：需要一个整数。",
+    "{flag} {value}: a number is needed.": "{flag} {value}：需要一个数。",
+    "{flag} {value}: one of {choices} is needed.": "{flag} {value}：只能是 {choices} 之一。",
+    "{flag}: no value found; one is needed.": "{flag}：缺少参数值。",
+    "{flag} {value}: 1 or more is needed.": "{flag} {value}：需要大于或等于 1 的值。",
+    "{flag} {value}: a number greater than 0 is needed.": "{flag} {value}：需要大于 0 的数。",
+    "No method: --use_lora, --use_qlora or --use_ptuning is needed.": (
+        "没有指定微调方法：需要 --use_lora、--use_qlora 或 --use_ptuning。"
+    ),
+    "--use_lora and --use_qlora: only one is needed; QLoRA is LoRA over 4-bit weights.": (
+        "--use_lora 和 --use_qlora 只能选一个；QLoRA 就是在 4 比特权重上做 LoRA。"
+    ),
+    "--train-data: no file given; a JSON file with rows to learn is needed.": (
+        "--train-data：没有给出文件；需要一个训练数据的 JSON 文件。"
+    ),
+    "--train-iters and --epochs: both say how long to train; only one is needed.": (
+        "--train-iters 和 --epochs 都规定训练多久，只能给一个。"
+    ),
+    "--holdout and --valid-data: both say what to evaluate on; only one is needed.": (
+        "--holdout 和 --valid-data 都规定用什么评估，只能给一个。"
+    ),
+    "--keep_best: nothing to evaluate on; --holdout or --valid-data is needed.": (
+        "--keep_best：没有评估数据；需要 --holdout 或 --valid-data。"
+    ),
+    "{flag} {name}: no such folder. Tried:": "{flag} {name}：没有这个目录。找过：",
+    "no folder {folder} ($SAT_HOME)": "没有目录 {folder}（$SAT_HOME）",
+    "no folder {folder}": "没有目录 {folder}",
+    "Needed is {flag} FOLDER, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {folder}.": (
+        "需要 {flag} 目录，或 Hugging Face 上的名字 OWNER/NAME，或把模型解压到 {folder}。"
+    ),
+    "--layer_range {layers}: no layer {outside} in this checkpoint; layers from 0 to {last:d} are needed.": (
+        "--layer_range {layers}：这个模型没有第 {outside} 层；层号只能从 0 到 {last}。"
+    ),
+    "{flag} {value:d}: no room for a single token of text; at least {least:d} is needed.": (
+        "{flag} {value}：连一个 token 的文字都放不下；至少需要 {least}。"
+    ),
+    "--save {folder}: {free} free on its disk; {needed} are needed.": "--save {folder}：磁盘只剩 {free}，需要 {needed}。",
+    # data files
+    "{path}: No such file or directory; a JSON file of rows is needed.": "{path}：没有这个文件；需要一个 JSON 数据文件。",
+    "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (
+        "{path} 第 {line} 行第 {column} 列：不是合法的 JSON（{reason}）；需要一个 JSON 列表，每项是一条数据。"
+    ),
+    "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
+    f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
+    '"label" is empty; it is the answer to learn.': "label 是空的；它是模型要学的回答。",
+    'no "img", but "{other}"; rename it, or convert the file (convert_data.py).': (
+        "没有 img，却有 {other}；请改名，或用 convert_data.py 转换文件。"
+    ),
+    "there is no file {name}; a relative path is looked up from the working directory, then from the JSON file's own folder.": (
+        "没有文件 {name}；相对路径先从当前目录找，再从 JSON 文件所在的目录找。"
+    ),
+    f"{{name}} isn't a picture; {_PICTURE_NEEDED}.": f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}。",
+    f"{{name}} is damaged or cut short; {_PICTURE_NEEDED}.": f"{{name}} 已损坏或不完整；{_PICTURE_NEEDED_ZH}。",
+    "Left out, {count:d} bad rows (--bad_rows skip):": "跳过 {count} 条有问题的数据（--bad_rows skip）：",
+    "… and {count:d} more; all are in {file}.": "…… 还有 {count} 条；全部列在 {file}。",
+    # before a run
+    "NOTHING IS SAVED (--save none): what is learned is gone when this run ends.": (
+        "不保存任何检查点（--save none）：训练结束后，学到的内容就没有了。"
+    ),
+    "{file}: {rows:d} rows": "{file}：{rows} 条数据",
+    "{file}: {rows:d} rows; cut to fit: {prompts:d} prompts (--max_source_length), {labels:d} labels (--max_target_length)": (
+        "{file}：{rows} 条数据；因超长被截断：{prompts} 个问题（--max_source_length）、{labels} 个回答（--max_target_length）"
+    ),
+    "Held out of --train-data for evaluation: {rows:d} rows (--holdout, --seed {seed:d}).": (
+        "从 --train-data 中留出 {rows} 条用于评估，不参与训练（--holdout、--seed {seed}）。"
+    ),
+    "WARNING: {file} is given for training and for evaluation: the evaluation will only say how well its rows are"
+    " remembered. --holdout 0.1 takes other rows out of --train-data.": (
+        "警告：{file} 既用于训练又用于评估，评估结果只说明模型记住了多少。"
+        "--holdout 0.1 会从 --train-data 中另外留出数据。"
+    ),
+    "Training on {samples:d} samples: {steps:d} steps of {at_once:d} see {seen:d} samples, {epochs} epochs.": (
+        "训练样本 {samples} 个：共 {steps} 步，每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch）。"
+    ),
+    "Training on {samples:d} samples: {steps:d} steps of {at_once:d} see {seen:d} samples, {epochs} epochs, drawn by chance"
+    " (--seed); --epochs goes through all of them instead.": (
+        "训练样本 {samples} 个：共 {steps} 步，每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch），"
+        "随机抽取（--seed）；用 --epochs 则逐轮遍历全部样本。"
+    ),
+    "The first {steps:d} steps use at most 5 % of --lr ({rate}), as SAT does in finetune mode; --auto_warmup_steps changes"
+    " that.": (
+        "前 {steps} 步的学习率最多为 --lr 的 5%（{rate}），这是 SAT 在 finetune 模式下的做法；"
+        "可用 --auto_warmup_steps 更改。"
+    ),
+    "No GPU found: {numbers} and gloo on the CPU in place of {instead}.": (
+        "没有找到 GPU：在 CPU 上用 {numbers} 和 gloo 训练，代替 {instead}。"
+    ),
+    "Trainable, {trained} of {all} parameters in {tensors:d} tensors:": (
+        "可训练参数 {trained} 个（共 {all} 个），分布在 {tensors} 个张量中："
+    ),
+    # while it runs, and at its end
+    "step {step}/{last:d}  loss {loss}  lr {rate}  {speed} samples/s  {left} left": (
+        "步 {step}/{last}  损失 {loss}  学习率 {rate}  {speed} 样本/秒  剩余 {left}"
+    ),
+    "iteration {step:d}: validation loss {loss}, perplexity {perplexity}": "第 {step} 步：评估损失 {loss}，困惑度 {perplexity}",
+    "Opening pictures: {done:d} of {total:d}, {left} left": "正在打开图片：{done}/{total}，剩余 {left}",
+    "Checking pictures: {done:d} of {total:d}, {left} left": "正在检查图片：{done}/{total}，剩余 {left}",
+    "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",
+    "Saved {folder} (iteration {iteration:d}).": "已保存 {folder}（第 {iteration} 步）。",
+    "Merged into {folder}.": "已合并到 {folder}。",
+    # evaluate.py and check_data.py
+    "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (
+        "完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}，每 token 损失 {loss}"
+    ),
+    "answers right: {right:d}/{rows:d}": "答对：{right}/{rows}",
+    "{file}: {rows:d} rows, {bad:d} bad": "{file}：{rows} 条数据，{bad} 条有问题",
+    "pictures: {count:d}, {bad:d} bad, {same:d} the same as another under another name": (
+        "图片：{count} 张，{bad} 张有问题，{same} 张与别的文件内容相同"
+    ),
+    "smallest / middle / largest: {smallest} / {middle} / {largest} pixels": (
+        "最小 / 中位 / 最大：{smallest} / {middle} / {largest} 像素"
+    ),
+    "repeated rows: {repeated:d}; the same question answered otherwise: {otherwise:d}": (
+        "重复的数据：{repeated} 条；同样的问题却有不同回答：{otherwise} 条"
+    ),
+    "tokens of the question, picture and frame included: {least:d} to {most:d}, middle {middle:d}": (
+        "问题的 token 数（含图片和问答格式）：{least} 到 {most}，中位数 {middle}"
+    ),
+    "tokens of the answer: {least:d} to {most:d}, middle {middle:d}": "回答的 token 数：{least} 到 {most}，中位数 {middle}",
+    "up to {bound} {bar} {count:d}": "至多 {bound} {bar} {count}",
+    "padding of batches of {size:d}: {share}, and {grouped} with --group_by_length": (
+        "每批 {size} 条时的填充（padding）：{share}；用 --group_by_length 时 {grouped}"
+    ),
+    "--max_source_length {source:d} --max_target_length {target:d} cut {prompts:d} prompts, {labels:d} labels and the oldest"
+    " turns of {histories:d} samples": (
+        "--max_source_length {source} --max_target_length {target} 会截断 {prompts} 个问题、{labels} 个回答，"
+        "以及 {histories} 个样本中最早的对话轮次"
+    ),
+    "--max_source_length {source:d} --max_target_length {target:d} cut nothing": (
+        "--max_source_length {source} --max_target_length {target} 不会截断任何内容"
+    ),
+    "{rows:d} rows: all is well.": "{rows} 条数据：没有问题。",
+    "{rows:d} rows: {bad:d} bad rows.": "{rows} 条数据：{bad} 条有问题。",
+}
+
+# A line: its indent, the command that ended, the row it is about, and the sentence.
+_LINE = re.compile(
+    r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+): )?(?P<text>.*)"
+)
+_language = "auto"
+
+
+def choose_ui_language(language: str) -> None:
+    """Print in a language from now on: one of UI_LANGUAGES; auto leaves it to the environment."""
+    global _language
+    _language = language
+
+
+def speaks_chinese() -> bool:
+    """Whether Chinese is asked for."""
+    if _language != "auto":
+        return _language == "zh"
+    return next((value for name in LANGUAGE_VARIABLES if (value := os.environ.get(name))), "").startswith("zh")
+
+
+def in_ui_language(text: str, stream: object = None) -> str:
+    """text with the lines that the table has in Chinese, if that is asked for; else text as it is.
+
+    JSON is for programs and stays as it is. So does what the stream's encoding has no characters for.
+    """
+    if not speaks_chinese() or text.startswith(("{", "[")):
+        return text
+    lines = [_line_in_chinese(line) for line in text.split("\n")]
+    translated = "\n".join(lines)
+    try:
+        translated.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text
+    return translated
+
+
+def _line_in_chinese(line: str) -> str:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return line
+    sentence = _sentence_in_chinese(match["text"])
+    if sentence is None:
+        return line
+    command = f"{match['command']}：错误：" if match["command"] else ""
+    row = f"{match['file']} 第 {match['row']} 条：" if match["row"] else ""
+    return f"{match['indent']}{command}{row}{sentence}"
+
+
+def _sentence_in_chinese(text: str) -> str | None:
+    for pattern, chinese in _patterns():
+        match = pattern.fullmatch(text)
+        if match:
+            return chinese.format(**match.groupdict())
+    return None
+
+
+@functools.cache
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
+    return [(pattern_of(english), chinese) for english, chinese in SENTENCES.items()]
+
+
+def pattern_of(english: str) -> re.Pattern[str]:
+    """What a sentence of the table looks like with its fields filled in."""
+    parts = re.split(r"\{(\w+)(:d)?\}", english)  # text, name, ":d" or None, text, …
+    regex = re.escape(parts[0])
+    for name, kind, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        field = r"\d+" if kind else ".+?"
+        regex += f"(?P<{name}>{field}){re.escape(text)}"
+    return re.compile(regex)

@@ -1,0 +1,279 @@
+"""The table of Chinese sentences: it is used where Chinese is asked for only, and it fits what the commands print."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT, run_python
+
+import finetune_visualglm
+from model import chinese, progress
+from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
+from model.cli.options import parse
+from model.cli.preflight import preflight
+from model.data.image_check import check_rows
+from model.data.rows import read_rows
+from model.errors import exit_on_input_error
+from scripts import check_data
+
+DATA = "fewshot-data/dataset.json"
+RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
+ROW = {"img": str(PROJECT / "fewshot-data/images/train00.png"), "prompt": "背景？", "label": "雪地。"}
+
+
+@pytest.fixture(autouse=True)
+def language_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No language is asked for but the one that a test asks for."""
+    for name in chinese.LANGUAGE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    choose_ui_language("auto")
+    yield
+    choose_ui_language("auto")
+
+
+# --- which language ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_chinese"),
+    [
+        ({}, False),
+        ({"LANG": "C.UTF-8"}, False),
+        ({"LANG": "en_US.UTF-8"}, False),
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"LANG": "zh_TW.UTF-8", "LC_MESSAGES": "en_US.UTF-8"}, False),
+        ({"LANG": "en_US.UTF-8", "LC_ALL": "zh_CN.UTF-8"}, True),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": ""}, True),
+        ({"LC_ALL": "zh_CN.UTF-8", "VISUALGLM_UI_LANG": "en"}, False),
+        ({"LC_ALL": "C", "VISUALGLM_UI_LANG": "zh"}, True),
+    ],
+)
+def test_first_variable_that_is_set_decides(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_chinese: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert chinese.speaks_chinese() is is_chinese
+
+
+@pytest.mark.parametrize(("words", "is_chinese"), [([], False), (["--ui_lang", "zh"], True), (["--ui_lang=en"], False)])
+def test_flag_wins_over_the_environment_and_ends_with_its_command_line(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], is_chinese: bool
+) -> None:
+    monkeypatch.setenv("LANG", "C" if is_chinese or not words else "zh_CN.UTF-8")
+    parse(words)
+    assert chinese.speaks_chinese() is is_chinese
+    monkeypatch.setenv("LANG", "C")
+    parse([])
+    assert chinese.speaks_chinese() is False
+
+
+def test_error_of_another_flag_is_told_in_the_language_of_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--lr", "fast", "--ui_lang", "zh"])
+    assert capsys.readouterr().err == "finetune_visualglm.py：错误：--lr fast：需要一个数。\n"
+
+
+def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--ui_lang", "fr"])
+    assert (
+        capsys.readouterr().err == "finetune_visualglm.py: error: --ui_lang fr: one of 'auto', 'en', 'zh' is needed.\n"
+    )
+
+
+# --- a text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("english", "translated"),
+    [
+        ("Saved runs/a-11-24-12-00 (iteration 300).", "已保存 runs/a-11-24-12-00（第 300 步）。"),
+        ('my.json row 7: "label" is empty; it is the answer to learn.', "my.json 第 7 条：label 是空的；它是模型要学的回答。"),
+        ("  answers right: 3/50", "  答对：3/50"),
+        ("x.py: error: --lr -1.0: a number greater than 0 is needed.\n--lrr: unknown", "x.py：错误：--lr -1.0：需要大于 0 的数。\n--lrr: unknown"),
+        ("A sentence that the table lacks.", "A sentence that the table lacks."),
+        ('{"answers right: 3/50": 1}', '{"answers right: 3/50": 1}'),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_text_is_translated_line_by_line_and_json_is_not(english: str, translated: str) -> None:
+    choose_ui_language("zh")
+    assert in_ui_language(english) == translated
+
+
+def test_stream_without_chinese_characters_gets_english() -> None:
+    choose_ui_language("zh")
+    assert in_ui_language("answers right: 3/50", io.TextIOWrapper(io.BytesIO(), "ascii")) == "answers right: 3/50"
+    assert in_ui_language("answers right: 3/50", io.TextIOWrapper(io.BytesIO(), "gb2312")) == "答对：3/50"
+
+
+@pytest.mark.parametrize("english", SENTENCES)
+def test_sentence_stays_as_it_is_where_chinese_is_not_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, english: str
+) -> None:
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    sentence = re.sub(r"\{\w+(:d)?\}", "7", english)
+    progress.say(sentence)
+    progress.warn(sentence)
+    assert capsys.readouterr() == (f"{sentence}\n", f"{sentence}\n")
+    choose_ui_language("zh")
+    assert in_ui_language(sentence) != sentence
+
+
+@pytest.mark.parametrize("english", SENTENCES)
+def test_chinese_has_the_fields_of_the_english(english: str) -> None:
+    def names(text: str) -> list[str]:
+        return sorted(set(re.findall(r"\{(\w+)(?::d)?\}", text)))
+
+    assert names(SENTENCES[english]) == names(english)
+    assert re.search("[\u4e00-\u9fff]", SENTENCES[english])
+
+
+# --- the table against the commands -----------------------------------------------------------------------------------
+
+
+def printed_by(function: object, *arguments: object) -> str:
+    """What a call prints on both streams, whether it ends the program or not."""
+    with io.StringIO() as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        with contextlib.suppress(SystemExit):
+            function(*arguments)  # type: ignore[operator]
+        return stream.getvalue()
+
+
+def check(words: list[str]) -> None:
+    """What the script does before it loads SAT and a model."""
+    options = parse(words)
+    with exit_on_input_error("finetune_visualglm.py"):
+        finetune_visualglm.announce(options, preflight(options).notes)
+
+
+def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
+    """Command lines that are refused before a model is loaded."""
+    good = ["--use_lora", "--from_pretrained", "model/tiny", "--train-data", DATA]
+    yield ["--lrr", "1", "--zzzzzz"]
+    yield ["--batch-size", "few"]
+    yield ["--lr", "fast"]
+    yield ["--mode", "sleep"]
+    yield ["--lr"]
+    yield [*good, "--batch-size", "0", "--lr", "-1"]
+    yield ["--keep_best", "--save", "x"]
+    yield [*good, "--use_qlora", "--train-iters", "3", "--epochs", "3", "--holdout", "4", "--valid-data", DATA]
+    yield [*good, "--keep_best", "--save", "x"]
+    yield [*good, "--layer_range", "0", "99"]
+    yield [*good, "--max_source_length", "36"]
+    yield [*good[:-1], "gone.json"]
+    yield ["--use_lora", "--train-data", DATA, "--from_pretrained", "gone"]
+    for name in ("broken", "empty", "bad", "gone-picture"):
+        yield [*good[:-1], str(folder / f"{name}.json")]
+
+
+def good_command_lines(folder: Path) -> Iterator[list[str]]:
+    """Command lines of which much is said before a model is loaded."""
+    good = ["--use_lora", "--mode", "finetune", "--from_pretrained", "model/tiny", "--train-data"]
+    yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
+    yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
+    yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
+    yield [*good, str(folder / "many-bad.json"), "--bad_rows", "skip"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data files, of which most are wrong."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "broken.json").write_text("[{]")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes((PROJECT / "fewshot-data/images/train00.png").read_bytes()[:1000])
+    no_label = {"img": ROW["img"], "prompt": "背景？"}
+    files = {
+        "empty": [],
+        "bad": [no_label, ROW | {"label": " "}, {"image": "a.png", "prompt": "背景？", "label": "雪地。"}],
+        "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png")],
+        "many-bad": [ROW, *[no_label] * 25],
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checked(data: Path) -> list[str]:
+    """The lines that checks print, without a model."""
+    text = ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(PROJECT)
+        patch.setenv("VISUALGLM_UI_LANG", "en")
+        patch.setattr(progress, "QUIET_SECONDS", 0.0)
+        for words in [*wrong_command_lines(data), *good_command_lines(data)]:
+            text += printed_by(check, words)
+        text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
+        text += printed_by(check_data.main, [str(data / "bad.json")])
+        text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
+    return text.splitlines()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The lines that a short training run prints, and an evaluation and a merge of what it saved."""
+    runs = tmp_path_factory.mktemp("runs")
+    words = [
+        "--train-data",
+        DATA,
+        "--train-iters",
+        "2",
+        "--eval-interval",
+        "2",
+        "--holdout",
+        "4",
+        "--keep_best",
+        "--fp16",
+    ]
+    environment = {"VISUALGLM_UI_LANG": "en", "CUDA_VISIBLE_DEVICES": ""}
+    done = [run_python(*RUN, *words, "--save", runs, **environment)]
+    [tuned] = runs.iterdir()
+    evaluation = ["scripts/evaluate.py", "--from_pretrained", tuned, "--data", DATA, "--max_length", "70"]
+    done.append(run_python(*evaluation, **environment))
+    done.append(run_python("scripts/merge_lora.py", tuned, runs / "merged", **environment))
+    assert [one.returncode for one in done] == [0, 0, 0], done[-1].stderr
+    return [line for one in done for line in (one.stdout + one.stderr).splitlines()]
+
+
+# Those of a run; the others are told by checks.
+OF_A_RUN = (
+    "No GPU found", "Trainable, ", "step ", "iteration ", "Best evaluation", "Saved ", "Merged ", "exact match ", "answers right",
+)  # fmt: skip
+
+
+def untranslated(sentences: list[str], lines: list[str]) -> list[str]:
+    """Which sentences of the table no line is like."""
+    told = [match["text"] for line in lines if (match := chinese._LINE.fullmatch(line))]
+    return [sentence for sentence in sentences if not any(map(pattern_of(sentence).fullmatch, told))]
+
+
+def test_checks_print_every_sentence_of_theirs(checked: list[str]) -> None:
+    of_checks = [sentence for sentence in SENTENCES if not sentence.startswith(OF_A_RUN)]
+    assert untranslated(of_checks, checked) == []
+
+
+@pytest.mark.run
+def test_run_prints_every_sentence_of_its_own(ran: list[str]) -> None:
+    of_a_run = [sentence for sentence in SENTENCES if sentence.startswith(OF_A_RUN)]
+    assert len(of_a_run) == len(OF_A_RUN)
+    assert untranslated(of_a_run, ran) == []
+
+
+@pytest.mark.run
+def test_run_in_a_chinese_locale_is_in_chinese_and_in_another_one_in_english() -> None:
+    words = ["scripts/check_data.py", DATA]
+    without = dict.fromkeys(chinese.LANGUAGE_VARIABLES, "")
+    in_chinese = run_python(*words, **without | {"LANG": "zh_CN.UTF-8"}).stdout.splitlines()
+    in_english = run_python(*words, **without | {"LANG": "C.UTF-8"}).stdout.splitlines()
+    assert (in_chinese[0], in_chinese[-1]) == (f"{DATA}：20 条数据，0 条有问题", "20 条数据：没有问题。")
+    assert (in_english[0], in_english[-1]) == (f"{DATA}: 20 rows, 0 bad", "20 rows: all is well.")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -178,6 +179,31 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
         [sys.executable, *map(str, command)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def may_mount() -> bool:
+    """Whether this user may mount a file system in a namespace of its own."""
+    mounting = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/tmp"]
+    return shutil.which("unshare") is not None and not subprocess.run(mounting, capture_output=True).returncode
+
+
+small_disk = pytest.mark.skipif(
+    not may_mount(),
+    reason="a small disk is mounted in a namespace of its own, which this user may not make (unshare -m)",
+)
+
+
+def run_on_a_small_disk(name: str, disk: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run tests/programs/<name>.py with disk and words, where disk is a file system of 8 MiB for this process alone."""
+    mounting = PROJECT / "tests/programs/on_a_small_disk.sh"
+    program = PROJECT / "tests/programs" / f"{name}.py"
+    return subprocess.run(
+        ["unshare", "-m", "bash", mounting, disk, sys.executable, program, disk, *words],
+        env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -250,7 +250,7 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
     if problem:
         return problem
     iteration = _latest(folder)
-    if iteration != "release" and not (iteration.isdecimal() and int(iteration) > 0):
+    if iteration != "release" and not re.fullmatch(r"0*[1-9]\d{0,17}", iteration):
         return (
             f"{json.dumps(iteration[:40])} found in {folder / 'latest'}; the number of the iteration to load is needed."
         )
@@ -300,7 +300,7 @@ def _iteration_damage(folder: Path, iteration: str) -> str | None:
 
 def _earlier(folder: Path, iteration: str) -> list[str]:
     """The iterations in folder before this one, the newest first."""
-    if not iteration.isdecimal():
+    if not re.fullmatch(r"\d{1,18}", iteration):
         return []
     numbers = (int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
     return [str(number) for number in sorted(numbers, reverse=True) if number < int(iteration)]

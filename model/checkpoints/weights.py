@@ -103,55 +103,81 @@ def write_unfinished(
         As for `save_checkpoint`.
     """
     module: Any = getattr(model, "module", model)
-    folder, is_first = Path(args.save), torch.distributed.get_rank() == 0
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
     weights: Mapping[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
         weights = module.state_dict() if full else trained_weights(module)
-    needed = size_of(weights) + _size_of_extra_files(folder)
-    unfinished = folder / f"{iteration}{UNFINISHED}"
+    adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
+    saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
 
     def begin() -> None:
-        learned = _learned(weights, AdapterConfig.from_options(args)) if full else weights
-        refuse_unless_finite(learned, f"iteration {iteration}")
+        refuse_unless_finite(_learned(weights, adapters) if full else weights, f"iteration {iteration}")
         if is_first:
-            with told_as_a_sentence(iteration, folder, needed):
-                _make_room(folder, iteration, needed)
-                unfinished.mkdir(parents=True)
-
-    def write() -> None:
-        with told_as_a_sentence(iteration, folder, needed):
-            if weights:
-                path = weights_path(folder, unfinished.name, mpu.get_model_parallel_rank())
-                torch.save({"module": weights, "iteration": iteration}, path)
-            for name, write_file in extra_files.items():
-                write_file(unfinished / name)
-
-    def publish() -> None:
-        try:
-            with told_as_a_sentence(iteration, folder, needed):
-                shared = _write_shared_files(folder, config_text)
-                put_in_place(unfinished, folder / str(iteration), shared)
-                write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
-        except BaseException:
-            remove_unfinished(folder)
-            raise
-        remove_older_iterations(folder, iteration, getattr(args, "save_total_limit", None))
-        say(f"Saved {folder} (iteration {iteration}).")
+            saving.make_room()
 
     on_every_process(begin)
     try:
-        on_every_process(write)
+        on_every_process(saving.write)
     except BaseException:
         if is_first:
-            remove_unfinished(folder)
+            remove_unfinished(saving.folder)
         raise
     if not is_first:
         return lambda: None
     config = extract_model_specific_args_to_dump(args, module)
-    config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
-    config_text = json.dumps(config, indent=4, ensure_ascii=False)
-    return publish
+    config[KEY] = description(adapters, module.base, args.num_layers, full)
+    saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
+    return saving.publish
+
+
+class _Saving:
+    """An iteration on its way to the disk: written beside its place, then put there."""
+
+    def __init__(
+        self,
+        iteration: int,
+        folder: Path,
+        weights: Mapping[str, torch.Tensor],
+        extra_files: Mapping[str, Callable[[Path], Any]],
+        save_total_limit: int | None,
+    ) -> None:
+        self.iteration, self.folder, self.weights, self.extra_files = iteration, folder, weights, extra_files
+        self.save_total_limit = save_total_limit
+        self.needed = size_of(weights) + _size_of_extra_files(folder)  # bytes
+        self.unfinished = folder / f"{iteration}{UNFINISHED}"
+        self.config_text = ""  # of model_config.json
+
+    def make_room(self) -> None:
+        """Make the folder that is written to, without what a killed save has left."""
+        with told_as_a_sentence(self.iteration, self.folder, self.needed):
+            _make_room(self.folder, self.iteration, self.needed)
+            self.unfinished.mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write this process's files."""
+        with told_as_a_sentence(self.iteration, self.folder, self.needed):
+            if self.weights:
+                path = weights_path(self.folder, self.unfinished.name, mpu.get_model_parallel_rank())
+                torch.save({"module": self.weights, "iteration": self.iteration}, path)
+            for name, write_file in self.extra_files.items():
+                write_file(self.unfinished / name)
+
+    def publish(self) -> None:
+        """Wait for the disk, and make the files the newest checkpoint."""
+        folder, iteration = self.folder, self.iteration
+        try:
+            with told_as_a_sentence(iteration, folder, self.needed):
+                shared = _write_shared_files(folder, self.config_text)
+                put_in_place(self.unfinished, folder / str(iteration), shared)
+                write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
+        except BaseException:
+            remove_unfinished(folder)
+            raise
+        try:
+            remove_older_iterations(folder, iteration, self.save_total_limit)
+        except OSError as error:
+            warn(f"WARNING: {folder}: older iterations can't be removed ({error.strerror}).")
+        say(f"Saved {folder} (iteration {iteration}).")
 
 
 def on_every_process(act: Callable[[], None]) -> None:

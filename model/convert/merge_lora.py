@@ -14,7 +14,7 @@ from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import load_tensors, place_in_file, shapes
-from model.checkpoints.weights import size_of, whole_weights, without_adapters
+from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weights, without_adapters
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
@@ -50,7 +50,10 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
         raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
 
     def merged(name: str) -> torch.Tensor:
-        return merged_weight(name, plain[name], weights, adapters)
+        weight = merged_weight(name, plain[name], weights, adapters)
+        if weight is not plain[name]:
+            refuse_unless_finite({name: weight}, f"{checkpoint.name}, merged")
+        return weight
 
     unfinished = folder / f"{ITERATION}{UNFINISHED}"
     try:
@@ -65,6 +68,8 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
         ) from error
     finally:
         remove_unfinished(folder)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 

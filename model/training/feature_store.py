@@ -95,9 +95,8 @@ class FeaturesOnDisk(FeaturePart):
         entries = listed(file, format)
         start = len(entries) if entries and _any_is_whole(entries, rows_in(file, len(entries), format)) else 0
         if start:
-            index.truncate(
-                len(HEADER) + start * len(entries[0])
-            )  # half an entry may be behind, of a run that was killed
+            # A run that was killed may have left half an entry behind them.
+            index.truncate(len(HEADER) + len(b"".join(entries)))
         else:
             index.truncate(0)
             file.unlink(missing_ok=True)

@@ -140,6 +140,15 @@ def test_find_when_latest_is_no_iteration_says_what_it_holds(checkpoint: Path) -
     assert f'"global_step3" found in {checkpoint / "latest"}' in checkpoint_error(checkpoint)
 
 
+@pytest.mark.parametrize("content", [b"\xff\x00", b"\x1b[31mred", b"9" * 5000, b"", b"-1", b"0"])
+def test_find_when_latest_is_damaged_shows_it_without_what_a_terminal_obeys(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "latest").write_bytes(content)
+    text = checkpoint_error(checkpoint)
+    assert f"found in {checkpoint / 'latest'}; the number of the iteration to load is needed." in text
+    assert text.isprintable()
+    assert len(text) < 400
+
+
 def test_find_when_the_folder_above_is_given_names_a_checkpoint_inside(checkpoint: Path) -> None:
     assert f"is needed, such as {checkpoint}." in checkpoint_error(checkpoint.parent)
 

@@ -1,11 +1,13 @@
 """Merging: from file to file, one tensor at a time, into an ordinary checkpoint; and what can't be merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import PROJECT, load_model, run_program, run_python, write_tuned
+from conftest import PROJECT, load_model, run_on_a_small_disk, run_program, run_python, small_disk, write_tuned
 
+from model.checkpoints.layout import Checkpoint
 from model.checkpoints.weights import read_weights
 from model.convert.merge_lora import is_packed_in_qlora, merge, write_weights
 from model.errors import InputError
@@ -49,6 +51,36 @@ def test_merged_checkpoint_of_every_target_gives_the_same_logits(lora, tmp_path)
     merged, _ = load_for_answering(str(merge(str(lora), str(tmp_path / "merged"))))
     assert type(merged).__name__ == "VisualGLMModel"
     torch.testing.assert_close(logits(merged), logits(load_for_answering(str(lora))[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_checkpoint_has_checksums(lora, tmp_path):
+    folder = merge(str(lora), str(tmp_path / "merged"))
+    files = json.loads((folder / "1/checksums.json").read_text())["files"]
+    assert sorted(files) == ["../ice_text.model", "../model_config.json", "mp_rank_00_model_states.pt"]
+    assert Checkpoint.find(folder).iteration == "1"
+
+
+def test_merged_weights_that_are_not_finite_are_refused_and_leave_nothing(lora, tmp_path):
+    tuned = shutil.copytree(lora, tmp_path / "lora")
+    (tuned / "1/checksums.json").unlink()
+    content = torch.load(tuned / WEIGHTS)
+    for part in "AB":
+        content["module"][f"transformer.layers.0.attention.dense.matrix_{part}.0"].fill_(1e30)
+    torch.save(content, tuned / WEIGHTS)
+    with pytest.raises(
+        InputError, match=r"transformer\.layers\.0\.attention\.dense\.weight has numbers that are NaN or inf"
+    ):
+        merge(str(tuned), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@small_disk
+@pytest.mark.run
+def test_merging_onto_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(upstream_checkpoint, tmp_path):
+    done = run_on_a_small_disk("save_without_room", tmp_path, upstream_checkpoint, "merging")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{tmp_path}/merged: the merged checkpoint can't be written (No space left on device)" in done.stderr
+    assert done.stdout.splitlines()[-1] == "other run"
 
 
 def test_merged_checkpoint_is_read_by_sats_own_loader(lora, upstream_checkpoint, tmp_path):

@@ -100,9 +100,14 @@ def test_error_beside_the_training_ends_the_run_at_its_end() -> None:
 def test_saver_after_an_error_waits_for_the_disk_all_the_same() -> None:
     disk = Disk()
     threading.Timer(0.05, disk.works.set).start()
-    with pytest.raises(ZeroDivisionError), CheckpointSaver(disk.save) as saver:
-        save(saver, 1)
-        raise ZeroDivisionError
+
+    def fails_after_a_save():
+        with CheckpointSaver(disk.save) as saver:
+            save(saver, 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_after_a_save()
     assert disk.written == [("run", 1)]
 
 

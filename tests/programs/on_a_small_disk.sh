@@ -1,0 +1,3 @@
+# In a mount namespace of its own: on_a_small_disk.sh FOLDER COMMAND…
+# Runs the command while FOLDER is a file system of 8 MiB, which goes with the command.
+mount -t tmpfs -o size=8m none "$1" && exec "${@:2}"

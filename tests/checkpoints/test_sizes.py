@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, write_tuned
+from safetensors.torch import save_file
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint
@@ -101,3 +102,16 @@ def test_full_size_runs_no_code_of_the_file(tmp_path: Path) -> None:
 def test_full_size_of_something_else_is_its_own(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "weights.pt").write_bytes(content)
     assert full_size(tmp_path / "weights.pt", 4) == len(content)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_full_size_of_safetensors_counts_their_numbers(tmp_path, width):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(10, 30, dtype=torch.float16), "b": torch.zeros(7)}, path)
+    assert full_size(path, width) == 307 * width
+
+
+def test_full_size_of_broken_safetensors_is_that_of_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"half a download")
+    assert full_size(path, 2) == 15

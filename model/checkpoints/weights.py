@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,13 +53,19 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_checkpoint(
-    iteration: int, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
+    iteration: int,
+    model: torch.nn.Module,
+    optimizer: Any,
+    lr_scheduler: Any,
+    args: argparse.Namespace,
+    extra_files: Mapping[str, Callable[[Path], Any]] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint into args.save (SAT has put the experiment's name into it). SAT calls this on every rank.
 
     Args:
         model: DeepSpeed's engine, or the model itself.
         optimizer, lr_scheduler: SAT hands them over; its layout has no place for the optimizer's state.
+        extra_files: further files of the iteration, by name, in this order; each function writes to a path.
     """
     module: Any = getattr(model, "module", model)
     folder = Path(args.save)
@@ -69,6 +76,8 @@ def save_checkpoint(
         write_whole(weights_path(folder, iteration, rank), lambda path: torch.save(weights, path))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
+        for name, write in extra_files.items():
+            write_whole(folder / str(iteration) / name, write)
         config = extract_model_specific_args_to_dump(args, module)
         config[KEY] = description(AdapterConfig.from_options(args), module.base, args.num_layers, full)
         text = json.dumps(config, indent=4, ensure_ascii=False)

@@ -80,6 +80,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     packing: bool
     group_by_length: bool
     auto_warmup_steps: int
+    resume: str | None
 
     user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
 
@@ -145,6 +146,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "stays one of chance.")
     add("--auto_warmup_steps", type=int, default=100, metavar="N",
         help="Iterations that SAT holds at 5 %% of --lr at most, with --mode finetune (default %(default)s).")
+    add("--resume", metavar="FOLDER|auto",
+        help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
+             "the newest checkpoint of --experiment-name under --save, or a fresh run.")
     # fmt: on
 
 

@@ -16,12 +16,12 @@ folder, *argv = sys.argv[1:]
 save_checkpoint = checkpoint.save_checkpoint
 
 
-def save_both_kinds(iteration, model, optimizer, lr_scheduler, args):
+def save_both_kinds(iteration, model, optimizer, lr_scheduler, args, **files):
     with torch.no_grad():
         logits = model.module.eval()(**QUESTION)[0]
     for kind in ("adapter", "full"):
         kind_args = Namespace(**vars(args) | {"save": f"{folder}/{kind}", "save_full_model": kind == "full"})
-        save_checkpoint(iteration, model, optimizer, lr_scheduler, kind_args)
+        save_checkpoint(iteration, model, optimizer, lr_scheduler, kind_args, **files)
     torch.save(logits, f"{folder}/logits.pt")
 
 

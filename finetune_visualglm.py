@@ -16,8 +16,9 @@ from functools import partial
 from typing import Any
 
 from model import distributed, sat_compat
-from model.cli.options import Options, parse, script_parser
-from model.cli.preflight import Inputs, preflight, samples_per_step
+from model.cli.options import Options, script_parser
+from model.cli.preflight import Inputs, preflight, samples_per_step, warm_up_notes
+from model.cli.resuming import CommandLine, command_line, finished_note
 from model.errors import exit_on_input_error
 from model.progress import say
 from model.training import sat_loop
@@ -64,17 +65,6 @@ def create_dataset_function(
     return FewShotDataset(path, processor, get_tokenizer(args), args, rows, chosen, note_bad_images=rows is not None)
 
 
-def announce(options: Options, notes: Sequence[str]) -> None:
-    """Say what was found, and which rule slows the first steps down."""
-    for note in notes:
-        say(note)
-    if options.mode == "finetune" and options.auto_warmup_steps:
-        say(
-            f"The first {options.auto_warmup_steps} steps use at most 5 % of --lr ({0.05 * options.lr:.2g}), as SAT does "
-            "in finetune mode; --auto_warmup_steps changes that."
-        )
-
-
 def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tuple[Any, argparse.Namespace]:
     """The checkpoint's model, frozen but for what is trained, and args with the checkpoint's sizes."""
     from model.finetune import FineTuneVisualGLMModel
@@ -90,7 +80,7 @@ def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tu
     return model, args
 
 
-def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
+def train(line: CommandLine, inputs: Inputs) -> None:
     """Load the model and let SAT train it."""
     sat_compat.import_sat(training=True)
     from model.checkpoints.weights import load_checkpoint, save_checkpoint
@@ -99,14 +89,16 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.feature_cache import FeatureCache
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
+    from model.training.run_state import RunState
     from model.training.saving import CheckpointSaver, TimedSaves
     from model.training.step import evaluation_step, forward_step, token_normalized_step
 
-    saver = CheckpointSaver(save_checkpoint)
-    hooks = sat_loop.Hooks(load_checkpoint, saver.save, TrainingReport(), options.auto_warmup_steps)
+    options, saver = line.options, CheckpointSaver(save_checkpoint)
+    run = RunState(TrainingReport(), line.resumed, saver.begin)
+    hooks = sat_loop.Hooks(load_checkpoint, run.saving(saver.save), run.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     with distributed.launcher_environment(), sat_loop.adapted(hooks), saver:
-        args = sat_loop.get_args(argv, options, script_parser())
+        args = sat_loop.get_args(line.words, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(
             model.get_mixin("eva").model,
@@ -115,10 +107,11 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             options.feature_cache,
         )
         inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
+        run.watch(hooks, line, inputs)
         hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
         hooks.when_ready = features.offload_vision
         if options.keep_best:
-            hooks.after_evaluation = BestCheckpoint(saver.save).consider
+            run.after_evaluation = BestCheckpoint(saver.save).consider
         sat_loop.training_main()(
             args,
             model_cls=model,
@@ -127,18 +120,23 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             handle_metrics_function=mean_over_tokens,
             create_dataset_function=create_dataset_function,
             collate_fn=packed_collator if options.packing else data_collator,
-            init_function=saver.begin,
+            init_function=run.place,
         )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line argv (sys.argv's by default); bad input ends it with a sentence and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = parse(argv)
     with exit_on_input_error("finetune_visualglm.py"):
-        inputs = preflight(options, lambda: importlib.import_module("model.sat_compat").import_sat(training=True))
-        announce(options, inputs.notes)
-        train(argv, options, inputs)
+        line = command_line(argv)
+        inputs = preflight(line.options, partial(sat_compat.import_sat, training=True), line.resumed)
+        finished = finished_note(line, inputs.steps)
+        if finished:
+            say(finished)
+            return
+        for note in (*line.notes, *inputs.notes, *warm_up_notes(line.options, line.steps_done)):
+            say(note)
+        train(line, inputs)
 
 
 if __name__ == "__main__":

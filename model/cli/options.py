@@ -84,6 +84,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     group_by_length: bool
     auto_warmup_steps: int
     ui_lang: str
+    resume: str | None
 
     user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
 
@@ -156,6 +157,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--ui_lang", default="auto", choices=UI_LANGUAGES,
         help="Language of the most common messages, 中文 or English; auto goes by $VISUALGLM_UI_LANG, then by the locale "
              "(default %(default)s).")
+    add("--resume", metavar="FOLDER|auto",
+        help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
+             "the newest checkpoint of --experiment-name under --save, or a fresh run.")
     # fmt: on
 
 

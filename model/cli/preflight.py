@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.metadata import with_base
+from model.checkpoints.resume import Resumed
 from model.checkpoints.sizes import adapter_size, folder_problems, full_size
 from model.cli.flag_checks import (
     config_problems,
@@ -45,12 +46,16 @@ class Inputs:
     selection: Selection
     lengths: Lengths  # with --max_source_length auto settled
     notes: list[str]  # sentences for the person at the prompt
+    steps: int  # optimizer steps of the whole run
 
 
-def preflight(options: Options, meanwhile: Callable[[], object] = lambda: None) -> Inputs:
+def preflight(
+    options: Options, meanwhile: Callable[[], object] = lambda: None, resumed: Resumed | None = None
+) -> Inputs:
     """Check everything, the quickest first.
 
     Args:
+        resumed: the run that goes on, if one does.
         meanwhile: called here while a process of its own checks the data, where there is so much that it takes seconds.
 
     Raises:
@@ -59,14 +64,17 @@ def preflight(options: Options, meanwhile: Callable[[], object] = lambda: None) 
     raise_problems(flag_problems(options))
     notes = [] if options.save else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
     notes += deepspeed_notes(options)
-    checkpoint = checked_checkpoint(options)
-    notes += overridden_by_config(options, checkpoint.config)
+    checkpoint = checked_checkpoint(options, resumed)
+    notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
     raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
     data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
-    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes])
+    if resumed:
+        data.selection.left_out = resumed.record.left_out
+    steps = training_steps(options, data.selection)
+    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps)
 
 
 def deepspeed_notes(options: Options) -> list[str]:
@@ -83,13 +91,15 @@ def deepspeed_notes(options: Options) -> list[str]:
     return overridden_by_deepspeed(options, settings, path)
 
 
-def checked_checkpoint(options: Options) -> Checkpoint:
-    """The checkpoint to start from, and its base.
+def checked_checkpoint(options: Options, resumed: Resumed | None = None) -> Checkpoint:
+    """The checkpoint to start from, or to go on with, and its base.
 
     Raises:
         InputError: one of them is not there, or the checkpoint and the flags don't fit.
     """
-    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    checkpoint = (
+        resumed.checkpoint if resumed else Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    )
     raise_problems(config_problems(options, checkpoint.config))
     return with_base(checkpoint, options.base)
 
@@ -218,15 +228,21 @@ def epoch_problems(options: Options, selection: Selection) -> list[str]:
     ]
 
 
+def training_steps(options: Options, selection: Selection) -> int:
+    """Optimizer steps of a run."""
+    if not options.epochs:
+        return options.train_iters or SAT_TRAIN_ITERS
+    # The last batch may be a small one; batches that make no whole step are left over.
+    samples = options.epochs * training_samples(options, selection)
+    batches = -(-samples * options.gradient_accumulation_steps // samples_per_step(options))
+    return max(1, batches // options.gradient_accumulation_steps)
+
+
 def epochs_note(options: Options, selection: Selection) -> str:
     """How many samples a run sees, and how many times through the data that is."""
     samples, at_once = training_samples(options, selection), samples_per_step(options)
-    steps = options.train_iters or SAT_TRAIN_ITERS
-    seen = steps * at_once
-    if options.epochs:  # the last batch may be a small one; batches that make no whole step are left over
-        batches = -(-options.epochs * samples * options.gradient_accumulation_steps // at_once)
-        steps = max(1, batches // options.gradient_accumulation_steps)
-        seen = min(options.epochs * samples, steps * at_once)
+    steps = training_steps(options, selection)
+    seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
     return (
         f"Training on {samples} samples: {steps} steps of {at_once} see {seen} samples, {seen / samples:.3g} epochs"
         + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")
@@ -243,3 +259,13 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
         f"{turns}; cut to fit: {truncations.prompts} prompts{histories} (--max_source_length), {truncations.labels} labels"
         " (--max_target_length)"
     )
+
+
+def warm_up_notes(options: Options, steps_done: int) -> list[str]:
+    """Which rule of SAT's slows the first steps down, unless they are behind."""
+    if options.mode != "finetune" or options.auto_warmup_steps <= steps_done:
+        return []
+    return [
+        f"The first {options.auto_warmup_steps} steps use at most 5 % of --lr ({0.05 * options.lr:.2g}), as SAT does "
+        "in finetune mode; --auto_warmup_steps changes that."
+    ]

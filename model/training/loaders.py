@@ -33,12 +33,21 @@ class OrderedBatches(Sampler[list[int]]):
     def __init__(self, order: SampleOrder, batches_per_step: int = 1) -> None:
         """batches_per_step is how many micro-batches an optimizer step takes."""
         self.order, self.batches_per_step = order, batches_per_step
-        self.start_iter = 0  # optimizer steps to leave out; SAT sets it with --resume-dataloader
+        self.start = 0  # micro-batches to leave out
+
+    @property
+    def start_iter(self) -> int:
+        """Optimizer steps to leave out; SAT sets it with --resume-dataloader."""
+        return self.start // self.batches_per_step
+
+    @start_iter.setter
+    def start_iter(self, steps: int) -> None:
+        self.start = steps * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
         group = mpu.get_data_parallel_group()
         rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        return self.order.batches(rank, ranks, self.start_iter * self.batches_per_step)
+        return self.order.batches(rank, ranks, self.start)
 
     def __len__(self) -> int:
         return self.order.batch_count
@@ -55,6 +64,7 @@ class Loader:
         self, samples: Any, order: SampleOrder, args: argparse.Namespace, collate_fn: Any, batches_per_step: int = 1
     ) -> None:
         self.batch_sampler = OrderedBatches(order, batches_per_step)
+        self._taken = 0  # micro-batches of the order that are behind
         self._batches = DataLoader(
             samples,
             batch_sampler=self.batch_sampler,
@@ -68,7 +78,23 @@ class Loader:
         return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._batches
+        self._taken = self.batch_sampler.start
+        random_state = torch.get_rng_state()
+        batches = iter(self._batches)  # torch draws a seed for the worker processes
+        if self._taken:  # the run that goes on here has drawn it at its beginning
+            torch.set_rng_state(random_state)
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    @property
+    def samples_taken(self) -> int:
+        """Samples of the order, of all processes together, that have been given out or left out."""
+        return self._taken * self.batch_sampler.order.batch
+
+    def start_at_sample(self, samples: int) -> None:
+        """Leave out so many samples of the order, of all processes together: the whole batches among them."""
+        self.batch_sampler.start = samples // self.batch_sampler.order.batch
 
 
 def make_loaders(

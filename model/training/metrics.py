@@ -18,6 +18,27 @@ class TrainingReport:
         self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
         self.started = time.monotonic()
         self.first_step: int | None = None
+        self.loss_sum: Any = 0.0  # of the steps since the last line, scalar float32
+        self.summed_steps = 0  # how many these are
+        self.timed_steps = 0  # those of them that this process has taken, and not a run that it goes on with
+
+    def add(self, loss: Any) -> None:
+        """Note the loss of a step, scalar float32, for the next line."""
+        self.loss_sum = self.loss_sum + loss.detach().float()
+        self.summed_steps, self.timed_steps = self.summed_steps + 1, self.timed_steps + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next line needs, and the last evaluation."""
+        return {
+            "loss_sum": float(self.loss_sum),
+            "summed_steps": self.summed_steps,
+            "evaluation_loss": self.evaluation_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of another report."""
+        self.loss_sum, self.summed_steps = state["loss_sum"], state["summed_steps"]
+        self.evaluation_loss = state["evaluation_loss"]
 
     def watch(self, scheduler: Any, optimizer: Any) -> None:
         """Note the learning rate that each step uses: SAT reports the one that the next step will use."""
@@ -42,8 +63,15 @@ class TrainingReport:
         args: argparse.Namespace,
         metrics: dict[str, float],
     ) -> None:
-        """One line for a step. SAT calls this every --log-interval steps, with the mean time of a step since."""
+        """One line for a step. SAT calls this every --log-interval steps, with the mean loss and time of a step since.
+
+        SAT knows nothing of the steps before a run went on; where those count, the loss is the one summed up here.
+        """
         seconds = milliseconds / 1000
+        if self.timed_steps < self.summed_steps:
+            loss = float(self.loss_sum) / self.summed_steps
+            seconds *= args.log_interval / self.timed_steps
+        self.loss_sum, self.summed_steps, self.timed_steps = 0.0, 0, 0
         ranks = args.world_size // args.model_parallel_size
         samples_per_second = args.batch_size * args.gradient_accumulation_steps * ranks / seconds
         line = f"step {step:>{len(str(last_step))}}/{last_step}  loss {loss:.4f}  lr {self.learning_rate:.2e}"

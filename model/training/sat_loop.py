@@ -88,6 +88,11 @@ class Hooks:
     when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
+    before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
+    # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
+    schedule_start: Callable[[int], int] = lambda iteration: iteration
+    # Everything is seeded, the first step comes next: (state, loader of the training rows). Whether to evaluate first.
+    before_training: Callable[[LoopState, Any], bool] = lambda state, loader: False
 
 
 class Replacement(NamedTuple):
@@ -118,6 +123,8 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
         Replacement(loop, "train_step", _train_step(loop, hooks), "SAT has no hook around a step"),
+        Replacement(loop, "train", _train(loop, hooks), "SAT seeds everything anew just before; a run may go on"),
+        Replacement(loop, "exit", _exit(hooks), "--exit-interval leaves without saving"),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)
@@ -216,7 +223,8 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     schedule_of_sat = loop.get_learning_rate_scheduler
 
     def scheduler(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
-        schedule = schedule_of_sat(optimizer, iteration, args, hooks.auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
+        start = hooks.schedule_start(iteration)
+        schedule = schedule_of_sat(optimizer, start, args, hooks.auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
         hooks.report.watch(schedule, optimizer)
         hooks.when_ready()
         return schedule
@@ -264,6 +272,37 @@ def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         return loss, skipped, metrics
 
     return train_step
+
+
+def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """SAT's loop over the steps, before which a run that goes on gets its state, and the evaluation that it still owes."""
+    train_of_sat = loop.train
+
+    def train(
+        model: Any, optimizer: Any, scheduler: Any, train_data: Any, val_data: Any, timers: Any,
+        args: argparse.Namespace, **named: Any,
+    ) -> Any:  # fmt: skip
+        if hooks.make_loaders is not None and val_data is not None:
+            val_data.batch_sampler.start_iter = 0  # SAT's --resume-dataloader leaves rows out of every evaluation
+        owes_evaluation = hooks.before_training(LoopState(model, optimizer, scheduler, args), train_data)
+        if owes_evaluation and args.do_valid and args.eval_interval and args.iteration % args.eval_interval == 0:
+            loop.evaluate_and_print_results(
+                f"iteration {args.iteration}", iter(val_data), model, len(val_data), args, timers, False,
+                step=args.iteration, split="val", **named,
+            )  # fmt: skip
+        return train_of_sat(model, optimizer, scheduler, train_data, val_data, timers, args, **named)
+
+    return train
+
+
+def _exit(hooks: Hooks) -> Callable[[], None]:
+    """What SAT's loop calls to leave with --exit-interval, in place of Python's function of that name."""
+
+    def leave() -> None:
+        hooks.before_exit()
+        sys.exit()
+
+    return leave
 
 
 def timers_without_gpu(timers_of_sat: Any) -> Any:

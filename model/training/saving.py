@@ -11,7 +11,6 @@ asks nothing of torch and nothing of other processes, so that it can't come betw
 """
 
 import argparse
-import copy
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -120,6 +119,8 @@ class TimedSaves(StepWatcher):
         """hooks.save_checkpoint saves. seconds is None where SAT's loop counts steps or epochs."""
         self.hooks, self.seconds, self.clock = hooks, seconds, clock
         self.last: float | None = None
+        self.state: LoopState | None = None
+        hooks.before_exit = self.before_exit
 
     @classmethod
     def of_run(cls, hooks: Hooks, options: Options) -> "TimedSaves":
@@ -138,11 +139,13 @@ class TimedSaves(StepWatcher):
             self.last = self.clock()
 
     def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
-        """Save when SAT's loop is about to leave."""
-        after = copy.copy(state.args)
-        after.iteration += 1  # it doesn't count this step yet
-        if after.save and after.exit_interval and after.iteration % after.exit_interval == 0:
-            self.hooks.save_checkpoint(after.iteration, *state[:3], after)
+        """Remember what there is to save."""
+        self.state = state
+
+    def before_exit(self) -> None:
+        """Save, for SAT's loop is about to leave."""
+        if self.state is not None and self.state.args.save:
+            self.hooks.save_checkpoint(self.state.args.iteration, *self.state[:3], self.state.args)
 
 
 def of_first_process(answer: bool, device: Any) -> bool:

@@ -128,6 +128,8 @@ class Saves:
             self.now += seconds_a_step
             watcher.after_step(state, torch.tensor(1.0), False)
             state.args.iteration += 1
+            if state.args.exit_interval and state.args.iteration % state.args.exit_interval == 0:
+                hooks.before_exit()
 
     def save(self, iteration: int, model: str, optimizer: str, scheduler: str, args: Namespace) -> None:
         assert (model, optimizer, scheduler, args.iteration) == ("model", "optimizer", "scheduler", iteration)

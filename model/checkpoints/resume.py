@@ -1,0 +1,178 @@
+"""What a checkpoint keeps so that its run can go on: two files beside the weights of an iteration.
+
+    <iteration>/training_state.pt   optimizer, random states, place in the data: see `model.training.run_state`
+    <iteration>/training_run.json   the command line, the data files, how far the run is: a `RunRecord`
+
+The record is JSON, so that a command line can be checked before torch is loaded. The state is read as tensors, numbers and
+text only: nothing in the file is ever run. The record is written last: where it is, the state is whole.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
+from model.errors import InputError
+
+STATE_FILE = "training_state.pt"
+RECORD_FILE = "training_run.json"
+VERSION = 1  # of both files
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run says of itself in each checkpoint."""
+
+    iteration: int  # optimizer steps that are done
+    steps: int  # optimizer steps of the whole run
+    words: list[str]  # the command line
+    experiment: str  # the value of --experiment-name
+    processes: int
+    data: dict[str, str]  # the SHA-256 of each file of --train-data, hexadecimal
+    left_out: dict[str, list[int]]  # rows of each data file that were left out as bad
+    config: dict[
+        str, object
+    ]  # of the checkpoint that the run started from: SAT writes only some of it into the run's own
+    saved_at: float = field(default_factory=time.time)  # seconds since 1970
+    version: int = VERSION
+
+    def write(self, path: Path) -> None:
+        """Write the record to a file."""
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """The record in a file.
+
+        Raises:
+            InputError: the file can't be read, or doesn't hold such a record.
+        """
+        values = read_json_object(path, "The record of a run")
+        odd = [one.name for one in fields(cls) if not _fits(values.get(one.name), one.name)]
+        if odd:
+            raise InputError(f"{path}: {', '.join(odd)} can't be used; a record that a run wrote is needed.")
+        if values["version"] != VERSION:
+            raise InputError(f"{path}: of version {values['version']}; this program reads version {VERSION}.")
+        return cls(**{one.name: values[one.name] for one in fields(cls)})  # type: ignore[arg-type]
+
+
+def _fits(value: object, name: str) -> bool:
+    """Whether a value from JSON is what the field of this name holds."""
+    if name in ("iteration", "steps", "processes", "version"):
+        return type(value) is int and value >= 0
+    if name == "saved_at":
+        return type(value) in (int, float)
+    if name == "experiment":
+        return isinstance(value, str)
+    if name == "words":
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if not isinstance(value, dict):
+        return False
+    if name == "config":
+        return True
+    if name == "data":
+        return all(isinstance(digest, str) for digest in value.values())
+    return all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in value.values())
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint whose run goes on."""
+
+    checkpoint: Checkpoint
+    record: RunRecord
+
+    @property
+    def state_file(self) -> Path:
+        """The state of the run at this checkpoint."""
+        return _beside_weights(self.checkpoint, STATE_FILE)
+
+
+def resumed_from(name: str) -> Resumed:
+    """The run at a checkpoint: a run's folder, where `latest` names the iteration, or an iteration's folder.
+
+    Raises:
+        InputError: there is no checkpoint, or none of a run that can go on.
+    """
+    checkpoint = Checkpoint.find(name, "--resume")
+    for file in (RECORD_FILE, STATE_FILE):
+        path = _beside_weights(checkpoint, file)
+        if not path.is_file():
+            raise InputError(
+                f"--resume {name}: no {path}; a checkpoint with the state of its run is needed. --from_pretrained starts a "
+                "new run from its weights."
+            )
+    record = RunRecord.read(_beside_weights(checkpoint, RECORD_FILE))
+    config = cast(ModelConfig, {**record.config, **checkpoint.config})
+    return Resumed(replace(checkpoint, config=config), record)
+
+
+def newest_run(folder: Path, experiment: str) -> tuple[Resumed | None, list[str]]:
+    """The newest whole checkpoint of an experiment's runs in a folder, if there is one.
+
+    Also a sentence for each newer one that can't be used.
+    """
+    found: list[tuple[float, Path]] = []
+    skipped: list[str] = []
+    for path in folder.glob(f"*/*/{RECORD_FILE}"):
+        if not path.parent.name.isdecimal():  # what a killed save has left
+            continue
+        try:
+            record = RunRecord.read(path)
+        except InputError as problem:
+            skipped.append(f"Left out: {problem}")
+            continue
+        if record.experiment == experiment:
+            found.append((record.saved_at, path.parent))
+    for _, iteration in sorted(found, reverse=True):
+        try:
+            return resumed_from(str(iteration)), skipped
+        except InputError as problem:
+            skipped.append(f"Left out: {problem}")
+    return None, skipped
+
+
+def _beside_weights(checkpoint: Checkpoint, file: str) -> Path:
+    return checkpoint.weights_file().parent / file
+
+
+def digest(path: str | Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(paths: Sequence[str]) -> dict[str, str]:
+    """The digest of each file."""
+    return {path: digest(path) for path in paths}
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a run's state: tensors, numbers, text, and lists and dictionaries of them."""
+    import torch
+
+    torch.save({"version": VERSION, **state}, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a file, on the CPU. No code in the file is run.
+
+    Raises:
+        InputError: the file is missing, broken, or holds something else.
+    """
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds, for broken zips, pickles and forbidden types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{path}: can't be read as the state of a run ({reason}); one that is whole is needed."
+        ) from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise InputError(f"{path}: not a run's state of version {VERSION}; one that this program wrote is needed.")
+    return state

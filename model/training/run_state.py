@@ -1,0 +1,342 @@
+"""The state of a run: collected for each checkpoint, and put back when the run goes on.
+
+    run = RunState(report, resumed)
+    Hooks(…, run.saving(save_checkpoint), …)      every checkpoint gets the two files of `checkpoints.resume`
+    run.watch(hooks, …)                           everything is put back after SAT has seeded everything anew
+
+What there is for each trained tensor is kept by its name, whole, and not as a process has it: float32 weight, the optimizer's
+averages and step count. So it doesn't matter which ZeRO stage, precision or number of processes goes on with it.
+
+Which classes of DeepSpeed 0.19 hold that:
+
+    float32, ZeRO 0            torch's optimizer, over the parameters themselves
+    fp16 or bf16, ZeRO 0       FP16_UnfusedOptimizer: a float32 copy of each parameter, over which torch's optimizer works
+    ZeRO 1 and 2               a long float32 tensor for each parameter group and process; `deepspeed.utils` reads and
+                               writes a parameter's part of it
+"""
+
+import argparse
+import importlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+
+from model.checkpoints.metadata import base_of
+from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Resumed, RunRecord, digests, read_state, write_state
+from model.checkpoints.weights import load_checkpoint
+from model.cli.preflight import Inputs
+from model.cli.resuming import CommandLine
+from model.distributed import is_first_process
+from model.progress import say, warn
+from model.training.metrics import TrainingReport
+from model.training.sat_loop import Hooks, LoopState, StepWatcher, save_beside_earlier_runs
+
+MASTER = "master"  # the float32 weight
+STEP = "step"  # how many steps the optimizer has taken with this tensor
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+class RunState(StepWatcher):
+    """The state of this process's run."""
+
+    def __init__(
+        self,
+        report: TrainingReport,
+        resumed: Resumed | None = None,
+        begin: Callable[..., None] = save_beside_earlier_runs,
+    ) -> None:
+        """A fresh run, whose folder begin(args, model) makes, or one that goes on.
+
+        Raises:
+            InputError: the state to go on with can't be read.
+        """
+        self.report, self.resumed, self.begin = report, resumed, begin
+        self.after_evaluation: Callable[..., None] = lambda *_: None  # (model, args, iteration, loss)
+        self._stored: dict[str, Any] = read_state(resumed.state_file) if resumed else {}
+        self._first_iteration: int | None = self._stored.get("first_iteration")  # that the schedule counts from
+        self._evaluated_at: int = self._stored.get("evaluated_at", -1)  # the iteration of the last evaluation
+        self._record: RunRecord | None = None
+        self._loader: Any = None
+
+    def watch(self, hooks: Hooks, line: CommandLine, inputs: Inputs) -> None:
+        """Be told of what the run does, and take down what it is: its flags, its data files, rows that are left out."""
+        options = line.options
+        self._record = RunRecord(
+            iteration=0,
+            steps=0,
+            words=line.words,
+            experiment=options.experiment_name,
+            processes=torch.distributed.get_world_size(),
+            data=digests(options.train_data or []) if is_first_process() and options.save else {},
+            left_out=inputs.selection.left_out,
+            config={**inputs.checkpoint.config},
+        )
+        hooks.step_watchers.insert(0, self)
+        hooks.schedule_start, hooks.before_training = self.schedule_start, self.before_training
+        hooks.after_evaluation = self._note_evaluation
+
+    # --- what SAT's loop calls
+
+    def place(self, args: argparse.Namespace, model: Any) -> None:
+        """Choose the folder that args.save names: a fresh one, or that of the run that goes on. SAT's `init_function`."""
+        if self.resumed is None:
+            self.begin(args, model)
+            return
+        folder, stored = self.resumed.checkpoint.folder, self.resumed.checkpoint.config["finetuning"]
+        args.save, args.experiment_name, args.iteration = str(folder), folder.name, self.resumed.record.iteration
+        args.save_full_model = stored["contents"] == "full"
+        if args.save_full_model:
+            if "qlora" in model.adapters.methods:
+                # The full weights are those that 4 bits stand for, and would not become the same 4 bits again.
+                load_checkpoint(model, args, base_of(self.resumed.checkpoint.config).path)
+            model.base = base_of(self.resumed.checkpoint.config)  # and not the run's own checkpoint
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """Note the loss for the next line."""
+        self.report.add(loss)
+
+    def _note_evaluation(self, model: Any, args: argparse.Namespace, iteration: int, loss: float) -> None:
+        self._evaluated_at = iteration
+        self.after_evaluation(model, args, iteration, loss)
+
+    def schedule_start(self, iteration: int) -> int:
+        """The iteration that the learning rate's schedule counts from: that of the run's first start."""
+        if self._first_iteration is None:
+            self._first_iteration = iteration
+        return self._first_iteration
+
+    def before_training(self, state: LoopState, loader: Any) -> bool:
+        """Put back what the checkpoint holds. Returns whether the evaluation at this iteration has not been made yet.
+
+        Args:
+            loader: of the training rows.
+        """
+        self._loader = loader
+        if not self._stored:
+            return False
+        put_back_parameters(state.model, state.optimizer, self._stored["parameters"])
+        _set_fields(_scaler(state.optimizer), self._stored["scaler"])
+        _set_fields(state.model, self._stored["engine"])
+        state.scheduler.init_step = self._stored["schedule"]["init_step"]
+        state.scheduler.step(self._stored["schedule"]["num_iters"])
+        loader.start_at_sample(self._stored["samples"])
+        self.report.load_state_dict(self._stored["report"])
+        self._put_back_random_states()
+        say(f"Going on with {state.args.save} after iteration {state.args.iteration}.")
+        return self._evaluated_at < state.args.iteration
+
+    def _put_back_random_states(self) -> None:
+        states = self._stored["random"]
+        if len(states) != torch.distributed.get_world_size():
+            warn(
+                f"{len(states)} processes saved this checkpoint, {torch.distributed.get_world_size()} go on with it: dropout "
+                "draws other numbers from here on."
+            )
+            return
+        put_back_random_state(states[torch.distributed.get_rank()])
+
+    def saving(self, save_checkpoint: Callable[..., None]) -> Callable[..., None]:
+        """save_checkpoint, which writes the state of the run beside the weights. SAT calls it on every process."""
+
+        def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
+            state = self.collect(iteration, LoopState(model, optimizer, scheduler, args))
+            assert self._record is not None
+            record = replace(self._record, iteration=iteration, steps=args.train_iters)
+            files = {STATE_FILE: lambda path: write_state(state, path), RECORD_FILE: record.write}
+            save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=files)
+
+        return save
+
+    def collect(self, iteration: int, state: LoopState) -> dict[str, Any]:
+        """What `before_training` puts back. Every process calls this; all get the whole state."""
+        random_states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(random_states, random_state())
+        return {
+            "iteration": iteration,
+            "first_iteration": self._first_iteration or 0,
+            "parameters": parameter_states(state.model, state.optimizer),
+            "scaler": _get_fields(_scaler(state.optimizer), SCALER_FIELDS),
+            "engine": _get_fields(state.model, ENGINE_COUNTERS),
+            "schedule": {"num_iters": state.scheduler.num_iters, "init_step": state.scheduler.init_step},
+            "random": random_states,
+            "samples": self._loader.samples_taken,
+            "report": self.report.state_dict(),
+            "evaluated_at": self._evaluated_at,
+        }
+
+
+def _scaler(optimizer: Any) -> Any:
+    """Where an optimizer of DeepSpeed keeps its loss scale."""
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
+
+
+def _get_fields(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+def _set_fields(owner: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if hasattr(owner, name):
+            setattr(owner, name, value)
+
+
+# --- trained tensors --------------------------------------------------------------------------------------------------
+
+
+def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """For each trained tensor by name: its float32 weight, and what the optimizer keeps for it, on the CPU.
+
+    Args:
+        engine, optimizer: DeepSpeed's. Every process calls this: at ZeRO 1 and 2 each has a part.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    flat, masters = _flat_masters(optimizer), _own_masters(optimizer)
+    if flat:
+        _link_flat_states(optimizer)
+    states = {}
+    for name, parameter in _trained(engine):
+        if flat:
+            state = _state_in_flat(parameter, inner.state[flat[_group_of(parameter, optimizer)]])
+        else:
+            master = masters.get(parameter, parameter)
+            state = {MASTER: master, **inner.state.get(master, {})}
+        states[name] = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state.items()}
+    return states
+
+
+@torch.no_grad()
+def put_back_parameters(engine: Any, optimizer: Any, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """The opposite of `parameter_states`: engine and optimizer get what states holds by name."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    flat, masters = _flat_masters(optimizer), _own_masters(optimizer)
+    if flat:
+        _make_flat_states(engine, optimizer, flat, states)
+        _link_flat_states(optimizer)
+    for name, parameter in _trained(engine):
+        state = dict(states[name])
+        weight = state.pop(MASTER).to(parameter.device)
+        parameter.copy_(weight)
+        if flat:
+            _put_into_flat(parameter, weight, state)
+            continue
+        master = masters.get(parameter, parameter)
+        master.copy_(weight)
+        if state:
+            inner.state[master] = {key: _on_device(key, value, master) for key, value in state.items()}
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _on_device(key: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A value of the optimizer's state. torch's optimizers keep their step counts on the CPU."""
+    return value.clone() if key == STEP else value.to(like.device, copy=True)
+
+
+def _own_masters(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Of FP16_UnfusedOptimizer: the float32 copy of each parameter."""
+    copies = getattr(optimizer, "fp32_groups", [])
+    pairs = zip(getattr(optimizer, "fp16_groups", []), copies, strict=True) if copies else []
+    return {parameter: copy for group, own in pairs for parameter, copy in zip(group, own, strict=True)}
+
+
+def _flat_masters(optimizer: Any) -> list[torch.Tensor]:
+    """Of ZeRO 1 and 2, and of BF16_Optimizer: this process's part of all weights, float32[numbers], for each group."""
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    return []
+
+
+def _groups(optimizer: Any) -> list[list[torch.nn.Parameter]]:
+    return getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", [])
+
+
+def _group_of(parameter: torch.nn.Parameter, optimizer: Any) -> int:
+    """The number of the parameter's group."""
+    return next(
+        number for number, group in enumerate(_groups(optimizer)) if any(parameter is member for member in group)
+    )
+
+
+def _state_in_flat(parameter: torch.nn.Parameter, state_of_group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's own state, put together from the parts of all processes."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state = {MASTER: safe_get_full_fp32_param(parameter)}
+    for key, value in state_of_group.items():
+        is_flat = isinstance(value, torch.Tensor) and value.dim() > 0
+        state[key] = safe_get_full_optimizer_state(parameter, key) if is_flat else value
+    return state
+
+
+def _make_flat_states(engine: Any, optimizer: Any, flat: list[torch.Tensor], states: Mapping[str, Any]) -> None:
+    """Give the optimizer the state that it makes at its first step only: zeros, and the step counts."""
+    names = {parameter: name for name, parameter in _trained(engine)}
+    for group, part in zip(_groups(optimizer), flat, strict=True):
+        example = {key: value for key, value in states[names[group[0]]].items() if key != MASTER}
+        if example:
+            optimizer.optimizer.state[part] = {
+                key: torch.zeros_like(part) if value.dim() else value.clone() for key, value in example.items()
+            }
+
+
+def _link_flat_states(optimizer: Any) -> None:
+    """Let each parameter know its part of the optimizer's state.
+
+    DeepSpeed does so after its first step, with the first parameter group only: the others have no state yet by then.
+    """
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _put_into_flat(parameter: torch.nn.Parameter, weight: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    safe_set_full_fp32_param(parameter, weight)
+    for key, value in state.items():
+        if value.dim():
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+# --- random states ----------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's generators: Python's, numpy's, torch's, and on a GPU CUDA's and DeepSpeed's own."""
+    version, numbers, next_gauss = random.getstate()
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), next_gauss],
+        "numpy": [kind, torch.from_numpy(numpy.asarray(keys, dtype=numpy.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+        state["tracker"] = dict(_tracker().get_states())
+    return state
+
+
+def put_back_random_state(state: Mapping[str, Any]) -> None:
+    """The opposite of `random_state`."""
+    version, numbers, next_gauss = state["python"]
+    random.setstate((version, tuple(numbers), next_gauss))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+        _tracker().set_states(dict(state["tracker"]))
+
+
+def _tracker() -> Any:
+    """The generators that dropout draws from on a GPU."""
+    return importlib.import_module("sat.mpu").get_cuda_rng_tracker()

@@ -1,0 +1,161 @@
+"""What --resume makes of a command line: which flags are the run's, which win, which are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_checkpoint, write_rows
+
+from model.checkpoints.resume import RECORD_FILE, STATE_FILE, RunRecord, digest, write_state
+from model.cli.resuming import command_line, finished_note, own_words
+from model.errors import InputError
+
+ROWS = [{"prompt": "这是什么？", "label": "一只猫。"}] * 4
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """The command line of the run that is resumed."""
+    rows = write_rows(tmp_path, ROWS)
+    return [
+        "--use_lora", "--train-data", str(rows), "--train-iters", "20", "--lr", "0.01", "--experiment-name", "animals",
+        "--save", str(tmp_path / "saved"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, words: list[str]) -> Path:
+    """The folder of a run with that command line, 6 of 20 steps done."""
+    folder = write_checkpoint(tmp_path / "saved" / "animals-1", {}, {"weight": torch.zeros(1)})
+    (data,) = tmp_path.glob("rows.json")
+    record = RunRecord(6, 20, words, "animals", 1, {str(data): digest(data)}, {}, {})
+    write_state({}, folder / "1" / STATE_FILE)
+    record.write(folder / "1" / RECORD_FILE)
+    return folder
+
+
+def refusal(*words: str | Path) -> str:
+    with pytest.raises(InputError) as error:
+        command_line([*map(str, words)])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--resume", "x", "--lr", "1"], ["--lr", "1", "--resume=x"], ["--local_rank=3", "--lr", "1"],
+        ["--local_rank", "3", "--lr", "1"], ["--local-rank=3", "--lr", "1"],
+    ],
+)  # fmt: skip
+def test_own_words_leave_out_what_is_not_the_runs(argv: list[str]) -> None:
+    assert own_words(argv) == ["--lr", "1"]
+
+
+def test_command_line_without_resume_is_as_it_stands(words: list[str]) -> None:
+    line = command_line(words)
+    assert (line.words, line.resumed, line.notes) == (words, None, [])
+
+
+def test_folder_alone_gives_the_runs_flags(run: Path, words: list[str]) -> None:
+    line = command_line(["--resume", str(run)])
+    assert line.words == words
+    assert (line.options.lr, line.options.train_iters) == (0.01, 20)
+    assert line.notes == []
+
+
+def test_the_runs_whole_command_line_again_changes_nothing(run: Path, words: list[str]) -> None:
+    line = command_line([*words, "--resume", "auto"])
+    assert line.resumed is not None
+    assert line.resumed.checkpoint.folder == run
+    assert (line.words, line.notes) == (words, [])
+
+
+def test_flag_that_changes_no_step_is_taken_without_a_word(run: Path, words: list[str]) -> None:
+    line = command_line(["--resume", str(run), "--save-interval", "3", "--num-workers", "0", "--local_rank", "0"])
+    assert (line.options.save_interval, line.options.num_workers) == (3, 0)
+    assert line.words == [*words, "--save-interval", "3", "--num-workers", "0"]
+    assert line.notes == []
+
+
+def test_flag_that_changes_the_numbers_is_taken_with_a_sentence(run: Path) -> None:
+    line = command_line(["--resume", str(run), "--lr", "0.02", "--bf16"])
+    assert (line.options.lr, line.options.bf16) == (0.02, True)
+    assert line.notes == [
+        "--bf16 from here on; the run had no --bf16, and with it would go on otherwise.",
+        "--lr 0.02 from here on; the run had 0.01, and with it would go on otherwise.",
+    ]
+
+
+def test_more_iterations_are_taken_and_what_that_does_to_the_rate_is_said(run: Path) -> None:
+    line = command_line(["--resume", str(run), "--train-iters", "30"])
+    assert line.options.train_iters == 30
+    assert line.notes == [
+        "--train-iters 30 from here on; the run had 20, and with it would go on otherwise: the learning rate falls over all "
+        "steps, unless --lr-decay-iters says over how many."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--lora_rank", "4"], "--lora_rank 4: the run has 10, and the adapters are the checkpoint's"),
+        (["--use_ptuning"], "--use_ptuning: the run has no --use_ptuning, and the adapters are the checkpoint's"),
+        (["--from_pretrained", "other"], "--from_pretrained other: the run has visualglm-6b, and the adapters are"),
+        (["--seed", "2"], "--seed 2: the run has 1234, and the place in the data would be among other rows"),
+        (["--holdout", "2"], "--holdout 2.0: the run has no --holdout, and the place in the data would be among"),
+        (["--save", "elsewhere"], "--save elsewhere: the run has /.*, and a run goes on in its folder"),
+        (
+            ["--epochs", "3"],
+            "--epochs 3: the run counts --train-iters, and --epochs goes through the rows in another order",
+        ),
+    ],
+)
+def test_flag_that_cannot_be_another_one_is_refused(run: Path, flags: list[str], sentence: str) -> None:
+    import re
+
+    assert re.match(sentence, refusal("--resume", run, *flags))
+
+
+def test_data_file_with_other_rows_is_refused(run: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path, ROWS[:3])
+    assert "rows.json: other rows than the run was trained on" in refusal("--resume", run)
+
+
+def test_data_file_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").unlink()
+    assert "rows.json: No such file or directory; the run was trained on it" in refusal("--resume", run)
+
+
+def test_auto_without_a_checkpoint_is_a_fresh_run_with_a_sentence(words: list[str], tmp_path: Path) -> None:
+    line = command_line([*words, "--resume", "auto"])
+    assert (line.words, line.resumed) == (words, None)
+    assert line.notes == [
+        f"--resume auto: no checkpoint of animals under {tmp_path / 'saved'} can be resumed; a fresh run starts."
+    ]
+
+
+def test_auto_without_a_folder_to_look_in_is_refused() -> None:
+    assert refusal("--use_lora", "--resume", "auto", "--save", "none").startswith("--resume auto: --save none; ")
+
+
+def test_resuming_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert refusal("--resume", tmp_path / "nothing").startswith(f"--resume {tmp_path / 'nothing'}: no such folder")
+
+
+def test_run_with_all_steps_done_has_nothing_left(run: Path) -> None:
+    line = command_line(["--resume", str(run)])
+    assert finished_note(line, 20) is None
+    note = finished_note(line, 6)
+    assert note == f"{run}: iteration 6 of 6 is done, so nothing is left to train. A higher --train-iters goes on."
+
+
+def test_record_with_a_flag_that_is_gone_is_refused_with_status_2(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "1" / RECORD_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "words": ["--no_such_flag"]}))
+    with pytest.raises(SystemExit) as exit:
+        command_line(["--resume", str(run)])
+    assert exit.value.code == 2
+    assert "--no_such_flag: there is no such flag" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""A run that goes on equals the one that was never stopped, bit for bit: its losses, evaluations and weights.
+
+Dropout is on, so the random states count.
+"""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python
+
+from model.training.run_state import put_back_random_state, random_state
+
+COMMON = (
+    "--mode", "finetune", "--train-data", "dataset.json", "--max_source_length", "64", "--max_target_length", "64",
+    "--auto_warmup_steps", "2", "--lr", "0.01", "--batch-size", "2", "--lora_rank", "4", "--lr-decay-style", "cosine",
+)  # fmt: skip
+EVALUATED = ("--holdout", "2", "--eval-interval", "2", "--keep_best")
+# Each name says what is put together; the iteration after which the run is cut off, and the flags.
+QUICK = {
+    "float32, workers, accumulation, evaluated where it is cut": (
+        4, "--use_lora", "--train-iters", "7", "--save-interval", "2", "--num-workers", "2", "--gradient-accumulation-steps",
+        "2", "--loss_normalization", "token", *EVALUATED,
+    ),
+    "bf16, ZeRO 2, P-Tuning, epochs, packing, grouping": (
+        5, "--use_ptuning", "--use_lora", "--lora_dropout", "0.2", "--epochs", "3", "--save-interval", "5", "--bf16",
+        "--zero-stage", "2", "--packing", "--group_by_length", "--num-workers", "0",
+    ),
+    "QLoRA, ZeRO 1, a part of the vision tower": (
+        3, "--use_qlora", "--train-iters", "5", "--save-interval", "3", "--zero-stage", "1", "--train_parts",
+        "qformer=0.001", "--num-workers", "0",
+    ),
+}  # fmt: skip
+SLOW = {
+    "bf16, ZeRO 0": (3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--bf16"),
+    "bf16, ZeRO 1, accumulation": (
+        3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--bf16", "--zero-stage", "1",
+        "--gradient-accumulation-steps", "3",
+    ),
+    "float32, ZeRO 2, mid-epoch": (4, "--use_lora", "--epochs", "4", "--save-interval", "4", "--zero-stage", "2", *EVALUATED),
+    "P-Tuning, ZeRO 1, packing": (3, "--use_ptuning", "--train-iters", "6", "--save-interval", "3", "--zero-stage", "1", "--packing"),
+    "QLoRA, bf16, every weight saved": (
+        3, "--use_qlora", "--train-iters", "6", "--save-interval", "3", "--bf16", "--save_full_model",
+    ),
+    "LoRA, every weight saved, at another image size": (
+        3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--image_size", "56",
+    ),
+    "feature cache, workers, grouping": (
+        3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--feature_cache", "{folder}/features",
+        "--num-workers", "2", "--group_by_length",
+    ),
+    "checkpointed activations, warm-up": (
+        2, "--use_lora", "--train-iters", "6", "--save-interval", "2", "--checkpoint-activations", "--warmup", "0.5",
+    ),
+}  # fmt: skip
+CASES = [
+    *(pytest.param(case, id=name) for name, case in QUICK.items()),
+    *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, upstream_checkpoint):
+    """The small checkpoint with dropout: its own configuration switches it off."""
+    folder = tmp_path_factory.mktemp("dropout") / "base"
+    shutil.copytree(upstream_checkpoint, folder)
+    config = json.loads((folder / "model_config.json").read_text())
+    config |= {"hidden_dropout": 0.3, "attention_dropout": 0.2}  # other numbers than SAT's defaults
+    (folder / "model_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    iteration = (folder / "latest").read_text()
+    return torch.load(folder / iteration / "mp_rank_00_model_states.pt")["module"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("case", CASES)
+def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_run(case, base, tmp_path):
+    iteration, *flags = case
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    done = run_program(
+        "resume_and_record", tmp_path, str(iteration), "--from_pretrained", base, *COMMON, *flags,
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses["whole"]) > iteration
+    assert losses["cut"] == losses["whole"][iteration:]
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    evaluations = [
+        [
+            line
+            for line in part.splitlines()
+            if "validation loss" in line and int(line.split()[1].rstrip(":")) >= iteration
+        ]
+        for part in done.stdout.split("== cut off")
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, base):
+    """A whole run; one killed after 5 of 6 steps, 4 of them saved; and what `--resume auto` prints then."""
+    folder = tmp_path_factory.mktemp("killed")
+    flags = ["--from_pretrained", base, *COMMON, "--use_lora", "--train-iters", "6", "--save-interval", "2"]
+    flags += ["--log-interval", "3", "--summary-dir", folder]
+    script, cwd = PROJECT / "finetune_visualglm.py", GOLDEN / "upstream"
+    whole = run_python(script, *flags, "--save", folder / "whole", cwd=cwd)
+    run_program("train_until_killed", "5", *flags, "--save", folder / "killed", cwd=cwd)
+    resumed = run_python(script, *flags, "--save", folder / "killed", "--resume", "auto", cwd=cwd)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    return SimpleNamespace(folder=folder, whole=whole.stdout, resumed=resumed.stdout)
+
+
+@pytest.mark.run
+def test_killed_run_resumed_in_a_new_process_ends_with_the_weights_of_the_whole_run(killed):
+    (whole,), (cut,) = (list((killed.folder / name).iterdir()) for name in ("whole", "killed"))
+    assert_same_weights(cut, whole)
+
+
+@pytest.mark.run
+def test_resumed_line_of_several_steps_has_the_mean_over_those_before_the_kill_too(killed):
+    assert printed_losses(killed.whole)[1:] == printed_losses(killed.resumed)
+    assert re.search(r"^Going on with .* after iteration 4\.$", killed.resumed, re.MULTILINE)
+
+
+@pytest.mark.run
+def test_finished_run_that_is_resumed_trains_nothing_and_says_so(killed):
+    (folder,) = (killed.folder / "whole").iterdir()
+    done = run_python(PROJECT / "finetune_visualglm.py", "--resume", folder, cwd=GOLDEN / "upstream")
+    assert done.returncode == 0
+    assert done.stdout == (
+        f"{folder}: iteration 6 of 6 is done, so nothing is left to train. A higher --train-iters goes on.\n"
+    )
+
+
+@pytest.mark.run
+@pytest.mark.slow
+def test_two_processes_go_on_as_they_were_and_one_process_goes_on_with_their_state(base, tmp_path):
+    script, cwd = PROJECT / "finetune_visualglm.py", GOLDEN / "upstream"
+    two = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    flags = ("--from_pretrained", base, *COMMON, "--use_lora", "--train-iters", "6", "--save-interval", "3")
+    first = run_python(
+        *two,
+        "--master-port",
+        str(free_port()),
+        script,
+        *flags,
+        "--zero-stage",
+        "2",
+        "--save",
+        tmp_path / "saved",
+        cwd=cwd,
+    )
+    assert first.returncode == 0, first.stderr
+    (folder,) = (tmp_path / "saved").iterdir()
+    before = weights(folder)
+    again = run_python(*two, "--master-port", str(free_port()), script, "--resume", folder / "3", cwd=cwd)
+    assert printed_losses(again.stdout) == printed_losses(first.stdout)[3:]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items())
+    alone = run_python(script, "--resume", folder / "3", "--batch-size", "4", cwd=cwd)
+    assert len(printed_losses(alone.stdout)) == 3
+    assert "2 processes saved this checkpoint, 1 go on with it" in alone.stderr
+
+
+def test_random_states_that_are_put_back_give_the_same_numbers_again():
+    def draw():
+        return random.random(), random.gauss(0, 1), numpy.random.randn(), torch.rand(3).tolist()
+
+    numpy.random.randn()  # an odd number of normal draws: one is kept for the next
+    state = random_state()
+    drawn = draw()
+    put_back_random_state(state)
+    assert draw() == drawn

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import GOLDEN, load_model, upstream_weights, write_checkpoint
+from conftest import GOLDEN, load_model, upstream_weights, write_checkpoint, write_tuned
 
 from model.checkpoints import weights as module
 from model.checkpoints.weights import load_checkpoint, read_weights, save_checkpoint, write_whole
@@ -312,6 +313,16 @@ def test_weights_with_tensors_missing_are_refused_with_their_number_and_names(mo
     text = refused(model, folder)
     assert "2 tensors are missing" in text
     assert all(name in text for name in gone)
+
+
+def test_adapter_with_a_tensor_missing_is_refused_and_keeps_no_fresh_value(upstream_checkpoint, tmp_path):
+    folder = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=4)
+    content = torch.load(folder / "1" / WEIGHTS)
+    gone = next(name for name in content["module"] if "matrix_B" in name)
+    del content["module"][gone]
+    torch.save(content, folder / "1" / WEIGHTS)
+    with pytest.raises(InputError, match=rf"1 tensors are missing \(the first: {re.escape(gone)}\)"):
+        load_model(folder, "FineTuneVisualGLMModel")
 
 
 @pytest.mark.parametrize("content", [{"weights": {}}, [1], torch.zeros(1)])

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from model.adapter_config import AdapterConfig
+from model.adapter_config import TENSOR_NAMES, AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, weights_path
 from model.checkpoints.metadata import (
     KEY,
@@ -336,7 +336,8 @@ def load_checkpoint(
 ) -> int:
     """Read a checkpoint's weights into model, and return the iteration to go on from. SAT calls this.
 
-    Only weights are read; no code in the file is ever run. Adapters that the file lacks keep their fresh values.
+    Only weights are read; no code in the file is ever run. Adapters that the checkpoint doesn't have keep
+    their fresh values.
 
     Args:
         load_path: a checkpoint, its folder, or its weights file; args.load if absent.
@@ -381,7 +382,8 @@ def _put_into(
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
-    needed = [name for name in missing or () if not is_adapter_name(name)]
+    own = tuple(part for method in AdapterConfig.from_json(checkpoint.config).methods for part in TENSOR_NAMES[method])
+    needed = [name for name in missing or () if not is_adapter_name(name) or any(part in name for part in own)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "

@@ -25,6 +25,7 @@ from model.cli.flag_checks import (
     split_row_problems,
 )
 from model.cli.options import Options
+from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
 from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
@@ -74,6 +75,7 @@ def preflight(
     if resumed:
         data.selection.left_out = resumed.record.left_out
     steps = training_steps(options, data.selection)
+    raise_problems(steps_problems(options, steps))
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps)
 
 

@@ -1,7 +1,9 @@
-"""What a command line with --resume means: the run's own flags, and those that are given now.
+"""What a command line that goes on with something means: --resume with a run, SAT's --load with a checkpoint's weights.
 
     --resume FOLDER [flags]     flags not given now are the run's; those given now win, where that can be
     --resume auto flags         the newest checkpoint of --experiment-name under --save; without one, a fresh run
+    --load FOLDER flags         the weights of a checkpoint, whose adapters keep their sizes; a fresh optimizer
+    … --mode pretrain           counts on from its iteration; --resume-dataloader: in the data too
 
 Only the standard library is imported.
 """
@@ -10,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.adapter_config import ADAPTER_KEYS
+from model.adapter_config import ADAPTER_KEYS, AdapterConfig
+from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Resumed, digest, newest_run, resumed_from
 from model.cli.options import Options, flag_names, flag_with_value, parse, shown
 from model.errors import InputError, raise_problems
@@ -62,7 +65,7 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     """
     words, options = own_words(argv), parse(argv)
     if options.resume is None:
-        return CommandLine(words, options)
+        return _loading(words, options) if options.load else CommandLine(words, options)
     if options.resume == AUTO:
         resumed, notes = _newest(options)
     else:
@@ -72,8 +75,93 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     before, joined = parse(resumed.record.words), parse([*resumed.record.words, *argv])
     raise_problems([*fixed_problems(before, joined), *data_problems(resumed)])
     changes = differing(before, joined)
+    joined.load = None  # what it loaded is in the checkpoint
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
     return CommandLine(joined_words, joined, resumed, [*notes, *change_notes(before, joined)])
+
+
+def _loading(words: list[str], options: Options) -> CommandLine:
+    """A command line with --load. The sizes of its adapters, which are not flags then, are put in front of the others."""
+    assert options.load is not None
+    folder = Path(options.load).expanduser()
+    if not (folder / "latest").is_file():
+        return CommandLine(words, options)  # `flag_checks` says so, with what else is wrong
+    checkpoint = Checkpoint.at(folder)
+    stored = AdapterConfig.from_json(checkpoint.config)
+    sizes: dict[str, object] = {**stored.to_json()}
+    of_checkpoint = [
+        word
+        for key in stored.fixed_keys()
+        if sizes[key] is not None
+        for word in (flag_names()[key], *_words(sizes[key]))
+    ]
+    joined = parse([*of_checkpoint, *words])
+    raise_problems(loading_problems(joined, stored))
+    return CommandLine([*of_checkpoint, *words], joined, None, loading_notes(joined, checkpoint))
+
+
+def _words(value: object) -> list[str]:
+    return [shown(item) for item in value] if isinstance(value, list) else [shown(value)]
+
+
+def loading_problems(options: Options, stored: AdapterConfig) -> list[str]:
+    """What keeps the adapters of --load's checkpoint from being loaded."""
+    asked = AdapterConfig.from_options(options)
+    sizes: dict[str, object] = {**stored.to_json()}
+    problems = [
+        f"{flag_with_value(key, getattr(options, key))}: --load {options.load} has adapters with "
+        f"{flag_with_value(key, sizes[key]) if sizes[key] else f'no {flag_names()[key]}'}; the same is needed, or no {flag_names()[key]}."
+        for key in stored.differing_keys(asked)
+        if key in stored.fixed_keys()
+    ]
+    for has, wants, flag in (
+        (stored.has_lora, asked.has_lora, "--use_lora"),
+        (stored.has_ptuning, asked.has_ptuning, "--use_ptuning"),
+    ):
+        if has and not wants:
+            problems.append(
+                f"--load {options.load}: it was trained with {flag}, and without that its adapter would be left out; {flag} "
+                "is needed, or --from_pretrained in place of --load."
+            )
+    return problems
+
+
+def loading_notes(options: Options, checkpoint: Checkpoint) -> list[str]:
+    """What --load, --mode and --resume-dataloader do to the adapter, the rate and the data, a sentence each."""
+    stored, asked = AdapterConfig.from_json(checkpoint.config), AdapterConfig.from_options(options)
+    fresh = [method for method, has in (("LoRA", stored.has_lora or not asked.has_lora),
+                                        ("P-Tuning", stored.has_ptuning or not asked.has_ptuning)) if not has]  # fmt: skip
+    notes = [f"--load {options.load}: its weights, with a fresh optimizer; --resume would go on exactly."]
+    if fresh:
+        notes.append(f"It has no {' and no '.join(fresh)}: that starts from fresh values.")
+    iteration = loaded_iteration(options)
+    if not iteration:
+        notes.append(
+            f"--mode {options.mode}: iteration, learning rate and data start from the beginning."
+            + (" --resume-dataloader has nothing to leave out." if options.resume_dataloader else "")
+        )
+        return notes
+    if options.auto_warmup_steps:
+        notes.append(
+            f"--mode pretrain: after iteration {iteration}, the next {options.auto_warmup_steps} steps use at most 5 % of --lr "
+            f"({0.05 * options.lr:.2g}), as SAT does; --auto_warmup_steps changes that."
+        )
+    else:
+        notes.append(f"--mode pretrain: the learning rate is that after iteration {iteration}.")
+    notes.append(
+        f"--resume-dataloader: the data goes on after iteration {iteration}."
+        if options.resume_dataloader
+        else "The data starts from the beginning; --resume-dataloader goes on where the checkpoint stopped."
+    )
+    return notes
+
+
+def loaded_iteration(options: Options) -> int:
+    """The iteration that SAT counts on from: --load's, with --mode pretrain; else 0."""
+    if not options.load or options.mode != "pretrain":
+        return 0
+    iteration = Checkpoint.at(Path(options.load).expanduser()).iteration
+    return int(iteration) if iteration.isdecimal() else 0
 
 
 def _newest(options: Options) -> tuple[Resumed | None, list[str]]:
@@ -164,6 +252,21 @@ def data_problems(resumed: Resumed) -> list[str]:
     return problems
 
 
+def steps_problems(options: Options, steps: int) -> list[str]:
+    """Why --load leaves nothing to train, if that is so.
+
+    Args:
+        steps: of the whole run.
+    """
+    iteration = loaded_iteration(options)
+    if not iteration or iteration < steps:
+        return []
+    return [
+        f"--load {options.load}: it is at iteration {iteration}, and --mode pretrain goes on from there to {steps}, so nothing "
+        f"is left to train; a higher {_length_flag(options)} is needed, or --mode finetune, which starts at 0."
+    ]
+
+
 def finished_note(line: CommandLine, steps: int) -> str | None:
     """Why a run that was to go on has nothing left to do, if that is so.
 
@@ -172,8 +275,11 @@ def finished_note(line: CommandLine, steps: int) -> str | None:
     """
     if line.resumed is None or line.steps_done < steps:
         return None
-    more = "--epochs" if line.options.epochs else "--train-iters"
     return (
-        f"{line.resumed.checkpoint.folder}: iteration {line.steps_done} of {steps} is done, so nothing is left to train. A higher {more} "
-        "goes on."
+        f"{line.resumed.checkpoint.folder}: iteration {line.steps_done} of {steps} is done, so nothing is left to train. A "
+        f"higher {_length_flag(line.options)} goes on."
     )
+
+
+def _length_flag(options: Options) -> str:
+    return "--epochs" if options.epochs else "--train-iters"

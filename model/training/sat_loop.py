@@ -415,6 +415,7 @@ def get_args(argv: Sequence[str], options: Options, parser: argparse.ArgumentPar
     args = _sat_args(words, options, parser, options.fp16)
     if args.warmup == 0:
         args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate
+    args.load = options.load  # a run that goes on has none any more
     if args.mode == "finetune":
         args.resume_dataloader = False  # a fresh run has nothing to skip
     args.save = options.save  # SAT would take "none" for a folder

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -539,6 +540,17 @@ def test_weights_with_tensors_missing_are_refused_with_their_number_and_names(mo
     text = refused(model, folder)
     assert "2 tensors are missing" in text
     assert all(name in text for name in gone)
+
+
+def test_adapter_with_a_tensor_missing_is_refused_and_keeps_no_fresh_value(upstream_checkpoint, tmp_path):
+    folder = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=4)
+    content = torch.load(folder / "1" / WEIGHTS)
+    gone = next(name for name in content["module"] if "matrix_B" in name)
+    del content["module"][gone]
+    torch.save(content, folder / "1" / WEIGHTS)
+    (folder / "1" / "checksums.json").unlink()  # as older checkpoints have none
+    with pytest.raises(InputError, match=rf"1 tensors are missing \(the first: {re.escape(gone)}\)"):
+        load_model(folder, "FineTuneVisualGLMModel")
 
 
 @pytest.mark.parametrize("content", [{"weights": {}}, [1], torch.zeros(1)])

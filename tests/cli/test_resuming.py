@@ -1,6 +1,7 @@
 """What --resume makes of a command line: which flags are the run's, which win, which are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import write_checkpoint, write_rows
 
 from model.checkpoints.resume import RECORD_FILE, STATE_FILE, RunRecord, digest, write_state
-from model.cli.resuming import command_line, finished_note, own_words
+from model.cli.resuming import command_line, finished_note, own_words, steps_problems
 from model.errors import InputError
 
 ROWS = [{"prompt": "这是什么？", "label": "一只猫。"}] * 4
@@ -112,8 +113,6 @@ def test_more_iterations_are_taken_and_what_that_does_to_the_rate_is_said(run: P
     ],
 )
 def test_flag_that_cannot_be_another_one_is_refused(run: Path, flags: list[str], sentence: str) -> None:
-    import re
-
     assert re.match(sentence, refusal("--resume", run, *flags))
 
 
@@ -159,3 +158,82 @@ def test_record_with_a_flag_that_is_gone_is_refused_with_status_2(
         command_line(["--resume", str(run)])
     assert exit.value.code == 2
     assert "--no_such_flag: there is no such flag" in capsys.readouterr().err
+
+
+# --- SAT's --load
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Path:
+    """A checkpoint of LoRA at alpha 16 in layers 0 and 2, at iteration 1."""
+    config = {"use_lora": True, "lora_rank": 4, "lora_alpha": 16.0, "layer_range": [0, 2]}
+    return write_checkpoint(tmp_path / "loaded", config, {"weight": torch.zeros(1)})
+
+
+def test_load_takes_the_sizes_of_the_checkpoints_adapters(loaded: Path) -> None:
+    line = command_line(["--use_lora", "--load", str(loaded), "--mode", "finetune"])
+    assert (line.options.lora_rank, line.options.lora_alpha, line.options.layer_range) == (4, 16.0, [0, 2])
+    assert line.words[:8] == ["--lora_rank", "4", "--lora_alpha", "16.0", "--layer_range", "0", "2", "--use_lora"]
+
+
+def test_load_with_other_sizes_is_refused(loaded: Path) -> None:
+    told = refusal("--use_lora", "--load", loaded, "--lora_alpha", "1", "--lora_rank", "4")
+    assert told == (
+        f"--lora_alpha 1.0: --load {loaded} has adapters with --lora_alpha 16.0; the same is needed, or no --lora_alpha."
+    )
+
+
+def test_load_of_lora_for_p_tuning_alone_is_refused(loaded: Path) -> None:
+    assert refusal("--use_ptuning", "--load", loaded).startswith(
+        f"--load {loaded}: it was trained with --use_lora, and without that its adapter would be left out"
+    )
+
+
+def test_load_without_a_checkpoint_is_left_to_the_other_checks(tmp_path: Path) -> None:
+    assert command_line(["--use_lora", "--load", str(tmp_path)]).notes == []
+
+
+def test_load_says_what_happens_to_optimizer_rate_and_data(loaded: Path) -> None:
+    def notes(*words: str) -> list[str]:
+        return command_line(["--use_lora", "--load", str(loaded), *words]).notes
+
+    weights = f"--load {loaded}: its weights, with a fresh optimizer; --resume would go on exactly."
+    slow = (
+        "--mode pretrain: after iteration 1, the next 100 steps use at most 5 % of --lr (5e-06), as SAT does; "
+        "--auto_warmup_steps changes that."
+    )
+    from_start = "The data starts from the beginning; --resume-dataloader goes on where the checkpoint stopped."
+    assert notes() == [weights, slow, from_start]
+    assert notes("--auto_warmup_steps", "0", "--resume-dataloader") == [
+        weights,
+        "--mode pretrain: the learning rate is that after iteration 1.",
+        "--resume-dataloader: the data goes on after iteration 1.",
+    ]
+    assert notes("--mode", "finetune") == [
+        weights,
+        "--mode finetune: iteration, learning rate and data start from the beginning.",
+    ]
+    assert notes("--mode", "finetune", "--use_ptuning")[1] == "It has no P-Tuning: that starts from fresh values."
+
+
+def test_load_of_a_checkpoint_beyond_the_last_step_is_refused(loaded: Path) -> None:
+    (loaded / "latest").write_text("30")
+    options = command_line(["--use_lora", "--load", str(loaded), "--train-iters", "20"]).options
+    assert steps_problems(options, 31) == []
+    (told,) = steps_problems(options, 20)
+    assert told == (
+        f"--load {loaded}: it is at iteration 30, and --mode pretrain goes on from there to 20, so nothing is left to train; "
+        "a higher --train-iters is needed, or --mode finetune, which starts at 0."
+    )
+
+
+def test_load_of_a_checkpoint_beyond_the_last_step_is_fine_where_counting_starts_at_0(loaded: Path) -> None:
+    (loaded / "latest").write_text("30")
+    options = command_line(["--use_lora", "--load", str(loaded), "--train-iters", "20", "--mode", "finetune"]).options
+    assert steps_problems(options, 20) == []
+
+
+def test_run_that_loaded_a_checkpoint_goes_on_without_it(run: Path, words: list[str], loaded: Path) -> None:
+    file = run / "1" / RECORD_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "words": [*words, "--load", str(loaded)]}))
+    assert command_line(["--resume", str(run)]).options.load is None

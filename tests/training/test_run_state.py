@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python
+from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python, write_tuned
 
 from model.training.run_state import put_back_random_state, random_state
 
@@ -186,3 +186,41 @@ def test_random_states_that_are_put_back_give_the_same_numbers_again():
     drawn = draw()
     put_back_random_state(state)
     assert draw() == drawn
+
+
+# --- SAT's --load
+
+
+@pytest.fixture(scope="module")
+def plain_flags(upstream_checkpoint):
+    """Flags of runs whose losses tell which rows were seen, and with which weights: no dropout, next to no rate."""
+    return [
+        "--from_pretrained", upstream_checkpoint, "--train-data", "dataset.json", "--use_lora", "--lr", "1e-12",
+        "--auto_warmup_steps", "0", "--batch-size", "2", "--max_target_length", "64", "--num-workers", "0",
+        "--hidden-dropout", "0", "--attention-dropout", "0",
+    ]  # fmt: skip
+
+
+def run_script(*flags):
+    done = run_python(PROJECT / "finetune_visualglm.py", *flags, cwd=GOLDEN / "upstream")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return printed_losses(done.stdout)
+
+
+@pytest.mark.run
+def test_load_with_resume_dataloader_sees_the_rows_after_its_iteration_on_one_process(plain_flags, tmp_path):
+    flags = [*plain_flags, "--train-iters", "8", "--save", tmp_path / "saved", "--save-interval", "4", "--holdout", "2"]
+    whole = run_script(*flags, "--mode", "finetune")
+    (folder,) = (tmp_path / "saved").iterdir()
+    (folder / "latest").write_text("4")
+    rest = run_script(*flags, "--mode", "pretrain", "--load", folder, "--resume-dataloader", "--eval-interval", "2")
+    assert whole[:4] != whole[4:] == rest
+
+
+@pytest.mark.run
+def test_load_of_an_adapter_gives_the_loss_that_it_was_trained_to(plain_flags, tmp_path):
+    tuned = write_tuned(plain_flags[1], tmp_path / "tuned", use_lora=True, lora_rank=4, lora_alpha=16.0)
+    flags = [*plain_flags, "--mode", "finetune", "--train-iters", "1"]
+    assert (
+        run_script(*flags, "--load", tuned) == run_script("--from_pretrained", tuned, *flags[2:]) != run_script(*flags)
+    )

@@ -100,8 +100,17 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
     from model.training.step import evaluation_step, forward_step, token_normalized_step
+    from model.training.trouble import BatchesAtHand, SkippedSteps
 
-    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
+    report, batches = TrainingReport(), BatchesAtHand()
+    skipped = SkippedSteps(report, batches, options.max_skipped_steps)
+    hooks = sat_loop.Hooks(
+        load_checkpoint,
+        skipped.guarding(save_checkpoint),
+        report,
+        options.auto_warmup_steps,
+        step_watchers=[batches, skipped],
+    )
     with distributed.launcher_environment(), sat_loop.adapted(hooks):
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)
@@ -112,7 +121,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             options.feature_cache,
         )
         inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
+        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, note=batches.note)
         hooks.when_ready = features.offload_vision
         if options.keep_best:
             hooks.after_evaluation = BestCheckpoint(save_checkpoint).consider

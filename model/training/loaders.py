@@ -52,8 +52,16 @@ class Loader:
     """
 
     def __init__(
-        self, samples: Any, order: SampleOrder, args: argparse.Namespace, collate_fn: Any, batches_per_step: int = 1
+        self,
+        samples: Any,
+        order: SampleOrder,
+        args: argparse.Namespace,
+        collate_fn: Any,
+        batches_per_step: int = 1,
+        note: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
+        """note is called with each batch that is handed out."""
+        self._note = note
         self.batch_sampler = OrderedBatches(order, batches_per_step)
         self._batches = DataLoader(
             samples,
@@ -68,7 +76,9 @@ class Loader:
         return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._batches
+        for batch in self._batches:
+            self._note(batch)
+            yield batch
 
 
 def make_loaders(
@@ -78,6 +88,7 @@ def make_loaders(
     *,
     selection: Selection,
     features: FeatureCache,
+    note: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> tuple[Loader | None, Loader | None, Loader | None]:
     """The loaders of training, evaluation and test, as SAT's function of this name gives them.
 
@@ -85,6 +96,7 @@ def make_loaders(
 
     Args:
         selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
+        note: called with each batch that a loader hands out.
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
@@ -101,14 +113,14 @@ def make_loaders(
             batch=eval_batch,
         )  # fmt: skip
         _note_last_batch(args, split, order, ranks)
-        return Loader(ConcatDataset(datasets), order, args, collate_fn)
+        return Loader(ConcatDataset(datasets), order, args, collate_fn, note=note)
 
     ranks = torch.distributed.get_world_size(mpu.get_data_parallel_group())
     batch, eval_batch = args.batch_size * ranks, (args.eval_batch_size or args.batch_size) * ranks
     shares = tuple(get_split(args))
     training_rows = samples_of(args.train_data)
     order = training_order(args, training_rows, shares, batch)
-    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps)
+    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, note)
     valid = test = None
     if args.valid_data is not None:
         valid = loader_in_order(samples_of(args.valid_data), 0, "val")

@@ -18,6 +18,8 @@ class TrainingReport:
         self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
         self.started = time.monotonic()
         self.first_step: int | None = None
+        self.skipped_steps = 0  # since the start; `model.training.trouble` counts them
+        self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
 
     def watch(self, scheduler: Any, optimizer: Any) -> None:
         """Note the learning rate that each step uses: SAT reports the one that the next step will use."""
@@ -48,15 +50,23 @@ class TrainingReport:
         samples_per_second = args.batch_size * args.gradient_accumulation_steps * ranks / seconds
         line = f"step {step:>{len(str(last_step))}}/{last_step}  loss {loss:.4f}  lr {self.learning_rate:.2e}"
         line += f"  {samples_per_second:.1f} samples/s  {duration(self._seconds_left(step, last_step, seconds))} left"
-        say(line)
+        loss_scale = optimizer.loss_scale if getattr(args, "fp16", False) else None
+        say(line + self._trouble(loss_scale))
         if summary_writer is not None:
             for name, value in (
                 ("lr", self.learning_rate),
                 ("train_loss", loss),
                 ("samples_per_second", samples_per_second),
             ):
-                summary_writer.add_scalar(f"Train/{name}", value, step)
+                if math.isfinite(value):  # TensorBoard can't draw others, and its writer prints a line for each
+                    summary_writer.add_scalar(f"Train/{name}", value, step)
         self._send_to_wandb(args, {"Train/lr": self.learning_rate, "Train/train_loss": loss}, step)
+
+    def _trouble(self, loss_scale: float | None) -> str:
+        """The end of a step's line: nothing, unless it is fp16 or something could not be used so far."""
+        scale = "" if loss_scale is None else f"  loss scale {loss_scale:g}"
+        skipped = f"  {self.skipped_steps} skipped" if self.skipped_steps else ""
+        return scale + skipped + (f"  {self.empty_batches} without a usable row" if self.empty_batches else "")
 
     def _seconds_left(self, step: int, last_step: int, seconds_per_step: float) -> float:
         """From the mean of all steps but the first, which is slower than any other."""

@@ -102,6 +102,8 @@ def replacements(hooks: Hooks) -> list[Replacement]:
     sat = import_sat(training=True)
     base_model = importlib.import_module("sat.model.base_model")
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
+    engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
+    trouble: Any = importlib.import_module("model.training.trouble")
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
@@ -117,7 +119,11 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         ),
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
-        Replacement(loop, "train_step", _train_step(loop, hooks), "SAT has no hook around a step"),
+        Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
+        Replacement(engine, "clip_fp32_gradients", trouble.clip_or_skip, "DeepSpeed's lets NaN through"),
+        Replacement(
+            engine, "backward", trouble.scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"
+        ),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)
@@ -217,6 +223,8 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
 
     def scheduler(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
         schedule = schedule_of_sat(optimizer, iteration, args, hooks.auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
+        rate = schedule.get_lr
+        schedule.get_lr = lambda: max(0.0, rate())  # SAT's line goes on below 0 after --lr-decay-iters
         hooks.report.watch(schedule, optimizer)
         hooks.when_ready()
         return schedule
@@ -248,9 +256,9 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     return evaluate_and_go_on
 
 
-def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
-    """SAT's step, of which the watchers are told before and after."""
-    step_of_sat = loop.train_step
+def _train_step(hooks: Hooks) -> Callable[..., Any]:
+    """`model.training.step.optimizer_step`, of which the watchers are told before and after."""
+    optimizer_step = importlib.import_module("model.training.step").optimizer_step
 
     def train_step(
         iterator: Any, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace, *rest: Any, **named: Any
@@ -258,7 +266,7 @@ def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         state = LoopState(model, optimizer, scheduler, args)
         for watcher in hooks.step_watchers:
             watcher.before_step(state)
-        loss, skipped, metrics = step_of_sat(iterator, model, optimizer, scheduler, args, *rest, **named)
+        loss, skipped, metrics = optimizer_step(iterator, model, optimizer, scheduler, args, *rest, **named)
         for watcher in hooks.step_watchers:
             watcher.after_step(state, loss, bool(skipped))
         return loss, skipped, metrics

@@ -149,3 +149,26 @@ def test_wandb_when_asked_for_gets_the_step_from_the_first_process(clock, monkey
     monkeypatch.setenv("RANK", rank)
     step(TrainingReport(), 1, args=SimpleNamespace(**vars(ARGS) | {"wandb": True}))
     assert logged == [({"Train/lr": 0.0, "Train/train_loss": 1.5}, 1)] * messages
+
+
+def test_line_shows_skipped_steps_and_batches_without_a_usable_row_once_there_are_some(clock, capsys):
+    report = TrainingReport()
+    step(report, 1)
+    report.skipped_steps, report.empty_batches = 2, 5
+    step(report, 2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" left")
+    assert second.endswith(" left  2 skipped  5 without a usable row")
+
+
+def test_line_of_an_fp16_step_shows_the_loss_scale(clock, capsys):
+    args = SimpleNamespace(**vars(ARGS) | {"fp16": True})
+    TrainingReport().step(None, SimpleNamespace(loss_scale=65536.0), 9.9, 1.5, 2000.0, 1, 20, args, {})
+    assert capsys.readouterr().out.endswith(" left  loss scale 65536\n")
+
+
+def test_loss_that_isnt_finite_is_not_sent_to_tensorboard(clock, capsys):
+    writer = Writer()
+    step(TrainingReport(), 1, loss=float("nan"), writer=writer)
+    assert ("Train/train_loss", 1) not in writer.scalars
+    assert ("Train/lr", 1) in writer.scalars

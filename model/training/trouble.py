@@ -1,0 +1,201 @@
+"""Trouble while training: steps that learn nothing are skipped, counted and shown, and stop the run when they go on.
+
+    batches = BatchesAtHand()                              # told of each batch that a loader hands out
+    skipped = SkippedSteps(report, batches, most=20)
+    hooks = Hooks(…, skipped.guarding(save_checkpoint), step_watchers=[batches, skipped])
+
+Traded away: a step's loss is read from the device only when the step was skipped. Whether any row could be used is asked
+of the other processes once in `most` steps.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoints.weights import write_whole
+from model.distributed import is_first_process
+from model.errors import InputError
+from model.progress import warn
+from model.training.metrics import TrainingReport
+from model.training.sat_loop import LoopState, StepWatcher
+
+MOST_ROWS = 8  # named in one line, the longest first
+
+RowAtHand = tuple[str, int]  # where it is from, and its tokens
+Save = Callable[[int, Any, Any, Any, argparse.Namespace], None]
+
+
+# --- mends of DeepSpeed, for the table of `model.training.sat_loop` ---------------------------------------------------
+
+
+def clip_or_skip(engine: Any) -> None:
+    """`DeepSpeedEngine.clip_fp32_gradients`, which skips the update where the gradient isn't finite.
+
+    It is the one optimizer of DeepSpeed that doesn't look: float32 without ZeRO. Parameters without a gradient stay as
+    they are, and so does Adam's state. DeepSpeed reads `overflow` after each step and counts the skipped ones.
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
+
+    norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+    engine.optimizer.overflow = is_invalid_grad_norm(norm)
+    if engine.optimizer.overflow:
+        engine.zero_grad()
+
+
+def scaled_backward(engine_class: Any) -> Callable[..., Any]:
+    """`DeepSpeedEngine.backward`, which multiplies the loss by fp16's loss scale without ZeRO too.
+
+    DeepSpeed 0.19 scales it for ZeRO alone, but both of these optimizers divide the gradient by the scale. In bfloat16
+    their scale is 1.
+    """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    backward = engine_class.backward
+
+    def scaled(engine: Any, loss: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if isinstance(engine.optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+            loss = loss.float() * engine.optimizer.loss_scale
+        return backward(engine, loss, *rest, **named)
+
+    return scaled
+
+
+# --- which rows are at hand -------------------------------------------------------------------------------------------
+
+
+class BatchesAtHand(StepWatcher):
+    """The rows of the batches that this process works on now."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[RowAtHand]] = []  # of this step, and of an evaluation after it
+        self.empty = 0  # batches of this step in which no row could be used
+
+    def note(self, batch: dict[str, Any]) -> None:
+        """A loader hands out batch; see `model.data.dataset.data_collator`."""
+        self.batches.append(batch.get("rows", []))
+        self.empty += "answers" in batch and len(batch["answers"]) == 0
+
+    def before_step(self, state: LoopState) -> None:
+        self.batches, self.empty = [], 0
+
+    def of_step(self) -> list[RowAtHand]:
+        """The rows of this step's micro-batches so far."""
+        return [row for batch in self.batches for row in batch]
+
+
+def longest(rows: Iterable[RowAtHand]) -> str:
+    """The MOST_ROWS longest rows, as a person reads them."""
+    in_order = sorted(rows, key=lambda row: -row[1])
+    named = ", ".join(f"{where} ({tokens} tokens)" for where, tokens in in_order[:MOST_ROWS])
+    more = len(in_order) - MOST_ROWS
+    return (named or "not known") + (f" and {more} more" if more > 0 else "")
+
+
+# --- steps in which nothing is learned --------------------------------------------------------------------------------
+
+
+class SkippedSteps(StepWatcher):
+    """Shows the steps that are skipped, and stops the run when nothing is learned any more."""
+
+    def __init__(self, report: TrainingReport, batches: BatchesAtHand, most: int) -> None:
+        """most is how many steps in a row may be skipped (--max_skipped_steps)."""
+        self.report, self.batches, self.most = report, batches, most
+        self.in_a_row = 0
+        self.last_applied = 0  # number of the last step that changed the weights, from 1
+        self.lost = False  # the weights give a loss that isn't finite
+        self.learned_batches = 0  # with a usable row, of this process, since the processes last asked each other
+        self.saved: list[int] = []  # iterations
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """Count a skipped step and say so.
+
+        Raises:
+            InputError: the last `most` steps were skipped or had no usable row, or training ends with such a loss.
+        """
+        number = state.args.iteration + 1
+        self.report.empty_batches += self.batches.empty
+        self.learned_batches += len(self.batches.batches) - self.batches.empty
+        if skipped:
+            self._count_skipped(number, state, float(loss))
+        else:
+            self.in_a_row, self.last_applied, self.lost = 0, number, False
+        ends = number == state.args.train_iters
+        if self.in_a_row >= self.most or (ends and self.lost):
+            self._stop(number, state)
+        if ends or number % self.most == 0:
+            self._stop_without_usable_rows(number, state)
+
+    def _count_skipped(self, number: int, state: LoopState, loss: float) -> None:
+        self.in_a_row += 1
+        self.report.skipped_steps += 1
+        self.lost = not math.isfinite(loss)
+        if state.args.fp16 and not self.lost:
+            warn(
+                f"Step {number} skipped: fp16's gradients overflowed; the loss scale is {state.optimizer.loss_scale:g} now."
+            )
+            return
+        what = f"the loss is {loss}" if self.lost else f"the gradient isn't finite, at a loss of {loss:.4f}"
+        warn(f"Step {number} skipped: {what}. Its longest rows: {longest(from_all(self.batches.of_step()))}.")
+
+    def _stop(self, number: int, state: LoopState) -> None:
+        what = "loss" if self.lost else "gradient"
+        steps = "step was" if self.in_a_row == 1 else f"{self.in_a_row} steps were"
+        precision = ", --bf16 in place of --fp16" if state.args.fp16 else ""
+        raise InputError(
+            f"stopped after step {number}: the last {steps} skipped, because the {what} is not finite. Needed is a lower "
+            f"--lr than {state.args.lr:g}{precision}, a longer --warmup, or a smaller gradient_clipping in a "
+            f"--deepspeed_config. {self._last_good_checkpoint(state.args)}"
+        )
+
+    def _last_good_checkpoint(self, args: argparse.Namespace) -> str:
+        """A sentence that names it. A checkpoint of weights whose loss isn't finite is not the last one any more."""
+        good = [iteration for iteration in self.saved if not self.lost or iteration < self.last_applied]
+        if self.saved and len(good) < len(self.saved):
+            _set_aside(Path(args.save), self.saved[-1], good[-1] if good else None)
+        return "The last good checkpoint: " + (f"{Path(args.save, str(good[-1]))}." if good else "none.")
+
+    def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
+        learned = torch.tensor(float(self.learned_batches), device=state.args.device)
+        torch.distributed.all_reduce(learned)
+        self.learned_batches = 0
+        if not learned.item():
+            steps = (number - 1) % self.most + 1
+            raise InputError(
+                f"stopped after step {number}: no row of the last {steps} steps could be used, so nothing was learned. "
+                "Needed are rows whose pictures can be opened; those that can't are named above."
+            )
+
+    def guarding(self, save_checkpoint: Save) -> Save:
+        """save_checkpoint, which leaves out weights whose loss isn't finite."""
+
+        def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
+            if self.lost:
+                warn(f"Not saved at iteration {iteration}: the loss is not finite.")
+                return
+            save_checkpoint(iteration, model, optimizer, scheduler, args)
+            self.saved.append(iteration)
+
+        return save
+
+
+def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
+    """The rows of all processes; each of them must call this."""
+    parts: list[list[RowAtHand]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def _set_aside(folder: Path, bad: int, good: int | None) -> None:
+    """Make good the last checkpoint of folder, or none, and rename the folder of bad to `<bad>-diverged`."""
+    if not is_first_process():
+        return
+    if good is None:
+        (folder / "latest").unlink(missing_ok=True)
+    else:
+        write_whole(folder / "latest", lambda path: path.write_text(str(good)))
+    (folder / str(bad)).rename(folder / f"{bad}-diverged")

@@ -1,0 +1,124 @@
+"""Trouble while training: what is skipped, what is said, and when a run ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_program, run_python, write_rows
+
+from model.training.trouble import longest
+
+TRAIN = (
+    "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune", "--auto_warmup_steps", "0", "--train-data",
+)  # fmt: skip
+SHIPPED = "fewshot-data/dataset.json"
+
+
+def finetune(*words):
+    return run_python("finetune_visualglm.py", *TRAIN, *words)
+
+
+def with_nan(runs, *flags):
+    """What each of these runs of train_with_nan.py found, and what all printed."""
+    done = run_program(
+        "train_with_nan", ",".join(runs), *TRAIN, SHIPPED, "--batch-size", "2", "--train-iters", "3", *flags
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")], done
+
+
+@pytest.mark.run
+def test_nan_gradient_of_a_finite_loss_is_skipped_at_every_zero_stage_and_weights_stay_finite():
+    found, done = with_nan(
+        [f"gradient:2:--zero-stage:{stage}{flag}" for stage in (0, 1, 2) for flag in ("", ":--bf16")]
+    )
+    assert [(run["skipped"], run["finite"]) for run in found] == [([2], True)] * 6
+    assert done.stderr.count("Step 2 skipped: the gradient isn't finite, at a loss of 2.") == 6
+    assert done.stdout.count("  1 skipped\n") == 2 * 6  # steps 2 and 3
+    assert "Skipping backward" not in done.stdout + done.stderr  # SAT's line
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("normalization", ["micro_batch", "token"])
+def test_nan_loss_in_an_accumulated_step_skips_that_step_and_every_row_keeps_its_step(normalization):
+    first_of_step_2 = "loss:3"
+    (whole, broken), done = with_nan(
+        ["nothing:0", first_of_step_2], "--gradient-accumulation-steps", "2", "--loss_normalization", normalization
+    )
+    assert (whole["skipped"], broken["skipped"], broken["finite"]) == ([], [2], True)
+    assert [len(rows) for rows in whole["rows"]] == [4, 4, 4]
+    assert broken["rows"] == whole["rows"]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Step 2 skipped: the loss is nan. ")]
+    assert all(f"{where} (" in line for where in whole["rows"][1])
+
+
+@pytest.mark.run
+def test_run_that_diverges_stops_and_leaves_the_last_good_checkpoint_the_last(tmp_path):
+    done = finetune(
+        SHIPPED, "--lr", "1e6", "--train-iters", "30", "--save", tmp_path, "--save-interval", "1",
+        "--max_skipped_steps", "4",
+    )  # fmt: skip
+    assert done.returncode == 2
+    (run,) = tmp_path.iterdir()
+    assert done.stderr.splitlines()[-1] == (
+        "finetune_visualglm.py: error: stopped after step 6: the last 4 steps were skipped, because the loss is not finite. "
+        "Needed is a lower --lr than 1e+06, a longer --warmup, or a smaller gradient_clipping in a --deepspeed_config. "
+        f"The last good checkpoint: {run / '1'}."
+    )
+    assert (run / "latest").read_text() == "1"
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"1", "2-diverged"}
+    assert "Not saved at iteration 3: the loss is not finite." in done.stderr
+    assert "NaN or Inf found" not in done.stderr  # TensorBoard's writer
+
+
+@pytest.mark.run
+def test_run_whose_last_step_is_nan_ends_with_a_sentence_and_is_not_saved(tmp_path):
+    done = finetune(SHIPPED, "--lr", "1e6", "--train-iters", "3", "--save", tmp_path)
+    assert done.returncode == 2
+    assert "stopped after step 3: the last step was skipped, because the loss is not finite." in done.stderr
+    assert done.stderr.endswith("The last good checkpoint: none.\n")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.fixture
+def broken_picture(tmp_path: Path) -> dict:
+    """A row whose picture can't be opened."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return {"img": str(tmp_path / "broken.png"), "prompt": "什么？", "label": "没有"}
+
+
+@pytest.mark.run
+def test_run_that_can_use_no_row_stops_and_saves_nothing(tmp_path, broken_picture):
+    rows = write_rows(tmp_path, [broken_picture])
+    done = finetune(
+        rows, "--bad_rows", "skip", "--check_seconds", "0", "--train-iters", "20", "--save", tmp_path / "saved",
+        "--max_skipped_steps", "3",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "step  3/20" not in done.stdout
+    assert "step  2/20" in done.stdout
+    assert "  2 without a usable row\n" in done.stdout
+    assert done.stderr.endswith(
+        "error: stopped after step 3: no row of the last 3 steps could be used, so nothing was learned. Needed are rows "
+        "whose pictures can be opened; those that can't are named above.\n"
+    )
+    assert f"Left out: {rows} row 1" in done.stderr
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.run
+def test_run_with_one_good_row_among_bad_ones_goes_on_and_counts_batches_without_one(tmp_path, broken_picture):
+    good = {"prompt": "什么？", "label": "一只猫"}
+    rows = write_rows(tmp_path, [broken_picture, good, broken_picture, broken_picture])
+    done = finetune(
+        rows, "--bad_rows", "skip", "--check_seconds", "0", "--epochs", "2", "--batch-size", "1", "--max_skipped_steps", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("  6 without a usable row")
+
+
+def test_longest_rows_are_named_longest_first_and_the_rest_counted():
+    rows = [(f"a.json row {number}", number) for number in range(1, 11)]
+    named = longest(rows)
+    assert named.startswith("a.json row 10 (10 tokens), a.json row 9 (9 tokens), ")
+    assert named.endswith("a.json row 3 (3 tokens) and 2 more")

@@ -64,7 +64,7 @@ class TrainingReport:
 
     def _trouble(self, loss_scale: float | None) -> str:
         """The end of a step's line: nothing, unless it is fp16 or something could not be used so far."""
-        scale = "" if loss_scale is None else f"  loss scale {loss_scale:g}"
+        scale = "" if loss_scale is None else f"  loss scale {loss_scale:.12g}"
         skipped = f"  {self.skipped_steps} skipped" if self.skipped_steps else ""
         return scale + skipped + (f"  {self.empty_batches} without a usable row" if self.empty_batches else "")
 

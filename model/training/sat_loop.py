@@ -124,6 +124,12 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(
             engine, "backward", trouble.scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"
         ),
+        *(
+            Replacement(
+                optimizer, "initialize_optimizer_states", lambda _: None, "it decays the weights at a rate of 1"
+            )
+            for optimizer in trouble.half_precision_optimizers()
+        ),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)

@@ -117,6 +117,39 @@ def test_run_with_one_good_row_among_bad_ones_goes_on_and_counts_batches_without
     assert done.stdout.splitlines()[-1].endswith("  6 without a usable row")
 
 
+def in_fp16(runs, *flags):
+    """What each of these runs of train_in_fp16.py recorded, and what all printed."""
+    done = run_program(
+        "train_in_fp16", ";".join(runs), *TRAIN, SHIPPED, "--lr", "0.01", "--hidden-dropout", "0", "--attention-dropout", "0",
+        "--batch-size", "2", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")], done
+
+
+@pytest.mark.run
+def test_fp16_learns_as_fast_as_float32_at_every_zero_stage():
+    zero = [f"--zero-stage,{stage}" for stage in (0, 1, 2)]
+    found, _ = in_fp16([*zero[:2], *(f"--fp16,{stage}" for stage in zero)], "--train-iters", "8")
+    without_zero, with_zero, *halves = [run["losses"] for run in found]  # stages 1 and 2 have other betas than 0
+    assert [run["optimizer"] for run in found[2:]] == ["FP16_UnfusedOptimizer"] + 2 * ["DeepSpeedZeroOptimizer"]
+    assert without_zero[-1] < without_zero[0] - 1
+    for losses, expected in zip(halves, (without_zero, with_zero, with_zero), strict=True):
+        assert losses == pytest.approx(expected, abs=0.005)  # fp16 rounds at the fourth digit
+
+
+@pytest.mark.run
+def test_fp16_whose_gradients_overflow_shows_skipped_steps_and_the_falling_loss_scale(tmp_path):
+    (tmp_path / "ds.json").write_text('{"fp16": {"enabled": true, "initial_scale_power": 22, "hysteresis": 1}}')
+    (found,), done = in_fp16([f"--fp16,--deepspeed_config,{tmp_path / 'ds.json'}"], "--train-iters", "6")
+    skipped = done.stderr.count("fp16's gradients overflowed")
+    assert found["scales"][0] == 2.0**21
+    assert found["scales"][-1] == 2.0 ** (22 - skipped)
+    assert "Step 1 skipped: fp16's gradients overflowed; the loss scale is 2097152 now." in done.stderr
+    assert skipped < 6
+    assert "loss scale 2097152  1 skipped\n" in done.stdout
+
+
 def test_longest_rows_are_named_longest_first_and_the_rest_counted():
     rows = [(f"a.json row {number}", number) for number in range(1, 11)]
     named = longest(rows)

@@ -100,9 +100,9 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
     from model.training.step import evaluation_step, forward_step, token_normalized_step
-    from model.training.trouble import BatchesAtHand, SkippedSteps
+    from model.training.trouble import BatchesAtHand, SkippedSteps, told_in_a_sentence
 
-    report, batches = TrainingReport(), BatchesAtHand()
+    report, batches = TrainingReport(), BatchesAtHand(read_together=options.loss_normalization == "token")
     skipped = SkippedSteps(report, batches, options.max_skipped_steps)
     hooks = sat_loop.Hooks(
         load_checkpoint,
@@ -111,7 +111,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
         options.auto_warmup_steps,
         step_watchers=[batches, skipped],
     )
-    with distributed.launcher_environment(), sat_loop.adapted(hooks):
+    with distributed.launcher_environment(), sat_loop.adapted(hooks), told_in_a_sentence(batches, options):
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(
@@ -121,7 +121,7 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             options.feature_cache,
         )
         inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, note=batches.note)
+        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, batches=batches)
         hooks.when_ready = features.offload_vision
         if options.keep_best:
             hooks.after_evaluation = BestCheckpoint(save_checkpoint).consider

@@ -145,6 +145,10 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         """About how many tokens a sample has; see `model.data.lengths.estimated_length`."""
         return estimated_length(self._turn(index), self.lengths)
 
+    def where(self, index: int) -> str:
+        """Names the row of a sample for a person: `fewshot-data/dataset.json row 3`."""
+        return self._turn(index).where
+
     def image_paths(self) -> list[str]:
         """The paths of all images that its samples have, each once."""
         rows = range(len(self.rows)) if self._samples is None else self._samples[0]

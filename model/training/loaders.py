@@ -18,6 +18,8 @@ from model.data.split import Selection
 from model.distributed import has_gpu
 from model.sat_compat import import_sat
 from model.training.feature_cache import FeatureCache
+from model.training.trouble import BatchesAtHand
+from model.training.worker_samples import HandedOver, NotedSamples, received, started
 
 import_sat()
 
@@ -58,17 +60,17 @@ class Loader:
         args: argparse.Namespace,
         collate_fn: Any,
         batches_per_step: int = 1,
-        note: Callable[[dict[str, Any]], None] = lambda _: None,
+        batches: BatchesAtHand | None = None,
     ) -> None:
-        """note is called with each batch that is handed out."""
-        self._note = note
+        """batches is told of each batch that is handed out, and which rows the worker processes open."""
+        self._told, self._samples = batches, NotedSamples(samples, args.num_workers)
         self.batch_sampler = OrderedBatches(order, batches_per_step)
         self._batches = DataLoader(
-            samples,
+            self._samples,
             batch_sampler=self.batch_sampler,
             num_workers=args.num_workers,
             pin_memory=has_gpu(),
-            collate_fn=collate_fn,
+            collate_fn=HandedOver(collate_fn),
             prefetch_factor=args.prefetch_factor if args.num_workers > 0 else None,
         )
 
@@ -76,9 +78,24 @@ class Loader:
         return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            self._note(batch)
+        if self._told is not None:
+            self._told.opened_by = self.opened_by
+        for handed_over in started(self._batches):
+            batch = received(handed_over)
+            if self._told is not None:
+                self._told.note(batch)
             yield batch
+
+    def opened_by(self, pid: int) -> tuple[str, bool] | None:
+        """The row that a worker process opened last, and whether it still was at it; None if that isn't known."""
+        return self._samples.opened_by(pid, self._where)
+
+    def _where(self, index: int) -> str:
+        for dataset in self._samples.samples.datasets:
+            if index < len(dataset):
+                return dataset.where(index)
+            index -= len(dataset)
+        raise IndexError(index)
 
 
 def make_loaders(
@@ -88,7 +105,7 @@ def make_loaders(
     *,
     selection: Selection,
     features: FeatureCache,
-    note: Callable[[dict[str, Any]], None] = lambda _: None,
+    batches: BatchesAtHand | None = None,
 ) -> tuple[Loader | None, Loader | None, Loader | None]:
     """The loaders of training, evaluation and test, as SAT's function of this name gives them.
 
@@ -96,7 +113,7 @@ def make_loaders(
 
     Args:
         selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
-        note: called with each batch that a loader hands out.
+        batches: told of each batch that a loader hands out.
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
@@ -113,14 +130,14 @@ def make_loaders(
             batch=eval_batch,
         )  # fmt: skip
         _note_last_batch(args, split, order, ranks)
-        return Loader(ConcatDataset(datasets), order, args, collate_fn, note=note)
+        return Loader(ConcatDataset(datasets), order, args, collate_fn, batches=batches)
 
     ranks = torch.distributed.get_world_size(mpu.get_data_parallel_group())
     batch, eval_batch = args.batch_size * ranks, (args.eval_batch_size or args.batch_size) * ranks
     shares = tuple(get_split(args))
     training_rows = samples_of(args.train_data)
     order = training_order(args, training_rows, shares, batch)
-    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, note)
+    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, batches)
     valid = test = None
     if args.valid_data is not None:
         valid = loader_in_order(samples_of(args.valid_data), 0, "val")

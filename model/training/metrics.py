@@ -1,13 +1,17 @@
 """What scrolls by while a model is trained: one line for every step, and one for every evaluation."""
 
 import argparse
+import atexit
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from model.distributed import is_first_process
-from model.progress import duration, say
+from model.progress import duration, say, warn
+
+SECONDS_BETWEEN_FLUSHES = 10.0  # of TensorBoard's file
 
 
 class TrainingReport:
@@ -104,3 +108,59 @@ class TrainingReport:
     def _send_to_wandb(args: argparse.Namespace, values: dict[str, float], step: int | None) -> None:
         if args.wandb and is_first_process():
             sys.modules["wandb"].log(values, step=step, commit=True)
+
+
+class TensorBoardFile:
+    """TensorBoard's file of one run, in the place of SAT's writer.
+
+    That one writes from a thread. On a full disk the thread dies, and the training loop waits for it for ever. Here the
+    first error is a line, and training goes on without the file.
+    """
+
+    def __init__(self, name: str, base: str = "..", iteration: int = 0) -> None:
+        """The file goes into base/runs/name, as SAT's does. iteration: the steps that are done already."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar, self._flushed = Event, scalar, time.monotonic()
+        self._file: Any = None
+        folder = Path(base, "runs", name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+        except OSError as error:
+            self._give_up(error)
+        self._write(
+            step=iteration, session_log=SessionLog(status=SessionLog.START)
+        )  # hides later steps of a run before
+        self.flush()
+        atexit.register(self.flush)
+
+    def add_scalar(self, name: str, value: float, step: int | None) -> None:
+        """Write one number of a step."""
+        self._write(step=step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        self._flushed = time.monotonic()
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, **content: Any) -> None:
+        try:
+            if self._file is not None:
+                self._file.write_event(self._event(wall_time=time.time(), **content))
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._file = None
+        warn(
+            f"TensorBoard's file can't be written ({error}); training goes on without it. --summary-dir names its folder."
+        )

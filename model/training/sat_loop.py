@@ -37,7 +37,7 @@ from model.distributed import from_first_process, has_gpu, launcher_environment,
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import completed_settings, deepspeed_settings
-from model.training.metrics import TrainingReport
+from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
@@ -112,6 +112,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
         Replacement(loop, "report_iteration_metrics", hooks.report.step, "one line a step, with the time left"),
         Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "one line, the mean over all tokens"),
+        Replacement(loop, "get_sample_writer", TensorBoardFile, "SAT's waits for ever when the disk is full"),
         Replacement(loop, "report_memory", lambda _: None, "SAT prints CUDA's figures, which may not be there"),
         Replacement(loop, "print_args", lambda _: None, "SAT prints 150 lines"),
         Replacement(

@@ -3,6 +3,8 @@
     batches = BatchesAtHand()                              # told of each batch that a loader hands out
     skipped = SkippedSteps(report, batches, most=20)
     hooks = Hooks(…, skipped.guarding(save_checkpoint), step_watchers=[batches, skipped])
+    with told_in_a_sentence(batches, options):             # no memory left, or a worker process that died
+        …
 
 Traded away: a step's loss is read from the device only when the step was skipped. Whether any row could be used is asked
 of the other processes once in `most` steps.
@@ -10,18 +12,22 @@ of the other processes once in `most` steps.
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.checkpoints.weights import write_whole
+from model.cli.options import Options
 from model.distributed import is_first_process
-from model.errors import InputError
+from model.errors import InputError, RowError
 from model.progress import warn
 from model.training.metrics import TrainingReport
 from model.training.sat_loop import LoopState, StepWatcher
+from model.training.worker_samples import dead_workers_named
 
 MOST_ROWS = 8  # named in one line, the longest first
 
@@ -78,9 +84,13 @@ def scaled_backward(engine_class: Any) -> Callable[..., Any]:
 
 
 class BatchesAtHand(StepWatcher):
-    """The rows of the batches that this process works on now."""
+    """What this process works on now, and the rows of the batches for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_together: bool = False) -> None:
+        """read_together: the micro-batches of a step are all read before the first is computed."""
+        self.read_together = read_together
+        self.work = "before the first step"
+        self.opened_by: Callable[[int], tuple[str, bool] | None] = lambda _: None  # of the loader in use
         self.batches: list[list[RowAtHand]] = []  # of this step, and of an evaluation after it
         self.empty = 0  # batches of this step in which no row could be used
 
@@ -90,7 +100,16 @@ class BatchesAtHand(StepWatcher):
         self.empty += "answers" in batch and len(batch["answers"]) == 0
 
     def before_step(self, state: LoopState) -> None:
+        self.work = f"in step {state.args.iteration + 1}"
         self.batches, self.empty = [], 0
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        self.work = f"after step {state.args.iteration + 1}"
+
+    def at_hand(self) -> list[RowAtHand]:
+        """The rows of the batch that is computed now, or those among which it is."""
+        is_any_of_step = self.read_together and self.work.startswith("in ")
+        return self.of_step() if is_any_of_step else (self.batches or [[]])[-1]
 
     def of_step(self) -> list[RowAtHand]:
         """The rows of this step's micro-batches so far."""
@@ -207,3 +226,45 @@ def _set_aside(folder: Path, bad: int, good: int | None) -> None:
     else:
         write_whole(folder / "latest", lambda path: path.write_text(str(good)))
     (folder / str(bad)).rename(folder / f"{bad}-diverged")
+
+
+# --- what ends a run at once ------------------------------------------------------------------------------------------
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|Cannot allocate memory|not enough memory|ALLOC_FAILED")
+
+
+@contextmanager
+def told_in_a_sentence(batches: BatchesAtHand, options: Options) -> Iterator[None]:
+    """Tell an error of torch's about memory or a worker process in a sentence with the rows that were at hand.
+
+    Raises:
+        RowError: in place of that error.
+    """
+    try:
+        with dead_workers_named(lambda pid: batches.opened_by(pid)):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
+            raise RowError(_no_memory(text, batches, options)) from None
+        raise
+
+
+def _no_memory(text: str, batches: BatchesAtHand, options: Options) -> str:
+    found = f"out of memory {batches.work} ({(text.strip() or 'no more is given').splitlines()[0].rstrip('.')}). "
+    if not batches.batches:
+        return found + (
+            "Needed is more memory, or less to hold: --use_qlora (the language model in 4 bits), or --bf16 or --fp16 in "
+            "place of float32."
+        )
+    evaluates = batches.work.startswith("after ")
+    smaller = (
+        f"a smaller --eval-batch-size than {options.eval_batch_size or options.batch_size}"
+        if evaluates
+        else f"a smaller --batch-size than {options.batch_size} with more --gradient-accumulation-steps than "
+        f"{options.gradient_accumulation_steps}, --checkpoint-activations"
+    )
+    return (
+        f"{found}The longest rows of the batch: {longest(batches.at_hand())}. Needed is {smaller}, or a smaller "
+        f"--max_source_length or --max_target_length."
+    )

@@ -172,3 +172,36 @@ def test_loss_that_isnt_finite_is_not_sent_to_tensorboard(clock, capsys):
     step(TrainingReport(), 1, loss=float("nan"), writer=writer)
     assert ("Train/train_loss", 1) not in writer.scalars
     assert ("Train/lr", 1) in writer.scalars
+
+
+def events(file):
+    """The events of a TensorBoard file: each stands between its length, 8 bytes, and checksums of 4."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, found = file.read_bytes(), []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_file_holds_the_numbers_of_each_step(tmp_path):
+    written = module.TensorBoardFile("a-run", str(tmp_path), 4)
+    written.add_scalar("Train/lr", 0.5, 5)
+    written.add_scalar("Train/train_loss", 0.25, 5)
+    written.flush()
+    (file,) = (tmp_path / "runs/a-run").iterdir()
+    version, start, *steps = events(file)
+    assert (version.file_version, start.step, start.session_log.status) == ("brain.Event:2", 4, 1)
+    values = [(event.step, value.tag, value.simple_value) for event in steps for value in event.summary.value]
+    assert values == [(5, "Train/lr", 0.5), (5, "Train/train_loss", 0.25)]
+
+
+def test_tensorboard_file_that_cant_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    written = module.TensorBoardFile("a-run", str(tmp_path))
+    written.add_scalar("Train/lr", 0.5, 1)
+    written.flush()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("TensorBoard's file can't be written ([Errno 20] Not a directory")

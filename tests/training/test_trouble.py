@@ -1,10 +1,14 @@
 """Trouble while training: what is skipped, what is said, and when a run ends."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_program, run_python, write_rows
+from conftest import PROJECT, printed_losses, run_program, run_python, write_rows
 
 from model.training.trouble import longest
 
@@ -128,6 +132,7 @@ def in_fp16(runs, *flags):
 
 
 @pytest.mark.run
+@pytest.mark.slow
 def test_fp16_learns_as_fast_as_float32_at_every_zero_stage():
     zero = [f"--zero-stage,{stage}" for stage in (0, 1, 2)]
     found, _ = in_fp16([*zero[:2], *(f"--fp16,{stage}" for stage in zero)], "--train-iters", "8")
@@ -155,3 +160,134 @@ def test_longest_rows_are_named_longest_first_and_the_rest_counted():
     named = longest(rows)
     assert named.startswith("a.json row 10 (10 tokens), a.json row 9 (9 tokens), ")
     assert named.endswith("a.json row 3 (3 tokens) and 2 more")
+
+
+def with_trouble(*words):
+    """What train_with_trouble.py printed on standard error, and its last line without the script's name."""
+    done = run_program("train_with_trouble", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1].removeprefix("finetune_visualglm.py: error: ")
+
+
+@pytest.fixture(scope="module")
+def mixed_rows(tmp_path_factory):
+    """Five rows, of which the third has the longest answer."""
+    rows = [
+        {"img": str(PROJECT / f"fewshot-data/images/{name}"), "prompt": "什么？", "label": label}
+        for name, label in (
+            ("heldout00.png", "猫"),
+            ("heldout01.png", "猪"),
+            ("heldout00.png", "一只猫" * 20),
+            ("heldout01.png", "两只猪"),
+            ("heldout00.png", "一只大猫"),
+        )
+    ]
+    return write_rows(tmp_path_factory.mktemp("rows"), rows)
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_run_without_memory_names_the_longest_rows_of_the_batch_and_what_to_change(mixed_rows, kind):
+    line = with_trouble(kind, "2", *TRAIN, mixed_rows, "--epochs", "3", "--batch-size", "5")
+    reason = {
+        "device": "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "host": "DefaultCPUAllocator: can't allocate memory",
+    }
+    assert line.startswith("out of memory in step 2 (")
+    assert reason[kind] in line
+    assert f"The longest rows of the batch: {mixed_rows} row 3 (" in line
+    lengths = [int(tokens) for tokens in re.findall(r"row \d+ \((\d+) tokens\)", line)]
+    assert len(lengths) == 5
+    assert lengths == sorted(lengths, reverse=True)
+    assert line.endswith(
+        "Needed is a smaller --batch-size than 5 with more --gradient-accumulation-steps than 1, --checkpoint-activations, or "
+        "a smaller --max_source_length or --max_target_length."
+    )
+
+
+@pytest.mark.run
+def test_run_without_memory_for_an_accumulated_step_names_the_rows_of_its_second_micro_batch_only(mixed_rows):
+    line = with_trouble("device", "2", *TRAIN, mixed_rows, "--train-iters", "2", "--batch-size", "2",
+                        "--gradient-accumulation-steps", "2")  # fmt: skip
+    assert line.startswith("out of memory in step 1 (")
+    assert line.count(" tokens)") == 2
+
+
+@pytest.mark.run
+def test_evaluation_without_memory_names_its_batch_size(mixed_rows):
+    line = with_trouble(
+        "device", "2", *TRAIN, mixed_rows, "--valid-data", mixed_rows, "--train-iters", "2", "--eval-interval", "1",
+        "--eval-batch-size", "3",
+    )  # fmt: skip
+    assert line.startswith("out of memory after step 1 (")
+    assert "Needed is a smaller --eval-batch-size than 3, or" in line
+
+
+@pytest.mark.run
+def test_model_that_doesnt_fit_on_the_device_ends_the_run_before_the_first_step():
+    line = with_trouble("moving", *TRAIN, SHIPPED, "--train-iters", "2")
+    assert line.startswith("out of memory before the first step (CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "--use_qlora" in line
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("flags", [(), ("--train_parts", "vit")])  # pictures are opened once before, or for each batch
+def test_data_worker_that_is_killed_is_told_with_its_row(tmp_path, flags):
+    rows = [
+        {"img": str(PROJECT / "fewshot-data/images" / name), "prompt": "什么？", "label": "猫"}
+        for name in ("heldout00.png", "heldout01.png", "heldout00.png")
+    ]
+    file = write_rows(tmp_path, rows)
+    line = with_trouble("killed", "heldout01.png", *TRAIN, file, "--epochs", "3", "--num-workers", "1", *flags)
+    what = f"{file} row 2" if flags else rows[1]["img"]
+    assert line.startswith(f"a data worker died while it opened {what}. ")
+    assert "--num-workers 0" in line
+
+
+def with_small_file_system(folder, size, *words, full=False):
+    """A run for which folder is a file system of so many KiB; skips where that isn't permitted."""
+    fill = f"head -c {size * 1024} /dev/zero > {folder}/filled;" if full else ""
+    mount = f"mount -t tmpfs -o size={size}k tmpfs {folder} && {{ {fill} true; }}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    command = [sys.executable, "finetune_visualglm.py", *map(str, [*TRAIN, *words])]
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"],
+        cwd=PROJECT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.run
+@pytest.mark.slow
+def test_run_with_too_little_shared_memory_says_so_once_and_learns_the_same():
+    words = (SHIPPED, "--train-iters", "3", "--batch-size", "16", "--num-workers", "2", "--train_parts", "vit")
+    small = with_small_file_system("/dev/shm", 1024, *words)
+    assert small.returncode == 0, small.stderr
+    assert small.stderr.splitlines().count(
+        "/dev/shm is too small for the batches of the data workers, which now come through a pipe, slower. In Docker, "
+        "--shm-size=8g makes it larger; a smaller --num-workers or --prefetch-factor needs less of it."
+    ) == 1  # fmt: skip
+    assert printed_losses(small.stdout) == printed_losses(finetune(*words).stdout)
+    assert len(printed_losses(small.stdout)) == 3
+
+
+@pytest.mark.run
+def test_run_without_any_shared_memory_ends_with_a_sentence():
+    done = with_small_file_system("/dev/shm", 4, SHIPPED, "--train-iters", "3", "--num-workers", "2", full=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "error: the data workers can't be started: No space left on device. Needed is room in /dev/shm (in Docker, "
+        "--shm-size=8g), or --num-workers 0.\n"
+    )
+
+
+@pytest.mark.run
+def test_run_whose_tensorboard_disk_is_full_says_so_once_and_trains_on(tmp_path):
+    done = with_small_file_system(
+        tmp_path, 16, SHIPPED, "--train-iters", "12", "--batch-size", "1", "--summary-dir", tmp_path, full=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(printed_losses(done.stdout)) == 12
+    assert done.stderr.count("TensorBoard's file can't be written ([Errno 28] No space left on device") == 1
+    assert "Traceback" not in done.stderr

@@ -100,17 +100,10 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
     from model.training.step import evaluation_step, forward_step, token_normalized_step
-    from model.training.trouble import BatchesAtHand, SkippedSteps, told_in_a_sentence
+    from model.training.trouble import told_in_a_sentence, watched
 
-    report, batches = TrainingReport(), BatchesAtHand(read_together=options.loss_normalization == "token")
-    skipped = SkippedSteps(report, batches, options.max_skipped_steps)
-    hooks = sat_loop.Hooks(
-        load_checkpoint,
-        skipped.guarding(save_checkpoint),
-        report,
-        options.auto_warmup_steps,
-        step_watchers=[batches, skipped],
-    )
+    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
+    batches = watched(hooks, options)
     with distributed.launcher_environment(), sat_loop.adapted(hooks), told_in_a_sentence(batches, options):
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)

@@ -64,6 +64,8 @@ class Loader:
     ) -> None:
         """batches is told of each batch that is handed out, and which rows the worker processes open."""
         self._told, self._samples = batches, NotedSamples(samples, args.num_workers)
+        if batches is not None:
+            batches.openers.append(self.opened_by)
         self.batch_sampler = OrderedBatches(order, batches_per_step)
         self._batches = DataLoader(
             self._samples,
@@ -78,8 +80,6 @@ class Loader:
         return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._told is not None:
-            self._told.opened_by = self.opened_by
         for handed_over in started(self._batches):
             batch = received(handed_over)
             if self._told is not None:

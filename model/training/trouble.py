@@ -1,9 +1,7 @@
 """Trouble while training: steps that learn nothing are skipped, counted and shown, and stop the run when they go on.
 
-    batches = BatchesAtHand()                              # told of each batch that a loader hands out
-    skipped = SkippedSteps(report, batches, most=20)
-    hooks = Hooks(…, skipped.guarding(save_checkpoint), step_watchers=[batches, skipped])
-    with told_in_a_sentence(batches, options):             # no memory left, or a worker process that died
+    batches = watched(hooks, options)              # the loaders tell it of each batch that they hand out
+    with told_in_a_sentence(batches, options):     # no memory left, or a worker process that died
         …
 
 Traded away: a step's loss is read from the device only when the step was skipped. Whether any row could be used is asked
@@ -26,13 +24,22 @@ from model.distributed import is_first_process
 from model.errors import InputError, RowError
 from model.progress import warn
 from model.training.metrics import TrainingReport
-from model.training.sat_loop import LoopState, StepWatcher
+from model.training.sat_loop import Hooks, LoopState, StepWatcher
 from model.training.worker_samples import dead_workers_named
 
 MOST_ROWS = 8  # named in one line, the longest first
 
 RowAtHand = tuple[str, int]  # where it is from, and its tokens
 Save = Callable[[int, Any, Any, Any, argparse.Namespace], None]
+
+
+def watched(hooks: Hooks, options: Options) -> "BatchesAtHand":
+    """Let the steps of hooks be watched, and what it saves be guarded. The batches that are worked on, for the loaders."""
+    batches = BatchesAtHand(read_together=options.loss_normalization == "token")
+    skipped = SkippedSteps(hooks.report, batches, options.max_skipped_steps)
+    hooks.step_watchers += [batches, skipped]
+    hooks.save_checkpoint = skipped.guarding(hooks.save_checkpoint)
+    return batches
 
 
 # --- mends of DeepSpeed, for the table of `model.training.sat_loop` ---------------------------------------------------
@@ -90,7 +97,7 @@ class BatchesAtHand(StepWatcher):
         """read_together: the micro-batches of a step are all read before the first is computed."""
         self.read_together = read_together
         self.work = "before the first step"
-        self.opened_by: Callable[[int], tuple[str, bool] | None] = lambda _: None  # of the loader in use
+        self.openers: list[Callable[[int], tuple[str, bool] | None]] = []  # of each loader; see `opened_by`
         self.batches: list[list[RowAtHand]] = []  # of this step, and of an evaluation after it
         self.empty = 0  # batches of this step in which no row could be used
 
@@ -98,6 +105,10 @@ class BatchesAtHand(StepWatcher):
         """A loader hands out batch; see `model.data.dataset.data_collator`."""
         self.batches.append(batch.get("rows", []))
         self.empty += "answers" in batch and len(batch["answers"]) == 0
+
+    def opened_by(self, pid: int) -> tuple[str, bool] | None:
+        """The row that a worker process of a loader opened last, and whether it still was at it; None if not known."""
+        return next((found for opener in self.openers if (found := opener(pid)) is not None), None)
 
     def before_step(self, state: LoopState) -> None:
         self.work = f"in step {state.args.iteration + 1}"
@@ -219,13 +230,13 @@ def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
 
 def _set_aside(folder: Path, bad: int, good: int | None) -> None:
     """Make good the last checkpoint of folder, or none, and rename the folder of bad to `<bad>-diverged`."""
-    if not is_first_process():
-        return
-    if good is None:
-        (folder / "latest").unlink(missing_ok=True)
-    else:
-        write_whole(folder / "latest", lambda path: path.write_text(str(good)))
-    (folder / str(bad)).rename(folder / f"{bad}-diverged")
+    if is_first_process():
+        if good is None:
+            (folder / "latest").unlink(missing_ok=True)
+        else:
+            write_whole(folder / "latest", lambda path: path.write_text(str(good)))
+        (folder / str(bad)).rename(folder / f"{bad}-diverged")
+    torch.distributed.barrier()  # a launcher ends this process as soon as another one leaves
 
 
 # --- what ends a run at once ------------------------------------------------------------------------------------------
@@ -241,7 +252,7 @@ def told_in_a_sentence(batches: BatchesAtHand, options: Options) -> Iterator[Non
         RowError: in place of that error.
     """
     try:
-        with dead_workers_named(lambda pid: batches.opened_by(pid)):
+        with dead_workers_named(batches.opened_by):
             yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)

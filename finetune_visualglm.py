@@ -92,12 +92,14 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     from model.training.run_state import RunState
     from model.training.saving import CheckpointSaver, TimedSaves
     from model.training.step import evaluation_step, forward_step, token_normalized_step
+    from model.training.trouble import told_in_a_sentence, watched
 
     options, saver = line.options, CheckpointSaver(save_checkpoint)
     run = RunState(TrainingReport(), line.resumed, saver.begin)
     hooks = sat_loop.Hooks(load_checkpoint, run.saving(saver.save), run.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
-    with distributed.launcher_environment(), sat_loop.adapted(hooks), saver:
+    batches = watched(hooks, options, saver.wait)
+    with distributed.launcher_environment(), sat_loop.adapted(hooks), saver, told_in_a_sentence(batches, options):
         args = sat_loop.get_args(line.words, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(
@@ -108,7 +110,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
         )
         inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
         run.watch(hooks, line, inputs)
-        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features)
+        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, batches=batches)
         hooks.when_ready = features.offload_vision
         if options.keep_best:
             run.after_evaluation = BestCheckpoint(saver.save).consider

@@ -67,7 +67,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
+        # fp16 ends at 65504, below its own first loss scale; only the product has to fit
+        wide = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
+        return (gradient.to(wide) * loss_gradient.to(wide)).to(gradient.dtype), None, None, None, None
 
 
 def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:

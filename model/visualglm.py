@@ -219,6 +219,7 @@ class VisualGLMModel(ChatGLMModel):
         args = argparse.Namespace(**{**vars(cls.get_args()), **given, **config, **overwrite_args})
         args.checkpoint_folder = str(checkpoint.folder)  # where its tokenizer is looked for
         model = get_model(args, cls, **kwargs)
+        model.to(args.device)  # SAT moves it too, but goes on after an error, such as no memory
         if not build_only:
             load_checkpoint(model, args, load_path=checkpoint, prefix=prefix)
         return model, args

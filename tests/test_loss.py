@@ -90,3 +90,13 @@ def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
     monkeypatch.setattr(loss_module, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
     head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
     assert asked == [2, 2, 2, 1]
+
+
+def test_head_loss_in_fp16_takes_a_gradient_above_the_largest_fp16_number():
+    head = torch.nn.Linear(5, 11, bias=False).half()
+    hidden = torch.full((1, 5), 1e-3, dtype=torch.float16, requires_grad=True)
+    head_loss(hidden, head, torch.zeros(1, dtype=torch.int64)).backward(torch.tensor(65536.0))
+    scaled, hidden.grad = hidden.grad, None
+    head_loss(hidden, head, torch.zeros(1, dtype=torch.int64)).backward()
+    assert scaled.isfinite().all()
+    assert torch.equal(scaled, hidden.grad * 2.0**16)

@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN, golden_values, load_model
 
 from model.sat_compat import import_sat
-from model.visualglm import residual_layer_norm
+from model.visualglm import VisualGLMModel, residual_layer_norm
 
 import_sat()
 
@@ -201,3 +201,12 @@ def test_layers_in_bfloat16_on_a_cpu_add_up_in_float32_until_the_last(model):
     logits = model(input_ids=torch.tensor([[5, 6, 86, 89, 7, 90]]))[0]
     assert [output.dtype for output in added] == [torch.float32] * (mixin.num_layers - 1) + [torch.bfloat16]
     assert logits.dtype == torch.bfloat16
+
+
+def test_model_that_cant_be_moved_to_its_device_is_an_error(upstream_checkpoint, monkeypatch):
+    def move(model, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(VisualGLMModel, "to", move)  # SAT's get_model calls it too, and swallows the error
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(upstream_checkpoint)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from model.adapter_config import TENSOR_NAMES, AdapterConfig
+from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, weights_path
 from model.checkpoints.metadata import (
     KEY,
@@ -382,8 +382,7 @@ def _put_into(
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
-    own = tuple(part for method in AdapterConfig.from_json(checkpoint.config).methods for part in TENSOR_NAMES[method])
-    needed = [name for name in missing or () if not is_adapter_name(name) or any(part in name for part in own)]
+    needed = [name for name in missing or () if not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "

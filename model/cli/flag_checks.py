@@ -26,7 +26,8 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         "1 or more is needed.",
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
-         "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size"),
+         "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size",
+         "max_skipped_steps"),
     ),
     (
         lambda number: number >= 0,

@@ -76,6 +76,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     check_seconds: float
     holdout: float | None
     keep_best: bool
+    max_skipped_steps: int
     source_prefix: str
     ignore_pad_token_for_loss: bool
     feature_cache: str | None
@@ -137,6 +138,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "(default: none).")
     add("--keep_best", action="store_true",
         help="Keep the checkpoint with the lowest evaluation loss, in the folder best beside the others.")
+    add("--max_skipped_steps", type=int, default=20, metavar="N",
+        help="Stop after N optimizer steps in a row whose loss or gradient isn't finite, or in which no row could be used "
+             "(default %(default)s: in 17 of them fp16's loss scale falls from 65536 to 1).")
     add("--source_prefix", default="", metavar="TEXT",
         help="Text put before every prompt (default: none).")
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",

@@ -75,6 +75,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             image                                    float32[3, H, W]; None in a row of text only
             image_features                           [queries, width], in place of image once they are known
             pre_image, image_length, pad_token_id    int
+            where                                    str; names the row for a person
             problem                                  str; only with note_bad_images, if the image can't be opened
 
         Raises:
@@ -97,6 +98,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             "pre_image": sample.pre_image,
             "image_length": self.lengths.image_length,
             "pad_token_id": self.tokenizer.pad_token_id,
+            "where": row.where,
             **({} if problem is None else {"problem": problem}),
         }
 
@@ -142,6 +144,10 @@ class FewShotDataset(Dataset[dict[str, Any]]):
     def text_length(self, index: int) -> int:
         """About how many tokens a sample has; see `model.data.lengths.estimated_length`."""
         return estimated_length(self._turn(index), self.lengths)
+
+    def where(self, index: int) -> str:
+        """Names the row of a sample for a person: `fewshot-data/dataset.json row 3`."""
+        return self._turn(index).where
 
     def image_paths(self) -> list[str]:
         """The paths of all images that its samples have, each once."""
@@ -194,6 +200,7 @@ def data_collator(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     image_slots        int64[images, image_length]     where each image goes in the flattened batch · seq
     answer_positions   int64[answers]                  which of the flattened batch · seq predict a supervised token
     answers            int64[answers]                  those tokens
+    rows               list[tuple[str, int]]           where each sample is from, and its tokens; stays on the CPU
     problems           list[str]                       of the samples that have one; absent if none has
     """
     return _batch([[example] for example in examples])
@@ -259,6 +266,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         "image_slots": torch.stack(slots) if slots else torch.empty(0, 0, dtype=torch.int64),
         "answer_positions": positions,
         "answers": answers,
+        "rows": [(example["where"], len(example["input_ids"])) for example in examples if "where" in example],
     }
     problems = [example["problem"] for example in examples if "problem" in example]
     return {**batch, "problems": problems} if problems else batch

@@ -7,6 +7,8 @@ from typing import Any
 
 from model.distributed import has_gpu
 
+NO_CLIPPING = 1e30  # a norm that no gradient has: every gradient is multiplied by exactly 1
+
 
 def deepspeed_settings(
     *,
@@ -64,6 +66,9 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
 
     SAT reads the micro-batch, the accumulation and the optimizer from the file alone, and fails on None where the file
     is silent. `min_loss_scale` below 1, as in the files of SAT, is raised to the 1 that DeepSpeed needs.
+
+    A gradient that isn't finite is always looked for, by its norm. Without ZeRO DeepSpeed takes the norm only where it
+    clips: no clipping becomes clipping at NO_CLIPPING.
     """
     settings = copy.deepcopy(dict(own))
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print",
@@ -72,6 +77,9 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
             settings[key] = defaults[key]
     if "min_loss_scale" in settings.get("fp16", {}):
         settings["fp16"]["min_loss_scale"] = max(1, int(settings["fp16"]["min_loss_scale"]))
+    settings["gradient_clipping"] = settings["gradient_clipping"] or NO_CLIPPING
+    if "check_grad_overflow" in settings.get("bf16", {}):
+        settings["bf16"]["check_grad_overflow"] = True
     optimizer = settings["optimizer"]
     if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)

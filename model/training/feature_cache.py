@@ -31,6 +31,7 @@ from model.training.feature_store import (
     placed,
     rows_in,
 )
+from model.training.worker_samples import HandedOver, NotedSamples, dead_workers_named, received, started
 
 IMAGES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions an image
 
@@ -122,22 +123,26 @@ def _add_missing_features(
     """Add to part the features of images that aren't known yet, and close it. The digest of each image that opens."""
     weight, was_training = vision.glm_proj.weight, vision.training
     vision.eval()
+    noted = NotedSamples(_Images(paths, processor, frozenset(known)), num_workers)
     loader = DataLoader(
-        _Images(paths, processor, frozenset(known)),
+        noted,
         batch_size=IMAGES_AT_ONCE,
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=HandedOver(list),
     )
+    batches = started(loader)
     digests: dict[str, bytes] = {}
     made = set(known)
     told = f"Looking at the pictures, {IMAGES_AT_ONCE} at a time"
-    for batch in with_progress(loader, len(loader), told) if is_first_process() else loader:
-        digests |= {path: digest for path, digest, _ in batch if digest is not None}
-        new = {digest: image for _, digest, image in batch if image is not None and digest not in made}
-        if new:
-            images = torch.stack(list(new.values())).to(weight.device, weight.dtype)
-            part.add(list(new), vision.features(images).cpu())
-            made |= set(new)
+    with dead_workers_named(lambda pid: noted.opened_by(pid, paths.__getitem__)):
+        for handed_over in with_progress(batches, len(loader), told) if is_first_process() else batches:
+            batch = received(handed_over)
+            digests |= {path: digest for path, digest, _ in batch if digest is not None}
+            new = {digest: image for _, digest, image in batch if image is not None and digest not in made}
+            if new:
+                images = torch.stack(list(new.values())).to(weight.device, weight.dtype)
+                part.add(list(new), vision.features(images).cpu())
+                made |= set(new)
     part.close()
     vision.train(was_training)
     return digests

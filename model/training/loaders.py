@@ -18,6 +18,8 @@ from model.data.split import Selection
 from model.distributed import has_gpu
 from model.sat_compat import import_sat
 from model.training.feature_cache import FeatureCache
+from model.training.trouble import BatchesAtHand
+from model.training.worker_samples import HandedOver, NotedSamples, received, started
 
 import_sat()
 
@@ -61,16 +63,26 @@ class Loader:
     """
 
     def __init__(
-        self, samples: Any, order: SampleOrder, args: argparse.Namespace, collate_fn: Any, batches_per_step: int = 1
+        self,
+        samples: Any,
+        order: SampleOrder,
+        args: argparse.Namespace,
+        collate_fn: Any,
+        batches_per_step: int = 1,
+        batches: BatchesAtHand | None = None,
     ) -> None:
+        """batches is told of each batch that is handed out, and which rows the worker processes open."""
+        self._told, self._samples = batches, NotedSamples(samples, args.num_workers)
+        if batches is not None:
+            batches.openers.append(self.opened_by)
         self.batch_sampler = OrderedBatches(order, batches_per_step)
         self._taken = 0  # micro-batches of the order that are behind
         self._batches = DataLoader(
-            samples,
+            self._samples,
             batch_sampler=self.batch_sampler,
             num_workers=args.num_workers,
             pin_memory=has_gpu(),
-            collate_fn=collate_fn,
+            collate_fn=HandedOver(collate_fn),
             prefetch_factor=args.prefetch_factor if args.num_workers > 0 else None,
         )
 
@@ -80,10 +92,13 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         self._taken = self.batch_sampler.start
         random_state = torch.get_rng_state()
-        batches = iter(self._batches)  # torch draws a seed for the worker processes
+        batches = started(self._batches)  # torch draws a seed for the worker processes
         if self._taken:  # the run that goes on here has drawn it at its beginning
             torch.set_rng_state(random_state)
-        for batch in batches:
+        for handed_over in batches:
+            batch = received(handed_over)
+            if self._told is not None:
+                self._told.note(batch)
             self._taken += 1
             yield batch
 
@@ -96,6 +111,17 @@ class Loader:
         """Leave out so many samples of the order, of all processes together: the whole batches among them."""
         self.batch_sampler.start = samples // self.batch_sampler.order.batch
 
+    def opened_by(self, pid: int) -> tuple[str, bool] | None:
+        """The row that a worker process opened last, and whether it still was at it; None if that isn't known."""
+        return self._samples.opened_by(pid, self._where)
+
+    def _where(self, index: int) -> str:
+        for dataset in self._samples.samples.datasets:
+            if index < len(dataset):
+                return dataset.where(index)
+            index -= len(dataset)
+        raise IndexError(index)
+
 
 def make_loaders(
     args: argparse.Namespace,
@@ -104,6 +130,7 @@ def make_loaders(
     *,
     selection: Selection,
     features: FeatureCache,
+    batches: BatchesAtHand | None = None,
 ) -> tuple[Loader | None, Loader | None, Loader | None]:
     """The loaders of training, evaluation and test, as SAT's function of this name gives them.
 
@@ -111,6 +138,7 @@ def make_loaders(
 
     Args:
         selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
+        batches: told of each batch that a loader hands out.
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
@@ -127,14 +155,14 @@ def make_loaders(
             batch=eval_batch,
         )  # fmt: skip
         _note_last_batch(args, split, order, ranks)
-        return Loader(ConcatDataset(datasets), order, args, collate_fn)
+        return Loader(ConcatDataset(datasets), order, args, collate_fn, batches=batches)
 
     ranks = torch.distributed.get_world_size(mpu.get_data_parallel_group())
     batch, eval_batch = args.batch_size * ranks, (args.eval_batch_size or args.batch_size) * ranks
     shares = tuple(get_split(args))
     training_rows = samples_of(args.train_data)
     order = training_order(args, training_rows, shares, batch)
-    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps)
+    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, batches)
     valid = test = None
     if args.valid_data is not None:
         valid = loader_in_order(samples_of(args.valid_data), 0, "val")

@@ -38,7 +38,7 @@ from model.errors import InputError
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import completed_settings, deepspeed_settings
-from model.training.metrics import TrainingReport
+from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
@@ -108,6 +108,8 @@ def replacements(hooks: Hooks) -> list[Replacement]:
     """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
     sat = import_sat(training=True)
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
+    engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
+    trouble: Any = importlib.import_module("model.training.trouble")
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
@@ -115,6 +117,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
         Replacement(loop, "report_iteration_metrics", hooks.report.step, "one line a step, with the time left"),
         Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "one line, the mean over all tokens"),
+        Replacement(loop, "get_sample_writer", TensorBoardFile, "SAT's waits for ever when the disk is full"),
         Replacement(loop, "report_memory", lambda _: None, "SAT prints CUDA's figures, which may not be there"),
         Replacement(loop, "print_args", lambda _: None, "SAT prints 150 lines"),
         Replacement(
@@ -122,7 +125,17 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         ),
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
-        Replacement(loop, "train_step", _train_step(loop, hooks), "SAT has no hook around a step"),
+        Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
+        Replacement(engine, "clip_fp32_gradients", trouble.clip_or_skip, "DeepSpeed's lets NaN through"),
+        Replacement(
+            engine, "backward", trouble.scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"
+        ),
+        *(
+            Replacement(
+                optimizer, "initialize_optimizer_states", lambda _: None, "it decays the weights at a rate of 1"
+            )
+            for optimizer in trouble.half_precision_optimizers()
+        ),
         Replacement(loop, "train", _train(loop, hooks), "SAT seeds everything anew just before; a run may go on"),
         Replacement(loop, "exit", _exit(hooks), "--exit-interval leaves without saving"),
         *without_torchs_compiler(),
@@ -225,6 +238,8 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     def scheduler(optimizer: Any, iteration: int, args: argparse.Namespace) -> Any:
         start = hooks.schedule_start(iteration)
         schedule = schedule_of_sat(optimizer, start, args, hooks.auto_warmup_steps, SAT_AUTO_WARMUP_RATE)
+        rate = schedule.get_lr
+        schedule.get_lr = lambda: max(0.0, rate())  # SAT's line goes on below 0 after --lr-decay-iters
         hooks.report.watch(schedule, optimizer)
         hooks.when_ready()
         return schedule
@@ -256,9 +271,9 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     return evaluate_and_go_on
 
 
-def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
-    """SAT's step, of which the watchers are told before and after."""
-    step_of_sat = loop.train_step
+def _train_step(hooks: Hooks) -> Callable[..., Any]:
+    """`model.training.step.optimizer_step`, of which the watchers are told before and after."""
+    optimizer_step = importlib.import_module("model.training.step").optimizer_step
 
     def train_step(
         iterator: Any, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace, *rest: Any, **named: Any
@@ -266,7 +281,7 @@ def _train_step(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         state = LoopState(model, optimizer, scheduler, args)
         for watcher in hooks.step_watchers:
             watcher.before_step(state)
-        loss, skipped, metrics = step_of_sat(iterator, model, optimizer, scheduler, args, *rest, **named)
+        loss, skipped, metrics = optimizer_step(iterator, model, optimizer, scheduler, args, *rest, **named)
         for watcher in hooks.step_watchers:
             watcher.after_step(state, loss, bool(skipped))
         return loss, skipped, metrics

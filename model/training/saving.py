@@ -61,7 +61,7 @@ class CheckpointSaver:
         """
         if self.saved.get(args.save) == iteration:
             return
-        on_every_process(self._wait)
+        on_every_process(self.wait)
         self.save_checkpoint(iteration, model, optimizer, lr_scheduler, args, extra_files, publish=self._publish)
         self.saved[args.save] = iteration
 
@@ -76,7 +76,7 @@ class CheckpointSaver:
             self.thread = Thread(target=noting_its_error)
             self.thread.start()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait for the thread.
 
         Raises:
@@ -99,9 +99,9 @@ class CheckpointSaver:
         """
         try:
             if kind is None and self.saved:
-                on_every_process(self._wait)
+                on_every_process(self.wait)
             else:
-                self._wait()
+                self.wait()
         finally:
             if (
                 self.folder is not None

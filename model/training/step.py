@@ -1,8 +1,9 @@
 """One training step: a batch becomes a loss.
 
-    next_batch     the collator's batch, its tensors on the model's device
-    loss_sum       → hidden states at the supervised positions → sum of their cross entropies
-    forward_step   → divided by the number of supervised tokens
+    next_batch       the collator's batch, its tensors on the model's device
+    loss_sum         → hidden states at the supervised positions → sum of their cross entropies
+    forward_step     → divided by the number of supervised tokens
+    optimizer_step   as many of these as are accumulated, backward, and one update of the weights
 
 Shapes: batch = rows, seq = tokens of the longest one, pictures = those that the rows have, answers = supervised tokens of
 the whole batch.
@@ -144,3 +145,49 @@ def token_normalized_step() -> Step:
         return loss, {"loss": loss}
 
     return step
+
+
+def optimizer_step(
+    data_iterator: Iterator[Any] | None,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    args: argparse.Namespace,
+    timers: Any,
+    hooks: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    """One optimizer step, in the place of SAT's `train_step`: its loss, 1 if it was skipped, and no metrics.
+
+    SAT's ends where a micro-batch's loss is NaN: the micro-batches before it stay in the gradient, and those after it go to
+    the next step. Here every step takes all its micro-batches. A loss that isn't finite makes the gradient NaN, and
+    DeepSpeed then skips the update on all processes alike. Only DeepSpeed's look at the gradient's norm waits for the device.
+
+    Args:
+        model: DeepSpeed's engine. hooks: SAT's; "forward_step" gives a loss, or a loss and metrics.
+
+    Returns:
+        The mean loss over micro-batches and processes, scalar float32.
+    """
+    forward = (hooks or {})["forward_step"]
+    losses: list[torch.Tensor] = []
+    last = False
+    while not last:
+        timers("forward").start()
+        result = forward(data_iterator, model, args, timers, **kwargs)
+        timers("forward").stop()
+        loss = result[0] if isinstance(result, tuple) else result
+        mean_loss = loss.detach().clone()
+        torch.distributed.all_reduce(mean_loss)
+        losses.append(mean_loss / args.world_size)
+        timers("backward").start()
+        model.backward(loss * (1 + 0 * loss.detach()))  # times 1, or NaN: an infinite loss may have a finite gradient
+        timers("backward").stop()
+        timers("optimizer").start()
+        last = model.is_gradient_accumulation_boundary()
+        model.step()
+        timers("optimizer").stop()
+    skipped = not model.was_step_applied()
+    if not skipped:
+        scheduler.step()
+    return sum(losses[1:], losses[0]) / len(losses), int(skipped), {}

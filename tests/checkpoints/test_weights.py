@@ -549,7 +549,7 @@ def test_adapter_with_a_tensor_missing_is_refused_and_keeps_no_fresh_value(upstr
     del content["module"][gone]
     torch.save(content, folder / "1" / WEIGHTS)
     (folder / "1" / "checksums.json").unlink()  # as older checkpoints have none
-    with pytest.raises(InputError, match=rf"1 tensors are missing \(the first: {re.escape(gone)}\)"):
+    with pytest.raises(InputError, match=rf"1 tensors of its adapters are missing \(the first: {re.escape(gone)}\)"):
         load_model(folder, "FineTuneVisualGLMModel")
 
 

@@ -102,3 +102,17 @@ def test_completed_settings_of_sats_own_file_are_taken_by_deepspeed():
 def test_completed_settings_take_torchs_adam_where_deepspeeds_would_be_compiled():
     completed = deepspeed_config.completed_settings({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, settings())
     assert completed["optimizer"] == {"type": "Adam", "params": {"lr": 1.0, "torch_adam": True}}
+
+
+def test_file_without_clipping_still_lets_deepspeed_take_the_norm_and_changes_no_gradient():
+    completed = deepspeed_config.completed_settings({"gradient_clipping": 0}, settings())
+    assert completed["gradient_clipping"] > 0
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = gradient = torch.tensor([3e8, 1e-8, -0.3])
+    torch.nn.utils.clip_grad_norm_([parameter], completed["gradient_clipping"])
+    assert torch.equal(gradient, torch.tensor([3e8, 1e-8, -0.3]))
+
+
+def test_file_that_switches_the_look_at_bf16_gradients_off_doesnt():
+    own = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    assert deepspeed_config.completed_settings(own, settings())["bf16"]["check_grad_overflow"] is True

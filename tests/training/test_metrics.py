@@ -149,3 +149,59 @@ def test_wandb_when_asked_for_gets_the_step_from_the_first_process(clock, monkey
     monkeypatch.setenv("RANK", rank)
     step(TrainingReport(), 1, args=SimpleNamespace(**vars(ARGS) | {"wandb": True}))
     assert logged == [({"Train/lr": 0.0, "Train/train_loss": 1.5}, 1)] * messages
+
+
+def test_line_shows_skipped_steps_and_batches_without_a_usable_row_once_there_are_some(clock, capsys):
+    report = TrainingReport()
+    step(report, 1)
+    report.skipped_steps, report.empty_batches = 2, 5
+    step(report, 2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" left")
+    assert second.endswith(" left  2 skipped  5 without a usable row")
+
+
+def test_line_of_an_fp16_step_shows_the_loss_scale(clock, capsys):
+    args = SimpleNamespace(**vars(ARGS) | {"fp16": True})
+    TrainingReport().step(None, SimpleNamespace(loss_scale=65536.0), 9.9, 1.5, 2000.0, 1, 20, args, {})
+    assert capsys.readouterr().out.endswith(" left  loss scale 65536\n")
+
+
+def test_loss_that_isnt_finite_is_not_sent_to_tensorboard(clock, capsys):
+    writer = Writer()
+    step(TrainingReport(), 1, loss=float("nan"), writer=writer)
+    assert ("Train/train_loss", 1) not in writer.scalars
+    assert ("Train/lr", 1) in writer.scalars
+
+
+def events(file):
+    """The events of a TensorBoard file: each stands between its length, 8 bytes, and checksums of 4."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, found = file.read_bytes(), []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_file_holds_the_numbers_of_each_step(tmp_path):
+    written = module.TensorBoardFile("a-run", str(tmp_path), 4)
+    written.add_scalar("Train/lr", 0.5, 5)
+    written.add_scalar("Train/train_loss", 0.25, 5)
+    written.flush()
+    (file,) = (tmp_path / "runs/a-run").iterdir()
+    version, start, *steps = events(file)
+    assert (version.file_version, start.step, start.session_log.status) == ("brain.Event:2", 4, 1)
+    values = [(event.step, value.tag, value.simple_value) for event in steps for value in event.summary.value]
+    assert values == [(5, "Train/lr", 0.5), (5, "Train/train_loss", 0.25)]
+
+
+def test_tensorboard_file_that_cant_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    written = module.TensorBoardFile("a-run", str(tmp_path))
+    written.add_scalar("Train/lr", 0.5, 1)
+    written.flush()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("TensorBoard's file can't be written ([Errno 20] Not a directory")

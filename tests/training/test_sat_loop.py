@@ -337,3 +337,27 @@ def test_script_in_the_manner_of_2023_trains_as_ours_does(upstream_checkpoint, t
     assert len(printed_losses(ours.stdout)) == 3
     (saved,) = tmp_path.glob("*/3/mp_rank_00_model_states.pt")
     assert len(torch.load(saved)["module"]) == 24
+
+
+def test_rate_after_the_decay_ends_stays_at_0(no_launcher):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    args = SimpleNamespace(
+        lr=0.01,
+        lr_decay_iters=5,
+        train_iters=12,
+        mode="finetune",
+        warmup=0.01,
+        lr_decay_style="linear",
+        lr_decay_ratio=0.1,
+    )
+    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), auto_warmup_steps=0)
+    with sat_loop.adapted(hooks):
+        schedule = importlib.import_module("sat.training.deepspeed_training").get_learning_rate_scheduler(
+            optimizer, 0, args
+        )
+        rates = []
+        for _ in range(12):
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(0.01 * (5 - 2 + 0.05) / 5)  # SAT's line, which starts at its second point
+    assert rates[5:] == [0.0] * 7

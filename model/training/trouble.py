@@ -1,0 +1,292 @@
+"""Trouble while training: steps that learn nothing are skipped, counted and shown, and stop the run when they go on.
+
+    batches = watched(hooks, options)              # the loaders tell it of each batch that they hand out
+    with told_in_a_sentence(batches, options):     # no memory left, or a worker process that died
+        …
+
+Traded away: a step's loss is read from the device only when the step was skipped. Whether any row could be used is asked
+of the other processes once in `most` steps.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoints.weights import write_whole
+from model.cli.options import Options
+from model.distributed import is_first_process
+from model.errors import InputError, RowError
+from model.progress import warn
+from model.training.metrics import TrainingReport
+from model.training.sat_loop import Hooks, LoopState, StepWatcher
+from model.training.worker_samples import dead_workers_named
+
+MOST_ROWS = 8  # named in one line, the longest first
+
+RowAtHand = tuple[str, int]  # where it is from, and its tokens
+Save = Callable[[int, Any, Any, Any, argparse.Namespace], None]
+
+
+def watched(hooks: Hooks, options: Options, wait_for_saves: Callable[[], None] = lambda: None) -> "BatchesAtHand":
+    """Let the steps of hooks be watched, and what it saves be guarded. The batches that are worked on, for the loaders.
+
+    Args:
+        wait_for_saves: returns once no checkpoint is being written.
+    """
+    batches = BatchesAtHand(read_together=options.loss_normalization == "token")
+    skipped = SkippedSteps(hooks.report, batches, options.max_skipped_steps, wait_for_saves)
+    hooks.step_watchers += [batches, skipped]
+    hooks.save_checkpoint = skipped.guarding(hooks.save_checkpoint)
+    return batches
+
+
+# --- mends of DeepSpeed, for the table of `model.training.sat_loop` ---------------------------------------------------
+
+
+def clip_or_skip(engine: Any) -> None:
+    """`DeepSpeedEngine.clip_fp32_gradients`, which skips the update where the gradient isn't finite.
+
+    It is the one optimizer of DeepSpeed that doesn't look: float32 without ZeRO. Parameters without a gradient stay as
+    they are, and so does Adam's state. DeepSpeed reads `overflow` after each step and counts the skipped ones.
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
+
+    norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+    engine.optimizer.overflow = is_invalid_grad_norm(norm)
+    if engine.optimizer.overflow:
+        engine.zero_grad()
+
+
+def half_precision_optimizers() -> tuple[Any, Any]:
+    """DeepSpeed's optimizers of fp16 and bfloat16 without ZeRO.
+
+    To make Adam's state they let it take a step without a gradient, at SAT's first rate of 1: weights decay by a hundredth,
+    and the first true step is corrected as a second one, to 0.74 of its length. Adam makes its state by itself.
+    """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    return FP16_Optimizer, FP16_UnfusedOptimizer
+
+
+def scaled_backward(engine_class: Any) -> Callable[..., Any]:
+    """`DeepSpeedEngine.backward`, which multiplies the loss by fp16's loss scale without ZeRO too.
+
+    DeepSpeed 0.19 scales it for ZeRO alone, but `half_precision_optimizers` divide the gradient by the scale as well. In
+    bfloat16 their scale is 1.
+    """
+    backward, optimizers = engine_class.backward, half_precision_optimizers()
+
+    def scaled(engine: Any, loss: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if isinstance(engine.optimizer, optimizers):
+            loss = loss.float() * engine.optimizer.loss_scale
+        return backward(engine, loss, *rest, **named)
+
+    return scaled
+
+
+# --- which rows are at hand -------------------------------------------------------------------------------------------
+
+
+class BatchesAtHand(StepWatcher):
+    """What this process works on now, and the rows of the batches for it."""
+
+    def __init__(self, read_together: bool = False) -> None:
+        """read_together: the micro-batches of a step are all read before the first is computed."""
+        self.read_together = read_together
+        self.work = "before the first step"
+        self.openers: list[Callable[[int], tuple[str, bool] | None]] = []  # of each loader; see `opened_by`
+        self.batches: list[list[RowAtHand]] = []  # of this step, and of an evaluation after it
+        self.empty = 0  # batches of this step in which no row could be used
+
+    def note(self, batch: dict[str, Any]) -> None:
+        """A loader hands out batch; see `model.data.dataset.data_collator`."""
+        self.batches.append(batch.get("rows", []))
+        self.empty += "answers" in batch and len(batch["answers"]) == 0
+
+    def opened_by(self, pid: int) -> tuple[str, bool] | None:
+        """The row that a worker process of a loader opened last, and whether it still was at it; None if not known."""
+        return next((found for opener in self.openers if (found := opener(pid)) is not None), None)
+
+    def before_step(self, state: LoopState) -> None:
+        self.work = f"in step {state.args.iteration + 1}"
+        self.batches, self.empty = [], 0
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        self.work = f"after step {state.args.iteration + 1}"
+
+    def at_hand(self) -> list[RowAtHand]:
+        """The rows of the batch that is computed now, or those among which it is."""
+        is_any_of_step = self.read_together and self.work.startswith("in ")
+        return self.of_step() if is_any_of_step else (self.batches or [[]])[-1]
+
+    def of_step(self) -> list[RowAtHand]:
+        """The rows of this step's micro-batches so far."""
+        return [row for batch in self.batches for row in batch]
+
+
+def longest(rows: Iterable[RowAtHand]) -> str:
+    """The MOST_ROWS longest rows, as a person reads them."""
+    in_order = sorted(rows, key=lambda row: -row[1])
+    named = ", ".join(f"{where} ({tokens} tokens)" for where, tokens in in_order[:MOST_ROWS])
+    more = len(in_order) - MOST_ROWS
+    return (named or "not known") + (f" and {more} more" if more > 0 else "")
+
+
+# --- steps in which nothing is learned --------------------------------------------------------------------------------
+
+
+class SkippedSteps(StepWatcher):
+    """Shows the steps that are skipped, and stops the run when nothing is learned any more."""
+
+    def __init__(
+        self,
+        report: TrainingReport,
+        batches: BatchesAtHand,
+        most: int,
+        wait_for_saves: Callable[[], None] = lambda: None,
+    ) -> None:
+        """most is how many steps in a row may be skipped (--max_skipped_steps)."""
+        self.report, self.batches, self.most, self.wait_for_saves = report, batches, most, wait_for_saves
+        self.in_a_row = 0
+        self.last_applied = 0  # number of the last step that changed the weights, from 1
+        self.lost = False  # the weights give a loss that isn't finite
+        self.learned_batches = 0  # with a usable row, of this process, since the processes last asked each other
+        self.saved: list[int] = []  # iterations
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """Count a skipped step and say so.
+
+        Raises:
+            InputError: the last `most` steps were skipped or had no usable row, or training ends with such a loss.
+        """
+        number = state.args.iteration + 1
+        self.report.empty_batches += self.batches.empty
+        self.learned_batches += len(self.batches.batches) - self.batches.empty
+        if skipped:
+            self._count_skipped(number, state, float(loss))
+        else:
+            self.in_a_row, self.last_applied, self.lost = 0, number, False
+        ends = number == state.args.train_iters
+        if self.in_a_row >= self.most or (ends and self.lost):
+            self._stop(number, state)
+        if ends or number % self.most == 0:
+            self._stop_without_usable_rows(number, state)
+
+    def _count_skipped(self, number: int, state: LoopState, loss: float) -> None:
+        self.in_a_row += 1
+        self.report.skipped_steps += 1
+        self.lost = not math.isfinite(loss)
+        if state.args.fp16 and not self.lost:
+            scale = f"{state.optimizer.loss_scale:.12g}"
+            warn(f"Step {number} skipped: fp16's gradients overflowed; the loss scale is {scale} now.")
+            return
+        what = f"the loss is {loss}" if self.lost else f"the gradient isn't finite, at a loss of {loss:.4f}"
+        warn(f"Step {number} skipped: {what}. Its longest rows: {longest(from_all(self.batches.of_step()))}.")
+
+    def _stop(self, number: int, state: LoopState) -> None:
+        what = "loss" if self.lost else "gradient"
+        steps = "step was" if self.in_a_row == 1 else f"{self.in_a_row} steps were"
+        precision = ", --bf16 in place of --fp16" if state.args.fp16 else ""
+        raise InputError(
+            f"stopped after step {number}: the last {steps} skipped, because the {what} is not finite. Needed is a lower "
+            f"--lr than {state.args.lr:g}{precision}, a longer --warmup, or a smaller gradient_clipping in a "
+            f"--deepspeed_config. {self._last_good_checkpoint(state.args)}"
+        )
+
+    def _last_good_checkpoint(self, args: argparse.Namespace) -> str:
+        """A sentence that names it. A checkpoint of weights whose loss isn't finite is not the last one any more."""
+        good = [iteration for iteration in self.saved if not self.lost or iteration < self.last_applied]
+        if self.saved and len(good) < len(self.saved):
+            self.wait_for_saves()
+            _set_aside(Path(args.save), self.saved[-1], good[-1] if good else None)
+        return "The last good checkpoint: " + (f"{Path(args.save, str(good[-1]))}." if good else "none.")
+
+    def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
+        learned = torch.tensor(float(self.learned_batches), device=state.args.device)
+        torch.distributed.all_reduce(learned)
+        self.learned_batches = 0
+        if not learned.item():
+            steps = (number - 1) % self.most + 1
+            raise InputError(
+                f"stopped after step {number}: no row of the last {steps} steps could be used, so nothing was learned. "
+                "Needed are rows whose pictures can be opened; those that can't are named above."
+            )
+
+    def guarding(self, save_checkpoint: Save) -> Save:
+        """save_checkpoint, which leaves out weights whose loss isn't finite."""
+
+        def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
+            if self.lost:
+                warn(f"Not saved at iteration {iteration}: the loss is not finite.")
+                return
+            save_checkpoint(iteration, model, optimizer, scheduler, args)
+            self.saved.append(iteration)
+
+        return save
+
+
+def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
+    """The rows of all processes; each of them must call this."""
+    parts: list[list[RowAtHand]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def _set_aside(folder: Path, bad: int, good: int | None) -> None:
+    """Make good the last checkpoint of folder, or none, and rename the folder of bad to `<bad>-diverged`."""
+    if is_first_process():
+        if good is None:
+            (folder / "latest").unlink(missing_ok=True)
+        else:
+            write_whole(folder / "latest", lambda path: path.write_text(str(good)))
+        (folder / str(bad)).rename(folder / f"{bad}-diverged")
+    torch.distributed.barrier()  # a launcher ends this process as soon as another one leaves
+
+
+# --- what ends a run at once ------------------------------------------------------------------------------------------
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|Cannot allocate memory|not enough memory|ALLOC_FAILED")
+
+
+@contextmanager
+def told_in_a_sentence(batches: BatchesAtHand, options: Options) -> Iterator[None]:
+    """Tell an error of torch's about memory or a worker process in a sentence with the rows that were at hand.
+
+    Raises:
+        RowError: in place of that error.
+    """
+    try:
+        with dead_workers_named(batches.opened_by):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
+            raise RowError(_no_memory(text, batches, options)) from None
+        raise
+
+
+def _no_memory(text: str, batches: BatchesAtHand, options: Options) -> str:
+    found = f"out of memory {batches.work} ({(text.strip() or 'no more is given').splitlines()[0].rstrip('.')}). "
+    if not batches.batches:
+        return found + (
+            "Needed is more memory, or less to hold: --use_qlora (the language model in 4 bits), or --bf16 or --fp16 in "
+            "place of float32."
+        )
+    evaluates = batches.work.startswith("after ")
+    smaller = (
+        f"a smaller --eval-batch-size than {options.eval_batch_size or options.batch_size}"
+        if evaluates
+        else f"a smaller --batch-size than {options.batch_size} with more --gradient-accumulation-steps than "
+        f"{options.gradient_accumulation_steps}, --checkpoint-activations"
+    )
+    return (
+        f"{found}The longest rows of the batch: {longest(batches.at_hand())}. Needed is {smaller}, or a smaller "
+        f"--max_source_length or --max_target_length."
+    )

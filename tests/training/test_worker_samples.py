@@ -1,0 +1,77 @@
+"""What worker processes open and hand over."""
+
+import os
+
+import torch
+from torch.utils.data import DataLoader
+
+from model.training import worker_samples
+from model.training.worker_samples import SAVED, HandedOver, NotedSamples, received
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Sample n is [n, the process that opened it]."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return [index, os.getpid()]
+
+
+def as_batch(samples):
+    """A batch with what ours hold: tensors, an empty one, numbers, texts, names with lengths."""
+    tensor = torch.tensor([number for number, _ in samples], dtype=torch.bfloat16)
+    return {"numbers": tensor, "none": torch.empty(0, 3), "pids": [pid for _, pid in samples], "rows": [("a row 1", 7)]}
+
+
+def loaded(samples, workers):
+    loader = DataLoader(samples, batch_size=2, num_workers=workers, collate_fn=HandedOver(as_batch))
+    return [received(batch) for batch in loader]
+
+
+def test_worker_notes_the_sample_that_it_opened_last():
+    samples = NotedSamples(Numbers(), 2)
+    first, second = loaded(samples, 2)
+    assert samples.opened_by(first["pids"][0], str) == ("1", False)
+    assert samples.opened_by(second["pids"][0], str) == ("3", False)
+    assert samples.opened_by(os.getpid(), str) is None
+
+
+def test_main_process_notes_nothing():
+    samples = NotedSamples(Numbers(), 0)
+    loaded(samples, 0)
+    assert samples.opened_by(os.getpid(), str) is None
+
+
+def test_batches_through_the_pipe_are_those_through_shared_memory(monkeypatch, capfd):
+    worker_samples._warn_once_of_full_memory.cache_clear()
+    shared = loaded(Numbers(), 1)
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    piped = loaded(Numbers(), 1)
+    assert capfd.readouterr().err.count("/dev/shm is too small") == 1
+    for ours, theirs in zip(piped, shared, strict=True):
+        assert torch.equal(ours["numbers"], theirs["numbers"])
+        assert (ours["numbers"].dtype, ours["none"].shape) == (torch.bfloat16, (0, 3))
+        assert ours["rows"] == theirs["rows"] == [("a row 1", 7)]
+    worker_samples._warn_once_of_full_memory.cache_clear()
+
+
+def test_list_of_pictures_with_their_digests_comes_back_from_the_pipe_as_it_was(monkeypatch):
+    batch = [("a.png", b"\x00\xff", torch.ones(2)), ("b.png", None, None)]
+
+    def full(tensor):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(worker_samples, "get_worker_info", lambda: object())
+    handed_over = HandedOver(list)(batch)
+    assert set(handed_over) == {SAVED}
+    back = received(handed_over)
+    assert [entry[:2] for entry in back] == [entry[:2] for entry in batch]
+    assert torch.equal(back[0][2], torch.ones(2))
+    assert back[1][2] is None

@@ -18,7 +18,7 @@ from typing import Any
 from model import distributed, sat_compat
 from model.cli.options import Options, parse, script_parser
 from model.cli.preflight import Inputs, preflight, samples_per_step
-from model.errors import exit_on_input_error
+from model.errors import command
 from model.progress import say
 from model.training import sat_loop
 
@@ -99,10 +99,14 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.feature_cache import FeatureCache
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
+    from model.training.signals import StopAtSignal
     from model.training.step import evaluation_step, forward_step, token_normalized_step
 
-    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
-    with distributed.launcher_environment(), sat_loop.adapted(hooks):
+    report = TrainingReport()
+    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, report, options.auto_warmup_steps)
+    with StopAtSignal(report) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
+        hooks.step_watchers.append(stop)
+        hooks.while_evaluating = stop.while_evaluating
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(
@@ -126,13 +130,14 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
             collate_fn=packed_collator if options.packing else data_collator,
             init_function=sat_loop.save_beside_earlier_runs,
         )
+        stop.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line argv (sys.argv's by default); bad input ends it with a sentence and status 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options = parse(argv)
-    with exit_on_input_error("finetune_visualglm.py"):
+    """Run the command line argv (sys.argv's by default); `model.errors` lists the statuses that it may end with."""
+    with command("finetune_visualglm.py"):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         inputs = preflight(options, lambda: importlib.import_module("model.sat_compat").import_sat(training=True))
         announce(options, inputs.notes)
         train(argv, options, inputs)

@@ -18,6 +18,7 @@ class TrainingReport:
         self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
         self.started = time.monotonic()
         self.first_step: int | None = None
+        self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
 
     def watch(self, scheduler: Any, optimizer: Any) -> None:
         """Note the learning rate that each step uses: SAT reports the one that the next step will use."""
@@ -43,7 +44,7 @@ class TrainingReport:
         metrics: dict[str, float],
     ) -> None:
         """One line for a step. SAT calls this every --log-interval steps, with the mean time of a step since."""
-        seconds = milliseconds / 1000
+        seconds, last_step = milliseconds / 1000, self.last_step or last_step
         ranks = args.world_size // args.model_parallel_size
         samples_per_second = args.batch_size * args.gradient_accumulation_steps * ranks / seconds
         line = f"step {step:>{len(str(last_step))}}/{last_step}  loss {loss:.4f}  lr {self.learning_rate:.2e}"

@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,10 @@ class StepWatcher:
         """
 
 
+class EvaluationGivenUp(BaseException):
+    """A signal came while SAT evaluates: the evaluation has no result. Not an Exception, which libraries would catch."""
+
+
 @dataclass
 class Hooks:
     """Our own parts in SAT's loop. They are read when SAT calls them, so they may be set after the loop is adapted.
@@ -85,6 +89,7 @@ class Hooks:
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
     when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
+    while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
 
 
@@ -240,7 +245,11 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     def evaluate_and_go_on(
         prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
     ) -> Any:
-        result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        try:
+            with hooks.while_evaluating(named["split"]):
+                result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        except EvaluationGivenUp:
+            return None
         if hooks.after_evaluation is not None and named.get("split") == "val":
             hooks.after_evaluation(model, args, args.iteration, from_first_process(hooks.report.evaluation_loss))
         return result

@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model import distributed, sat_compat
 from model.cli.options import Options, parse, script_parser
 from model.cli.preflight import Inputs, preflight, samples_per_step
-from model.errors import command
 from model.progress import say
 from model.training import sat_loop
 
@@ -102,11 +106,8 @@ def train(argv: Sequence[str], options: Options, inputs: Inputs) -> None:
     from model.training.signals import StopAtSignal
     from model.training.step import evaluation_step, forward_step, token_normalized_step
 
-    report = TrainingReport()
-    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, report, options.auto_warmup_steps)
-    with StopAtSignal(report) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
-        hooks.step_watchers.append(stop)
-        hooks.while_evaluating = stop.while_evaluating
+    hooks = sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport(), options.auto_warmup_steps)
+    with StopAtSignal(hooks) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
         args = sat_loop.get_args(argv, options, script_parser())
         model, args = load_model(args, options, inputs)
         features = FeatureCache(

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -33,6 +33,8 @@ ENDING_SIGNALS = [
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
 STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
 SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
+
+_is_a_program = False  # whether this process is a command's, and not a notebook's or a test's
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -87,6 +89,17 @@ def command(program: str) -> Iterator[None]:
             sys.stdout.flush()  # here a pipe that is closed can still be told from a bug
 
 
+def interrupt_ends_quietly() -> None:
+    """Let Ctrl-C end this process without a traceback where no `command` takes it: while Python imports, and at its end.
+
+    For programs, which call it before they import more: `if __name__ == "__main__": …`.
+    """
+    global _is_a_program
+    _is_a_program = True
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +108,7 @@ def leaving_at_signals() -> Iterator[None]:
     """Leave the block at the first signal that asks to end; at a second one, end the process as it is.
 
     Raises:
-        SystemExit: a signal came. The status is 128 + its number.
+        SystemExit: a signal came. The status is 128 + its number. A program ends here instead.
     """
     leaving = Leaving()
     try:
@@ -106,9 +119,22 @@ def leaving_at_signals() -> Iterator[None]:
         if not leaving.status:
             raise
     finally:
-        leaving.end()
+        if not leaving.status or not _is_a_program:
+            leaving.end()
+    if leaving.status and _is_a_program:
+        end_now(leaving.status - STATUS_OF_A_SIGNAL)  # Python's own way out takes a second with torch
     if leaving.status:
         raise SystemExit(leaving.status)
+
+
+def end_at_signals(status: int) -> None:
+    """From now on a signal ends this process at once, with this status: the command is done but for Python's way out.
+
+    In a notebook or a test, whose process goes on, nothing is changed.
+    """
+    if _is_a_program and threading.current_thread() is threading.main_thread():
+        for number in ENDING_SIGNALS:
+            signal.signal(number, lambda *_: end_now(status - STATUS_OF_A_SIGNAL))
 
 
 @contextmanager
@@ -127,7 +153,8 @@ def handling(handler: Handler) -> Iterator[None]:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, signal.SIG_DFL if old is None else old)
+            if signal.getsignal(number) == handler:
+                signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 class Leaving:
@@ -170,6 +197,8 @@ def end_now(number: int) -> NoReturn:
     """End this process and those that it has started at this point, with the status of a signal."""
     for child in multiprocessing.active_children():
         child.kill()
+    with suppress(OSError, RuntimeError):  # nobody reads it, or a signal came while it was written
+        sys.stdout.flush()
     os._exit(STATUS_OF_A_SIGNAL + number)
 
 

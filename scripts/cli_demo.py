@@ -13,9 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
 from model.data.images import is_url, open_image
-from model.errors import InputError, exit_on_input_error
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
@@ -181,21 +185,18 @@ class Demo:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2, Ctrl-C and Ctrl-D with a line's end."""
-    options = command_line().parse_args(argv)
-    try:
-        with exit_on_input_error("cli_demo.py"):
+    """Run the command; Ctrl-D ends it with a line's end, and `model.errors` lists the statuses that it may end with."""
+    with command("cli_demo.py"):
+        options = command_line().parse_args(argv)
+        try:
             demo = Demo(check(options), options)
             if options.image or options.query:
                 prompt = options.prompt_en if options.english else options.prompt_zh
                 demo.answer(demo.look(options.image or ""), options.query or prompt)
             else:
                 demo.talk()
-    except EOFError:
-        print()
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+        except EOFError:
+            print()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """SIGINT, SIGTERM, SIGUSR1 and SIGHUP end a run after the step in hand: it is saved, and a line says how to go on.
 
-    with StopAtSignal(report) as stop:
-        hooks.step_watchers.append(stop)
-        hooks.while_evaluating = stop.while_evaluating
+    with StopAtSignal(hooks) as stop:
         …                                          # SAT's loop; its own final save saves the run
         stop.leave()                               # with status 128 + the signal's number, if one came
 
@@ -33,10 +31,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from model.distributed import from_first_process, is_first_process
-from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_now, handling
+from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_at_signals, end_now, handling
 from model.progress import say
-from model.training.metrics import TrainingReport
-from model.training.sat_loop import EvaluationGivenUp, LoopState, StepWatcher
+from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWatcher
 
 # Launchers pass on what the terminal has sent to their processes already (deepspeed's runner: SIGINT, then SIGTERM).
 SECONDS_OF_ONE_SIGNAL = 2.0
@@ -46,8 +43,11 @@ STOPPING = "this step is finished, then the run stops. A second signal leaves at
 class StopAtSignal(StepWatcher):
     """Ends SAT's loop after the step in which a signal came, in this process or in another one of the run."""
 
-    def __init__(self, report: TrainingReport) -> None:
-        self.report = report
+    def __init__(self, hooks: Hooks) -> None:
+        """Put this into SAT's loop by its hooks."""
+        hooks.step_watchers.append(self)
+        hooks.while_evaluating = self.while_evaluating
+        self.report = hooks.report
         self.number = 0  # of the signal that came to this process, or that the processes have agreed on
         self._came: float | None = None  # when this process got one, in seconds
         self._launched = "WORLD_SIZE" in os.environ
@@ -152,4 +152,6 @@ class StopAtSignal(StepWatcher):
             say(f"{stopped} To go on: --resume {args.save}")
         else:
             say(f"{stopped} Nothing was saved: --save was not given.")
-        sys.exit(STATUS_OF_A_SIGNAL + self.number)
+        status = STATUS_OF_A_SIGNAL + self.number
+        end_at_signals(status)
+        sys.exit(status)

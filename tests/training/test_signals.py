@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT
+from conftest import GOLDEN, PROJECT, free_port, run_program
 
 SCRIPT = PROJECT / "finetune_visualglm.py"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
@@ -182,3 +182,68 @@ def test_signal_in_an_evaluation_gives_it_up_and_saves_the_run(run, tmp_path):
     assert time.monotonic() - sent < 10
     assert saved_steps(tmp_path / "saved") == [2]
     assert "validation loss" not in one.output and "Traceback" not in one.output
+
+
+# --- two processes, without a launcher: it would pass signals on in its own way
+
+
+@pytest.fixture
+def two_ranks(run, tmp_path):
+    """A run of two processes over gloo, in the midst of its first steps."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [run("--save", tmp_path / "saved", RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+    ranks[0].read_until("step      2/")
+    return ranks
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1), (1, 0)])
+def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ranks, tmp_path, signalled):
+    for rank in signalled:
+        two_ranks[rank].send(signal.SIGUSR1)
+    assert [one.end() for one in two_ranks] == [138, 138]
+    step, planned = last_step(two_ranks[0].output)
+    assert planned == 100_000
+    assert saved_steps(tmp_path / "saved") == [step]
+    assert f"SIGUSR1: stopped after step {step} of 100000. To go on: --resume " in two_ranks[0].output
+    assert "Traceback" not in two_ranks[0].output + two_ranks[1].output
+
+
+@pytest.mark.run
+def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ranks, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):  # as deepspeed's runner passes Ctrl-C on
+        for one in two_ranks:
+            one.send(number)
+        time.sleep(0.1)
+    assert [one.end() for one in two_ranks] == [130, 130]
+    assert saved_steps(tmp_path / "saved") == [last_step(two_ranks[0].output)[0]]
+
+
+# --- what is around a run
+
+
+@pytest.mark.run
+def test_nohup_is_respected(run, tmp_path):
+    one = run(
+        "--train-iters", "40", "--save", tmp_path / "saved", launcher=(PROJECT / "tests/programs/ignoring_hangups.py",)
+    )
+    one.read_until("step  2/")
+    one.send(signal.SIGHUP)
+    assert one.end() == 0
+    assert saved_steps(tmp_path / "saved") == [40]
+
+
+@pytest.mark.run
+def test_run_in_another_thread_and_after_a_stopped_one_trains_to_its_end(upstream_checkpoint, tmp_path):
+    done = run_program(
+        "main_after_a_signal", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2], "--summary-dir", tmp_path,
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(?:step .*|==.*)", re.sub(r"  loss.*", "", done.stdout), re.MULTILINE) == [
+        *(f"step {step}/9" for step in (1, 2, 3)),
+        "== 143, the handlers are as before",
+        *(f"step {step}/2" for step in (1, 2)),
+        "== in another thread",
+        *(f"step {step}/2" for step in (1, 2)),
+    ]

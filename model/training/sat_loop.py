@@ -36,7 +36,7 @@ from model.cli.options import Options, full_parser
 from model.distributed import from_first_process, has_gpu, launcher_environment, start_gloo
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
-from model.training.deepspeed_config import completed_settings, deepspeed_settings
+from model.training.deepspeed_config import completed_settings, deepspeed_settings, try_out
 from model.training.metrics import TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
@@ -401,13 +401,16 @@ def _sat_args(
             say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
         words += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
         start_gloo()
+    settings = _settings(options, fp16 and has_gpu())
     with tempfile.TemporaryDirectory() as folder:
         settings_file = Path(folder, "deepspeed.json")
-        settings_file.write_text(json.dumps(_settings(options, fp16 and has_gpu())))
+        settings_file.write_text(json.dumps(settings))
         get_args_of_sat = importlib.import_module("sat.arguments").get_args
         args = get_args_of_sat([*words, "--deepspeed_config", str(settings_file)], parser=parser)
     if not has_gpu():
         args.device = "cpu"
+    if options.deepspeed_config:
+        try_out(settings, options.deepspeed_config)
     return args
 
 

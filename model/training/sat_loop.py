@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
 from model.cli.options import Options, full_parser
-from model.distributed import from_first_process, has_gpu, launcher_environment, start_gloo
+from model.distributed import from_first_process, has_gpu, launcher_environment, on_a_free_port, start_gloo
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import completed_settings, deepspeed_settings, try_out
@@ -406,7 +406,8 @@ def _sat_args(
         settings_file = Path(folder, "deepspeed.json")
         settings_file.write_text(json.dumps(settings))
         get_args_of_sat = importlib.import_module("sat.arguments").get_args
-        args = get_args_of_sat([*words, "--deepspeed_config", str(settings_file)], parser=parser)
+        words += ["--deepspeed_config", str(settings_file)]
+        args = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
     if not has_gpu():
         args.device = "cpu"
     if options.deepspeed_config:

@@ -127,14 +127,14 @@ def leaving_at_signals() -> Iterator[None]:
         raise SystemExit(leaving.status)
 
 
-def end_at_signals(status: int) -> None:
-    """From now on a signal ends this process at once, with this status: the command is done but for Python's way out.
+def ignore_signals_from_now_on() -> None:
+    """The command is done but for Python's way out: another signal must not change the status that it ends with.
 
     In a notebook or a test, whose process goes on, nothing is changed.
     """
     if _is_a_program and threading.current_thread() is threading.main_thread():
         for number in ENDING_SIGNALS:
-            signal.signal(number, lambda *_: end_now(status - STATUS_OF_A_SIGNAL))
+            signal.signal(number, signal.SIG_IGN)  # a handler would not do: Python puts the system's back early
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from model.distributed import from_first_process, is_first_process
-from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_at_signals, end_now, handling
+from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_now, handling, ignore_signals_from_now_on
 from model.progress import say
 from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWatcher
 
@@ -152,6 +152,5 @@ class StopAtSignal(StepWatcher):
             say(f"{stopped} To go on: --resume {args.save}")
         else:
             say(f"{stopped} Nothing was saved: --save was not given.")
-        status = STATUS_OF_A_SIGNAL + self.number
-        end_at_signals(status)
-        sys.exit(status)
+        ignore_signals_from_now_on()
+        sys.exit(STATUS_OF_A_SIGNAL + self.number)

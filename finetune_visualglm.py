@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model import distributed, sat_compat
 from model.cli.options import Options, script_parser
 from model.cli.preflight import Inputs, preflight, samples_per_step, warm_up_notes
 from model.cli.resuming import CommandLine, command_line, finished_note
-from model.errors import exit_on_input_error
 from model.progress import say
 from model.training import sat_loop
 
@@ -91,6 +95,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     from model.training.metrics import TrainingReport
     from model.training.run_state import RunState
     from model.training.saving import CheckpointSaver, TimedSaves
+    from model.training.signals import StopAtSignal
     from model.training.step import evaluation_step, forward_step, token_normalized_step
     from model.training.trouble import told_in_a_sentence, watched
 
@@ -99,37 +104,35 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     hooks = sat_loop.Hooks(load_checkpoint, run.saving(saver.save), run.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     batches = watched(hooks, options, saver.wait)
-    with distributed.launcher_environment(), sat_loop.adapted(hooks), saver, told_in_a_sentence(batches, options):
-        args = sat_loop.get_args(line.words, options, script_parser())
-        model, args = load_model(args, options, inputs)
-        features = FeatureCache(
-            model.get_mixin("eva").model,
-            lambda rows: rows * args.epochs if args.epochs else args.train_iters * samples_per_step(options),
-            args.num_workers,
-            options.feature_cache,
-        )
-        inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-        run.watch(hooks, line, inputs)
-        hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, batches=batches)
-        hooks.when_ready = features.offload_vision
-        if options.keep_best:
-            run.after_evaluation = BestCheckpoint(saver.save).consider
-        sat_loop.training_main()(
-            args,
-            model_cls=model,
-            forward_step_function=token_normalized_step() if options.loss_normalization == "token" else forward_step,
-            forward_step_eval=evaluation_step,
-            handle_metrics_function=mean_over_tokens,
-            create_dataset_function=create_dataset_function,
-            collate_fn=packed_collator if options.packing else data_collator,
-            init_function=run.place,
-        )
+    step = token_normalized_step() if options.loss_normalization == "token" else forward_step
+    with StopAtSignal(hooks) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
+        with saver, told_in_a_sentence(batches, options):
+            args = sat_loop.get_args(line.words, options, script_parser())
+            model, args = load_model(args, options, inputs)
+            features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
+            inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
+            run.watch(hooks, line, inputs)
+            hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, batches=batches)
+            hooks.when_ready = features.offload_vision
+            if options.keep_best:
+                run.after_evaluation = BestCheckpoint(saver.save).consider
+            sat_loop.training_main()(
+                args,
+                model_cls=model,
+                forward_step_function=step,
+                forward_step_eval=evaluation_step,
+                handle_metrics_function=mean_over_tokens,
+                create_dataset_function=create_dataset_function,
+                collate_fn=packed_collator if options.packing else data_collator,
+                init_function=run.place,
+            )
+        stop.leave()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line argv (sys.argv's by default); bad input ends it with a sentence and status 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_input_error("finetune_visualglm.py"):
+    """Run the command line argv (sys.argv's by default); `model.errors` lists the statuses that it may end with."""
+    with command("finetune_visualglm.py"):
+        argv = list(sys.argv[1:] if argv is None else argv)
         line = command_line(argv)
         inputs = preflight(line.options, partial(sat_compat.import_sat, training=True), line.resumed)
         finished = finished_note(line, inputs.steps)

@@ -5,9 +5,14 @@ Only the standard library is imported; torch where it is needed.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PORTS_TO_TRY = 5
+
+Result = TypeVar("Result")
 
 
 def is_first_process() -> bool:
@@ -28,27 +33,57 @@ def launcher_environment() -> Iterator[None]:
 
     DeepSpeed refuses to start without LOCAL_RANK, and torch.distributed without the others.
     """
-    added = _variables_of_a_launcher()
-    os.environ.update(added)
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    os.environ.update(_variables_of_a_launcher())
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _variables_of_a_launcher() -> dict[str, str]:
     """The variables that this process lacks and a launcher would have set."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    single_process = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port),
-    }  # fmt: skip
+    values = ("0", "0", "1", "1", "127.0.0.1", str(free_port()))
+    single_process = dict(zip(LAUNCHER_VARIABLES, values, strict=True))
     if "WORLD_SIZE" in os.environ:  # deepspeed's launcher calls it LOCAL_SIZE
         single_process = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])}
     return {name: value for name, value in single_process.items() if name not in os.environ}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_a_free_port(start: Callable[[], Result]) -> Result:
+    """start(), which listens on MASTER_PORT. In a run of one process another port is taken where that one is in use.
+
+    Raises:
+        InputError: it is in use in a run of several, which must agree on it.
+    """
+    from torch.distributed import DistNetworkError
+
+    from model.errors import InputError  # which prints, on the first process only: it imports this module
+
+    for _ in range(PORTS_TO_TRY):
+        try:
+            return start()
+        except DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            if os.environ["WORLD_SIZE"] != "1":
+                raise InputError(
+                    f"MASTER_PORT {os.environ['MASTER_PORT']}: another program listens on it; a free one is needed: "
+                    "deepspeed's flag is --master_port, torchrun's --master-port."
+                ) from None
+            os.environ["MASTER_PORT"] = str(free_port())
+    return start()
 
 
 def processes_here() -> tuple[int, int]:
@@ -65,7 +100,7 @@ def start_gloo() -> None:
     import torch
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        on_a_free_port(lambda: torch.distributed.init_process_group("gloo"))
 
 
 def from_first_process(value: Any) -> Any:

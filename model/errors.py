@@ -1,10 +1,42 @@
-"""The one error that a user can cause: bad input, told in a sentence, with status 2."""
+"""How a command ends: with a sentence on bad input, quietly at a signal or where nobody reads its output any more.
 
+    def main(argv=None):
+        with command("evaluate.py"):
+            …
+
+    status 0     all is well
+           2     bad input: a sentence on standard error says where, what was found and what is needed
+           129   SIGHUP      130  SIGINT (Ctrl-C)      138  SIGUSR1      143  SIGTERM
+           141   the reader of standard output has gone, as in `… | head -1`
+
+A signal ends a command within a second: what it began is undone, and the processes that it started end with it. Training
+does more, see `model.training.signals`. Only the standard library is imported.
+"""
+
+import multiprocessing
+import os
+import select
+import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn
 
-from model.progress import warn, warn_from_any_process
+from model.progress import any_text_printable, warn, warn_from_any_process
+
+# The signals that ask a program to end; Windows lacks some.
+ENDING_SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in signal.Signals.__members__
+]
+STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
+STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
+SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
+
+_is_a_program = False  # whether this process is a command's, and not a notebook's or a test's
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
 class InputError(ValueError):
@@ -41,3 +73,160 @@ def exit_on_input_error(program: str) -> Iterator[None]:
         tell = warn_from_any_process if isinstance(problem, RowError) else warn
         tell(f"{program}: error: {problem}")
         sys.exit(2)
+
+
+@contextmanager
+def command(program: str) -> Iterator[None]:
+    """What every command runs in: bad input, a signal, a closed pipe and a terminal without UTF-8 give no traceback.
+
+    Raises:
+        SystemExit: with a status of the list above.
+    """
+    with any_text_printable(), _exit_without_reader(), exit_on_input_error(program), leaving_at_signals():
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here a pipe that is closed can still be told from a bug
+
+
+def interrupt_ends_quietly() -> None:
+    """Let Ctrl-C end this process without a traceback where no `command` takes it: while Python imports, and at its end.
+
+    For programs, which call it before they import more: `if __name__ == "__main__": …`.
+    """
+    global _is_a_program
+    _is_a_program = True
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def leaving_at_signals() -> Iterator[None]:
+    """Leave the block at the first signal that asks to end; at a second one, end the process as it is.
+
+    Raises:
+        SystemExit: a signal came. The status is 128 + its number. A program ends here instead.
+    """
+    leaving = Leaving()
+    try:
+        with handling(leaving.begin):
+            yield
+    except BaseException:
+        # A library may have made another exception of the one that `begin` raised.
+        if not leaving.status:
+            raise
+    finally:
+        if not leaving.status or not _is_a_program:
+            leaving.end()
+    if leaving.status and _is_a_program:
+        end_now(leaving.status - STATUS_OF_A_SIGNAL)  # Python's own way out takes a second with torch
+    if leaving.status:
+        raise SystemExit(leaving.status)
+
+
+def ignore_signals_from_now_on() -> None:
+    """The command is done but for Python's way out: another signal must not change the status that it ends with.
+
+    In a notebook or a test, whose process goes on, nothing is changed.
+    """
+    if _is_a_program and threading.current_thread() is threading.main_thread():
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a handler would not do: Python puts the system's back early
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Let handler take the signals that ask a program to end, inside the block, but for those that are ignored.
+
+    `nohup` has a program ignore SIGHUP. Only the main thread can handle signals: in another one nothing is changed.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+        before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            if signal.getsignal(number) == handler:
+                signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+class Leaving:
+    """A signal's way out of a command, which holds however the code in between takes it."""
+
+    def __init__(self) -> None:
+        self.status = 0  # 128 + the number of the signal that came
+        self._undo: list[Callable[[], object]] = []
+
+    def begin(self, number: int, frame: FrameType | None = None) -> NoReturn:
+        """End the processes that this one has started, and leave; at once if called again.
+
+        Raises:
+            SystemExit: always, the first time. It may be lost where Python calls back from other code; the process then
+                ends SECONDS_TO_CLEAN_UP later.
+        """
+        if self.status:
+            end_now(number)
+        self.status = STATUS_OF_A_SIGNAL + number
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # it would print a traceback
+        self._undo.append(lambda: setattr(sys, "unraisablehook", hook))
+        if hasattr(signal, "setitimer"):
+            alarm = signal.signal(signal.SIGALRM, lambda *_: end_now(number))
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_CLEAN_UP)
+            self._undo += [
+                lambda: signal.signal(signal.SIGALRM, alarm),
+                lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+            ]
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise SystemExit(self.status)
+
+    def end(self) -> None:
+        """The block has been left: put back what `begin` changed."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def end_now(number: int) -> NoReturn:
+    """End this process and those that it has started at this point, with the status of a signal."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError, RuntimeError):  # nobody reads it, or a signal came while it was written
+        sys.stdout.flush()
+    os._exit(STATUS_OF_A_SIGNAL + number)
+
+
+# --- closed pipes -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _exit_without_reader() -> Iterator[None]:
+    """Leave silently where the block prints into a pipe that nobody reads any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _reader_is_gone(sys.stdout) and not _reader_is_gone(sys.stderr):
+            raise  # another pipe
+        _print_into_nothing()
+        sys.exit(STATUS_WITHOUT_READER)
+
+
+def _reader_is_gone(stream: Any) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))  # POLLERR, which is not asked for, tells that the other end is closed
+
+
+def _print_into_nothing() -> None:
+    """Let what is still in the buffers go nowhere: Python prints a traceback where it can't write it at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _reader_is_gone(stream):
+            os.dup2(nothing, stream.fileno())
+    os.close(nothing)

@@ -1,16 +1,25 @@
-"""What a run says while it works: one function prints, on one process, and knows how to write a time."""
+"""What a run says while it works: one function prints, on one process, and knows how to write a time.
 
+Text that comes from rows, configurations and file names may hold escape codes, which a terminal obeys: it is printed
+through `printable`.
+"""
+
+import errno
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import TextIO, TypeVar
 
 from model.chinese import in_ui_language
 from model.distributed import is_first_process
 
 QUIET_SECONDS = 2.0
 SECONDS_BETWEEN_LOG_LINES = 30.0  # where stderr is a file
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
 
 Item = TypeVar("Item")
 
@@ -18,19 +27,48 @@ Item = TypeVar("Item")
 def say(text: str) -> None:
     """Print text for the person at the prompt, from rank 0 only, at once."""
     if is_first_process():
-        text = in_ui_language(text, sys.stdout)
-        print(f"{text}\n", end="", flush=True)  # in one piece: a thread that saves may print too
+        _print(in_ui_language(text, sys.stdout), sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print text on standard error, from rank 0 only, at once."""
     if is_first_process():
-        print(in_ui_language(text, sys.stderr), file=sys.stderr, flush=True)
+        _print(in_ui_language(text, sys.stderr), sys.stderr)
 
 
 def warn_from_any_process(text: str) -> None:
     """Print on standard error what this process alone knows."""
-    print(in_ui_language(text, sys.stderr), file=sys.stderr, flush=True)
+    _print(in_ui_language(text, sys.stderr), sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: control characters, but for line ends and tabs, are written as \\x1b."""
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(
+            f"{printable(text)}\n", end="", file=stream, flush=True
+        )  # in one piece: a thread that saves may print too
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # The terminal was closed. A run whose SIGHUP is ignored goes on, any other is saved.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+@contextmanager
+def any_text_printable() -> Iterator[None]:
+    """Let a terminal without UTF-8 print, inside the block, what it can't show as \\u56fe in place of failing."""
+    with ExitStack() as undo:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a notebook's has none, and takes all text
+                undo.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        yield
 
 
 def duration(seconds: float) -> str:
@@ -57,7 +95,7 @@ def with_progress(items: Iterable[Item], total: int, what: str, stops_after: flo
         now = time.monotonic()
         if now >= next_line:
             left = min((now - start) / done * (total - done), start + stops_after - now)
-            line = in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr)
+            line = printable(in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr))
             print(f"\r{line:<60}" if on_screen else line, end="" if on_screen else "\n", file=sys.stderr, flush=True)
             next_line = now + (0.2 if on_screen else SECONDS_BETWEEN_LOG_LINES)
             shown = True

@@ -24,6 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
 from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
@@ -31,7 +36,6 @@ from model.data.lengths import bounded_length, count_truncations, needed_lengths
 from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.errors import InputError, exit_on_input_error
 from model.progress import say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
@@ -56,12 +60,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, and leave with its exit status."""
-    options = command_line().parse_args(argv)
-    with exit_on_input_error("check_data.py"):
+    """Run the command, and leave with its exit status; `model.errors` lists those besides its own."""
+    with command("check_data.py"):
+        options = command_line().parse_args(argv)
         report = data_report(options)
-    say(json.dumps(report, ensure_ascii=False, indent=1) if options.json else "\n".join(report_lines(report)))
-    sys.exit(1 if report["wrong"] else 0)
+        say(json.dumps(report, ensure_ascii=False, indent=1) if options.json else "\n".join(report_lines(report)))
+        sys.exit(1 if report["wrong"] else 0)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------

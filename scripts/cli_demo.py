@@ -13,10 +13,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
 from model.data.images import is_url, open_image
-from model.errors import InputError, exit_on_input_error
 from model.hub import at_revision
+from model.progress import printable, say
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
@@ -106,6 +111,11 @@ def not_yet_printed(text: str, printed: str) -> str:
     return text[len(printed) :] if text.startswith(printed) else ""
 
 
+def typed(text: str) -> str:
+    """Text as it was typed, also where Python takes the terminal for one without UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class Demo:
     """A loaded model and how it is to answer."""
 
@@ -148,9 +158,9 @@ class Demo:
             english=options.english,
         ):
             piece = not_yet_printed(response.rstrip(UNSETTLED), printed)
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
             printed += piece
-        print(not_yet_printed(response, printed) if response.startswith(printed) else f"\n{response}")
+        say(not_yet_printed(response, printed) if response.startswith(printed) else f"\n{response}")
         conversation.history.append((query, response))
 
     def talk(self) -> None:
@@ -167,11 +177,12 @@ class Demo:
         try:
             conversation = self.look(picture)
         except InputError as problem:
-            print(problem)
+            say(str(problem))
             return True
-        query = (self.options.prompt_en if self.options.english else self.options.prompt_zh) if picture else ""
+        prompt = self.options.prompt_en if self.options.english else self.options.prompt_zh
+        query = typed(prompt) if picture else ""
         while True:
-            query = query or input(self.words.ask).strip()
+            query = query or typed(input(self.words.ask)).strip()
             if query in ("stop", "clear"):
                 return query == "clear"
             try:
@@ -179,26 +190,23 @@ class Demo:
                     print(self.words.answer, end="", flush=True)
                     self.answer(conversation, query)
             except InputError as problem:
-                print(problem)
+                say(str(problem))
             query = ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2, Ctrl-C and Ctrl-D with a line's end."""
-    options = command_line().parse_args(argv)
-    try:
-        with exit_on_input_error("cli_demo.py"):
+    """Run the command; Ctrl-D ends it with a line's end, and `model.errors` lists the statuses that it may end with."""
+    with command("cli_demo.py"):
+        options = command_line().parse_args(argv)
+        try:
             demo = Demo(check(options), options)
             if options.image or options.query:
                 prompt = options.prompt_en if options.english else options.prompt_zh
-                demo.answer(demo.look(options.image or ""), options.query or prompt)
+                demo.answer(demo.look(options.image or ""), typed(options.query or prompt))
             else:
                 demo.talk()
-    except EOFError:
-        print()
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+        except EOFError:
+            print()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.checkpoints.layout import Checkpoint
-from model.errors import exit_on_input_error
+from model.errors import command
 from model.hub import at_revision
 from model.progress import say
 
@@ -59,7 +59,7 @@ def _size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
     options = command_line().parse_args(argv)
-    with exit_on_input_error("convert_checkpoint.py"):
+    with command("convert_checkpoint.py"):
         folder = converted(options)
     say(f"Converted into {folder}.")
 

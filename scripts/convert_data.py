@@ -22,9 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.data.bad_rows import first_lines
 from model.data.rows import row_from_json, values_of
-from model.errors import InputError, exit_on_input_error, raise_problems
 from model.progress import say
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
@@ -47,10 +51,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2."""
-    options = command_line().parse_args(argv)
-    with exit_on_input_error("convert_data.py"):
-        convert(options)
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("convert_data.py"):
+        convert(command_line().parse_args(argv))
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -14,10 +14,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
-from model.errors import InputError, exit_on_input_error
 from model.hub import at_revision
 from model.progress import say
 
@@ -174,10 +178,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2."""
-    options = command_line().parse_args(argv)
-    with exit_on_input_error("evaluate.py"):
-        evaluate(options)
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("evaluate.py"):
+        evaluate(command_line().parse_args(argv))
 
 
 def evaluate(options: argparse.Namespace) -> None:

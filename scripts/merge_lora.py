@@ -10,8 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
-from model.errors import exit_on_input_error
 from model.progress import say
 
 
@@ -30,14 +34,14 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2."""
-    options = command_line().parse_args(argv)
-    with exit_on_input_error("merge_lora.py"):
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("merge_lora.py"):
+        options = command_line().parse_args(argv)
         checkpoint = Checkpoint.find(options.checkpoint, "CHECKPOINT")  # before torch is loaded
         from model.convert.merge_lora import merge
 
         folder = merge(checkpoint, options.out, options.base, options.force_base)
-    say(f"Merged into {folder}.")
+        say(f"Merged into {folder}.")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 import torch
-from conftest import LAUNCHER, load_model
+from conftest import GOLDEN, LAUNCHER, PROJECT, load_model, printed_losses, run_python
 
 from model import distributed
+from model.errors import InputError
 from model.training.deepspeed_config import deepspeed_settings
 
 
@@ -66,3 +67,50 @@ def test_launcher_environment_is_as_before_afterwards(no_launcher, monkeypatch, 
     with distributed.launcher_environment():
         assert os.environ != before
     assert dict(os.environ) == before
+
+
+# --- a port in use
+
+
+@pytest.fixture
+def taken_port(no_launcher, monkeypatch):
+    """MASTER_PORT, where another program listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        yield port
+
+
+def listen():
+    """What torch.distributed does first."""
+    port = int(os.environ["MASTER_PORT"])
+    return torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True, use_libuv=True)
+
+
+def test_port_in_use_is_an_error_of_torch(taken_port):
+    with pytest.raises(torch.distributed.DistNetworkError, match="EADDRINUSE"):
+        listen()
+
+
+def test_port_in_use_in_a_run_of_one_process_is_another_port(taken_port, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert str(distributed.on_a_free_port(listen).port) == os.environ["MASTER_PORT"] != taken_port
+
+
+def test_port_in_use_in_a_run_of_several_is_a_sentence(taken_port, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match=f"^MASTER_PORT {taken_port}: another program listens on it; a free one is needed"
+    ):
+        distributed.on_a_free_port(listen)
+
+
+@pytest.mark.run
+def test_plain_run_whose_port_is_in_use_trains(taken_port, upstream_checkpoint, tmp_path):
+    done = run_python(
+        PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, "--use_lora", "--train-data",
+        "dataset.json", "--train-iters", "1", "--summary-dir", tmp_path, cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert (done.returncode, len(printed_losses(done.stdout))) == (0, 1), done.stderr

@@ -1,8 +1,17 @@
-"""Problems are collected and told at once."""
+"""How a command ends: problems are collected and told at once; signals and closed pipes leave no traceback."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from conftest import PROJECT, write_rows
 
-from model.errors import InputError, RowError, exit_on_input_error, raise_problems
+from model.errors import ENDING_SIGNALS, InputError, RowError, command, exit_on_input_error, raise_problems
 
 
 def test_problems_are_raised_together_a_line_each():
@@ -47,3 +56,159 @@ def test_exit_on_input_error_in_another_process_tells_only_what_that_process_alo
     with pytest.raises(SystemExit), exit_on_input_error("x.py"):
         raise error("a row.")
     assert capsys.readouterr().err == told
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_signal_in_a_command_leaves_it_with_128_and_its_number_and_nothing_is_told(capsys, name):
+    number = signal.Signals[name]
+    with pytest.raises(SystemExit) as exit_, command("x.py"):
+        signal.raise_signal(number)
+    assert exit_.value.code == 128 + number
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [InputError("can't be read as weights."), RuntimeError("from a library")])
+def test_signal_that_a_library_makes_an_error_of_is_still_the_signal(capsys, error):
+
+    def library():
+        with command("x.py"):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except SystemExit:
+                raise error from None
+
+    with pytest.raises(SystemExit) as exit_:
+        library()
+    assert exit_.value.code == 143
+    assert capsys.readouterr() == ("", "")
+
+
+def test_signal_that_a_library_swallows_ends_the_command_all_the_same():
+    with pytest.raises(SystemExit) as exit_, command("x.py"), contextlib.suppress(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    assert exit_.value.code == 143
+
+
+def test_signals_and_streams_are_as_before_after_a_command():
+    def found():
+        return [
+            *(signal.getsignal(number) for number in (*ENDING_SIGNALS, signal.SIGALRM)),
+            signal.getitimer(signal.ITIMER_REAL), sys.unraisablehook, sys.stdout.errors, sys.stderr.errors,
+        ]  # fmt: skip
+
+    before = found()
+    for number in (None, signal.SIGTERM):
+        with contextlib.suppress(SystemExit), command("x.py"):
+            assert found() != before
+            if number:
+                signal.raise_signal(number)
+        assert found() == before
+
+
+def test_signal_that_is_ignored_stays_ignored_in_a_command():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command("x.py"):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def imports_torch(process):
+    return "libtorch" in (process / "maps").read_text()
+
+
+def has_children(process):
+    return (process / "task" / process.name / "children").read_text() != ""
+
+
+COMMANDS = {
+    "finetune": (imports_torch, "finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune",
+                 "--train-data", "fewshot-data/dataset.json"),
+    "evaluate": (imports_torch, "scripts/evaluate.py", "--from_pretrained", "model/tiny", "--data", "fewshot-data/heldout.json"),
+    "cli_demo": (imports_torch, "scripts/cli_demo.py", "--from_pretrained", "model/tiny"),
+    "merge_lora": (imports_torch, "scripts/merge_lora.py", "model/tiny", "nowhere"),
+    "check_data": (has_children, "scripts/check_data.py", "MANY", "--workers", "2"),
+    "convert_data": (lambda process: (process / "cmdline").exists(), "scripts/convert_data.py", "LONG", "OUT"),
+    "build_tiny": (imports_torch, "scripts/dev/build_tiny.py", "--out", "OUT"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """MANY rows with a picture each, a LONG file of conversations, and where to put something OUT."""
+    folder = tmp_path_factory.mktemp("files")
+    picture = (PROJECT / "fewshot-data/images/train00.png").read_bytes()
+    for number in range(500):
+        (folder / f"{number}.png").write_bytes(picture)
+    many = write_rows(folder, [{"img": f"{number}.png", "prompt": "?", "label": "a"} for number in range(500)])
+    talk = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    return {"MANY": many, "LONG": write_rows(folder, [talk] * 200_000, "long.json"), "OUT": folder / "out"}
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_a_command_starts_or_works_ends_it_and_its_processes_silently(files, name, number):
+    busy, *words = COMMANDS[name]
+    with subprocess.Popen(
+        [sys.executable, *(str(files.get(word, word)) for word in words)], cwd=PROJECT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored around us
+    ) as process:  # fmt: skip
+        while not busy(Path("/proc", str(process.pid))):
+            time.sleep(0.005)
+        time.sleep(0.15)
+        process.send_signal(number)
+        output = process.communicate(timeout=10)[0]
+    # While Python itself starts and at its end, nobody takes the signal: it ends the process by itself.
+    assert process.returncode in (128 + number, -number)
+    assert "Traceback" not in output
+    assert "error" not in output
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+# --- terminals and pipes
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "words", [("finetune_visualglm.py", "--help", "all"), ("scripts/check_data.py", "fewshot-data/dataset.json")]
+)
+def test_output_that_nobody_reads_any_more_ends_a_command_silently(words):
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_broken_pipe_of_something_else_is_a_bug_and_shown(capfd):
+    with pytest.raises(BrokenPipeError), command("x.py"):
+        raise BrokenPipeError
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("words", [
+    ("scripts/check_data.py", "fewshot-data/dataset.json", "--from_pretrained", "model/tiny"),
+    ("scripts/check_data.py", "--help"),
+    ("scripts/cli_demo.py", "--from_pretrained", "model/tiny", "--query", "你好"),
+    ("scripts/cli_demo.py", "--from_pretrained", "model/tiny"),
+    ("scripts/evaluate.py", "--from_pretrained", "model/tiny", "--data", "fewshot-data/dataset.json"),
+    ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune", "--train-data",
+     "fewshot-data/dataset.json", "--train-iters", "1"),
+])  # fmt: skip
+def test_command_in_a_terminal_without_utf8_works(words, tmp_path):
+    words += ("--summary-dir", str(tmp_path)) if words[0].startswith("finetune") else ()
+    done = subprocess.run(
+        [sys.executable, *words], cwd=PROJECT, capture_output=True, input="\n你好\nstop\n".encode(),
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()

@@ -1,9 +1,13 @@
 """What a run says: from the first process only, at once, and times as a person says them."""
 
+import os
+import sys
+
 import pytest
+from conftest import PROJECT, run_python, write_rows
 
 from model.distributed import is_first_process
-from model.progress import duration, say, warn
+from model.progress import duration, printable, say, warn
 
 
 @pytest.mark.parametrize(
@@ -43,3 +47,44 @@ def test_say_and_warn_in_another_process_print_nothing(monkeypatch, capsys):
     say("a")
     warn("b")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("图 1\tOK\né", "图 1\tOK\né"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("over\rwritten\b\x00", "over\\x0dwritten\\x08\\x00"),
+        ("\x9b2J\x7f", "\\x9b2J\\x7f"),
+    ],
+)
+def test_text_is_printed_without_what_a_terminal_would_obey(capsys, text, printed):
+    assert printable(text) == printed
+    say(text)
+    warn(text)
+    assert capsys.readouterr() == (printed + "\n", printed + "\n")
+
+
+@pytest.mark.parametrize("words", [
+    ("check_data.py", "ROWS"), ("evaluate.py", "--from_pretrained", PROJECT / "model/tiny", "--data", "ROWS"),
+    ("merge_lora.py", "\x1b[2Jcheckpoint", "out"), ("convert_data.py", "\x1b[2Jtalk.json", "out"),
+    ("cli_demo.py", "--from_pretrained", PROJECT / "model/tiny", "--image", "\x1b[2J.png"),
+    ("../finetune_visualglm.py", "--from_pretrained", PROJECT / "model/tiny", "--use_lora", "--train-data", "ROWS"),
+], ids=lambda words: words[0])  # fmt: skip
+def test_escape_codes_of_rows_and_names_never_reach_the_terminal(tmp_path, words):
+    rows = write_rows(tmp_path, [{"img": "\x1b[2J.png", "prompt": "\x1b]0;x\x07", "label": "a"}])
+    done = run_python(PROJECT / "scripts" / words[0], *(rows if word == "ROWS" else word for word in words[1:]))
+    assert done.returncode in (1, 2)
+    assert "\\x1b[2J" in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a pseudo-terminal tells EIO there once it is closed")
+def test_terminal_that_was_closed_is_printed_to_no_more(monkeypatch):
+    controller, terminal = os.openpty()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(terminal, "w"))
+    say("seen")
+    os.close(controller)
+    say("lost")
+    say("lost too")

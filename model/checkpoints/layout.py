@@ -24,6 +24,7 @@ from typing import Literal, TypedDict, cast
 
 from model.adapter_config import AdapterKeys
 from model.checkpoints import huggingface
+from model.checkpoints.config_types import type_problems
 from model.checkpoints.whole import (
     CONFIG_FILE,
     UNFINISHED,
@@ -32,8 +33,10 @@ from model.checkpoints.whole import (
     damage,
     has_checksums,
 )
-from model.errors import InputError
+from model.errors import InputError, raise_problems
 from model.progress import warn
+
+MOST_OF_LATEST = 40  # bytes: more isn't the number of an iteration
 
 
 class BaseRecord(TypedDict):
@@ -172,7 +175,10 @@ def weights_path(folder: Path, iteration: str | int, rank: int = 0) -> Path:
 
 
 def _read_config(folder: Path) -> ModelConfig:
-    return cast(ModelConfig, read_json_object(folder / CONFIG_FILE, "The checkpoint's configuration"))
+    what = "The checkpoint's configuration"
+    config = read_json_object(folder / CONFIG_FILE, what)
+    raise_problems(type_problems(config, f"{what} {folder / CONFIG_FILE}"))
+    return cast(ModelConfig, config)
 
 
 def read_json_object(path: str | Path, what: str) -> dict[str, object]:
@@ -197,6 +203,8 @@ def read_json_object(path: str | Path, what: str) -> dict[str, object]:
         raise InputError(
             f"{where}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); an object {{…}} is needed."
         ) from None
+    except (RecursionError, ValueError) as error:  # brackets too deep, a number of thousands of digits
+        raise InputError(f"{where}: can't be read as JSON ({error}); an object {{…}} is needed.") from None
     if not isinstance(value, dict):
         found = "a list" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
         raise InputError(f"{where}: {found} found; an object {{…}} is needed.")
@@ -249,11 +257,10 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
     problem = _missing_file(folder, files)
     if problem:
         return problem
-    iteration = _latest(folder)
-    if iteration != "release" and not re.fullmatch(r"0*[1-9]\d{0,17}", iteration):
-        return (
-            f"{json.dumps(iteration[:40])} found in {folder / 'latest'}; the number of the iteration to load is needed."
-        )
+    try:
+        iteration = _latest(folder)
+    except InputError as problem:
+        return str(problem)
     weights = weights_path(folder, iteration)
     if not weights.is_file() and not any(has_checksums(folder / earlier) for earlier in _earlier(folder, iteration)):
         return f"no {weights}; the weights of the iteration that latest names are needed."
@@ -323,4 +330,17 @@ def _what_to_give_instead(folder: Path) -> str:
 
 
 def _latest(folder: Path) -> str:
-    return (folder / "latest").read_text(encoding="ascii", errors="replace").strip()
+    """The iteration that `latest` names: a number, or "release".
+
+    Raises:
+        InputError: it names none, or can't be read.
+    """
+    path = folder / "latest"
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MOST_OF_LATEST).decode(errors="replace").strip()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the number of the iteration to load is needed.") from None
+    if text != "release" and not re.fullmatch(r"0*[1-9]\d{0,17}", text):
+        raise InputError(f"{json.dumps(text)} found in {path}; the number of the iteration to load is needed.")
+    return text

@@ -64,7 +64,8 @@ def adapter_tensors(config: ModelConfig) -> list[str]:
 
 def base_of(config: ModelConfig) -> Base:
     """The base that an adapter checkpoint's config names."""
-    return Base(**config["finetuning"]["base"])
+    base = config["finetuning"]["base"]
+    return Base(base["name"], base["path"], base["fingerprint"])
 
 
 def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:

@@ -11,6 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model.adapter_config import ADAPTER_KEYS, VISION_PARTS, AdapterConfig
+from model.checkpoints.config_types import (
+    AMOUNT,
+    BETAS,
+    COUNT,
+    OBJECT,
+    RATE,
+    TEXT,
+    TRUTH,
+    WHOLE,
+    Kind,
+    or_auto,
+    problems_of_kind,
+)
 from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.whole import CONFIG_FILE
@@ -427,14 +440,43 @@ def _setting(settings: Mapping[str, object], key: str, if_silent: object) -> obj
     return value
 
 
+# What the values of a --deepspeed_config file must be, of those that SAT or this code reads or that abort DeepSpeed.
+# `model.training.deepspeed_config.try_out` has DeepSpeed check the rest.
+_DEEPSPEED_KINDS: Mapping[tuple[str, ...], Kind] = {
+    ("train_batch_size",): COUNT,
+    ("train_micro_batch_size_per_gpu",): or_auto(COUNT),
+    ("gradient_accumulation_steps",): or_auto(COUNT),
+    ("gradient_clipping",): or_auto(AMOUNT),
+    ("steps_per_print",): or_auto(COUNT),
+    ("fp16",): OBJECT,
+    ("fp16", "enabled"): TRUTH,
+    ("fp16", "loss_scale"): AMOUNT,
+    ("fp16", "min_loss_scale"): AMOUNT,
+    ("fp16", "initial_scale_power"): WHOLE,
+    ("fp16", "loss_scale_window"): COUNT,
+    ("fp16", "hysteresis"): COUNT,
+    ("bf16",): OBJECT,
+    ("bf16", "enabled"): TRUTH,
+    ("optimizer",): OBJECT,
+    ("optimizer", "type"): TEXT,
+    ("optimizer", "params"): OBJECT,
+    ("optimizer", "params", "lr"): or_auto(RATE),
+    ("optimizer", "params", "weight_decay"): or_auto(AMOUNT),
+    ("optimizer", "params", "eps"): or_auto(RATE),
+    ("optimizer", "params", "betas"): or_auto(BETAS),
+    ("zero_optimization",): OBJECT,
+    ("zero_optimization", "stage"): Kind(lambda value: type(value) is int and 0 <= value <= 3, "0, 1 or 2"),
+    ("zero_optimization", "reduce_bucket_size"): or_auto(COUNT),
+    ("zero_optimization", "allgather_bucket_size"): or_auto(COUNT),
+}
+
+
 def deepspeed_problems(settings: Mapping[str, object], path: Path | str) -> list[str]:
     """What SAT can't use in the settings of a --deepspeed_config file."""
-    problems = []
-    for section in ("fp16", "bf16", "optimizer", "zero_optimization"):
-        value = settings.get(section, {})
-        if not isinstance(value, Mapping):
-            problems.append(f'{path}: "{section}" is {json.dumps(value)}; an object {{…}} is needed.')
-        elif section in ("fp16", "bf16") and section in settings and "enabled" not in value:
+    problems = problems_of_kind(settings, _DEEPSPEED_KINDS, str(path))
+    for section in ("fp16", "bf16"):
+        value = settings.get(section)
+        if isinstance(value, Mapping) and "enabled" not in value:
             problems.append(f'{path}: no "enabled" in "{section}"; true or false is needed.')
     if _setting(settings, "fp16.enabled", False) and _setting(settings, "bf16.enabled", False):
         problems.append(f"{path}: fp16 and bf16 are both enabled; only one is needed.")

@@ -69,6 +69,8 @@ def preflight(
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
     raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
+    # TensorBoard's files; SAT puts them where the run was started.
+    raise_problems(folder_problems("--summary-dir", os.path.join(options.summary_dir, "runs")))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
     data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)

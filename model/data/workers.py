@@ -8,6 +8,7 @@ A task may be any function, over any data: nothing is copied but the results, wh
 can't be forked, all of it is done here.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,8 +19,9 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from model.errors import InputError
+from model.errors import ENDING_SIGNALS, InputError
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 PATIENCE = 0.3  # seconds: a task that is done by then is waited for
 
 Part = TypeVar("Part")
@@ -68,6 +70,26 @@ def begin_in_processes(task: Callable[[Part], Result], parts: Sequence[Part], wh
     return results
 
 
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """Let the signals of a terminal or a launcher, which reach a whole group of processes, end this one with its parent.
+
+    A second SIGTERM ends it: the parent's, where the first was the group's. If the parent is killed, this process is too.
+    """
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when its parent has ended, however that ends. Linux only; else nothing."""
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent.pid:  # it has ended already
+            os._exit(1)
+
+
 def _can_fork() -> bool:
     return "fork" in multiprocessing.get_all_start_methods()
 
@@ -105,7 +127,7 @@ class _ForkedTask(Generic[Result]):
     def _work(self, task: Callable[[], Result], sender: Any) -> None:
         """Send (result, None) or (None, problem). This runs in the forked process."""
         self._receiver.close()  # else sending to a parent that has died would not fail
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
+        leave_signals_to_the_parent()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         answer: tuple[Result | None, InputError | None]
         try:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.distributed import has_gpu
+from model.errors import InputError
+
+MOST_OF_A_REASON = 400  # characters
 
 NO_CLIPPING = 1e30  # a norm that no gradient has: every gradient is multiplied by exactly 1
 
@@ -81,6 +84,40 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
     if "check_grad_overflow" in settings.get("bf16", {}):
         settings["bf16"]["check_grad_overflow"] = True
     optimizer = settings["optimizer"]
+    optimizer.setdefault("type", defaults["optimizer"]["type"])
+    params = optimizer.get("params", {})
+    for key in [key for key, value in params.items() if value == "auto"]:
+        params[key] = defaults["optimizer"]["params"].get(key)
+        if params[key] is None:
+            del params[key]
     if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return settings
+
+
+def try_out(settings: Mapping[str, Any], path: str) -> None:
+    """Let DeepSpeed set up a model of one weight by the settings of the --deepspeed_config file at path.
+
+    DeepSpeed checks its settings while it sets a model up, in many places, and the real model takes minutes to load.
+
+    Raises:
+        InputError: DeepSpeed can't.
+    """
+    import deepspeed
+    import torch
+
+    if str(settings["optimizer"].get("type", "")).startswith("sat."):  # SAT builds it, for the real model only
+        return
+    weight = torch.nn.Linear(1, 1)
+    try:
+        with torch.random.fork_rng():
+            deepspeed.initialize(
+                model=weight, model_parameters=list(weight.parameters()), config=copy.deepcopy(dict(settings)),
+                dist_init_required=False,
+            )  # fmt: skip
+    except Exception as error:  # of any kind: DeepSpeed's own, pydantic's, an optimizer's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"--deepspeed_config {path}: DeepSpeed can't use it ({reason[:MOST_OF_A_REASON]}); settings that it takes are "
+            "needed."
+        ) from None

@@ -6,6 +6,7 @@ kept under a digest of all four. So an image under two names is computed once, a
 not compute it again.
 """
 
+import argparse
 import hashlib
 import io
 from collections.abc import Callable, Collection, Sequence
@@ -160,6 +161,17 @@ class FeatureCache:
         """
         self.vision, self.samples_planned, self.num_workers, self.folder = vision, samples_planned, num_workers, folder
         self.vision_is_needed = False
+
+    @classmethod
+    def of_run(
+        cls, model: Any, args: argparse.Namespace, samples_per_step: int, folder: str | None = None
+    ) -> "FeatureCache":
+        """That of a training run with SAT's namespace args. samples_per_step are those of all processes."""
+
+        def samples_planned(rows: int) -> int:
+            return rows * args.epochs if args.epochs else args.train_iters * samples_per_step
+
+        return cls(model.get_mixin("eva").model, samples_planned, args.num_workers, folder)
 
     def with_features(self, dataset: FewShotDataset) -> FewShotDataset:
         """dataset, which has features from now on if they are fixed and worth their time.

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from model.data.dataset import FewShotDataset
 from model.data.sampling import SampleOrder
 from model.data.split import Selection
+from model.data.workers import leave_signals_to_the_parent
 from model.distributed import has_gpu
 from model.sat_compat import import_sat
 from model.training.feature_cache import FeatureCache
@@ -84,6 +85,7 @@ class Loader:
             pin_memory=has_gpu(),
             collate_fn=HandedOver(collate_fn),
             prefetch_factor=args.prefetch_factor if args.num_workers > 0 else None,
+            worker_init_fn=leave_signals_to_the_parent,
         )
 
     def __len__(self) -> int:

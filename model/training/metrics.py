@@ -28,6 +28,8 @@ class TrainingReport:
         self.skipped_steps = 0  # since the start; `model.training.trouble` counts them
         self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
 
+        self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
+
     def add(self, loss: Any) -> None:
         """Note the loss of a step, scalar float32, for the next line."""
         self.loss_sum = self.loss_sum + loss.detach().float()
@@ -73,7 +75,7 @@ class TrainingReport:
 
         SAT knows nothing of the steps before a run went on; where those count, the loss is the one summed up here.
         """
-        seconds = milliseconds / 1000
+        seconds, last_step = milliseconds / 1000, self.last_step or last_step
         if self.timed_steps < self.summed_steps:
             loss = float(self.loss_sum) / self.summed_steps
             seconds *= args.log_interval / self.timed_steps

@@ -146,7 +146,7 @@ class RunState(StepWatcher):
         def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
             state = self.collect(iteration, LoopState(model, optimizer, scheduler, args))
             assert self._record is not None
-            record = replace(self._record, iteration=iteration, steps=args.train_iters)
+            record = replace(self._record, iteration=iteration, steps=self.report.last_step or args.train_iters)
             files = {STATE_FILE: lambda path: write_state(state, path), RECORD_FILE: record.write}
             save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=files)
 

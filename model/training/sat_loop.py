@@ -26,18 +26,25 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
 from model.cli.options import Options, full_parser
-from model.distributed import from_first_process, has_gpu, is_first_process, launcher_environment, start_gloo
+from model.distributed import (
+    from_first_process,
+    has_gpu,
+    is_first_process,
+    launcher_environment,
+    on_a_free_port,
+    start_gloo,
+)
 from model.errors import InputError
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
-from model.training.deepspeed_config import completed_settings, deepspeed_settings
+from model.training.deepspeed_config import completed_settings, deepspeed_settings, try_out
 from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
@@ -73,6 +80,10 @@ class StepWatcher:
         """
 
 
+class EvaluationGivenUp(BaseException):
+    """A signal came while SAT evaluates: the evaluation has no result. Not an Exception, which libraries would catch."""
+
+
 @dataclass
 class Hooks:
     """Our own parts in SAT's loop. They are read when SAT calls them, so they may be set after the loop is adapted.
@@ -87,6 +98,7 @@ class Hooks:
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
     when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
+    while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
     # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
@@ -263,7 +275,11 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     def evaluate_and_go_on(
         prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
     ) -> Any:
-        result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        try:
+            with hooks.while_evaluating(named["split"]):
+                result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
+        except EvaluationGivenUp:
+            return None
         if hooks.after_evaluation is not None and named.get("split") == "val":
             hooks.after_evaluation(model, args, args.iteration, from_first_process(hooks.report.evaluation_loss))
         return result
@@ -469,13 +485,17 @@ def _sat_args(
             say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
         words += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
         start_gloo()
+    settings = _settings(options, fp16 and has_gpu())
     with tempfile.TemporaryDirectory() as folder:
         settings_file = Path(folder, "deepspeed.json")
-        settings_file.write_text(json.dumps(_settings(options, fp16 and has_gpu())))
+        settings_file.write_text(json.dumps(settings))
         get_args_of_sat = importlib.import_module("sat.arguments").get_args
-        args = get_args_of_sat([*words, "--deepspeed_config", str(settings_file)], parser=parser)
+        words += ["--deepspeed_config", str(settings_file)]
+        args = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
     if not has_gpu():
         args.device = "cpu"
+    if options.deepspeed_config:
+        try_out(settings, options.deepspeed_config)
     return args
 
 

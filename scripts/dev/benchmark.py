@@ -29,9 +29,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import read_json_object
 from model.distributed import has_gpu
-from model.errors import exit_on_input_error
 from model.progress import say
 
 TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}
@@ -578,14 +582,14 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2."""
-    options = parsed(argv)
-    with exit_on_input_error("benchmark.py"):
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("benchmark.py"):
+        options = parsed(argv)
         bench = Bench(options)
-    say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
-    figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
+        figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
+        if options.json:
+            Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def machine(device: Any) -> str:

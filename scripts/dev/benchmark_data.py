@@ -18,16 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from PIL import Image
 
 from model.checkpoints.layout import Checkpoint
-from model.errors import InputError, exit_on_input_error
 from model.progress import say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -51,11 +56,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends it with a sentence and status 2."""
-    options = command_line().parse_args(argv)
-    with exit_on_input_error("benchmark_data.py"), tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = measured(options, Path(folder))
-    say(json.dumps(figures, indent=1) if options.json else "\n".join(figure_lines(figures)))
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("benchmark_data.py"):
+        options = command_line().parse_args(argv)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            figures = measured(options, Path(folder))
+        say(json.dumps(figures, indent=1) if options.json else "\n".join(figure_lines(figures)))
 
 
 def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def training_run(
     Raises:
         InputError: the run failed; its last lines say why.
     """
-    command = [
+    training = [
         sys.executable, str(PROJECT / "finetune_visualglm.py"), "--from_pretrained", str(checkpoint.folder.resolve()), "--use_lora",
         "--mode", "finetune", "--train-data", str(data), "--batch-size", str(options.batch_size), "--num-workers",
         str(options.num_workers), "--max_target_length", "64", "--save", "none", *flags,
@@ -132,7 +138,11 @@ def training_run(
     peak = 0
     lines: list[str] = []
     output = folder / "output.txt"
-    with open(output, "w+b") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
+    with (
+        open(output, "w+b") as file,
+        subprocess.Popen(training, stdout=file, stderr=file, env=environment) as process,
+        killed_on_error(process),
+    ):
         while process.poll() is None:
             time.sleep(0.05)
             lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -152,6 +162,16 @@ def training_run(
         "peak_mib": peak / MIB,
         "samples_per_second": sum(speeds) / len(speeds),
     }
+
+
+@contextmanager
+def killed_on_error(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill a process where the block is left by an exception, which leaving `with Popen` would wait for."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
 
 
 def children_seconds() -> float:

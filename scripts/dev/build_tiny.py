@@ -29,6 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import sentencepiece
 import torch
 from tqdm import tqdm
@@ -475,14 +480,24 @@ def save(model: VisualGLMModel, config: dict[str, Any], out: Path) -> None:
     torch.save({"module": weights}, out / "1" / "mp_rank_00_model_states.pt")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("model/tiny"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="settles scenes, questions and weights (default: 1)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=POOL, help="scenes to draw (default: %(default)s)")
-    options = parser.parse_args(argv)
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("build_tiny.py"):
+        build(command_line().parse_args(argv))
+
+
+def build(options: argparse.Namespace) -> None:
+    """Train the model and write its folder."""
     quieten()
     start = time.monotonic()
     random = Random(options.seed)

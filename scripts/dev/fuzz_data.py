@@ -26,13 +26,17 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from PIL import Image
 
 from model.data.lengths import begin_counting_truncations
 from model.data.prompt import Lengths
 from model.data.split import read_selection
 from model.data.tokenizer import ChatGLMTokenizer
-from model.errors import InputError
 from model.progress import say, with_progress
 from scripts import check_data
 
@@ -336,8 +340,13 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, and leave with status 1 if a verdict was wrong."""
-    options = command_line().parse_args(argv)
+    """Run the command, and leave with status 1 if a verdict was wrong; `model.errors` lists the others."""
+    with command("fuzz_data.py"):
+        sys.exit(1 if wrong_verdicts(command_line().parse_args(argv)) else 0)
+
+
+def wrong_verdicts(options: argparse.Namespace) -> list[str]:
+    """Sentences on the verdicts that were wrong; they are printed too."""
     tasks: list[tuple[str, Callable[[Path, Judge], None]]] = [
         ("rows", lambda folder, judge: fuzz_rows(folder, options.rows, judge)),
         ("pictures", lambda folder, judge: fuzz_images(folder, options.pictures, judge)),
@@ -353,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{what}: {judge.good} good, {judge.refused} refused, {len(judge.failures)} wrong verdicts")
         failures += judge.failures
     say("\n".join(failures[:20]) or "Every verdict was a good row or a sentence.")
-    sys.exit(1 if failures else 0)
+    return failures
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
+from model.progress import say
 from scripts.dev.scenes import BACKGROUNDS, Background, draw, random_scene
 
 QUESTION = "这张图片的背景里有什么内容？"
@@ -44,13 +50,20 @@ def write_rows(out: Path, name: str, prefix: str, rows: int, random: Random) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("make_fewshot_data.py"):
+        write_data(argv)
+
+
+def write_data(argv: list[str] | None) -> None:
+    """Write the pictures and both data files into the folder that the flags name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(FOLDER), help="folder to write to (default: %(default)s)")
     out = parser.parse_args(argv).out
     random = Random(SEED)
     write_rows(out, "dataset.json", "train", TRAIN_ROWS, random)
     write_rows(out, "heldout.json", "heldout", HELDOUT_ROWS, random)
-    print(f"{out}/dataset.json: {TRAIN_ROWS} rows; {out}/heldout.json: {HELDOUT_ROWS} rows")
+    say(f"{out}/dataset.json: {TRAIN_ROWS} rows; {out}/heldout.json: {HELDOUT_ROWS} rows")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_rows, write_tuned
+from conftest import PROJECT, write_rows, write_tuned
 
 from model.checkpoints.layout import Checkpoint
 from model.cli.options import Options, parse
@@ -133,3 +133,14 @@ def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
     [sentence] = epoch_problems(parse(words), selection)
     assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
     assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []
+
+
+def test_folder_that_tensorboard_cannot_write_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    for words in ((), ("--summary-dir", str(tmp_path / "runs"))):
+        options = parse(
+            ["--from_pretrained", str(PROJECT / "model/tiny"), "--use_lora", "--train-data", "rows.json", *words]
+        )
+        with pytest.raises(InputError, match=r"^--summary-dir .*runs is a file; a folder is needed"):
+            preflight(options)

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import distributed
+from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.cli.options import parse, script_parser
+from model.cli.preflight import deepspeed_notes
+from model.errors import InputError
 from model.sat_compat import import_sat
-from model.training import deepspeed_config
+from model.training import deepspeed_config, sat_loop
+from model.training.metrics import TrainingReport
 
 sat = import_sat()
 
@@ -116,3 +122,66 @@ def test_file_without_clipping_still_lets_deepspeed_take_the_norm_and_changes_no
 def test_file_that_switches_the_look_at_bf16_gradients_off_doesnt():
     own = {"bf16": {"enabled": True, "check_grad_overflow": False}}
     assert deepspeed_config.completed_settings(own, settings())["bf16"]["check_grad_overflow"] is True
+
+
+# --- a file of the user's
+
+
+MICRO, PARAMS = "train_micro_batch_size_per_gpu", {"lr": 1e-4}
+ODD = [
+    {MICRO: -1}, {MICRO: 0}, {MICRO: "4"}, {MICRO: 2.5}, {MICRO: [4]}, {MICRO: True}, {"gradient_accumulation_steps": -2},
+    {"gradient_accumulation_steps": "two"}, {"train_batch_size": -8}, {"train_batch_size": 7}, {"train_batch_size": "auto"},
+    {"gradient_clipping": "a little"}, {"gradient_clipping": -1}, {"gradient_clipping": [1]}, {"steps_per_print": 0},
+    {"steps_per_print": "never"}, {"fp16": "on"}, {"fp16": {"enabled": "yes"}}, {"fp16": None}, {"bf16": []},
+    {"bf16": {"enabled": 1}}, {"fp16": {"enabled": False, "loss_scale": "dynamic"}},
+    {"fp16": {"enabled": False, "initial_scale_power": -3}}, {"fp16": {"enabled": False, "min_loss_scale": "x"}},
+    {"optimizer": "Adam"}, {"optimizer": []}, {"optimizer": {"type": 7}}, {"optimizer": {"type": "Adom"}},
+    {"optimizer": {"type": "Adam", "params": None}}, {"optimizer": {"type": "Adam", "params": {"lr": "fast"}}},
+    {"optimizer": {"type": "Adam", "params": {"lr": -1}}}, {"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}},
+    {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 2]}}},
+    {"optimizer": {"type": "Adam", "params": PARAMS | {"eps": 0}}}, {"optimizer": {"type": "SGD", "params": {"betas": [0, 0]}}},
+    {"optimizer": {"type": "Adam", "params": PARAMS | {"speed": 1}}}, {"zero_optimization": {"stage": 7}},
+    {"zero_optimization": {"stage": "2"}}, {"zero_optimization": {"stage": True}}, {"zero_optimization": None},
+    {"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}}, {"zero_optimization": {"stage": 1, "unknown": 1}},
+    {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, {"scheduler": "fast"}, {"scheduler": {"type": "None"}},
+    {"tensorboard": 3}, {"flops_profiler": "yes"}, {"activation_checkpointing": []}, {"data_types": {"grad_accum_dtype": 9}},
+    {"communication_data_type": "int3"}, {"compression_training": {"weight_quantization": 4}}, {"amp": {"enabled": "x"}},
+]  # fmt: skip
+TAKEN = [
+    {"optimizer": {"params": {"lr": 1e-4}}},
+    {}, {MICRO: "auto", "gradient_accumulation_steps": None}, {"train_batch_size": 4},
+    {"optimizer": {"type": "Adam", "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto"}}},
+    {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}, {"zero_optimization": {"stage": 2}},
+    {"gradient_clipping": 1, "wall_clock_breakdown": False}, {"bf16": {"enabled": True}},
+]  # fmt: skip
+
+
+@pytest.fixture
+def checked(tmp_path, no_launcher):
+    """Has a DeepSpeed file checked as a run does, before it loads a model."""
+    import_sat(training=True)
+
+    def of(settings):
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps(settings))
+        argv = ["--use_lora", "--train-iters", "4", "--train-data", "rows.json", "--deepspeed_config", str(file)]
+        options = parse(argv)
+        deepspeed_notes(options)
+        with (
+            distributed.launcher_environment(),
+            sat_loop.adapted(sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport())),
+        ):
+            sat_loop.get_args(argv, options, script_parser())
+
+    return of
+
+
+@pytest.mark.parametrize("settings", ODD, ids=str)
+def test_odd_deepspeed_file_is_a_sentence(checked, settings):
+    with pytest.raises(InputError, match=r"ds\.json.*needed"):
+        checked(settings)
+
+
+@pytest.mark.parametrize("settings", TAKEN, ids=str)
+def test_good_deepspeed_file_is_taken(checked, settings):
+    checked(settings)

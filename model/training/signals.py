@@ -1,0 +1,156 @@
+"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP end a run after the step in hand: it is saved, and a line says how to go on.
+
+    with StopAtSignal(hooks) as stop:
+        …                                          # SAT's loop; its own final save saves the run
+        stop.leave()                               # with status 128 + the signal's number, if one came
+
+What a signal does depends on what the run is at:
+
+    before the first step         it leaves at once: there is nothing to save
+    a step, saving                this is finished; then the run is saved
+    evaluating, one process       the evaluation is given up; then the run is saved
+    evaluating, several           it leaves at once: the processes can't agree where to stop without waiting for each other
+    evaluating after the run      it leaves at once: the run has been saved
+
+A second signal leaves at once in any case.
+
+**Several processes** must take the same number of steps, or one waits for the others for ever; and a launcher may pass a
+signal on to all of them or to one. The process that got it writes the number of the step that it is about to take into the
+store that torch.distributed keeps, and every process looks there after each step. No process can be further: a step ends
+with an exchange that all take part in, so whoever finishes that step finds the number.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+from model.distributed import from_first_process, is_first_process
+from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_now, handling, ignore_signals_from_now_on
+from model.progress import say
+from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWatcher
+
+# Launchers pass on what the terminal has sent to their processes already (deepspeed's runner: SIGINT, then SIGTERM).
+SECONDS_OF_ONE_SIGNAL = 2.0
+STOPPING = "this step is finished, then the run stops. A second signal leaves at once."
+
+
+class StopAtSignal(StepWatcher):
+    """Ends SAT's loop after the step in which a signal came, in this process or in another one of the run."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        """Put this into SAT's loop by its hooks."""
+        hooks.step_watchers.append(self)
+        hooks.while_evaluating = self.while_evaluating
+        self.report = hooks.report
+        self.number = 0  # of the signal that came to this process, or that the processes have agreed on
+        self._came: float | None = None  # when this process got one, in seconds
+        self._launched = "WORLD_SIZE" in os.environ
+        self._args: argparse.Namespace | None = None  # SAT's, once the first step has begun
+        self._evaluating = ""  # "val", or "test" after the run
+        self._processes = 1
+        self._store: Any = None
+        self._leaving = Leaving()
+        self._handling: AbstractContextManager[None] = handling(self._receive)
+
+    def __enter__(self) -> "StopAtSignal":
+        self._handling.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._handling.__exit__(kind, error, where)
+        self._leaving.end()
+        if self._leaving.status:
+            raise SystemExit(self._leaving.status) from None
+
+    # --- what SAT's loop tells
+
+    def before_step(self, state: LoopState) -> None:
+        """Write down where to stop, if this process was asked to."""
+        if self._args is None:
+            self._begin(state.args)
+        if self._store is not None and self.number:
+            self._store.set("stop", f"{state.args.iteration + 1} {self.number}")
+
+    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
+        """Stop here, if a process has written that."""
+        if self._store is None or not self._store.check(["stop"]):
+            return
+        last_step, number = map(int, self._store.get("stop").split())
+        if last_step <= state.args.iteration + 1:
+            self.number = number
+            self._end_the_loop(state.args)
+
+    @contextmanager
+    def while_evaluating(self, split: str) -> Iterator[None]:
+        """What a signal does inside the block is what it does while this split ("val" or "test") is evaluated."""
+        self._evaluating = split
+        try:
+            yield
+        finally:
+            self._evaluating = ""
+
+    def _begin(self, args: argparse.Namespace) -> None:
+        import torch
+
+        self._processes = torch.distributed.get_world_size()
+        if self._processes > 1:
+            # The store outlives a run: another main() in this process must not find this run's number.
+            name = from_first_process(f"stop of {time.time()}")
+            self._store = torch.distributed.PrefixStore(name, torch.distributed.distributed_c10d._get_default_store())
+        self._args = args
+
+    def _end_the_loop(self, args: argparse.Namespace) -> None:
+        """SAT's loop ends after the step in hand, evaluates no more, and saves."""
+        self.report.last_step = args.train_iters
+        args.train_iters = args.iteration
+        args.do_valid = args.do_test = False
+
+    # --- what the system tells
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._came is not None:
+            if not self._launched or time.monotonic() - self._came > SECONDS_OF_ONE_SIGNAL:
+                end_now(number)
+            return
+        self._came = time.monotonic()
+        if self.number:  # another process was faster
+            return
+        self.number = number
+        if self._args is None or self._evaluating == "test" or (self._evaluating and self._processes > 1):
+            self._leaving.begin(number)
+        if is_first_process():
+            with suppress(
+                OSError
+            ):  # the terminal may have gone; and printing isn't allowed where a signal interrupts it
+                os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {STOPPING}\n".encode())
+        if self._processes == 1:
+            self._end_the_loop(self._args)
+        if self._evaluating:
+            raise EvaluationGivenUp
+
+    # --- afterwards
+
+    def leave(self) -> None:
+        """Leave, if a signal came; a line says where the run was stopped, and how to go on.
+
+        Raises:
+            SystemExit: with status 128 + the signal's number.
+        """
+        if not self.number or self._args is None:
+            return
+        args, name = self._args, signal.Signals(self.number).name
+        stopped = f"{name}: stopped after step {args.iteration} of {self.report.last_step or args.train_iters}."
+        if args.save:
+            say(f"{stopped} To go on: --resume {args.save}")
+        else:
+            say(f"{stopped} Nothing was saved (--save none).")
+        ignore_signals_from_now_on()
+        sys.exit(STATUS_OF_A_SIGNAL + self.number)

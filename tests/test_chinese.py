@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT, run_python
 
-import finetune_visualglm
 from model import chinese, progress
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
-from model.cli.preflight import preflight
+from model.cli.preflight import preflight, warm_up_notes
 from model.data.image_check import check_rows
 from model.data.rows import read_rows
 from model.errors import exit_on_input_error
+from model.progress import say
 from scripts import check_data
 
 DATA = "fewshot-data/dataset.json"
@@ -150,7 +150,8 @@ def check(words: list[str]) -> None:
     """What the script does before it loads SAT and a model."""
     options = parse(words)
     with exit_on_input_error("finetune_visualglm.py"):
-        finetune_visualglm.announce(options, preflight(options).notes)
+        for note in (*preflight(options).notes, *warm_up_notes(options, 0)):
+            say(note)
 
 
 def wrong_command_lines(folder: Path) -> Iterator[list[str]]:

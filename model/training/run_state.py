@@ -62,6 +62,7 @@ class RunState(StepWatcher):
         self._evaluated_at: int = self._stored.get("evaluated_at", -1)  # the iteration of the last evaluation
         self._record: RunRecord | None = None
         self._loader: Any = None
+        self._said: set[str] = set()
 
     def watch(self, hooks: Hooks, line: CommandLine, inputs: Inputs) -> None:
         """Be told of what the run does, and take down what it is: its flags, its data files, rows that are left out."""
@@ -72,7 +73,7 @@ class RunState(StepWatcher):
             words=line.words,
             experiment=options.experiment_name,
             processes=torch.distributed.get_world_size(),
-            data=digests(options.train_data or []) if is_first_process() and options.save else {},
+            data=digests(options.train_data or []) if is_first_process() and (options.save or self.resumed) else {},
             left_out=inputs.selection.left_out,
             config={**inputs.checkpoint.config},
         )
@@ -126,12 +127,15 @@ class RunState(StepWatcher):
         state.scheduler.step(self._stored["schedule"]["num_iters"])
         loader.start_at_sample(self._stored["samples"])
         self.report.load_state_dict(self._stored["report"])
-        self._put_back_random_states()
+        self._put_back_random_states(state.args.no_load_rng)
         say(f"Going on with {state.args.save} after iteration {state.args.iteration}.")
         return self._evaluated_at < state.args.iteration
 
-    def _put_back_random_states(self) -> None:
+    def _put_back_random_states(self, leave: bool) -> None:
         states = self._stored["random"]
+        if leave or not states:
+            say("Dropout draws other numbers from here on (--no-load-rng or --no-save-rng).")
+            return
         if len(states) != torch.distributed.get_world_size():
             warn(
                 f"{len(states)} processes saved this checkpoint, {torch.distributed.get_world_size()} go on with it: dropout "
@@ -144,6 +148,12 @@ class RunState(StepWatcher):
         """save_checkpoint, which writes the state of the run beside the weights. SAT calls it on every process."""
 
         def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
+            if not can_be_kept(optimizer):
+                self._say_once(
+                    f"The state of {type(optimizer).__name__} is not kept: no --resume from these checkpoints."
+                )
+                save_checkpoint(iteration, model, optimizer, scheduler, args)
+                return
             state = self.collect(iteration, LoopState(model, optimizer, scheduler, args))
             assert self._record is not None
             record = replace(self._record, iteration=iteration, steps=self.report.last_step or args.train_iters)
@@ -151,6 +161,11 @@ class RunState(StepWatcher):
             save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=files)
 
         return save
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            warn(text)
+        self._said.add(text)
 
     def collect(self, iteration: int, state: LoopState) -> dict[str, Any]:
         """What `before_training` puts back. Every process calls this; all get the whole state."""
@@ -163,7 +178,7 @@ class RunState(StepWatcher):
             "scaler": _get_fields(_scaler(state.optimizer), SCALER_FIELDS),
             "engine": _get_fields(state.model, ENGINE_COUNTERS),
             "schedule": {"num_iters": state.scheduler.num_iters, "init_step": state.scheduler.init_step},
-            "random": random_states,
+            "random": [] if state.args.no_save_rng else random_states,
             "samples": self._loader.samples_taken,
             "report": self.report.state_dict(),
             "evaluated_at": self._evaluated_at,
@@ -186,6 +201,14 @@ def _set_fields(owner: Any, values: Mapping[str, Any]) -> None:
 
 
 # --- trained tensors --------------------------------------------------------------------------------------------------
+
+
+def can_be_kept(optimizer: Any) -> bool:
+    """Whether `parameter_states` knows where an optimizer has its state.
+
+    Not of FP16_Optimizer, which DeepSpeed takes at ZeRO 0 with its own FusedAdam, by a user's own --deepspeed_config.
+    """
+    return not hasattr(optimizer, "fp32_groups_flat")
 
 
 def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ import multiprocessing
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import PROJECT, load_model, printed_losses, run_python, write_rows
 
 from model.data.dataset import FewShotDataset
@@ -185,3 +186,41 @@ def test_run_with_grouped_batches_is_the_same_twice_and_another_than_without(ups
     first, again, plain = losses("--group_by_length"), losses("--group_by_length"), losses()
     assert first == again
     assert first != plain
+
+
+def ten_samples(start: int = 0, batches_per_step: int = 1, **flags) -> Loader:
+    """A loader of the numbers 0 to 9 in batches of 2, that leaves out start of them."""
+    loader = Loader(list(range(10)), SampleOrder((10,), seed=1, batch=2), sat_args(**flags), list, batches_per_step)
+    loader.start_at_sample(start)
+    return loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_counts_the_samples_that_were_given_out_not_those_read_ahead(workers):
+    batches = iter(loader := ten_samples(num_workers=workers, prefetch_factor=2 if workers else None))
+    assert (next(batches), next(batches)) == ([0, 1], [2, 3])
+    assert loader.samples_taken == 4
+
+
+def test_loader_that_starts_at_a_sample_leaves_out_those_before_it():
+    loader = ten_samples(start=6)
+    assert list(loader) == [[6, 7], [8, 9]]
+    assert loader.samples_taken == 10
+
+
+def test_loader_that_starts_inside_a_batch_gives_that_batch_whole():
+    assert next(iter(ten_samples(start=5))) == [4, 5]
+
+
+def test_start_iter_of_sat_counts_optimizer_steps():
+    loader = ten_samples(batches_per_step=2)
+    loader.batch_sampler.start_iter = 2
+    assert list(loader) == [[8, 9]]
+    assert loader.batch_sampler.start_iter == 2
+
+
+@pytest.mark.parametrize(("start", "draws"), [(0, True), (4, False)])
+def test_loader_takes_a_random_number_at_the_beginning_of_the_order_only(start, draws):
+    before = torch.get_rng_state()
+    next(iter(ten_samples(start=start)))
+    assert (not torch.equal(before, torch.get_rng_state())) == draws

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from model.training import metrics as module
 from model.training.metrics import TrainingReport
@@ -205,3 +206,29 @@ def test_tensorboard_file_that_cant_be_made_is_one_line(tmp_path, capsys):
     written.flush()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("TensorBoard's file can't be written ([Errno 20] Not a directory")
+
+
+def added(report, *losses):
+    for loss in losses:
+        report.add(torch.tensor(loss))
+
+
+def test_line_after_a_run_went_on_has_the_mean_loss_with_the_steps_before_it(clock, capsys):
+    before, after = TrainingReport(), TrainingReport()
+    added(before, 4.0, 2.0)
+    after.load_state_dict(before.state_dict())
+    added(after, 9.0)
+    step(after, 3, loss=3.0, milliseconds=1000.0, args=SimpleNamespace(**vars(ARGS), log_interval=3))  # SAT: 9 / 3
+    line = capsys.readouterr().out
+    assert "loss 5.0000" in line
+    assert "8.0 samples/s" in line  # 24 samples in the three seconds that the one step took
+
+
+def test_next_line_after_that_has_sats_loss_again(clock, capsys):
+    report = TrainingReport()
+    report.load_state_dict({"loss_sum": 4.0, "summed_steps": 1, "evaluation_loss": 0.5})
+    assert report.evaluation_loss == 0.5
+    for number in (1, 2):
+        added(report, 2.0)
+        step(report, number, loss=7.0, args=SimpleNamespace(**vars(ARGS), log_interval=1))
+    assert ["loss 3.0000" in line for line in capsys.readouterr().out.splitlines()] == [True, False]

@@ -3,6 +3,7 @@
 Dropout is on, so the random states count.
 """
 
+import importlib
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python, write_tuned
 
-from model.training.run_state import put_back_random_state, random_state
+from model.training.run_state import can_be_kept, put_back_random_state, random_state
 
 COMMON = (
     "--mode", "finetune", "--train-data", "dataset.json", "--max_source_length", "64", "--max_target_length", "64",
@@ -186,6 +187,22 @@ def test_random_states_that_are_put_back_give_the_same_numbers_again():
     drawn = draw()
     put_back_random_state(state)
     assert draw() == drawn
+
+
+def test_state_of_deepspeeds_fused_half_precision_optimizer_cannot_be_kept(small_model, monkeypatch):
+    import deepspeed
+
+    # DeepSpeed compiles it with g++ for a minute; a run leaves it out too
+    monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # over the process group that the model has made
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    unfused = FP16_UnfusedOptimizer(torch.optim.AdamW([weight]), low_precision_dtype=torch.bfloat16)
+    fused = FP16_Optimizer(torch.optim.AdamW([weight]), low_precision_dtype=torch.bfloat16)
+    assert can_be_kept(unfused)
+    assert not can_be_kept(fused)
 
 
 # --- SAT's --load

@@ -289,6 +289,7 @@ def test_what_is_replaced_for_a_run_is_as_before_afterwards():
 
 
 def test_what_is_replaced_is_put_back_after_an_error():
+    sat_compat.import_sat(training=True)
     loop = importlib.import_module("sat.training.deepspeed_training")
     before = loop.save_checkpoint
 

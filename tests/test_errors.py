@@ -152,7 +152,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.run
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_while_a_command_starts_or_works_ends_it_and_its_processes_silently(files, name, number):
     busy, *words = COMMANDS[name]
     with subprocess.Popen(

@@ -202,7 +202,10 @@ def two_ranks(run, tmp_path):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "signalled",
+    [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1), pytest.param((1, 0), marks=pytest.mark.slow)],
+)
 def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ranks, tmp_path, signalled):
     for rank in signalled:
         two_ranks[rank].send(signal.SIGUSR1)
@@ -228,6 +231,7 @@ def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ran
 
 
 @pytest.mark.run
+@pytest.mark.slow
 def test_nohup_is_respected(run, tmp_path):
     one = run(
         "--train-iters", "40", "--save", tmp_path / "saved", launcher=(PROJECT / "tests/programs/ignoring_hangups.py",)
@@ -239,6 +243,7 @@ def test_nohup_is_respected(run, tmp_path):
 
 
 @pytest.mark.run
+@pytest.mark.slow
 def test_run_in_another_thread_and_after_a_stopped_one_trains_to_its_end(upstream_checkpoint, tmp_path):
     done = run_program(
         "main_after_a_signal", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2], "--summary-dir", tmp_path,

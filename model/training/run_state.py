@@ -18,6 +18,7 @@ Which classes of DeepSpeed 0.19 hold that:
 import argparse
 import importlib
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -156,7 +157,9 @@ class RunState(StepWatcher):
                 return
             state = self.collect(iteration, LoopState(model, optimizer, scheduler, args))
             assert self._record is not None
-            record = replace(self._record, iteration=iteration, steps=self.report.last_step or args.train_iters)
+            record = replace(
+                self._record, saved_at=time.time(), iteration=iteration, steps=self.report.last_step or args.train_iters
+            )
             files = {STATE_FILE: lambda path: write_state(state, path), RECORD_FILE: record.write}
             save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=files)
 

@@ -241,3 +241,17 @@ def test_load_of_an_adapter_gives_the_loss_that_it_was_trained_to(plain_flags, t
     assert (
         run_script(*flags, "--load", tuned) == run_script("--from_pretrained", tuned, *flags[2:]) != run_script(*flags)
     )
+
+
+@pytest.mark.run
+def test_auto_takes_the_last_iteration_of_a_run_that_saved_several(upstream_checkpoint, tmp_path):
+    flags = (
+        "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune", "--train-data", "dataset.json",
+        "--save", tmp_path, "--save-interval", "4", "--num-workers", "0", "--summary-dir", tmp_path,
+    )  # fmt: skip
+    first = run_python(PROJECT / "finetune_visualglm.py", *flags, "--train-iters", "12", cwd=GOLDEN / "upstream")
+    assert first.returncode == 0, first.stderr
+    again = run_python(
+        PROJECT / "finetune_visualglm.py", *flags, "--train-iters", "13", "--resume", "auto", cwd=GOLDEN / "upstream"
+    )
+    assert "after iteration 12." in again.stdout, again.stderr

@@ -44,6 +44,7 @@ HELP_ONLY = (
     "python scripts/dev/benchmark.py",  # 15 seconds at its smallest
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
+    "python scripts/dev/torture.py",  # 15 seconds at its smallest
 )
 CONVERTER = "scripts/convert_checkpoint.py"
 HUB_NAME = "THUDM/visualglm-6b"  # here the folder of a small checkpoint in Hugging Face's layout

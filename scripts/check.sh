@@ -8,4 +8,4 @@ source scripts/setup.sh tests/requirements.txt
 "$python" -m mypy
 tests=(tests)
 for word in "$@"; do if [ -e "${word%%::*}" ]; then tests=(); fi; done
-exec "$python" -m pytest "${tests[@]}" -p no:cacheprovider -q -n 2 -m "not run and not slow" "$@"
+exec "$python" -m pytest "${tests[@]}" -p no:cacheprovider -q -n 2 -m "not run and not slow and not long" "$@"

@@ -184,7 +184,7 @@ def test_one_batch_of_four_trains_like_two_of_two_and_like_two_processes_of_two(
 
     def weights_of(name, *flags, launcher=(SCRIPT,)):
         train(*common, "--save", tmp_path / name, *flags, launcher=launcher)
-        (weights,) = tmp_path.glob(f"{name}/*/3/*.pt")
+        (weights,) = tmp_path.glob(f"{name}/*/3/mp_rank_00_model_states.pt")
         return torch.load(weights)["module"]
 
     whole = weights_of("whole", "--batch-size", "4")

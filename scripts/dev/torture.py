@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -63,8 +64,7 @@ class Life:
 
 
 def record_losses(file: str, argv: Sequence[str]) -> None:
-    """Run `finetune_visualglm.main` in this process, with every step's loss appended to a file at once."""
-    import finetune_visualglm
+    """Run finetune_visualglm.py in this process, with every step's loss appended to a file at once."""
     from model.training.metrics import TrainingReport
 
     report_step = TrainingReport.step
@@ -77,7 +77,8 @@ def record_losses(file: str, argv: Sequence[str]) -> None:
             opened.write(f"{step} {loss.hex()}\n")
 
     TrainingReport.step = recording_step  # type: ignore[assignment, method-assign]
-    finetune_visualglm.main(argv)
+    sys.argv[1:] = argv
+    runpy.run_path(str(PROJECT / "finetune_visualglm.py"), run_name="__main__")
 
 
 @contextlib.contextmanager
@@ -101,12 +102,20 @@ def started(folder: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     with (
         open(folder / "out", "w+") as out,
         open(folder / "err", "w+") as err,
-        subprocess.Popen(command, stdout=out, stderr=err, text=True, cwd=PROJECT, env=environment) as process,
+        subprocess.Popen(
+            command, stdout=out, stderr=err, text=True, cwd=PROJECT, env=environment, preexec_fn=heed_signals
+        ) as process,
     ):
         try:
             yield process
         finally:
             process.kill()
+
+
+def heed_signals() -> None:
+    """Take signals that may be ignored around this command, as in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def ended(process: subprocess.Popen[str], folder: Path, since: float | None = None) -> Life:

@@ -62,7 +62,7 @@ SLOW = {
 }  # fmt: skip
 CASES = [
     *(pytest.param(case, id=name) for name, case in QUICK.items()),
-    *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    *(pytest.param(case, id=name, marks=pytest.mark.long) for name, case in SLOW.items()),
 ]
 
 
@@ -150,7 +150,7 @@ def test_finished_run_that_is_resumed_trains_nothing_and_says_so(killed):
 
 
 @pytest.mark.run
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_go_on_as_they_were_and_one_process_goes_on_with_their_state(base, tmp_path):
     script, cwd = PROJECT / "finetune_visualglm.py", GOLDEN / "upstream"
     two = ("-m", "torch.distributed.run", "--nproc-per-node", "2")

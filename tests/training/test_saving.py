@@ -234,7 +234,7 @@ def test_run_that_ends_before_it_saves_leaves_no_empty_folder(upstream_checkpoin
 
 
 @pytest.mark.run
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_end_alike_when_their_disk_is_full(upstream_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())

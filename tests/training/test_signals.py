@@ -32,7 +32,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,  # a group of its own: every process that it leaves behind is found
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # it may be ignored around us
+            preexec_fn=heed_signals,
         )
 
     def read_until(self, text: str) -> None:
@@ -61,6 +61,12 @@ class Run:
         except ProcessLookupError:
             return []
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group(path) == self.process.pid]
+
+
+def heed_signals() -> None:
+    """Take signals that may be ignored around us, as in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _group(process: Path) -> int:
@@ -139,7 +145,7 @@ def test_sigterm_to_the_whole_group_lets_the_data_workers_finish_the_step(run, t
 
 @pytest.mark.run
 def test_signal_in_a_run_that_saves_nothing_says_so(run):
-    one = run()
+    one = run("--save", "none")
     one.read_until("step      1/")
     one.send(signal.SIGTERM)
     assert one.end() == 143
@@ -204,7 +210,7 @@ def two_ranks(run, tmp_path):
 @pytest.mark.run
 @pytest.mark.parametrize(
     "signalled",
-    [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1), pytest.param((1, 0), marks=pytest.mark.slow)],
+    [pytest.param((0,), marks=pytest.mark.long), (1,), (0, 1), pytest.param((1, 0), marks=pytest.mark.long)],
 )
 def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ranks, tmp_path, signalled):
     for rank in signalled:
@@ -231,7 +237,7 @@ def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ran
 
 
 @pytest.mark.run
-@pytest.mark.slow
+@pytest.mark.long
 def test_nohup_is_respected(run, tmp_path):
     one = run(
         "--train-iters", "40", "--save", tmp_path / "saved", launcher=(PROJECT / "tests/programs/ignoring_hangups.py",)
@@ -243,7 +249,7 @@ def test_nohup_is_respected(run, tmp_path):
 
 
 @pytest.mark.run
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_in_another_thread_and_after_a_stopped_one_trains_to_its_end(upstream_checkpoint, tmp_path):
     done = run_program(
         "main_after_a_signal", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2], "--summary-dir", tmp_path,

@@ -1,8 +1,11 @@
-"""DeepSpeed's settings for a run: SAT's values in a form that DeepSpeed takes today, or a user's own file completed."""
+"""DeepSpeed's settings for a run, SAT's values or a user's own file completed, and three mends of its engine.
+
+The mends are listed in the table of `model.training.sat_loop`. torch and DeepSpeed are imported where they are needed.
+"""
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.distributed import has_gpu
@@ -121,3 +124,45 @@ def try_out(settings: Mapping[str, Any], path: str) -> None:
             f"--deepspeed_config {path}: DeepSpeed can't use it ({reason[:MOST_OF_A_REASON]}); settings that it takes are "
             "needed."
         ) from None
+
+
+def clip_or_skip(engine: Any) -> None:
+    """`DeepSpeedEngine.clip_fp32_gradients`, which skips the update where the gradient isn't finite.
+
+    It is the one optimizer of DeepSpeed that doesn't look: float32 without ZeRO. Parameters without a gradient stay as
+    they are, and so does Adam's state. DeepSpeed reads `overflow` after each step and counts the skipped ones.
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
+
+    norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+    engine.optimizer.overflow = is_invalid_grad_norm(norm)
+    if engine.optimizer.overflow:
+        engine.zero_grad()
+
+
+def half_precision_optimizers() -> tuple[Any, Any]:
+    """DeepSpeed's optimizers of fp16 and bfloat16 without ZeRO.
+
+    To make Adam's state they let it take a step without a gradient, at SAT's first rate of 1: weights decay by a hundredth,
+    and the first true step is corrected as a second one, to 0.74 of its length. Adam makes its state by itself.
+    """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    return FP16_Optimizer, FP16_UnfusedOptimizer
+
+
+def scaled_backward(engine_class: Any) -> Callable[..., Any]:
+    """`DeepSpeedEngine.backward`, which multiplies the loss by fp16's loss scale without ZeRO too.
+
+    DeepSpeed 0.19 scales it for ZeRO alone, but `half_precision_optimizers` divide the gradient by the scale as well. In
+    bfloat16 their scale is 1.
+    """
+    backward, optimizers = engine_class.backward, half_precision_optimizers()
+
+    def scaled(engine: Any, loss: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(engine.optimizer, optimizers):
+            loss = loss.float() * engine.optimizer.loss_scale
+        return backward(engine, loss, *rest, **named)
+
+    return scaled

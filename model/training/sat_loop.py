@@ -44,7 +44,14 @@ from model.distributed import (
 from model.errors import InputError
 from model.progress import say
 from model.sat_compat import broadcast_data, import_sat, quieten
-from model.training.deepspeed_config import completed_settings, deepspeed_settings, try_out
+from model.training.deepspeed_config import (
+    clip_or_skip,
+    completed_settings,
+    deepspeed_settings,
+    half_precision_optimizers,
+    scaled_backward,
+    try_out,
+)
 from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
@@ -121,7 +128,6 @@ def replacements(hooks: Hooks) -> list[Replacement]:
     sat = import_sat(training=True)
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
     engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
-    trouble: Any = importlib.import_module("model.training.trouble")
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
@@ -138,15 +144,13 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
         Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
-        Replacement(engine, "clip_fp32_gradients", trouble.clip_or_skip, "DeepSpeed's lets NaN through"),
-        Replacement(
-            engine, "backward", trouble.scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"
-        ),
+        Replacement(engine, "clip_fp32_gradients", clip_or_skip, "DeepSpeed's lets NaN through"),
+        Replacement(engine, "backward", scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"),
         *(
             Replacement(
                 optimizer, "initialize_optimizer_states", lambda _: None, "it decays the weights at a rate of 1"
             )
-            for optimizer in trouble.half_precision_optimizers()
+            for optimizer in half_precision_optimizers()
         ),
         Replacement(loop, "train", _train(loop, hooks), "SAT seeds everything anew just before; a run may go on"),
         Replacement(loop, "exit", _exit(hooks), "--exit-interval leaves without saving"),

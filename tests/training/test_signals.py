@@ -83,7 +83,18 @@ def run(upstream_checkpoint, tmp_path):
     started = []
 
     def start(*flags, launcher=(), **environment):
-        words = (*launcher, SCRIPT, "--from_pretrained", upstream_checkpoint, *FLAGS, "--summary-dir", tmp_path, *flags)
+        words = (
+            *launcher,
+            SCRIPT,
+            "--from_pretrained",
+            upstream_checkpoint,
+            *FLAGS,
+            "--summary-dir",
+            tmp_path,
+            "--save",
+            tmp_path / "saved",
+            *flags,
+        )
         started.append(Run(*words, **environment))
         return started[-1]
 
@@ -252,7 +263,7 @@ def test_nohup_is_respected(run, tmp_path):
 @pytest.mark.long
 def test_run_in_another_thread_and_after_a_stopped_one_trains_to_its_end(upstream_checkpoint, tmp_path):
     done = run_program(
-        "main_after_a_signal", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2], "--summary-dir", tmp_path,
+        "main_after_a_signal", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2], "--summary-dir", tmp_path, "--save", tmp_path,
         cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,50 @@
+"""Bad rows: as many as a screen holds are listed, and all of them in a file."""
+
+from pathlib import Path
+
+import pytest
+
+from model.data.bad_rows import MOST_PROBLEM_LINES, cache_folder, first_lines, handle_bad_rows
+from model.errors import RowError
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "visualglm"
+
+
+def test_problems_that_a_screen_holds_are_listed_and_no_file_is_written(cache: Path) -> None:
+    problems = [f"row {number}" for number in range(MOST_PROBLEM_LINES)]
+    assert first_lines(problems) == problems
+    assert not cache.exists()
+
+
+def test_more_problems_are_counted_and_all_are_in_a_file(cache: Path) -> None:
+    problems = [f"row {number}" for number in range(MOST_PROBLEM_LINES + 3)]
+    *listed, last = first_lines(problems)
+    assert listed == problems[:MOST_PROBLEM_LINES]
+    assert last == f"… and 3 more; all are in {cache / 'bad-rows.txt'}."
+    assert (cache / "bad-rows.txt").read_text().splitlines() == problems
+
+
+def test_file_that_cant_be_written_is_named_with_the_reason(cache: Path) -> None:
+    cache.write_text("a file, not a folder")
+    assert "can't be listed in" in first_lines(["a problem"] * (MOST_PROBLEM_LINES + 1))[-1]
+
+
+def test_cache_folder_follows_the_users_setting(cache: Path) -> None:
+    assert cache_folder() == cache
+
+
+def test_bad_row_stops_the_run_or_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = {"problems": ["rows.json row 7: there is no file"]}
+    with pytest.raises(RowError, match="row 7"):
+        handle_bad_rows(batch, "error")
+    handle_bad_rows(batch, "skip")
+    handle_bad_rows(batch, "skip")
+    assert capsys.readouterr().err == "Left out: rows.json row 7: there is no file\n"
+
+
+def test_batch_without_bad_rows_is_nothing_to_handle() -> None:
+    handle_bad_rows({}, "error")

@@ -24,7 +24,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -58,7 +57,6 @@ class StopAtSignal(StepWatcher):
         self._store: Any = None
         self._leaving = Leaving()
         self._handling: AbstractContextManager[None] = handling(self._receive)
-        self._hook: Any = None  # sys.excepthook, where another one stands in its place
 
     def __enter__(self) -> "StopAtSignal":
         self._handling.__enter__()
@@ -68,8 +66,6 @@ class StopAtSignal(StepWatcher):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._handling.__exit__(kind, error, where)
-        if self._hook is not None:
-            sys.excepthook, self._hook = self._hook, None
         self._leaving.end()
         if self._leaving.status:
             raise SystemExit(self._leaving.status) from None
@@ -125,7 +121,6 @@ class StopAtSignal(StepWatcher):
                 end_now(number)
             return
         self._came = time.monotonic()
-        self._hush_other_threads()
         if self.number:  # another process was faster
             return
         self.number = number
@@ -140,16 +135,6 @@ class StopAtSignal(StepWatcher):
             self._end_the_loop(self._args)
         if self._evaluating:
             raise EvaluationGivenUp
-
-    def _hush_other_threads(self) -> None:
-        """A worker that ends while it hands a batch over makes a thread of Python's own print a traceback."""
-        hook = self._hook = sys.excepthook
-
-        def of_main_thread(*error: Any) -> None:
-            if threading.current_thread() is threading.main_thread():
-                hook(*error)
-
-        sys.excepthook = of_main_thread
 
     # --- afterwards
 

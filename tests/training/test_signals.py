@@ -5,16 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, PROJECT, free_port, run_program
-
-from model.training import sat_loop
-from model.training.metrics import TrainingReport
-from model.training.signals import StopAtSignal
 
 SCRIPT = PROJECT / "finetune_visualglm.py"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
@@ -279,18 +274,3 @@ def test_run_in_another_thread_and_after_a_stopped_one_trains_to_its_end(upstrea
         "== in another thread",
         *(f"step {step}/2" for step in (1, 2)),
     ]
-
-
-def test_thread_that_fails_after_a_signal_prints_no_traceback_and_the_hook_is_put_back(capsys, monkeypatch):
-    printed = []
-    monkeypatch.setattr(sys, "excepthook", lambda *error: printed.append(error[1]))
-    hook, stop = sys.excepthook, StopAtSignal(sat_loop.Hooks(lambda: 0, lambda: None, TrainingReport()))
-    with stop:
-        stop._hush_other_threads()
-        thread = threading.Thread(target=lambda: sys.excepthook(EOFError, EOFError("of a worker"), None))
-        thread.start()
-        thread.join()
-        assert printed == []
-        sys.excepthook(ValueError, ValueError("of the main thread"), None)
-    assert [str(error) for error in printed] == ["of the main thread"]
-    assert sys.excepthook is hook

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import wait
@@ -79,6 +80,21 @@ def leave_signals_to_the_parent(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     end_with_parent()
+    hush_threads()
+
+
+def hush_threads() -> None:
+    """Let threads of this process print no traceback, but for the main one.
+
+    Python's thread that hands tensors over prints one where the main process gives an iterator up in the middle.
+    """
+    hook = sys.excepthook
+
+    def of_main_thread(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            hook(*error)
+
+    sys.excepthook = of_main_thread
 
 
 def end_with_parent() -> None:

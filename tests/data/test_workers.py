@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import PROJECT
 
 from model.data import workers as module
-from model.data.workers import begin_in_processes, run_in_subprocess
+from model.data.workers import begin_in_processes, hush_threads, run_in_subprocess
 from model.errors import InputError
 
 LARGE = 2**20  # bytes: more than a pipe holds
@@ -120,3 +121,14 @@ def test_parts_where_processes_cannot_be_forked_are_worked_on_here(monkeypatch, 
     assert begin_in_processes(lambda part: (part, os.getpid()), parts, "A process")() == [
         (part, os.getpid()) for part in parts
     ]
+
+
+def test_threads_of_a_worker_print_no_traceback_and_its_main_thread_does(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: printed.append(str(error[1])))
+    hush_threads()
+    thread = threading.Thread(target=lambda: sys.excepthook(EOFError, EOFError("of a thread"), None))
+    thread.start()
+    thread.join()
+    sys.excepthook(ValueError, ValueError("of the main thread"), None)
+    assert printed == ["of the main thread"]

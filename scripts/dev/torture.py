@@ -292,14 +292,14 @@ def moment(phase: str, folder: Path) -> "object":
 
 def damage(reference: Reference, home: Path, flips: int, chance: random.Random) -> Score:
     """A truncated checkpoint and ones with a flipped bit: named, and the one before is resumed from."""
-    score, pattern = Score(), new_folder(home)
-    with started(pattern, "--resume", "auto") as process:
-        wait_for(lambda: "(iteration 44)" in (pattern / "out").read_text(), process)
+    score, folder, pattern = Score(), new_folder(home), home / "pattern"
+    with started(folder, "--resume", "auto") as process:
+        wait_for(lambda: "(iteration 44)" in (folder / "out").read_text(), process)
         process.kill()
-        ended(process, pattern)
+        ended(process, folder)
+    shutil.move(folder, pattern)
     for number in range(-1, flips):
-        folder = home / "damaged"
-        shutil.copytree(pattern, folder)
+        shutil.copytree(pattern, folder)  # in its place: a run goes on in its own folder
         (run,) = folder.glob("torture-*")
         iteration = max((path.name for path in run.iterdir() if path.name.isdecimal()), key=int)
         file = chance.choice(sorted(path for path in (run / iteration).iterdir() if path.suffix == ".pt"))

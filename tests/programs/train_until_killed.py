@@ -1,4 +1,4 @@
-"""finetune_visualglm.py, killed with -9 after some steps.
+"""finetune_visualglm.py, killed with -9 after some steps, when the thread that writes a checkpoint has done so.
 
 train_until_killed.py STEPS FLAG …
 """
@@ -6,6 +6,7 @@ train_until_killed.py STEPS FLAG …
 import os
 import signal
 import sys
+import threading
 
 import finetune_visualglm
 from model.training import metrics
@@ -19,6 +20,9 @@ def counting_add(self, loss):
     report_add(self, loss)
     steps_left -= 1
     if steps_left == 0:
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -16,6 +16,7 @@ from model.checkpoints.broken_files import safetensors_shapes
 from model.checkpoints.layout import ModelConfig
 
 BYTES_OF_FLOAT32 = 4
+STATES_OF_A_NUMBER = 3  # that a run needs to go on: the weight in float32 and two averages of Adam's, in float32 too
 ROOM_FOR_THE_REST = 2**20  # bytes: the configuration, the tokenizer, the names of the tensors
 
 
@@ -40,6 +41,11 @@ def adapter_size(adapters: AdapterConfig, config: ModelConfig) -> int:
     if adapters.has_ptuning:
         numbers += config["num_layers"] * 2 * hidden * adapters.prefix_length
     return BYTES_OF_FLOAT32 * numbers + ROOM_FOR_THE_REST
+
+
+def state_size(trained: int) -> int:
+    """About how many bytes the state of a run takes that trains so many numbers."""
+    return STATES_OF_A_NUMBER * BYTES_OF_FLOAT32 * trained
 
 
 def full_size(weights: Path, bytes_of_a_number: int) -> int:

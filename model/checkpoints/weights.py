@@ -37,7 +37,7 @@ from model.checkpoints.metadata import (
     is_adapter_name,
     with_base,
 )
-from model.checkpoints.sizes import free_bytes, size_text
+from model.checkpoints.sizes import free_bytes, size_text, state_size
 from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, looks_old, open_huggingface
 from model.checkpoints.whole import (
     CONFIG_FILE,
@@ -108,10 +108,13 @@ def write_unfinished(
     if mpu.get_data_parallel_rank() == 0:
         weights = module.state_dict() if full else trained_weights(module)
     adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
+    learned = _learned(weights, adapters) if full else weights
     saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
+    if extra_files:
+        saving.needed += state_size(sum(tensor.numel() for tensor in learned.values()))
 
     def begin() -> None:
-        refuse_unless_finite(_learned(weights, adapters) if full else weights, f"iteration {iteration}")
+        refuse_unless_finite(learned, f"iteration {iteration}")
         if is_first:
             saving.make_room()
 
@@ -143,7 +146,7 @@ class _Saving:
     ) -> None:
         self.iteration, self.folder, self.weights, self.extra_files = iteration, folder, weights, extra_files
         self.save_total_limit = save_total_limit
-        self.needed = size_of(weights) + _size_of_extra_files(folder)  # bytes
+        self.needed = size_of(weights)  # bytes
         self.unfinished = folder / f"{iteration}{UNFINISHED}"
         self.config_text = ""  # of model_config.json
 
@@ -232,16 +235,6 @@ def _make_room(folder: Path, iteration: int, needed: int) -> None:
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """How many bytes torch.save takes for these tensors; a few more, for their names and what stands beside them."""
     return sum(tensor.numel() * tensor.element_size() + BYTES_BESIDE_A_TENSOR for tensor in weights.values())
-
-
-def _size_of_extra_files(folder: Path) -> int:
-    """How many bytes the iteration that `latest` names takes besides its weights, in folder."""
-    try:
-        iteration = folder / (folder / "latest").read_text().strip()
-        files = [path for path in iteration.iterdir() if not path.name.startswith("mp_rank_")]
-        return sum(path.stat().st_size for path in files)
-    except (OSError, ValueError):
-        return 0
 
 
 def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:

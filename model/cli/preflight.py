@@ -13,7 +13,14 @@ from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.metadata import with_base
 from model.checkpoints.resume import Resumed
-from model.checkpoints.sizes import adapter_size, folder_problems, full_size
+from model.checkpoints.sizes import (
+    BYTES_OF_FLOAT32,
+    ROOM_FOR_THE_REST,
+    adapter_size,
+    folder_problems,
+    full_size,
+    state_size,
+)
 from model.cli.flag_checks import (
     config_problems,
     deepspeed_problems,
@@ -121,11 +128,12 @@ def checked_tokenizer(options: Options, checkpoint: Checkpoint) -> ChatGLMTokeni
 
 
 def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
-    """About how many bytes one checkpoint of this run will take: all weights, or what is trained in float32 at most.
+    """About how many bytes one checkpoint of this run will take: all weights, or what is trained; and the run's state.
 
     `model.checkpoints.weights` asks again before each is saved, when it knows.
     """
     adapters = adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
+    adapters += state_size((adapters - ROOM_FOR_THE_REST) // BYTES_OF_FLOAT32)
     whole = checkpoint.base or checkpoint
     if options.save_full_model:
         width = 2 if options.fp16 or options.bf16 else 4

@@ -16,6 +16,10 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python, write_tuned
 
+from model.checkpoints.layout import Checkpoint
+from model.checkpoints.sizes import ROOM_FOR_THE_REST
+from model.cli.options import parse
+from model.cli.preflight import checkpoint_size
 from model.training.run_state import can_be_kept, put_back_random_state, random_state
 
 COMMON = (
@@ -137,6 +141,14 @@ def test_killed_run_resumed_in_a_new_process_ends_with_the_weights_of_the_whole_
 def test_resumed_line_of_several_steps_has_the_mean_over_those_before_the_kill_too(killed):
     assert printed_losses(killed.whole)[1:] == printed_losses(killed.resumed)
     assert re.search(r"^Going on with .* after iteration 4\.$", killed.resumed, re.MULTILINE)
+
+
+@pytest.mark.run
+def test_checkpoint_with_its_state_takes_about_the_room_that_is_asked_for(killed, base):
+    (folder,) = (killed.folder / "whole").iterdir()
+    taken = sum(path.stat().st_size for path in (folder / "6").iterdir())
+    asked_for = checkpoint_size(parse([*COMMON, "--use_lora"]), Checkpoint.find(base))
+    assert asked_for - ROOM_FOR_THE_REST < taken < asked_for
 
 
 @pytest.mark.run

@@ -10,6 +10,7 @@ writes and looks for them: see `model.adapter_config`. Only the standard library
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig
@@ -71,7 +72,8 @@ def base_of(config: ModelConfig) -> Base:
 def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
     """The same checkpoint with its base, if it is an adapter checkpoint.
 
-    The base is the given one, else it is looked for by its name, else where it lay.
+    The base is the given one, else it is looked for by its name, else where it lay. Settings of the base that SAT doesn't
+    write into an adapter checkpoint, such as its dropout, are the base's.
 
     Raises:
         InputError: it is in none of those places, or is an adapter checkpoint too.
@@ -83,7 +85,7 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
         raise InputError(
             f"{base.weights_file()}: an adapter checkpoint too; the model that {checkpoint.folder} was trained on is needed."
         )
-    return replace(checkpoint, base=base)
+    return replace(checkpoint, base=base, config=cast(ModelConfig, {**base.config, **checkpoint.config}))
 
 
 def _found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:

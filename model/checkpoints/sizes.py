@@ -3,10 +3,12 @@
 Only the standard library is imported.
 """
 
+import errno
 import math
 import os
 import pickle
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -114,12 +116,21 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     existing = _nearest_existing(target)
     if not existing.is_dir():
         return [f"{flag} {folder}: {existing} is a file; a folder is needed."]
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not _can_be_written_to(existing):
         return [f"{flag} {folder}: {existing} can't be written to; a folder of your own is needed."]
     free = free_bytes(target)
     if free < bytes_needed:
         return [f"{flag} {folder}: {size_text(free)} free on its disk; {size_text(bytes_needed)} are needed."]
     return []
+
+
+def _can_be_written_to(folder: Path) -> bool:
+    """Whether a file can be made there; the rights alone don't tell (root has them all, in /proc too)."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        return error.errno == errno.ENOSPC  # room is another question
 
 
 def free_bytes(path: Path) -> int:

@@ -184,6 +184,15 @@ def test_base_is_found_before_torch_is_needed(lora, upstream_checkpoint):
 # going on
 
 
+def test_going_on_from_an_adapter_keeps_the_bases_dropout(upstream_checkpoint, tmp_path):
+    base = shutil.copytree(upstream_checkpoint, tmp_path / "base")
+    config = {**config_of(base), "hidden_dropout": 0.25}
+    (base / "model_config.json").write_text(json.dumps(config))
+    tuned = write_tuned(base, tmp_path / "tuned", **LORA)
+    assert "hidden_dropout" not in config_of(tuned)
+    assert with_base(Checkpoint.find(tuned)).config["hidden_dropout"] == 0.25
+
+
 def test_going_on_with_the_same_method_starts_from_its_factors(lora):
     model, args = start_from(lora, use_lora=True)
     assert (args.lora_rank, args.lora_alpha, args.layer_range) == (3, 6.0, [0, 2])

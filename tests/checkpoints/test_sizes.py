@@ -51,6 +51,12 @@ def test_save_problems_when_the_folder_is_not_writable_says_so(tmp_path: Path, m
     assert f"{tmp_path} can't be written to" in sentence
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc")
+def test_folder_where_the_rights_say_yes_and_the_system_says_no_is_a_problem() -> None:
+    [sentence] = folder_problems("--save", "/proc/self/saved")
+    assert "can't be written to; a folder of your own is needed." in sentence
+
+
 def test_folder_problems_names_the_flag(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     [sentence] = folder_problems("--feature_cache", str(tmp_path / "file"))

@@ -73,6 +73,9 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     if resumed is None:
         return CommandLine(words, options, None, notes)
     before, joined = parse(resumed.record.words), parse([*resumed.record.words, *argv])
+    home = resumed.checkpoint.folder.parent  # which may have been moved since
+    if "save" not in options.user_set or Path(options.save or "").expanduser().resolve() == home.resolve():
+        before.save = joined.save = str(home)
     raise_problems([*fixed_problems(before, joined), *data_problems(resumed)])
     changes = differing(before, joined)
     joined.load = None  # what it loaded is in the checkpoint

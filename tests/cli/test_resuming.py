@@ -126,6 +126,16 @@ def test_data_file_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
     assert "rows.json: No such file or directory; the run was trained on it" in refusal("--resume", run)
 
 
+@pytest.mark.parametrize("how", ["auto", "folder"])
+def test_run_that_was_moved_goes_on_where_it_is_now(run: Path, words: list[str], tmp_path: Path, how: str) -> None:
+    moved = run.parent.rename(tmp_path / "elsewhere")
+    flags = ["auto", "--save", str(moved), "--experiment-name", "animals"] if how == "auto" else [str(moved / run.name)]
+    line = command_line(["--resume", *flags])
+    assert line.resumed is not None
+    assert line.resumed.checkpoint.folder == moved / run.name
+    assert (line.options.save, line.notes) == (str(moved), [])
+
+
 def test_auto_without_a_checkpoint_is_a_fresh_run_with_a_sentence(words: list[str], tmp_path: Path) -> None:
     line = command_line([*words, "--resume", "auto"])
     assert (line.words, line.resumed) == (words, None)

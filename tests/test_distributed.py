@@ -111,6 +111,6 @@ def test_port_in_use_in_a_run_of_several_is_a_sentence(taken_port, monkeypatch):
 def test_plain_run_whose_port_is_in_use_trains(taken_port, upstream_checkpoint, tmp_path):
     done = run_python(
         PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, "--use_lora", "--train-data",
-        "dataset.json", "--train-iters", "1", "--summary-dir", tmp_path, cwd=GOLDEN / "upstream",
+        "dataset.json", "--train-iters", "1", "--summary-dir", tmp_path, "--save", tmp_path, cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert (done.returncode, len(printed_losses(done.stdout))) == (0, 1), done.stderr

@@ -108,6 +108,7 @@ class Hooks:
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
+    before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
     # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
     schedule_start: Callable[[int], int] = lambda iteration: iteration
     # Everything is seeded, the first step comes next: (state, loader of the training rows). Whether to evaluate first.
@@ -279,6 +280,8 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     def evaluate_and_go_on(
         prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
     ) -> Any:
+        if named["split"] == "val" and args.iteration >= args.train_iters:
+            hooks.before_last_evaluation()
         try:
             with hooks.while_evaluating(named["split"]):
                 result = evaluate(prefix, iterator, model, iters, args, *rest, **named)

@@ -52,6 +52,7 @@ from model.training.deepspeed_config import (
     scaled_backward,
     try_out,
 )
+from model.training.launcher import agreed_port
 from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
@@ -484,6 +485,18 @@ def _sat_args(
     device number equal to LOCAL_RANK and then selects that CUDA device: the process group is made beforehand, with gloo,
     and the device becomes "cpu".
     """
+    with agreed_port():
+        args = _sat_args_on_this_port(words, options, parser, fp16)
+    if not has_gpu():
+        args.device = "cpu"
+    if options.deepspeed_config:
+        try_out(_settings(options, fp16 and has_gpu()), options.deepspeed_config)
+    return args
+
+
+def _sat_args_on_this_port(
+    words: Sequence[str], options: Any, parser: argparse.ArgumentParser | None, fp16: bool
+) -> argparse.Namespace:
     words = list(words)
     if not has_gpu():
         instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
@@ -498,11 +511,7 @@ def _sat_args(
         settings_file.write_text(json.dumps(settings))
         get_args_of_sat = importlib.import_module("sat.arguments").get_args
         words += ["--deepspeed_config", str(settings_file)]
-        args = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
-    if not has_gpu():
-        args.device = "cpu"
-    if options.deepspeed_config:
-        try_out(settings, options.deepspeed_config)
+        args: argparse.Namespace = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
     return args
 
 

@@ -21,7 +21,7 @@ A process that waits for the others can't be interrupted: it is ended where it i
 place whole; one that lies ready is put in place first.
 
 What this can't find out: a process that lives and makes no progress, in an endless loop or on a disk that doesn't answer.
-It looks like one that has much to do.
+It looks like one that has much to do. And nobody watches before `start`: torch's own limits hold there.
 """
 
 import json
@@ -108,6 +108,7 @@ class Watchdog:
         self.names: list[str] = []  # of the processes, for a person
         self.rank = 0
         self.is_first_here = False  # of this machine's processes, but for the first of all
+        self._has_begun = False
         self._store: Any = None
         self._beats: list[str] = []  # as they were read last
         self._silence: list[float] = []  # seconds, of each process
@@ -139,6 +140,7 @@ class Watchdog:
         """
         import torch
 
+        self._has_begun = True
         processes = torch.distributed.get_world_size()
         if processes == 1:
             return
@@ -296,7 +298,7 @@ class Watchdog:
             self._silence[rank] = 0.0 if beat != before[rank] else self._silence[rank] + seconds
 
     def _seconds_without_a_launcher(self) -> float:
-        if self._store is None:
+        if not self._has_begun:
             return SECONDS_TO_BE_HEARD  # there is nothing to save yet
         return TIMEOUTS_WITHOUT_A_LAUNCHER * self.seconds
 

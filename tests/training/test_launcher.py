@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
-from runs import last_step, saved_steps
+from runs import LAUNCHERS, last_step, saved_steps
 
 from model.training.launcher import DEEPSPEED_LAUNCH, Launcher
 
@@ -45,6 +48,17 @@ def test_run_whose_launcher_is_killed_is_saved_and_leaves_no_process(
     assert planned == 100_000
     assert saved_steps(tmp_path / "saved") == [step]
     assert f"SIGTERM: stopped after step {step} of 100000. To go on: --resume " in one.output
+
+
+@pytest.mark.run
+def test_second_run_of_deepspeed_on_a_machine_finds_another_port(run, tmp_path):
+    with socket.create_server(("", 0)) as other_run:
+        port = other_run.getsockname()[1]
+        one = run("--train-iters", "2", launcher=(*LAUNCHERS["deepspeed"], port))
+        assert one.end(90) == 0, one.output
+    assert f"MASTER_PORT {port}: another program listens on it; " in one.output
+    assert last_step(one.output) == (2, 2)
+    assert not list(Path(tempfile.gettempdir()).glob(f"visualglm-port-{os.getuid()}-{one.process.pid}-*"))
 
 
 def wait_for_no_process(one):

@@ -51,6 +51,7 @@ def test_run_whose_launcher_is_killed_is_saved_and_leaves_no_process(
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_second_run_of_deepspeed_on_a_machine_finds_another_port(run, tmp_path):
     with socket.create_server(("", 0)) as other_run:
         port = other_run.getsockname()[1]

@@ -130,6 +130,18 @@ def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ran
 
 
 @pytest.mark.run
+@pytest.mark.long
+@pytest.mark.parametrize("signalled", [(2,), (0, 1, 2, 3)])
+def test_four_processes_stop_after_the_same_step(ranks, tmp_path, signalled):
+    four = ranks(processes=4)
+    four[0].read_until("step      2/")
+    for rank in signalled:
+        four[rank].send(signal.SIGTERM)
+    assert [one.end(60) for one in four] == [143] * 4
+    assert saved_steps(tmp_path / "saved") == [last_step(four[0].output)[0]]
+
+
+@pytest.mark.run
 def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ranks, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):  # as deepspeed's runner passes Ctrl-C on
         for one in two_ranks:

@@ -59,6 +59,7 @@ def test_killed_rank_of_four_ends_the_others_and_one_of_them_names_it(ranks, kil
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_bad_row_that_one_rank_meets_ends_all_and_is_the_last_line(launched, tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     row = {"img": str(GOLDEN / "upstream/images/0.png"), "prompt": "?", "label": "a"}
@@ -93,6 +94,7 @@ def test_error_of_one_rank_is_the_last_line_with_its_rows_after_its_traceback(ru
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_ranks_that_see_different_files_or_flags_say_so_before_a_model_is_loaded(ranks, tmp_path):
     other = tmp_path / "dataset.json"
     other.write_text((GOLDEN / "upstream/dataset.json").read_text().replace("images/", f"{GOLDEN}/upstream/images/"))

@@ -98,6 +98,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     from model.training.signals import StopAtSignal
     from model.training.step import evaluation_step, forward_step, token_normalized_step
     from model.training.trouble import told_in_a_sentence, watched
+    from model.training.watchdog import Watchdog
 
     options, saver = line.options, CheckpointSaver(save_checkpoint)
     run = RunState(TrainingReport(), line.resumed, saver.begin)
@@ -106,8 +107,9 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     batches = watched(hooks, options, saver.wait)
     step = token_normalized_step() if options.loss_normalization == "token" else forward_step
     with StopAtSignal(hooks) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
-        with saver, told_in_a_sentence(batches, options):
+        with Watchdog.of_run(options, batches, saver, stop) as watchdog, saver, told_in_a_sentence(batches, options):
             args = sat_loop.get_args(line.words, options, script_parser())
+            watchdog.start(options, inputs)
             model, args = load_model(args, options, inputs)
             features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
             inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
@@ -120,7 +122,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
                 args,
                 model_cls=model,
                 forward_step_function=step,
-                forward_step_eval=evaluation_step,
+                forward_step_eval=stop.watching(evaluation_step),
                 handle_metrics_function=mean_over_tokens,
                 create_dataset_function=create_dataset_function,
                 collate_fn=packed_collator if options.packing else data_collator,

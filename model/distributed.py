@@ -103,6 +103,19 @@ def start_gloo() -> None:
         on_a_free_port(lambda: torch.distributed.init_process_group("gloo"))
 
 
+def store_of_run() -> Any:
+    """A new store of keys and values that the run's processes share, served by the first. Every process calls this.
+
+    torch.distributed keeps one too. It outlives a run, and torchrun's agent serves it: killed, it takes that with it.
+    """
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], 0
+    store = TCPStore(address, port, is_master=True, wait_for_workers=False) if is_first_process() else None
+    port = from_first_process(store.port if store else None)
+    return store or TCPStore(address, port, is_master=False, wait_for_workers=False)
+
+
 def from_first_process(value: Any) -> Any:
     """The first process's value, on every process."""
     import torch

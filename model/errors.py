@@ -6,6 +6,7 @@
 
     status 0     all is well
            2     bad input: a sentence on standard error says where, what was found and what is needed
+           3     another process of the run has gone, or gave no sign of life (`model.training.watchdog`)
            129   SIGHUP      130  SIGINT (Ctrl-C)      138  SIGUSR1      143  SIGTERM
            141   the reader of standard output has gone, as in `… | head -1`
 
@@ -24,12 +25,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from model.progress import any_text_printable, warn, warn_from_any_process
+from model.distributed import is_first_process
+from model.progress import any_text_printable, warn_from_any_process
 
 # The signals that ask a program to end; Windows lacks some.
 ENDING_SIGNALS = [
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in signal.Signals.__members__
 ]
+STATUS_OF_BAD_INPUT = 2
+STATUS_OF_A_LOST_PROCESS = 3
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
 STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
 SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
@@ -65,14 +69,16 @@ def raise_problems(problems: Iterable[str]) -> None:
 def exit_on_input_error(program: str) -> Iterator[None]:
     """End program with status 2 and a sentence on standard error where the block raises an InputError.
 
-    Rank 0 tells it, but for a RowError: the process that met the row tells that.
+    The first process of each machine tells it, for files may be missing on one. A RowError is told by the process that met
+    the row.
     """
     try:
         yield
     except InputError as problem:
-        tell = warn_from_any_process if isinstance(problem, RowError) else warn
-        tell(f"{program}: error: {problem}")
-        sys.exit(2)
+        tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
+        if tells:
+            warn_from_any_process(f"{program}: error: {problem}")
+        sys.exit(STATUS_OF_BAD_INPUT)
 
 
 @contextmanager

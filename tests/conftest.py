@@ -254,3 +254,6 @@ def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> P
 def printed_losses(output: str) -> list[float]:
     """The loss of each step line that a run printed."""
     return [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\S+)  ", output, re.MULTILINE)]
+
+
+from runs import launched, ranks, run  # noqa: E402, F401  (fixtures; runs imports this module)

@@ -48,6 +48,15 @@ def test_exit_on_input_error_leaves_our_own_bugs_alone():
         raise ValueError("a bug")
 
 
+@pytest.mark.parametrize(("local_rank", "told"), [("0", "x.py: error: no file.\n"), ("1", "")])
+def test_bad_input_is_told_by_the_first_process_of_each_machine(monkeypatch, capsys, local_rank, told):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit), exit_on_input_error("x.py"):
+        raise InputError("no file.")
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(("error", "told"), [(InputError, ""), (RowError, "x.py: error: a row.\n")])
 def test_exit_on_input_error_in_another_process_tells_only_what_that_process_alone_knows(
     capsys, monkeypatch, error, told

@@ -45,7 +45,7 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
         lambda number: number >= 0,
         "0 or more is needed.",
-        ("auto_warmup_steps", "weight_decay", "num_workers"),
+        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout"),
     ),
     (
         lambda number: 0 < number < math.inf,

@@ -77,6 +77,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     holdout: float | None
     keep_best: bool
     max_skipped_steps: int
+    rank_timeout: float
     source_prefix: str
     ignore_pad_token_for_loss: bool
     feature_cache: str | None
@@ -141,6 +142,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_skipped_steps", type=int, default=20, metavar="N",
         help="Stop after N optimizer steps in a row whose loss or gradient isn't finite, or in which no row could be used "
              "(default %(default)s: in 17 of them fp16's loss scale falls from 65536 to 1).")
+    add("--rank_timeout", type=float, default=60.0, metavar="SECONDS",
+        help="End a run of several processes when one of them was killed, is stopped or can't be reached for so long; 0: "
+             "wait for ever (default %(default)g).")
     add("--source_prefix", default="", metavar="TEXT",
         help="Text put before every prompt (default: none).")
     add("--ignore_pad_token_for_loss", type=_truth, nargs="?", const=True, default=True, metavar="true|false",

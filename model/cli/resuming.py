@@ -27,7 +27,7 @@ FREE = {
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
     "bad_rows", "feature_cache", "keep_best", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
-    "checkpoint_skip_layers",
+    "checkpoint_skip_layers", "rank_timeout",
 }  # fmt: skip
 # Flags that stay the run's, each with the reason.
 _ADAPTERS = "the adapters are the checkpoint's"

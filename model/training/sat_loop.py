@@ -52,6 +52,7 @@ from model.training.deepspeed_config import (
     scaled_backward,
     try_out,
 )
+from model.training.launcher import agreed_port
 from model.training.metrics import TensorBoardFile, TrainingReport
 
 AUTO_WARMUP_STEPS = 100  # SAT's default
@@ -108,6 +109,7 @@ class Hooks:
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
+    before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
     # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
     schedule_start: Callable[[int], int] = lambda iteration: iteration
     # Everything is seeded, the first step comes next: (state, loader of the training rows). Whether to evaluate first.
@@ -279,6 +281,8 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     def evaluate_and_go_on(
         prefix: str, iterator: Any, model: Any, iters: int, args: argparse.Namespace, *rest: Any, **named: Any
     ) -> Any:
+        if named["split"] == "val" and args.iteration >= args.train_iters:
+            hooks.before_last_evaluation()
         try:
             with hooks.while_evaluating(named["split"]):
                 result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
@@ -481,6 +485,18 @@ def _sat_args(
     device number equal to LOCAL_RANK and then selects that CUDA device: the process group is made beforehand, with gloo,
     and the device becomes "cpu".
     """
+    with agreed_port():
+        args = _sat_args_on_this_port(words, options, parser, fp16)
+    if not has_gpu():
+        args.device = "cpu"
+    if options.deepspeed_config:
+        try_out(_settings(options, fp16 and has_gpu()), options.deepspeed_config)
+    return args
+
+
+def _sat_args_on_this_port(
+    words: Sequence[str], options: Any, parser: argparse.ArgumentParser | None, fp16: bool
+) -> argparse.Namespace:
     words = list(words)
     if not has_gpu():
         instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
@@ -495,11 +511,7 @@ def _sat_args(
         settings_file.write_text(json.dumps(settings))
         get_args_of_sat = importlib.import_module("sat.arguments").get_args
         words += ["--deepspeed_config", str(settings_file)]
-        args = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
-    if not has_gpu():
-        args.device = "cpu"
-    if options.deepspeed_config:
-        try_out(settings, options.deepspeed_config)
+        args: argparse.Namespace = on_a_free_port(lambda: get_args_of_sat(words, parser=parser))
     return args
 
 

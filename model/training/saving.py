@@ -1,7 +1,7 @@
 """When a run saves, and what of it happens beside the training.
 
     each epoch with --epochs, else every five minutes, or as --save-interval says       SAT's loop, `TimedSaves`
-    before --exit-interval ends the run                                                 `TimedSaves`
+    before --exit-interval ends the run, and before the evaluation after the last step  `TimedSaves`
     after the last step                                                                 SAT's loop
 
 `CheckpointSaver` stands between them and `save_checkpoint`. It saves no iteration twice. The files are written at once,
@@ -76,6 +76,11 @@ class CheckpointSaver:
             self.thread = Thread(target=noting_its_error)
             self.thread.start()
 
+    def finish(self, seconds: float) -> None:
+        """Wait so long at most for the thread, from any other one, before this process is ended."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+
     def wait(self) -> None:
         """Wait for the thread.
 
@@ -120,7 +125,7 @@ class TimedSaves(StepWatcher):
         self.hooks, self.seconds, self.clock = hooks, seconds, clock
         self.last: float | None = None
         self.state: LoopState | None = None
-        hooks.before_exit = self.before_exit
+        hooks.before_exit = hooks.before_last_evaluation = self.save_what_is_there
 
     @classmethod
     def of_run(cls, hooks: Hooks, options: Options) -> "TimedSaves":
@@ -142,8 +147,8 @@ class TimedSaves(StepWatcher):
         """Remember what there is to save."""
         self.state = state
 
-    def before_exit(self) -> None:
-        """Save, for SAT's loop is about to leave."""
+    def save_what_is_there(self) -> None:
+        """Save, for SAT's loop is about to leave, or to evaluate for long after the last step."""
         if self.state is not None and self.state.args.save:
             self.hooks.save_checkpoint(self.state.args.iteration, *self.state[:3], self.state.args)
 

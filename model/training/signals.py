@@ -8,16 +8,16 @@ What a signal does depends on what the run is at:
 
     before the first step         it leaves at once: there is nothing to save
     a step, saving                this is finished; then the run is saved
-    evaluating, one process       the evaluation is given up; then the run is saved
-    evaluating, several           it leaves at once: the processes can't agree where to stop without waiting for each other
+    evaluating                    the evaluation is given up, with several processes after the batch in hand; then the
+                                  run is saved
     evaluating after the run      it leaves at once: the run has been saved
 
 A second signal leaves at once in any case.
 
 **Several processes** must take the same number of steps, or one waits for the others for ever; and a launcher may pass a
-signal on to all of them or to one. The process that got it writes the number of the step that it is about to take into the
-store that torch.distributed keeps, and every process looks there after each step. No process can be further: a step ends
-with an exchange that all take part in, so whoever finishes that step finds the number.
+signal on to all of them or to one. The process that got it writes the number of the step that it is about to take into a
+store that all share, and every process looks there after each step. No process can be further: a step ends with an exchange
+that all take part in, so whoever finishes that step finds the number. So it is with the batches of an evaluation.
 """
 
 import argparse
@@ -25,12 +25,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from model.distributed import from_first_process, is_first_process
+from model.distributed import is_first_process, store_of_run
 from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_now, handling, ignore_signals_from_now_on
 from model.progress import say
 from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWatcher
@@ -53,6 +53,7 @@ class StopAtSignal(StepWatcher):
         self._launched = "WORLD_SIZE" in os.environ
         self._args: argparse.Namespace | None = None  # SAT's, once the first step has begun
         self._evaluating = ""  # "val", or "test" after the run
+        self._batch = 0  # of that evaluation, from 1
         self._processes = 1
         self._store: Any = None
         self._leaving = Leaving()
@@ -76,22 +77,47 @@ class StopAtSignal(StepWatcher):
         """Write down where to stop, if this process was asked to."""
         if self._args is None:
             self._begin(state.args)
-        if self._store is not None and self.number:
-            self._store.set("stop", f"{state.args.iteration + 1} {self.number}")
+        self._write_the_end(state.args.iteration + 1, 0)
 
     def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
         """Stop here, if a process has written that."""
-        if self._store is None or not self._store.check(["stop"]):
-            return
-        last_step, number = map(int, self._store.get("stop").split())
-        if last_step <= state.args.iteration + 1:
-            self.number = number
+        if self._is_the_end(state.args.iteration + 1, 0):
             self._end_the_loop(state.args)
+
+    def watching(self, evaluation_step: Callable[..., Any]) -> Callable[..., Any]:
+        """evaluation_step, between whose batches the processes look whether one of them was asked to stop."""
+
+        def step(*inputs: Any) -> Any:
+            if self._evaluating == "val" and self._args is not None:
+                if self._is_the_end(self._args.iteration, self._batch):
+                    self._end_the_loop(self._args)
+                    raise EvaluationGivenUp
+                self._batch += 1
+                self._write_the_end(self._args.iteration, self._batch)
+            return evaluation_step(*inputs)
+
+        return step
+
+    def _write_the_end(self, step: int, batch: int) -> None:
+        """Several processes: if this one was asked to stop, all do so after this step and this batch of its evaluation."""
+        if self._store is not None and self.number:
+            self._store.set("stop", f"{step} {batch} {self.number}")
+            self._store.check(["stop"])  # the answer tells that it is there
+
+    def _is_the_end(self, step: int, batch: int) -> bool:
+        """Whether a process has written that all stop here."""
+        if self._store is None or not self._store.check(["stop"]):
+            return False
+        last_step, last_batch, number = map(int, self._store.get("stop").split())
+        if (last_step, last_batch) > (step, batch):
+            return False
+        self.number = number
+        return True
 
     @contextmanager
     def while_evaluating(self, split: str) -> Iterator[None]:
         """What a signal does inside the block is what it does while this split ("val" or "test") is evaluated."""
-        self._evaluating = split
+        self._evaluating, self._batch = split, 0
         try:
             yield
         finally:
@@ -102,9 +128,7 @@ class StopAtSignal(StepWatcher):
 
         self._processes = torch.distributed.get_world_size()
         if self._processes > 1:
-            # The store outlives a run: another main() in this process must not find this run's number.
-            name = from_first_process(f"stop of {time.time()}")
-            self._store = torch.distributed.PrefixStore(name, torch.distributed.distributed_c10d._get_default_store())
+            self._store = store_of_run()
         self._args = args
 
     def _end_the_loop(self, args: argparse.Namespace) -> None:
@@ -112,6 +136,10 @@ class StopAtSignal(StepWatcher):
         self.report.last_step = args.train_iters
         args.train_iters = args.iteration
         args.do_valid = args.do_test = False
+
+    def is_stopping(self) -> bool:
+        """Whether a signal has asked this process, or another one that has said so, to stop."""
+        return bool(self.number)
 
     # --- what the system tells
 
@@ -124,7 +152,7 @@ class StopAtSignal(StepWatcher):
         if self.number:  # another process was faster
             return
         self.number = number
-        if self._args is None or self._evaluating == "test" or (self._evaluating and self._processes > 1):
+        if self._args is None or self._evaluating == "test":
             self._leaving.begin(number)
         if is_first_process():
             with suppress(
@@ -133,8 +161,8 @@ class StopAtSignal(StepWatcher):
                 os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {STOPPING}\n".encode())
         if self._processes == 1:
             self._end_the_loop(self._args)
-        if self._evaluating:
-            raise EvaluationGivenUp
+            if self._evaluating:
+                raise EvaluationGivenUp
 
     # --- afterwards
 

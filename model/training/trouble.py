@@ -81,6 +81,11 @@ class BatchesAtHand(StepWatcher):
         is_any_of_step = self.read_together and self.work.startswith("in ")
         return self.of_step() if is_any_of_step else (self.batches or [[]])[-1]
 
+    def named(self) -> str:
+        """These rows as a person reads them, and "" where there are none."""
+        rows = self.at_hand()
+        return longest(rows) if rows else ""
+
     def of_step(self) -> list[RowAtHand]:
         """The rows of this step's micro-batches so far."""
         return [row for batch in self.batches for row in batch]

@@ -92,6 +92,7 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--experiment-name", "/x"], ["--experiment-name /x: it leads out of --save"]),
     (["--log-interval", "0"], ["--log-interval 0: 1 or more is needed."]),
     (["--max_skipped_steps", "0"], ["--max_skipped_steps 0: 1 or more is needed."]),
+    (["--rank_timeout", "-1"], ["--rank_timeout -1.0: 0 or more is needed."]),
     (["--train-iters", "0"], ["--train-iters 0: 1 or more is needed."]),
     (["--auto_warmup_steps", "-1"], ["--auto_warmup_steps -1: 0 or more is needed."]),
     (["--lr", "0"], ["--lr 0.0: a number greater than 0 is needed."]),

@@ -1,118 +1,14 @@
 """Signals during a run: the step is finished, the run is saved, a line says how to go on; a second one leaves at once."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT, free_port, run_program
+from conftest import GOLDEN, PROJECT, run_program
+from runs import FLAGS, last_step, saved_steps
 
-SCRIPT = PROJECT / "finetune_visualglm.py"
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
-FLAGS = (
-    "--use_lora", "--mode", "finetune", "--train-data", "dataset.json", "--batch-size", "2", "--max_source_length", "64",
-    "--max_target_length", "64", "--train-iters", "100000",
-)  # fmt: skip
-
-
-class Run:
-    """A run of the script whose output is read while it goes on."""
-
-    def __init__(self, *words: object, **environment: str) -> None:
-        self.output = ""
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=GOLDEN / "upstream",
-            env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # a group of its own: every process that it leaves behind is found
-            preexec_fn=heed_signals,
-        )
-
-    def read_until(self, text: str) -> None:
-        """Read lines until one has text."""
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                return
-        raise AssertionError(f"no {text!r} in:\n{self.output}")
-
-    def send(self, number: int, group: bool = False) -> None:
-        (os.killpg if group else os.kill)(self.process.pid, number)
-
-    def end(self, seconds: float = 30) -> int:
-        """Read what is left, and give the exit status; all processes of the run have ended by then."""
-        try:
-            self.output += self.process.communicate(timeout=seconds)[0]
-            return self.process.returncode
-        finally:
-            self.process.kill()
-
-    def left_behind(self) -> list[int]:
-        """The processes of its group that still are there."""
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return []
-        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group(path) == self.process.pid]
-
-
-def heed_signals() -> None:
-    """Take signals that may be ignored around us, as in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def _group(process: Path) -> int:
-    try:
-        fields = (process / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return int(fields[2]) if fields[0] != "Z" else 0
-
-
-@pytest.fixture
-def run(upstream_checkpoint, tmp_path):
-    """Starts the script with more flags; it is killed after the test."""
-    started = []
-
-    def start(*flags, launcher=(), **environment):
-        words = (
-            *launcher,
-            SCRIPT,
-            "--from_pretrained",
-            upstream_checkpoint,
-            *FLAGS,
-            "--summary-dir",
-            tmp_path,
-            "--save",
-            tmp_path / "saved",
-            *flags,
-        )
-        started.append(Run(*words, **environment))
-        return started[-1]
-
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.stdout.close()
-
-
-def saved_steps(folder):
-    """The iteration of every checkpoint in a --save folder."""
-    return [int(path.parent.name) for path in folder.glob("*/*/mp_rank_00_model_states.pt")]
-
-
-def last_step(output):
-    """The number of the last step that a run printed, and how many were planned."""
-    return tuple(map(int, re.findall(r"^step +(\d+)/(\d+) ", output, re.MULTILINE)[-1]))
 
 
 @pytest.mark.run
@@ -210,12 +106,11 @@ def test_signal_in_an_evaluation_gives_it_up_and_saves_the_run(run, tmp_path):
 
 
 @pytest.fixture
-def two_ranks(run, tmp_path):
+def two_ranks(ranks):
     """A run of two processes over gloo, in the midst of its first steps."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [run("--save", tmp_path / "saved", RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
-    ranks[0].read_until("step      2/")
-    return ranks
+    both = ranks()
+    both[0].read_until("step      2/")
+    return both
 
 
 @pytest.mark.run
@@ -235,6 +130,18 @@ def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ran
 
 
 @pytest.mark.run
+@pytest.mark.long
+@pytest.mark.parametrize("signalled", [(2,), (0, 1, 2, 3)])
+def test_four_processes_stop_after_the_same_step(ranks, tmp_path, signalled):
+    four = ranks(processes=4)
+    four[0].read_until("step      2/")
+    for rank in signalled:
+        four[rank].send(signal.SIGTERM)
+    assert [one.end(60) for one in four] == [143] * 4
+    assert saved_steps(tmp_path / "saved") == [last_step(four[0].output)[0]]
+
+
+@pytest.mark.run
 def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ranks, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):  # as deepspeed's runner passes Ctrl-C on
         for one in two_ranks:
@@ -242,6 +149,63 @@ def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ran
         time.sleep(0.1)
     assert [one.end() for one in two_ranks] == [130, 130]
     assert saved_steps(tmp_path / "saved") == [last_step(two_ranks[0].output)[0]]
+
+
+@pytest.fixture
+def many_rows(tmp_path):
+    """A data file whose evaluation takes minutes."""
+    many = tmp_path / "many.json"
+    row = '{"img": "images/1.png", "prompt": "?", "label": "a"}'
+    many.write_text("[" + ", ".join([row] * 40_000) + "]")
+    return many
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("signalled", [(1,), pytest.param((0, 1), marks=pytest.mark.long)])
+def test_signal_in_an_evaluation_of_two_processes_gives_it_up_and_saves_the_run(ranks, many_rows, tmp_path, signalled):
+    both = ranks("--eval-interval", "2", "--valid-data", many_rows, "--check_seconds", "0")
+    both[0].read_until("step      2/")
+    time.sleep(1.5)
+    for rank in signalled:
+        both[rank].send(signal.SIGTERM)
+    assert [one.end(60) for one in both] == [143, 143]
+    assert saved_steps(tmp_path / "saved") == [2]
+    assert "SIGTERM: stopped after step 2 of 100000. To go on: --resume " in both[0].output
+    assert "validation loss" not in both[0].output
+    assert "Traceback" not in both[0].output + both[1].output
+
+
+@pytest.mark.run
+@pytest.mark.long
+def test_run_of_two_processes_that_a_signal_stopped_in_an_evaluation_is_resumed_exactly(ranks, tmp_path):
+    flags = ("--eval-interval", "2", "--valid-data", "dataset.json", "--train-iters", "6", "--lr", "0.05")
+    flags += ("--auto_warmup_steps", "0", "--num-workers", "0")
+    whole = ranks(*flags, "--save", tmp_path / "whole")
+    assert [one.end(60) for one in whole] == [0, 0]
+    stopped = ranks(*flags)
+    stopped[0].read_until("step 2/6")  # the evaluation begins
+    stopped[1].send(signal.SIGTERM)
+    assert [one.end(60) for one in stopped] == [143, 143]
+    (folder,) = (tmp_path / "saved").iterdir()
+    resumed = ranks(*flags, "--resume", folder)
+    assert [one.end(60) for one in resumed] == [0, 0]
+    shown = [re.sub(r"  \S+ samples/s.*", "", line) for line in lines_of_losses(whole[0])]
+    both_parts = lines_of_losses(stopped[0]) + lines_of_losses(resumed[0])
+    assert [re.sub(r"  \S+ samples/s.*", "", line) for line in both_parts] == shown
+
+
+def lines_of_losses(one):
+    return [line for line in one.output.splitlines() if line.startswith("step ") or "validation loss" in line]
+
+
+@pytest.mark.run
+def test_run_that_is_killed_in_its_last_evaluation_has_saved_its_last_step(run, many_rows, tmp_path):
+    one = run("--train-iters", "2", "--eval-interval", "2", "--valid-data", many_rows, "--check_seconds", "0")
+    one.read_until("Saved")
+    one.send(signal.SIGKILL)
+    one.end()
+    assert "validation loss" not in one.output
+    assert saved_steps(tmp_path / "saved") == [2]
 
 
 # --- what is around a run

@@ -1,0 +1,163 @@
+"""Runs of the script whose output is read while they go on: what the tests of signals, launchers and lost ranks share."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, PROJECT, free_port
+
+SCRIPT = PROJECT / "finetune_visualglm.py"
+MARK = "VISUALGLM_TEST_RUN"  # a variable that every process of a run inherits
+FLAGS = (
+    "--use_lora", "--mode", "finetune", "--train-data", "dataset.json", "--batch-size", "2", "--max_source_length", "64",
+    "--max_target_length", "64", "--train-iters", "100000",
+)  # fmt: skip
+LAUNCHERS = {
+    "deepspeed": (Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port"),
+    "torchrun": ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"),
+}
+
+
+class Run:
+    """A run of the script whose output is read while it goes on."""
+
+    def __init__(self, *words: object, **environment: str) -> None:
+        self.output = ""
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=GOLDEN / "upstream",
+            env={**os.environ, "PYTHONPATH": str(PROJECT), MARK: self.mark, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed_signals,
+        )
+
+    def read_until(self, text: str) -> None:
+        """Read lines until one has text."""
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"no {text!r} in:\n{self.output}")
+
+    def send(self, number: int, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def end(self, seconds: float = 30) -> int:
+        """Read what is left, and give the exit status; all processes of the run have ended by then."""
+        limit = threading.Timer(seconds, self.kill)
+        limit.start()
+        try:
+            self.output += self.process.stdout.read()
+            return self.process.wait()
+        finally:
+            limit.cancel()
+            self.kill()
+
+    def kill(self) -> None:
+        for pid in self.left_behind():
+            os.kill(pid, signal.SIGKILL)
+
+    def left_behind(self) -> list[int]:
+        """The processes of the run that still are there."""
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if self.mark == _environment(pid).get(MARK)
+        ]
+
+    def rank(self, rank: int) -> int:
+        """The number of the process of this rank that a launcher has started."""
+        return min(pid for pid in self.left_behind() if _environment(pid).get("RANK") == str(rank))
+
+    def launcher(self, word: str) -> int:
+        """The number of the launcher's process whose command line has this word."""
+        (found,) = (
+            pid
+            for pid in self.left_behind()
+            if "RANK" not in _environment(pid) and word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        )
+        return found
+
+    def last_line(self) -> str:
+        """The last line of the run itself, and not of a launcher."""
+        return [line for line in self.output.splitlines() if not line.startswith("[")][-1]
+
+
+def heed_signals() -> None:
+    """Take signals that may be ignored around us, as in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """The variables of a process; none of one that has ended."""
+    try:
+        words = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+@pytest.fixture
+def run(upstream_checkpoint, tmp_path):
+    """Starts the script with more flags; it is killed after the test."""
+    started = []
+
+    def start(*flags, launcher=(), **environment):
+        words = (
+            *launcher, SCRIPT, "--from_pretrained", upstream_checkpoint, *FLAGS, "--summary-dir", tmp_path,
+            "--save", tmp_path / "saved", *flags,
+        )  # fmt: skip
+        started.append(Run(*words, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.process.wait()
+        one.process.stdout.close()
+
+
+@pytest.fixture
+def ranks(run):
+    """Starts a run of several processes over gloo without a launcher, which would pass signals on in its own way."""
+
+    def start(*flags, processes=2, flags_of_last=()):
+        common = {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common["WORLD_SIZE"] = common["LOCAL_WORLD_SIZE"]
+        own = [()] * (processes - 1) + [flags_of_last]
+        return [run(*flags, *more, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, more in enumerate(own)]
+
+    return start
+
+
+@pytest.fixture
+def launched(run):
+    """Starts a run of two processes by a launcher, and reads until it trains."""
+
+    def start(launcher, *flags, until="step      2/"):
+        one = run(*flags, launcher=(*LAUNCHERS[launcher], free_port()))
+        one.read_until(until)
+        return one
+
+    return start
+
+
+def saved_steps(folder):
+    """The iteration of every checkpoint in a --save folder."""
+    return [int(path.parent.name) for path in folder.glob("*/*/mp_rank_00_model_states.pt")]
+
+
+def last_step(output):
+    """The number of the last step that a run printed, and how many were planned."""
+    return tuple(map(int, re.findall(r"^step +(\d+)/(\d+) ", output, re.MULTILINE)[-1]))

@@ -256,4 +256,4 @@ def printed_losses(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\S+)  ", output, re.MULTILINE)]
 
 
-from runs import launched, ranks, run  # noqa: E402, F401  (fixtures; runs imports this module)
+from live_runs import launched, ranks, run  # noqa: E402, F401  (fixtures; runs imports this module)

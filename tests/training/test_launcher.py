@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import LAUNCHERS, last_step, saved_steps
+from live_runs import LAUNCHERS, last_step, saved_steps
 
 from model.training.launcher import DEEPSPEED_LAUNCH, Launcher
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import GOLDEN, PROJECT, run_program
-from runs import FLAGS, last_step, saved_steps
+from live_runs import FLAGS, last_step, saved_steps
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
 

@@ -15,13 +15,14 @@ embeddings and the vision part, which are a quarter of the 6B's weights and lose
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from model.cpu import has_onednn
-from model.frozen import FrozenLinear
+from model.frozen import FrozenLinear, Nf4Linear, plain_linears
 
 PRIVATE_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 # From so many rows of the input on, a plain product with weights put in full width for it is faster: measured with
@@ -29,6 +30,7 @@ PRIVATE_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_co
 KERNEL_ROWS = {8: 24, 4: 128}
 GROUP = 32  # numbers that share a scale in 4 bits; 64 is as fast, 8 % smaller, and its error a tenth larger
 BLOCK = 64  # outputs that torch's 4-bit kernel takes at a time; a weight is filled up to a multiple of them
+BYTES_IN_4_BITS = 0.5 + 4 / GROUP  # of a number, with its share of scale and zero; about the same in NF4
 ROWS_AT_A_TIME = 512  # of a weight: what is kept of them in full width fits into a core's cache
 
 
@@ -40,6 +42,51 @@ def has_kernels() -> bool:
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a plain product with x: bfloat16 on a CPU that has instructions for it, else x's own."""
     return torch.bfloat16 if x.device.type == "cpu" and has_onednn(torch.bfloat16) else x.dtype
+
+
+def quantize_linears(model: Any, bits: int, device: torch.device) -> None:
+    """Replace the linears of a VisualGLM on the meta device, in place, by ones that quantise the weight they are given.
+
+    The language model's layers get that many bits; the head, the words' embeddings and the vision part always 8. LoRA
+    factors stay as they are, beside a quantised linear: merged first, they would be rounded with its weight.
+
+    Args:
+        device: where the model is going to be.
+    """
+    transformer = model.transformer
+    dtype = transformer.word_embeddings.weight.dtype
+    in_4_bits = Nf4Linear if device.type == "cuda" else Int4Linear
+    for part in (transformer.layers, model.get_mixin("chatglm-final"), model.get_mixin("eva")):
+        made = in_4_bits if bits == 4 and part is transformer.layers else Int8Linear
+        for parent, name, linear in [*plain_linears(part), *nf4_linears(part)]:
+            setattr(parent, name, made(*sizes_of(linear), linear.bias, dtype))
+    transformer.word_embeddings = Int8Embedding(*sizes_of(transformer.word_embeddings), None, dtype)
+
+
+def nf4_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    """(parent, name, linear) of every linear under module that is kept in NF4."""
+    children = ((parent, name, child) for parent in module.modules() for name, child in parent.named_children())
+    return [found for found in children if isinstance(found[2], Nf4Linear)]
+
+
+def sizes_of(linear: Any) -> tuple[int, int]:
+    """How many numbers a linear takes and gives; of embeddings, their width and how many there are."""
+    if isinstance(linear, FrozenLinear):
+        return linear.in_features, linear.out_features
+    out_features, in_features = linear.weight.shape
+    return in_features, out_features
+
+
+def bytes_of(model: Any, dtype: torch.dtype, bits: int | None) -> int:
+    """How many bytes the model's weights take in a number format; bits as for `quantize_linears`, or None."""
+    in_layers = [*plain_linears(model.transformer.layers), *nf4_linears(model.transformer.layers)]
+    layers = sum(math.prod(sizes_of(linear)) for _, _, linear in in_layers)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    in_nf4 = bool(nf4_linears(model.transformer.layers))
+    others = numbers if in_nf4 else numbers - layers
+    if bits is None:
+        return int(layers * (BYTES_IN_4_BITS if in_nf4 else dtype.itemsize)) + others * dtype.itemsize
+    return int(layers * (BYTES_IN_4_BITS if bits == 4 else 1)) + others
 
 
 class QuantizedLinear(FrozenLinear):
@@ -88,7 +135,7 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(0, dtype=torch.float32), persistent=False)
 
     def _keep(self, weight: torch.Tensor) -> None:
-        device = self.codes.device
+        device = weight.device
         self.codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
         self.scales = torch.empty(len(weight), dtype=torch.float32, device=device)
         for start in range(0, len(weight), ROWS_AT_A_TIME):
@@ -121,6 +168,10 @@ class Int8Embedding(Int8Linear):
         super().__init__(*sizes)
         self.weight: torch.Tensor
         self.register_buffer("weight", torch.empty(0, self.in_features, dtype=self.dtype), persistent=False)
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        super()._keep(weight)
+        self.weight = self.weight.to(weight.device)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The rows of input_ids int64[…], in full width: [..., hidden]."""

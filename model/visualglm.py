@@ -21,6 +21,7 @@ from model.blip2 import BLIP2
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import gelu
+from model.frozen import FrozenLinear
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once
@@ -119,8 +120,12 @@ class ImageMixin(BaseMixin):
             image_slots: int64[images, image_length], the slots of each image in the flattened batch · seq, or else
             pre_image: where the slots begin in every row, with one image a row.
         """
-        # SAT's own embedding masks the other ranks' parts of a split vocabulary, and waits for the device to do so.
-        words = torch.nn.functional.embedding(input_ids, self.transformer.word_embeddings.weight)
+        embeddings = self.transformer.word_embeddings
+        if isinstance(embeddings, FrozenLinear):  # kept in another form, see `model.inference.quantize`
+            words = embeddings(input_ids)
+        else:
+            # SAT's own forward masks the other ranks' parts of a split vocabulary, and waits for the device to do so.
+            words = torch.nn.functional.embedding(input_ids, embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
         used = self.model if image_features is None else self.model.glm_proj

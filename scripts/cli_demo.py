@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.data.images import is_url, open_image
 from model.hub import at_revision
+from model.inference.flags import add_number_format_flags
 from model.progress import printable, say
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
@@ -83,8 +84,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.8, metavar="X",
         help="of sampling; 0 always takes the likeliest token (default %(default)s)")
     add("--seed", type=int, metavar="N", help="random seed: the same one gives the same answers")
-    add("--quant", type=int, choices=(8, 4), help="keep weights in that many bits, on an NVIDIA GPU")
     # fmt: on
+    add_number_format_flags(parser)
     return parser
 
 
@@ -127,7 +128,7 @@ class Demo:
         self.options = options
         self.words = ENGLISH if options.english else CHINESE
         self.model, self.tokenizer = load_for_answering(
-            checkpoint, options.tokenizer, options.base, options.force_base, options.quant
+            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
         )
         if options.seed is not None:
             torch.manual_seed(options.seed)  # after loading, which sets SAT's own

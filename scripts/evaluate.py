@@ -23,6 +23,7 @@ from model.checkpoints.layout import Checkpoint
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
 from model.hub import at_revision
+from model.inference.flags import add_number_format_flags
 from model.progress import say
 
 SHOWN = 3  # rows printed as examples
@@ -99,7 +100,9 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
 
     from model.inference.load import load_for_answering
 
-    model, tokenizer = load_for_answering(checkpoint, options.tokenizer, options.base, options.force_base)
+    model, tokenizer = load_for_answering(
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+    )
     results: dict[int, Result] = {}
     with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
         for batch in alike(rows, options.batch_size):
@@ -173,7 +176,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, default=512, metavar="N",
         help="tokens of question and answer together (default %(default)s)")
+    add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
     # fmt: on
+    add_number_format_flags(parser)
     return parser
 
 
@@ -185,10 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
-    if options.compare == options.from_pretrained:
-        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
+    check(options)
     checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
@@ -197,25 +199,47 @@ def evaluate(options: argparse.Namespace) -> None:
         raise InputError(f"{options.data}: no rows in it; one or more are needed.")
     check_images(rows)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
+    if options.full_width:
+        full_width = argparse.Namespace(**{**vars(options), "dtype": "auto", "quant": None})
+        results[f"{checkpoints[0].name} in full width"] = results_of(checkpoints[0], rows, full_width)
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
     if options.out:
         report = [
             {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
             for checkpoint, of_checkpoint in results.items()
         ]
-        text = json.dumps(report if options.compare else report[0], ensure_ascii=False, indent=1)
+        text = json.dumps(report if len(report) > 1 else report[0], ensure_ascii=False, indent=1)
         Path(options.out).write_text(text + "\n", encoding="utf-8")
     for number, row in enumerate(rows[:SHOWN]):
         say(f"{row.img}\n  asked  {row.prompt}\n  label  {row.label}")
         for checkpoint, of_checkpoint in results.items():
-            source = f"  ({checkpoint})" if options.compare else ""
+            source = f"  ({checkpoint})" if len(results) > 1 else ""
             say(f"  answer {of_checkpoint[number].answer}{source}")
     for checkpoint, measured in measures.items():
-        heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if options.compare else ""
+        heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))
-    if options.compare:
+    if len(results) > 1:
         say(comparison(*results.values()))
     say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check the flags against each other.
+
+    Raises:
+        InputError: one is out of bounds, or contradicts another.
+    """
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
+    if options.compare == options.from_pretrained:
+        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
+    if options.full_width and (options.compare or not is_narrow(options)):
+        raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
+
+
+def is_narrow(options: argparse.Namespace) -> bool:
+    """Whether --dtype or --quant asks for another number format than the one that is taken without them."""
+    return options.quant is not None or options.dtype != "auto"
 
 
 def comparison(first: Sequence[Result], second: Sequence[Result]) -> str:

@@ -36,7 +36,8 @@ WITH_SAT = {
 }
 WITHOUT_TORCH = (
     "cli.preflight", "errors", "checkpoints.layout", "checkpoints.metadata", "checkpoints.huggingface", "checkpoints.broken_files", "checkpoints.download", "hub",
-    "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer"
+    "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer",
+    "inference.flags",
 )  # fmt: skip
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 

@@ -10,7 +10,7 @@ query_key_value in another order, so that mapping is not enough: they are put in
 
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,14 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         named = ((new_name(name), entry) for name, entry in self.entries.items())
         return LazyTensors({name: entry for name, entry in named if name is not None})
 
+    def converted(self, convert: Callable[[str, torch.Tensor], torch.Tensor]) -> "LazyTensors":
+        """What convert makes of each tensor, by its name, when it is asked for."""
+
+        def of(name: str, entry: LazyTensor) -> LazyTensor:
+            return LazyTensor(entry.shape, entry.dtype, lambda: convert(name, entry.read()))
+
+        return LazyTensors({name: of(name, entry) for name, entry in self.entries.items()})
+
 
 def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of the same names, shapes and dtypes, for which no lazy one is read."""
@@ -90,12 +98,17 @@ def by_layer(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Te
     if not isinstance(weights, LazyTensors):
         yield dict(weights)
         return
+    for names in layers(weights):
+        yield {name: weights[name] for name in names}
+
+
+def layers(names: Iterable[str]) -> list[list[str]]:
+    """Names of tensors in groups, those of one layer in each."""
     groups: dict[str, list[str]] = {}
-    for name in weights:
+    for name in names:
         layer = re.match(r".*\.layers\.\d+\.", name)
         groups.setdefault(layer[0] if layer else name, []).append(name)
-    for names in groups.values():
-        yield {name: weights[name] for name in names}
+    return list(groups.values())
 
 
 def open_huggingface(folder: Path, heads: int) -> LazyTensors:

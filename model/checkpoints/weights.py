@@ -16,8 +16,9 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +39,17 @@ from model.checkpoints.metadata import (
     with_base,
 )
 from model.checkpoints.sizes import free_bytes, size_text, state_size
-from model.checkpoints.tensors import LazyTensors, by_layer, load_tensors, looks_old, open_huggingface
+from model.checkpoints.tensors import (
+    LazyTensor,
+    LazyTensors,
+    by_layer,
+    layers,
+    load_tensors,
+    looks_old,
+    one_by_one,
+    open_huggingface,
+    size_in_bytes,
+)
 from model.checkpoints.whole import (
     CONFIG_FILE,
     SHARED_FILES,
@@ -50,7 +61,7 @@ from model.checkpoints.whole import (
     write_whole,
 )
 from model.errors import InputError
-from model.progress import say, warn
+from model.progress import say, warn, with_progress
 from model.sat_compat import import_sat
 
 import_sat()
@@ -61,6 +72,7 @@ from sat.training.model_io import extract_model_specific_args_to_dump  # noqa: E
 SAMPLES_PER_TENSOR = 16  # places, spread evenly, where a fingerprint looks into a tensor
 SAMPLE_LENGTH = 32  # numbers in a row that it reads there
 BYTES_BESIDE_A_TENSOR = 768  # at most, in a file of torch's: two zip headers, alignment to 64 bytes, its names
+SHOWN_FROM = 2**30  # bytes of weights; smaller ones are there before a line about them is read
 NO_FILES: Mapping[str, Callable[[Path], Any]] = MappingProxyType({})
 
 
@@ -326,6 +338,7 @@ def load_checkpoint(
     load_path: str | Path | Checkpoint | None = None,
     prefix: str = "",
     specific_iteration: int | None = None,
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> int:
     """Read a checkpoint's weights into model, and return the iteration to go on from. SAT calls this.
 
@@ -337,6 +350,8 @@ def load_checkpoint(
         args: `base` and `force_base` tell where an adapter's base is.
         prefix: take only the tensors whose names start with it, without it.
         specific_iteration: instead of the one that `latest` names.
+        convert: gives what a tensor becomes, by its name. The tensors are then read one layer at a time, the largest
+            first, so that no more than a layer is in memory beside what became of the others.
 
     Raises:
         InputError: no checkpoint there, one that can't be read, or one of another model.
@@ -346,6 +361,8 @@ def load_checkpoint(
     checkpoint = with_base(checkpoint, getattr(args, "base", None))
     weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
+    if convert is not None:
+        weights = read_one_by_one(weights, checkpoint, tuned_names).converted(convert)
     _put_into(module, weights, prefix, checkpoint)
     module.base, module.tuned_names = base, tuned_names
     mode = getattr(args, "mode", "inference")
@@ -357,17 +374,18 @@ def load_checkpoint(
 def _put_into(
     module: torch.nn.Module, weights: Mapping[str, torch.Tensor], prefix: str, checkpoint: Checkpoint
 ) -> None:
-    """Copy the tensors under prefix into module.
+    """Copy the tensors under prefix into module; into one on the meta device, put them themselves.
 
     Raises:
         InputError: they are of another model, or some are missing.
     """
     path = checkpoint.weights_file(mpu.get_model_parallel_rank())
     missing, unexpected = None, []
-    for group in by_layer(weights):
+    on_meta = any(parameter.is_meta for parameter in module.parameters())
+    for group in _with_progress_if_large(weights):
         selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
         try:
-            missing_here, unexpected_here = module.load_state_dict(selected, strict=False)
+            missing_here, unexpected_here = module.load_state_dict(selected, strict=False, assign=on_meta)
         except RuntimeError as error:  # torch lists every tensor of another shape
             raise InputError(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
@@ -383,6 +401,34 @@ def _put_into(
         )
     if unexpected:
         warn(f"{path}: {len(unexpected)} tensors belong to no part of this model and are left out: {unexpected[:3]} …")
+
+
+def _with_progress_if_large(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`by_layer`; of lazy tensors that take long, it is shown how far it is."""
+    groups = by_layer(weights)
+    if not isinstance(weights, LazyTensors) or size_in_bytes(weights) < SHOWN_FROM:
+        return groups
+    return with_progress(groups, len(layers(weights)), "layers loaded")
+
+
+def read_one_by_one(
+    weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint, tuned_names: Collection[str]
+) -> LazyTensors:
+    """What `whole_weights` gave, each tensor read from its file when it is asked for, the largest first.
+
+    A process that goes through a mapped file seems to take all of its bytes.
+    """
+    source = checkpoint.base or checkpoint
+    lazy = weights
+    if source.layout == "sat":
+        path = source.weights_file(mpu.get_model_parallel_rank())
+        lazy = one_by_one(path, read_weights(path))
+    if checkpoint.base is not None:
+        lazy = without_adapters(lazy)
+    entries = lazy.entries if isinstance(lazy, LazyTensors) else {n: LazyTensor.of(lazy[n]) for n in lazy}
+    if checkpoint.base is not None:
+        entries = entries | {name: LazyTensor.of(weights[name]) for name in tuned_names}
+    return LazyTensors(dict(sorted(entries.items(), key=lambda entry: -math.prod(entry[1].shape))))
 
 
 def open_weights(checkpoint: Checkpoint, rank: int = 0) -> Mapping[str, torch.Tensor]:

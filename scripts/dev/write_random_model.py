@@ -1,16 +1,21 @@
 """Write a VisualGLM of any size with random weights, in SAT's layout, to measure converting and loading.
 
 python scripts/dev/write_random_model.py random --hidden 1536 --layers 34
+python scripts/dev/write_random_model.py random --shape 6b
 
-It has the vocabulary and the vision part of the small model, and takes 24 · layers · hidden² bytes in float16. The weights
-are written one after another, so that writing takes no memory.
+With --hidden and its like it has the vocabulary and the vision part of the small model, and takes 24 · layers · hidden²
+bytes in float16. With --shape every part has the size of that shape of benchmark.py; 6b takes 15.6 GB. The weights are
+written one after another, so that writing takes no memory. The tokenizer is the small model's. To measure answering:
+
+/usr/bin/time -v python scripts/cli_demo.py --from_pretrained random --query hello --temperature 0 --max_length 64 --quant 4
 """
 
 import argparse
+import copy
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +46,36 @@ def random_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"mixins.chatglm-final.lm_head.weight": (vocabulary, hidden)}
 
 
+def write_random_shape(folder: Path, shape: str) -> None:
+    """Write a model of this shape of benchmark.py into the new folder, in float16: norms that change nothing, all else random."""
+    import torch
+
+    from model.inference.load import without_memory
+    from model.sat_compat import model_only
+    from model.visualglm import VisualGLMModel
+    from scripts.dev.benchmark import SHAPES, TINY_IDS
+
+    config = {**copy.deepcopy(SHAPES[shape]), **TINY_IDS}
+    args = VisualGLMModel.get_args(**copy.deepcopy(config), skip_init=True, device="meta")
+    with without_memory(), model_only():
+        like = VisualGLMModel(args, params_dtype=torch.float16).half().state_dict()
+    noise = 0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(1)).half()
+
+    def value(name: str) -> torch.Tensor:
+        shape, numbers = like[name].shape, like[name].numel()
+        if "layernorm" in name or "ln_vision" in name:
+            return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+        return noise.repeat(numbers // len(noise) + 1)[:numbers].view(shape)  # drawing billions takes minutes
+
+    write_checkpoint(folder, config, like, value)
+
+
 def write_random_model(folder: Path, hidden: int, layers: int, heads: int) -> None:
     """Write it into the new folder, in float16."""
     import torch
 
     from model.checkpoints.layout import weights_path
     from model.checkpoints.weights import read_weights
-    from model.convert.merge_lora import write_weights
 
     config = json.loads((TINY / "model_config.json").read_text())
     config |= {
@@ -71,6 +99,16 @@ def write_random_model(folder: Path, hidden: int, layers: int, heads: int) -> No
             return vision[name]
         return torch.empty(shapes[name], dtype=torch.float16).normal_(std=0.02, generator=generator)
 
+    write_checkpoint(folder, config, like, value)
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], like: Mapping[str, Any], value: Callable[[str], Any]
+) -> None:
+    """Write a checkpoint into the new folder: value gives the tensors that like describes."""
+    from model.checkpoints.layout import weights_path
+    from model.convert.merge_lora import write_weights
+
     weights = weights_path(folder, 1)
     weights.parent.mkdir(parents=True)
     write_weights(weights, like, value)
@@ -86,8 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=768, metavar="N", help="width (default %(default)s)")
     parser.add_argument("--layers", type=int, default=6, metavar="N", help="layers (default %(default)s)")
     parser.add_argument("--heads", type=int, default=12, metavar="N", help="attention heads (default %(default)s)")
+    parser.add_argument(
+        "--shape", choices=("mini", "6b"), help="write this shape of benchmark.py in place of these three"
+    )
     options = parser.parse_args(argv)
-    write_random_model(options.folder, options.hidden, options.layers, options.heads)
+    if options.shape:
+        write_random_shape(options.folder, options.shape)
+    else:
+        write_random_model(options.folder, options.hidden, options.layers, options.heads)
     size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
     say(f"{options.folder}: {size / 2**30:.2f} GiB")
 

@@ -123,7 +123,6 @@ def test_ctrl_c_ends_politely(upstream_checkpoint):
     [
         (["--image", "nothing.png"], "there is no file nothing.png"),
         (["--image", "http://127.0.0.1:9/a.png"], "can't be fetched"),
-        (["--query", "你好", "--quant", "4"], "run on an NVIDIA GPU only"),
         (["--temperature", "-1"], "0 or more is needed"),
         (["--top_p", "2"], "a number above 0"),
         (["--query", "你好", "--max_length", "5"], "--max_length must be more, not 5"),
@@ -134,6 +133,14 @@ def test_something_wrong_is_a_sentence_and_status_2(demo, words, part):
     assert run.returncode == 2
     assert part in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("words", [("--quant", "4"), pytest.param(("--dtype", "bf16"), marks=pytest.mark.long)])
+def test_number_formats_answer(demo, words):
+    run = demo("--query", "你好", "--temperature", "0", "--max_length", "60", *words)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
 
 
 @pytest.mark.run

@@ -163,6 +163,21 @@ def test_command_compares_two_checkpoints_and_writes_every_row(upstream_checkpoi
 
 
 @pytest.mark.run
+def test_command_puts_4_bits_beside_full_width(upstream_checkpoint, tmp_path):
+    out = tmp_path / "results.json"
+    run = run_python(
+        COMMAND, "--from_pretrained", upstream_checkpoint, "--quant", "4", "--full_width", "--data", ROWS, "--out", out,
+        "--max_length", "80", "--batch-size", "4", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    narrow, full = json.loads(out.read_text())
+    assert full["checkpoint"] == f"{upstream_checkpoint} in full width"
+    assert narrow["loss"] != full["loss"]
+    assert narrow["loss"] == pytest.approx(full["loss"], rel=0.1)
+    assert f"loss per token {full['loss']:.4f}" in run.stdout
+
+
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -171,6 +186,7 @@ def test_command_compares_two_checkpoints_and_writes_every_row(upstream_checkpoi
         (["--from_pretrained", "BASE", "--compare", "gone", "--data", str(ROWS)], "--compare gone: no such folder"),
         (["--from_pretrained", "BASE", "--compare", "BASE", "--data", str(ROWS)], "another checkpoint is needed"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--batch-size", "0"], "1 or more is needed"),
+        (["--from_pretrained", "BASE", "--data", str(ROWS), "--full_width"], "--quant or --dtype is needed with it"),
     ],
 )
 def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, words, part):

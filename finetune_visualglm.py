@@ -93,20 +93,22 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     from model.training.feature_cache import FeatureCache
     from model.training.loaders import make_loaders
     from model.training.metrics import TrainingReport
+    from model.training.run_folder import RunFolder
     from model.training.run_state import RunState
     from model.training.saving import CheckpointSaver, TimedSaves
     from model.training.signals import StopAtSignal
     from model.training.step import evaluation_step, forward_step, token_normalized_step
+    from model.training.terminal import Terminal
     from model.training.trouble import told_in_a_sentence, watched
 
     options, saver = line.options, CheckpointSaver(save_checkpoint)
-    run = RunState(TrainingReport(), line.resumed, saver.begin)
+    run = RunState(TrainingReport(Terminal.of_run(options)), line.resumed, saver.begin)
     hooks = sat_loop.Hooks(load_checkpoint, run.saving(saver.save), run.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     batches = watched(hooks, options, saver.wait)
     step = token_normalized_step() if options.loss_normalization == "token" else forward_step
     with StopAtSignal(hooks) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
-        with saver, told_in_a_sentence(batches, options):
+        with saver, RunFolder(line, inputs, run, hooks) as folder, told_in_a_sentence(batches, options):
             args = sat_loop.get_args(line.words, options, script_parser())
             model, args = load_model(args, options, inputs)
             features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
@@ -124,7 +126,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
                 handle_metrics_function=mean_over_tokens,
                 create_dataset_function=create_dataset_function,
                 collate_fn=packed_collator if options.packing else data_collator,
-                init_function=run.place,
+                init_function=folder.place,
             )
         stop.leave()
 

@@ -70,7 +70,7 @@ def test_run_that_diverges_stops_and_leaves_the_last_good_checkpoint_the_last(tm
         f"The last good checkpoint: {run / '1'}."
     )
     assert (run / "latest").read_text() == "1"
-    assert {path.name for path in run.iterdir() if path.is_dir()} == {"1", "2-diverged"}
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"1", "2-diverged", "tensorboard"}
     assert "Not saved at iteration 3: the loss is not finite." in done.stderr
     assert "NaN or Inf found" not in done.stderr  # TensorBoard's writer
 

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from conftest import PROJECT
 from PIL import Image
 
 from model.data.rows import Row, read_rows, scan_rows
@@ -180,3 +181,9 @@ def test_picture_of_a_row_beside_the_file_is_found_there(tmp_path):
 
 def test_picture_of_a_row_that_is_nowhere_stays_as_written(tmp_path):
     assert read_rows(written(tmp_path, [GOOD_ROW]))[0].img == "0.png"
+
+
+def test_shipped_rows_find_their_pictures_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dataset.json", "heldout.json"):
+        assert all(os.path.isfile(row.img) for row in read_rows(PROJECT / "fewshot-data" / name))

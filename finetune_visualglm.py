@@ -129,6 +129,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
                 init_function=folder.place,
             )
         stop.leave()
+    folder.wait_for_picture()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

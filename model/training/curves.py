@@ -76,14 +76,15 @@ class LossPicture:
             warn(f"{LOSS_FILE} is not drawn ({error.strerror}).")
         self._started = now
 
-    def finish(self, wait: bool) -> None:
-        """Draw the whole run. Where wait, return when the picture is there, or after half a minute."""
-        self._wait()
+    def finish(self) -> None:
+        """Start to draw the whole run, and return at once. A picture that is being drawn lacks its end: it is given up."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
         self._start(time.monotonic())
-        if wait:
-            self._wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when the picture is there, or after half a minute."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(SECONDS_FOR_THE_LAST)

@@ -113,7 +113,12 @@ class RunFolder:
             for name in (SETTINGS_FILE, METRICS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
                 remove(self.folder / name)
         elif self.picture is not None:
-            self.picture.finish(wait=kind is None)
+            self.picture.finish()
+
+    def wait_for_picture(self) -> None:
+        """Return when `loss.png` shows the whole run, or after half a minute."""
+        if self.picture is not None:
+            self.picture.wait()
 
 
 def write_text(path: Path, text: str) -> None:

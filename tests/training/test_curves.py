@@ -85,7 +85,8 @@ def test_picture_is_drawn_by_another_process_after_an_evaluation_and_at_the_end(
     picture.note(Record("evaluation", 4, 1.0, 0.0))
     picture._process.wait(60)
     first = (tmp_path / "loss.png").stat().st_mtime_ns
-    picture.finish(wait=True)
+    picture.finish()
+    picture.wait()
     assert (tmp_path / "loss.png").stat().st_mtime_ns > first
     assert module.resumed_after(tmp_path) == [4]
 
@@ -109,7 +110,8 @@ def test_picture_is_renewed_every_half_minute_one_at_a_time(tmp_path, monkeypatc
 def test_without_matplotlib_a_sentence_says_so_and_nothing_is_started(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     picture = LossPicture(tmp_path)
-    picture.finish(wait=True)
+    picture.finish()
+    picture.wait()
     assert picture._process is None
     assert capsys.readouterr().err == (
         "loss.png is not drawn: the package matplotlib is missing; pip install matplotlib adds it.\n"

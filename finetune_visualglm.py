@@ -20,9 +20,9 @@ from model.errors import command, interrupt_ends_quietly
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
-from model import distributed, sat_compat
+from model import sat_compat
 from model.cli.options import Options, script_parser
-from model.cli.preflight import Inputs, preflight, samples_per_step, warm_up_notes
+from model.cli.preflight import Inputs, preflight, warm_up_notes
 from model.cli.resuming import CommandLine, command_line, finished_note
 from model.progress import say
 from model.training import sat_loop
@@ -87,48 +87,28 @@ def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tu
 def train(line: CommandLine, inputs: Inputs) -> None:
     """Load the model and let SAT train it."""
     sat_compat.import_sat(training=True)
-    from model.checkpoints.weights import load_checkpoint, save_checkpoint
     from model.data.dataset import data_collator, packed_collator
-    from model.training.best_checkpoint import BestCheckpoint, mean_over_tokens
-    from model.training.feature_cache import FeatureCache
-    from model.training.loaders import make_loaders
-    from model.training.metrics import TrainingReport
-    from model.training.run_state import RunState
-    from model.training.saving import CheckpointSaver, TimedSaves
-    from model.training.signals import StopAtSignal
+    from model.training.best_checkpoint import mean_over_tokens
+    from model.training.run import guarded_run
     from model.training.step import evaluation_step, forward_step, token_normalized_step
-    from model.training.trouble import told_in_a_sentence, watched
-    from model.training.watchdog import Watchdog
 
-    options, saver = line.options, CheckpointSaver(save_checkpoint)
-    run = RunState(TrainingReport(), line.resumed, saver.begin)
-    hooks = sat_loop.Hooks(load_checkpoint, run.saving(saver.save), run.report, options.auto_warmup_steps)
-    hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
-    batches = watched(hooks, options, saver.wait)
+    options = line.options
     step = token_normalized_step() if options.loss_normalization == "token" else forward_step
-    with StopAtSignal(hooks) as stop, distributed.launcher_environment(), sat_loop.adapted(hooks):
-        with Watchdog.of_run(options, batches, saver, stop) as watchdog, saver, told_in_a_sentence(batches, options):
-            args = sat_loop.get_args(line.words, options, script_parser())
-            watchdog.start(options, inputs)
-            model, args = load_model(args, options, inputs)
-            features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
-            inputs.selection.left_out = distributed.from_first_process(inputs.selection.left_out)
-            run.watch(hooks, line, inputs)
-            hooks.make_loaders = partial(make_loaders, selection=inputs.selection, features=features, batches=batches)
-            hooks.when_ready = features.offload_vision
-            if options.keep_best:
-                run.after_evaluation = BestCheckpoint(saver.save).consider
-            sat_loop.training_main()(
-                args,
-                model_cls=model,
-                forward_step_function=step,
-                forward_step_eval=stop.watching(evaluation_step),
-                handle_metrics_function=mean_over_tokens,
-                create_dataset_function=create_dataset_function,
-                collate_fn=packed_collator if options.packing else data_collator,
-                init_function=run.place,
-            )
-        stop.leave()
+    with guarded_run(line, inputs) as run:
+        args = sat_loop.get_args(line.words, options, script_parser())
+        run.watchdog.start(options, inputs)
+        model, args = load_model(args, options, inputs)
+        run.begin(model, args)
+        sat_loop.training_main()(
+            args,
+            model_cls=model,
+            forward_step_function=step,
+            forward_step_eval=run.stop.watching(evaluation_step),
+            handle_metrics_function=mean_over_tokens,
+            create_dataset_function=create_dataset_function,
+            collate_fn=packed_collator if options.packing else data_collator,
+            init_function=run.folder.place,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

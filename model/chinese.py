@@ -75,13 +75,18 @@ SENTENCES = {
     'no "img", but "{other}"; rename it, or convert the file (convert_data.py).': (
         "没有 img，却有 {other}；请改名，或用 convert_data.py 转换文件。"
     ),
-    "there is no file {name}; a relative path is looked up from the working directory, then from the JSON file's own folder.": (
-        "没有文件 {name}；相对路径先从当前目录找，再从 JSON 文件所在的目录找。"
+    "there is no file {name}; a relative path is looked up from the working directory, the JSON file's folder and the one"
+    " above it, or from --image_folder.": (
+        "没有文件 {name}；相对路径从当前目录、JSON 文件所在的目录及其上一级目录找，给了 --image_folder 则从那里找。"
+    ),
+    "{name} is two different files, {one} and {other}; --image_folder FOLDER with the right one's folder is needed.": (
+        "{name} 对应两个不同的文件：{one} 和 {other}；请用 --image_folder 指定图片所在的目录。"
     ),
     f"{{name}} isn't a picture; {_PICTURE_NEEDED}.": f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}。",
     f"{{name}} is damaged or cut short; {_PICTURE_NEEDED}.": f"{{name}} 已损坏或不完整；{_PICTURE_NEEDED_ZH}。",
     "Left out, {count:d} bad rows (--bad_rows skip):": "跳过 {count} 条有问题的数据（--bad_rows skip）：",
     "… and {count:d} more; all are in {file}.": "…… 还有 {count} 条；全部列在 {file}。",
+    "{count:d} in all; all are in {file}.": "共 {count} 条；全部列在 {file}。",
     # before a run
     "NOTHING IS SAVED (--save none): what is learned is gone when this run ends.": (
         "不保存任何检查点（--save none）：训练结束后，学到的内容就没有了。"
@@ -164,8 +169,9 @@ SENTENCES = {
 
 # A line: its indent, the command that ended, the row it is about, and the sentence.
 _LINE = re.compile(
-    r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+): )?(?P<text>.*)"
+    r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
+_PLURAL = re.compile(r"\b((?:row|sample|step)s)\b")  # of what may be one
 _language = "auto"
 
 
@@ -206,7 +212,8 @@ def _line_in_chinese(line: str) -> str:
     if sentence is None:
         return line
     command = f"{match['command']}：错误：" if match["command"] else ""
-    row = f"{match['file']} 第 {match['row']} 条：" if match["row"] else ""
+    more = f"等 {int(match['more']) + 1} 条" if match["more"] else "条"
+    row = f"{match['file']} 第 {match['row']} {more}：" if match["row"] else ""
     return f"{match['indent']}{command}{row}{sentence}"
 
 
@@ -223,11 +230,15 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
     return [(pattern_of(english), chinese) for english, chinese in SENTENCES.items()]
 
 
+def _literally(text: str) -> str:
+    return _PLURAL.sub(r"\1?", re.escape(text))
+
+
 def pattern_of(english: str) -> re.Pattern[str]:
     """What a sentence of the table looks like with its fields filled in."""
     parts = re.split(r"\{(\w+)(:d)?\}", english)  # text, name, ":d" or None, text, …
-    regex = re.escape(parts[0])
+    regex = _literally(parts[0])
     for name, kind, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         field = r"\d+" if kind else ".+?"
-        regex += f"(?P<{name}>{field}){re.escape(text)}"
+        regex += f"(?P<{name}>{field}){_literally(text)}"
     return re.compile(regex)

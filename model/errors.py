@@ -14,6 +14,7 @@ A signal ends a command within a second: what it began is undone, and the proces
 does more, see `model.training.signals`. Only the standard library is imported.
 """
 
+import atexit
 import multiprocessing
 import os
 import select
@@ -88,11 +89,28 @@ def command(program: str) -> Iterator[None]:
     Raises:
         SystemExit: with a status of the list above.
     """
-    with any_text_printable(), _exit_without_reader(), exit_on_input_error(program), leaving_at_signals():
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # here a pipe that is closed can still be told from a bug
+    try:
+        with any_text_printable(), _exit_without_reader(), exit_on_input_error(program), leaving_at_signals():
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # here a pipe that is closed can still be told from a bug
+    except SystemExit as leaving:
+        _end_before_torch_does(leaving.code)
+        raise
+    _end_before_torch_does(0)
+
+
+def _end_before_torch_does(status: object) -> None:
+    """End a program that has a process group here: its threads now and then abort the process while Python ends (gloo)."""
+    torch = sys.modules.get("torch")
+    if not _is_a_program or torch is None or not torch.distributed.is_initialized() or not isinstance(status, int):
+        return
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def interrupt_ends_quietly() -> None:

@@ -1,6 +1,8 @@
 """VisualGLM with adapters: what is trained, and what is frozen."""
 
 import argparse
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from model.checkpoints.metadata import VISION
 from model.frozen import keep_in_4_bits
 from model.lora import LoraMixin
 from model.model_flags import add_method_flags
-from model.progress import say
+from model.progress import count_of, say
 from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
@@ -66,12 +68,12 @@ class FineTuneVisualGLMModel(VisualGLMModel):
                     parameter.lr_scale = rate / self.lr
 
     def disable_untrainable_params(self) -> None:
-        """Freeze everything but what is trained, and print what that is. SAT calls this once, before training."""
+        """Freeze everything but what is trained, and print what that is, kind by kind. SAT calls this once, before training."""
         self.freeze()
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         count, of_all = (sum(p.numel() for p in some) for some in ((p for _, p in trained), self.parameters()))
         say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
-        say("\n".join(f"  {name} {list(parameter.shape)}" for name, parameter in trained))
+        say("\n".join(f"  {line}" for line in by_kind({name: list(parameter.shape) for name, parameter in trained})))
 
     @classmethod
     def from_pretrained(cls, name: str | Path | Checkpoint, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:
@@ -101,3 +103,29 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         """Declare the adapters' sizes, so that SAT writes them into every checkpoint's `model_config.json`."""
         add_method_flags(parser)
         return super().add_model_specific_args(parser)
+
+
+def by_kind(shapes: Mapping[str, list[int]]) -> list[str]:
+    """A line for each kind of tensor: a name without its numbers, how many there are, their shape, and their layers.
+
+    transformer.layers.*.attention.dense.matrix_A.*: 2 tensors [10, 4096], layers 0 14
+
+    Args:
+        shapes: by name.
+    """
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, shape in shapes.items():
+        kinds.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", name), str(shape)), []).append(name)
+    return [
+        f"{kind}: {count_of(len(names), 'tensor')} {shape}{_layers(names)}" for (kind, shape), names in kinds.items()
+    ]
+
+
+def _layers(names: Sequence[str]) -> str:
+    """The layers of tensors, as --layer_range takes them, or from the first to the last where none is left out."""
+    found = sorted({int(match[1]) for name in names if (match := re.search(r"\.(?:layers|prefix)\.(\d+)", name))})
+    if not found:
+        return ""
+    is_whole = found == list(range(found[0], found[-1] + 1)) and len(found) > 2
+    listed = f"{found[0]} to {found[-1]}" if is_whole else " ".join(map(str, found))
+    return f", layer{'s' if len(found) > 1 else ''} {listed}"

@@ -8,10 +8,13 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import TextIO, TypeVar
 
 from model.chinese import in_ui_language
@@ -19,9 +22,13 @@ from model.distributed import is_first_process
 
 QUIET_SECONDS = 2.0
 SECONDS_BETWEEN_LOG_LINES = 30.0  # where stderr is a file
+ERASE_TO_END = "\x1b[K"  # of a terminal's line
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
 
 Item = TypeVar("Item")
+
+_printing = RLock()  # a thread that saves may print too
+_renewed: TextIO | None = None  # where a line stands that the next one replaces
 
 
 def say(text: str) -> None:
@@ -41,16 +48,51 @@ def warn_from_any_process(text: str) -> None:
     _print(in_ui_language(text, sys.stderr), sys.stderr)
 
 
+def is_on_screen(stream: TextIO) -> bool:
+    """Whether a line on stream can be replaced by the next one."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def renew(text: str) -> None:
+    """Show text in place of the line that was shown so before, on a terminal, from rank 0 only.
+
+    Whatever else is printed takes its place.
+    """
+    global _renewed
+    if is_first_process():
+        shown = _fitting(printable(in_ui_language(text, sys.stdout)), shutil.get_terminal_size().columns - 1)
+        with _printing:
+            _written(f"\r{shown}{ERASE_TO_END}", sys.stdout)
+            _renewed = sys.stdout
+
+
+def _fitting(text: str, columns: int) -> str:
+    """The start of text that fits into so many columns, of which a Chinese character takes two."""
+    taken = 0
+    for length, character in enumerate(text):
+        taken += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if taken > columns:
+            return text[:length]
+    return text
+
+
 def printable(text: str) -> str:
     """Text without what a terminal would obey: control characters, but for line ends and tabs, are written as \\x1b."""
     return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _print(text: str, stream: TextIO) -> None:
+    global _renewed
+    with _printing:
+        if _renewed is not None:
+            _written(f"\r{ERASE_TO_END}", _renewed)
+            _renewed = None
+        _written(f"{printable(text)}\n", stream)
+
+
+def _written(text: str, stream: TextIO) -> None:
     try:
-        print(
-            f"{printable(text)}\n", end="", file=stream, flush=True
-        )  # in one piece: a thread that saves may print too
+        print(text, end="", file=stream, flush=True)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
@@ -79,6 +121,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count_of(number: int, what: str) -> str:
+    """A number of things as a person says it: `1 row`, `20 rows`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def with_progress(items: Iterable[Item], total: int, what: str, stops_after: float = math.inf) -> Iterator[Item]:

@@ -30,13 +30,14 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.data.bad_rows import by_cause
 from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
 from model.data.lengths import bounded_length, count_truncations, needed_lengths, turn_lengths
 from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.progress import say, with_progress
+from model.progress import count_of, say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
 BARS = 8  # lines of a histogram
@@ -48,6 +49,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", nargs="+", metavar="FILE", help="JSON or JSON Lines files of rows to train on")
     parser.add_argument("--valid", nargs="+", default=[], metavar="FILE", help="files of rows to evaluate on")
+    parser.add_argument("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
     parser.add_argument("--from_pretrained", metavar="CHECKPOINT", help="whose tokenizer and sizes count the tokens")
     parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given")
     parser.add_argument("--max_source_length", type=int, default=64, help="to say what it would cut (default 64)")
@@ -78,7 +80,7 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
         InputError: a file can't be used as a whole, or no tokenizer is where it was said to be.
     """
     files = list(dict.fromkeys([*options.train, *options.valid]))
-    scanned = {file: scan_rows(file) for file in files}
+    scanned = {file: scan_rows(file, options.image_folder) for file in files}
     rows = {file: good for file, (good, _) in scanned.items()}
     facts = image_facts(rows.values(), max(1, options.workers))
     problems = {
@@ -286,8 +288,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for file in report["files"]:
         turns = f", {file['samples']} samples (one for every turn)" if file["samples"] > file["rows"] else ""
         without = f", {file['without_picture']} without a picture" if file["without_picture"] else ""
-        lines.append(f"{file['file']}: {file['rows']} rows{turns}{without}, {len(file['problems'])} bad")
-        lines += [f"  {problem}" for problem in file["problems"]]
+        lines.append(f"{file['file']}: {count_of(file['rows'], 'row')}{turns}{without}, {len(file['problems'])} bad")
+        lines += [f"  {problem}" for problem in by_cause(file["problems"])]
     pictures = report["pictures"]
     lines.append(
         f"pictures: {pictures['distinct']}, {pictures['bad']} bad, {pictures['same_content']} the same as another under"
@@ -308,10 +310,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             f" picture and {overlap['prompts']} a prompt that is"
         )
     lines += _token_lines(report["tokens"])
-    wrong = [f"{report['problems']} bad rows"] if report["problems"] else []
-    wrong += [f"{overlap['rows']} rows both trained and evaluated on"] if overlap and overlap["rows"] else []
+    wrong = [count_of(report["problems"], "bad row")] if report["problems"] else []
+    wrong += (
+        [f"{count_of(overlap['rows'], 'row')} both trained and evaluated on"] if overlap and overlap["rows"] else []
+    )
     rows = sum(file["rows"] for file in report["files"])
-    return [*lines, f"{rows} rows: " + (", ".join(wrong) if wrong else "all is well") + "."]
+    return [*lines, f"{count_of(rows, 'row')}: " + (", ".join(wrong) if wrong else "all is well") + "."]
 
 
 def _token_lines(tokens: dict[str, Any] | None) -> list[str]:

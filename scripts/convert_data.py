@@ -28,6 +28,7 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.data.bad_rows import first_lines
+from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
 from model.progress import say
 
@@ -63,11 +64,16 @@ def convert(options: argparse.Namespace) -> None:
         InputError: the file can't be used, or holds conversations that can't be rows (the first 20 are named).
     """
     rows, problems = [], []
+    known_folders: dict[str, bool] = {}
     for number, entry in enumerate(values_of(options.conversations), 1):
         try:
             if isinstance(entry, InputError):
                 raise entry
-            rows.append(row_of(entry, f"{options.conversations} row {number}", options.images, options.lang))
+            where = f"{options.conversations} row {number}"
+            row = row_of(entry, where, options.images, options.lang)
+            if "img" in row and not options.images:
+                row["img"] = found_from(options.rows, row["img"], options.conversations, where, known_folders)
+            rows.append(row)
         except InputError as problem:
             problems.append(str(problem))
     if options.bad_rows == "error":
@@ -78,6 +84,27 @@ def convert(options: argparse.Namespace) -> None:
     say(f"{options.rows}: {len(rows)} rows, {sum(1 + len(row.get('history', ())) for row in rows)} turns")
     if problems:
         say("\n".join([f"Left out, {len(problems)} bad conversations (--bad_rows skip):", *first_lines(problems)]))
+
+
+def found_from(rows: str, img: str, conversations: str, where: str, known_folders: dict[str, bool]) -> str:
+    """The path by which rows in a file find the image that img names in the file of conversations.
+
+    It is img itself, where both files find the same one or there is none; else the image's absolute path.
+
+    Args:
+        known_folders: see `model.data.images.image_path`.
+
+    Raises:
+        InputError: one of the files finds two different images of that name.
+    """
+    try:
+        found = image_path(img, image_places(conversations), known_folders)
+        from_rows = image_path(img, image_places(rows), known_folders)
+    except InputError as problem:
+        raise InputError(f"{where}: {problem}") from None
+    if found is None or (from_rows is not None and os.path.realpath(from_rows) == os.path.realpath(found)):
+        return img
+    return os.path.abspath(found)
 
 
 def row_of(entry: object, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
+    add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
     add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
     add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
     add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
@@ -194,7 +195,7 @@ def evaluate(options: argparse.Namespace) -> None:
     checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
-    rows = read_rows(options.data)
+    rows = read_rows(options.data, options.image_folder)
     if not rows:
         raise InputError(f"{options.data}: no rows in it; one or more are needed.")
     check_images(rows)

@@ -96,6 +96,11 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
         ("Saved runs/a-11-24-12-00 (iteration 300).", "已保存 runs/a-11-24-12-00（第 300 步）。"),
         ('my.json row 7: "label" is empty; it is the answer to learn.', "my.json 第 7 条：label 是空的；它是模型要学的回答。"),
         ("  answers right: 3/50", "  答对：3/50"),
+        ("my.json: 1 row", "my.json：1 条数据"),
+        (
+            'my.json row 7 and 3 more rows: "label" is empty; it is the answer to learn.',
+            "my.json 第 7 等 4 条：label 是空的；它是模型要学的回答。",
+        ),
         ("x.py: error: --lr -1.0: a number greater than 0 is needed.\n--lrr: unknown", "x.py：错误：--lr -1.0：需要大于 0 的数。\n--lrr: unknown"),
         ("A sentence that the table lacks.", "A sentence that the table lacks."),
         ('{"answers right: 3/50": 1}', '{"answers right: 3/50": 1}'),
@@ -170,7 +175,7 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, "--max_source_length", "36"]
     yield [*good[:-1], "gone.json"]
     yield ["--use_lora", "--train-data", DATA, "--from_pretrained", "gone"]
-    for name in ("broken", "empty", "bad", "gone-picture"):
+    for name in ("broken", "empty", "bad", "gone-picture", "two/files"):
         yield [*good[:-1], str(folder / f"{name}.json")]
 
 
@@ -180,7 +185,8 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
-    yield [*good, str(folder / "many-bad.json"), "--bad_rows", "skip"]
+    for name in ("many-bad", "otherwise-bad"):
+        yield [*good, str(folder / f"{name}.json"), "--bad_rows", "skip"]
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +203,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png")],
         "many-bad": [ROW, *[no_label] * 25],
     }
+    files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]
+    (folder / "two").mkdir()
+    (folder / "two/README.md").write_text("another one than the working directory's")
+    files["two/files"] = [ROW | {"img": "README.md"}]
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows))
     return folder

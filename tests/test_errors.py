@@ -139,6 +139,13 @@ def has_children(process):
     return (process / "task" / process.name / "children").read_text() != ""
 
 
+def reads_the_long_file(process):
+    try:
+        return any("long.json" in os.readlink(file) for file in (process / "fd").iterdir())
+    except FileNotFoundError:  # a file was closed in between
+        return False
+
+
 COMMANDS = {
     "finetune": (imports_torch, "finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune",
                  "--train-data", "fewshot-data/dataset.json"),
@@ -146,7 +153,7 @@ COMMANDS = {
     "cli_demo": (imports_torch, "scripts/cli_demo.py", "--from_pretrained", "model/tiny"),
     "merge_lora": (imports_torch, "scripts/merge_lora.py", "model/tiny", "nowhere"),
     "check_data": (has_children, "scripts/check_data.py", "MANY", "--workers", "2"),
-    "convert_data": (lambda process: (process / "cmdline").exists(), "scripts/convert_data.py", "LONG", "OUT"),
+    "convert_data": (reads_the_long_file, "scripts/convert_data.py", "LONG", "OUT"),
     "build_tiny": (imports_torch, "scripts/dev/build_tiny.py", "--out", "OUT"),
 }  # fmt: skip
 

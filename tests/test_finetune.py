@@ -8,7 +8,7 @@ import torch
 from conftest import load_model
 
 from model.checkpoints.layout import Checkpoint
-from model.finetune import FineTuneVisualGLMModel
+from model.finetune import FineTuneVisualGLMModel, by_kind
 from model.lora import LoraLinear
 
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
@@ -47,3 +47,15 @@ def test_from_pretrained_takes_a_checkpoint_that_was_found_before(upstream_check
     assert model.base.name == str(upstream_checkpoint)
     args.eva_args["image_size"] = [1, 1]
     assert checkpoint.config["eva_args"]["image_size"] != [1, 1]
+
+
+def test_trained_tensors_are_told_kind_by_kind_with_their_layers():
+    shapes = {f"transformer.layers.{layer}.mlp.dense.matrix_A.0": [10, 64] for layer in (0, 14)}
+    shapes |= {f"mixins.ptuning.prefix.{layer}": [2, 4, 3, 16] for layer in range(28)}
+    shapes |= {"mixins.eva.model.glm_proj.weight": [64, 32], "mixins.eva.model.vit.transformer.layers.7.mlp.bias": [8]}
+    assert by_kind(shapes) == [
+        "transformer.layers.*.mlp.dense.matrix_A.*: 2 tensors [10, 64], layers 0 14",
+        "mixins.ptuning.prefix.*: 28 tensors [2, 4, 3, 16], layers 0 to 27",
+        "mixins.eva.model.glm_proj.weight: 1 tensor [64, 32]",
+        "mixins.eva.model.vit.transformer.layers.*.mlp.bias: 1 tensor [8], layer 7",
+    ]

@@ -180,7 +180,14 @@ def test_trainable_tensors_and_their_total_are_printed_once(build, capsys):
     factors = 8 * 4 * 64
     of_all = sum(parameter.numel() for parameter in model.parameters())
     assert printed[0] == f"Trainable, {factors:,} of {of_all:,} parameters in 8 tensors:"
-    assert printed[1:] == [f"  {name} {shape}" for name, shape in trainable(model).items()]
+    attention = "  transformer.layers.*.attention"
+    assert printed[1:] == [
+        f"{attention}.query_key_value.matrix_A.*: 3 tensors [4, 64], layer 0",
+        f"{attention}.query_key_value.matrix_B.*: 3 tensors [64, 4], layer 0",
+        f"{attention}.dense.matrix_A.*: 1 tensor [4, 64], layer 0",
+        f"{attention}.dense.matrix_B.*: 1 tensor [64, 4], layer 0",
+    ]
+    assert len(trainable(model)) == 8
 
 
 def test_trainable_tensors_are_printed_by_the_first_process_only(build, capsys, monkeypatch):

@@ -72,6 +72,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     max_target_length: int | None  # None: auto
     lang: str
     image_size: int | None
+    image_folder: str | None
     bad_rows: str
     check_seconds: float
     holdout: float | None
@@ -87,6 +88,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     auto_warmup_steps: int
     ui_lang: str
     resume: str | None
+    config: str | None
 
     user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
 
@@ -128,6 +130,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--image_size", type=int, metavar="N",
         help="Edge of the picture in pixels; another one than the checkpoint's interpolates its position embeddings "
              "(default: the checkpoint's).")
+    add("--image_folder", metavar="FOLDER",
+        help="Where the pictures of rows are whose paths are relative (default: the working directory, the JSON file's folder, "
+             "or the one above it).")
     add("--bad_rows", default="error", choices=["error", "skip"],
         help="What to do about rows that can't be used and pictures that can't be opened: name them and stop, or leave "
              "them out and say how many (default %(default)s).")
@@ -168,6 +173,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", metavar="FOLDER|auto",
         help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
              "the newest checkpoint of --experiment-name under --save, or a fresh run.")
+    add("--config", metavar="FILE.yaml",
+        help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win. A run's settings.json is "
+             "such a file too.")
     # fmt: on
 
 
@@ -259,7 +267,7 @@ def parse(argv: Sequence[str]) -> Options:
     absent = object()
     found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
     if unknown:
-        parser.error(_unknown_words(unknown, list(flag_names().values())))
+        parser.error(_unknown_words(unknown))
     given = {name: value for name, value in vars(found).items() if value is not absent}
     return Options({**defaults, **given}, frozenset(given))
 
@@ -293,12 +301,17 @@ def _sentence(message: str) -> str:
     return message
 
 
-def _unknown_words(words: Sequence[str], flags: Sequence[str]) -> str:
+def _unknown_words(words: Sequence[str]) -> str:
     """One sentence per word that looks like a flag; the other words are most likely their values."""
     unknown_flags = [word.split("=")[0] for word in words if word.startswith("-")]
     if not unknown_flags:
         return f'"{words[0]}": it follows no flag that takes it; a flag is needed before it.'
-    return "\n".join(f"{flag}: there is no such flag; {_did_you_mean(flag, flags)}" for flag in unknown_flags)
+    return "\n".join(map(unknown_flag, unknown_flags))
+
+
+def unknown_flag(flag: str) -> str:
+    """That there is no such flag, and which one may be meant."""
+    return f"{flag}: there is no such flag; {_did_you_mean(flag, list(flag_names().values()))}"
 
 
 def _did_you_mean(flag: str, flags: Sequence[str]) -> str:

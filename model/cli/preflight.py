@@ -41,6 +41,7 @@ from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process
 from model.errors import raise_problems
 from model.hub import at_revision
+from model.progress import count_of
 
 SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 
@@ -76,8 +77,8 @@ def preflight(
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
     raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
-    # TensorBoard's files; SAT puts them where the run was started.
-    raise_problems(folder_problems("--summary-dir", os.path.join(options.summary_dir, "runs")))
+    if options.summary_dir:
+        raise_problems(folder_problems("--summary-dir", os.path.join(options.summary_dir, "runs")))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
     data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
@@ -162,7 +163,7 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
         InputError: lists every problem of the first kind that there is.
     """
     train_files, valid_files = options.train_data or [], [*(options.valid_data or []), *(options.test_data or [])]
-    selection, problems = scan_files([*train_files, *valid_files], options.bad_rows)
+    selection, problems = scan_files([*train_files, *valid_files], options.bad_rows, options.image_folder)
     lengths = settled_lengths(options, config, tokenizer, selection)
     # Nobody but the first process tells it, and counting takes a while.
     truncations = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
@@ -204,10 +205,12 @@ def data_notes(
             f"--max_source_length {lengths.max_source_length} --max_target_length {lengths.max_target_length} (auto)"
         )
     for file, rows in selection.rows.items():
-        notes.append(f"{file}: {len(rows)} rows{truncation_note(truncations[file], len(rows))}")
+        notes.append(f"{file}: {count_of(len(rows), 'row')}{truncation_note(truncations[file], len(rows))}")
     held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
-        notes.append(f"Held out of --train-data for evaluation: {held_out} rows (--holdout, --seed {options.seed}).")
+        notes.append(
+            f"Held out of --train-data for evaluation: {count_of(held_out, 'row')} (--holdout, --seed {options.seed})."
+        )
     if "eval_iters" in options.user_set and (options.valid_data or held_out):
         notes.append("--eval-iters is not used: an evaluation goes through all rows once.")
     return [*notes, epochs_note(options, selection)]
@@ -256,9 +259,15 @@ def epochs_note(options: Options, selection: Selection) -> str:
     steps = training_steps(options, selection)
     seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
     return (
-        f"Training on {samples} samples: {steps} steps of {at_once} see {seen} samples, {seen / samples:.3g} epochs"
+        f"Training on {count_of(samples, 'sample')}: {count_of(steps, 'step')} of {at_once} see {count_of(seen, 'sample')}, "
+        f"{_amount(seen / samples)} epochs"
         + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")
     )
+
+
+def _amount(number: float) -> str:
+    """A number to three digits, but never as 2e+03."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 
 def truncation_note(truncations: Truncations, rows: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Resumed, digest, newest_run, resumed_from
+from model.cli.config_file import with_config_files
 from model.cli.options import Options, flag_names, flag_with_value, parse, shown
 from model.errors import InputError, raise_problems
 
@@ -25,7 +26,7 @@ NOT_OF_THE_RUN = ("--resume", "--local_rank", "--local-rank")  # launchers give 
 FREE = {
     "save_interval", "eval_interval", "eval_batch_size", "eval_iters", "strict_eval", "log_interval", "exit_interval",
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
-    "bad_rows", "feature_cache", "keep_best", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
+    "bad_rows", "image_folder", "feature_cache", "keep_best", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
     "checkpoint_skip_layers", "rank_timeout",
 }  # fmt: skip
@@ -63,6 +64,7 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         InputError: there is nothing to resume, or it can't be resumed with these flags.
     """
+    argv = with_config_files(argv)
     words, options = own_words(argv), parse(argv)
     if options.resume is None:
         return _loading(words, options) if options.load else CommandLine(words, options)

@@ -156,8 +156,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--log-interval", type=int, default=1, metavar="N",
         help="Iterations between two reports (default %(default)s; SAT's own is 50).")
     add("--summary-dir", type=str, default="", metavar="FOLDER",
-        help="Folder for TensorBoard's files (default: the working directory).")
-    add("--save-args", action="store_true", help="Write the flags to a text file in --summary-dir.")
+        help="Folder for TensorBoard's files, in runs/<run> there (default: tensorboard in the run's own folder).")
+    add("--save-args", action="store_true", help="Not needed: settings.json in the run's folder has every flag.")
     add("--lr-decay-iters", type=int, metavar="N", help="Iterations until the rate is lowest (default: all).")
     add("--lr-decay-style", type=str, default="linear", choices=["constant", "linear", "cosine", "exponential"],
         help="How the rate falls; this SAT keeps it constant for exponential (default %(default)s).")

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,25 @@ from model.errors import RowError
 from model.progress import warn_from_any_process
 
 MOST_PROBLEM_LINES = 20  # what fits on a screen
+MOST_LINES_OF_A_CAUSE = 3
+
+# What a sentence says of a row, without the name of its picture.
+_OF_A_ROW = re.compile(r"(?P<file>.+?) (?P<kind>row|line) (?P<number>\d+)(?P<what>\D.*)", re.DOTALL)
+_NAMES = re.compile(
+    r"(?<=there is no file ).+?(?=;)"
+    r"|(?<=: ).+?(?= (?:isn't a picture|is damaged|is empty|is a folder|can't be|is not an ordinary|has more|has no pixels|is a link))"
+)
 
 
 def first_lines(problems: list[str]) -> list[str]:
     """The first MOST_PROBLEM_LINES problems, and one line that counts the rest and names a file that has them all.
 
-    The file is written here, by the first process. If there is no rest, it is not.
+    Many rows of a file with one cause are one line. The file with all of them is written here, by the first process. If
+    each problem has its line, it is not.
     """
-    more = len(problems) - MOST_PROBLEM_LINES
-    if more <= 0:
+    lines = by_cause(problems)
+    more = len(lines) - MOST_PROBLEM_LINES
+    if len(lines) == len(problems) and more <= 0:
         return problems
     file = cache_folder() / "bad-rows.txt"
     where_all_are = f"all are in {file}"
@@ -28,7 +40,30 @@ def first_lines(problems: list[str]) -> list[str]:
             file.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             where_all_are = f"they can't be listed in {file}: {error.strerror}"
-    return [*problems[:MOST_PROBLEM_LINES], f"… and {more} more; {where_all_are}."]
+    rest = f"… and {more} more; {where_all_are}." if more > 0 else f"{len(problems)} in all; {where_all_are}."
+    return [*lines[:MOST_PROBLEM_LINES], rest]
+
+
+def by_cause(problems: Sequence[str]) -> list[str]:
+    """problems, in which more than MOST_LINES_OF_A_CAUSE rows of a file with one cause are one sentence with their count.
+
+    rows.json row 3 and 6417 more rows: there is no file img/3.png; …
+    """
+    causes: dict[object, list[str]] = {}
+    for problem in problems:
+        match = _OF_A_ROW.fullmatch(problem)
+        cause = (match["file"], match["kind"], _NAMES.sub("", match["what"])) if match else problem
+        causes.setdefault(cause, []).append(problem)
+    lines = []
+    for same in causes.values():
+        if len(same) <= MOST_LINES_OF_A_CAUSE:
+            lines += same
+        elif match := _OF_A_ROW.fullmatch(same[0]):
+            place = f"{match['file']} {match['kind']} {match['number']}"
+            lines.append(f"{place} and {len(same) - 1} more {match['kind']}s{match['what']}")
+        else:
+            lines.append(same[0])
+    return lines
 
 
 def cache_folder() -> Path:

@@ -37,7 +37,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
     Args:
         processor: a Pillow image in mode RGB becomes float32[3, H, W].
         args: any object with `image_length`, `max_source_length`, `max_target_length` and, if wanted, `source_prefix`,
-            `ignore_pad_token_for_loss` and `lang`.
+            `ignore_pad_token_for_loss`, `lang` and `image_folder`.
         rows: those of the file at path, if they have been read already.
         chosen: which rows are used, counted from 0; all if absent.
         note_bad_images: an image that can't be opened raises no error, which would show a worker process's traceback.
@@ -57,7 +57,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         chosen: Iterable[int] | None = None,
         note_bad_images: bool = False,
     ):
-        self.rows = read_rows(path) if rows is None else rows
+        self.rows = read_rows(path, getattr(args, "image_folder", None)) if rows is None else rows
         self.processor = processor
         self.tokenizer = tokenizer
         self.lengths = Lengths.from_args(args)

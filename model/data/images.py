@@ -4,10 +4,12 @@ open_image("a.jpg")                      for training and for asking
 open_image(image_file("https://…"))      for asking only: the rows of data files name files
 """
 
+import filecmp
 import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from typing import IO, Any, cast
 
 import requests
@@ -88,26 +90,61 @@ def image_file(source: Any) -> Any:
     return downloaded(str(source)) if is_url(source) else source
 
 
-def image_path(img: str, folder: str, known_folders: dict[str, bool]) -> str | None:
-    """Path of a row's picture, or None: looked up from the working directory, else from the JSON file's own folder.
+def image_places(file: str | os.PathLike[str], image_folder: str | None = None) -> list[str]:
+    """The folders from which the relative images of a data file are looked up, as they stand before an image's path.
+
+    image_folder (--image_folder) alone if it is given; else the working directory, as the released script has it, the data
+    file's own folder, and the one above that. A folder that is two of these counts once.
+    """
+    if image_folder is not None:
+        return [image_folder]
+    beside = os.path.dirname(file)
+    places: dict[str, str] = {}
+    for place in ("", beside, os.path.normpath(os.path.join(beside, ".."))):
+        places.setdefault(os.path.realpath(place), place)
+    return list(places.values())
+
+
+def image_path(img: str, places: Sequence[str], known_folders: dict[str, bool]) -> str | None:
+    """Path of a row's picture, or None if it is in none of the places.
 
     Args:
-        folder: the JSON file's own.
-        known_folders: whether there is a folder of that name, seen from the working directory. What is asked here is
-            added, so that the disk is asked but once for each folder.
+        places: `image_places` of the row's data file.
+        known_folders: whether there is a folder of that name. What is asked here is added, so that the disk is asked but
+            once for each folder.
+
+    Raises:
+        InputError: two of the places have different files of that name.
     """
-    of_img = img.rpartition("/")[0]
     try:
-        if of_img not in known_folders:
-            known_folders[of_img] = not of_img or os.path.isdir(of_img)
-        if known_folders[of_img] and os.path.lexists(img):  # a broken link is found: opening it says what is wrong
-            return img
-        if not folder or img.startswith("/"):
-            return None
-        beside = f"{folder}/{img}"
-        return beside if os.path.lexists(beside) else None
+        candidates = [img] if os.path.isabs(img) else [os.path.join(place, img) for place in places]
+        found = [path for path in candidates if _is_there(path, known_folders)]
     except ValueError:  # a zero byte
         return None
+    for other in found[1:]:
+        if not _is_same_file(found[0], other):
+            raise InputError(
+                f"{printable(img)} is two different files, {printable(found[0])} and {printable(other)}; --image_folder "
+                "FOLDER with the right one's folder is needed."
+            )
+    if len(candidates) == 1:
+        return candidates[0]  # what is wrong with that one is told
+    return found[0] if found else None
+
+
+def _is_there(path: str, known_folders: dict[str, bool]) -> bool:
+    folder = os.path.dirname(path)
+    if folder not in known_folders:
+        known_folders[folder] = not folder or os.path.isdir(folder)
+    return known_folders[folder] and os.path.lexists(path)  # a broken link is found: opening it says what is wrong
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Whether two paths are one file, or files of the same content."""
+    try:
+        return os.path.samefile(one, other) or filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def open_image(source: ImageSource, target_size: int | None = None) -> Image.Image:
@@ -175,8 +212,8 @@ def checked_file(path: str, name: str | None = None) -> os.stat_result:
                 f"{name} is a link to {os.readlink(path)}, which doesn't exist; {IMAGE_NEEDED}."
             ) from error
         raise InputError(
-            f"there is no file {name}; a relative path is looked up from the working directory,"
-            " then from the JSON file's own folder."
+            f"there is no file {name}; a relative path is looked up from the working directory, the JSON file's folder and "
+            "the one above it, or from --image_folder."
         ) from error
     except OSError as error:
         raise InputError(f"{name} can't be read ({error.strerror}); {IMAGE_NEEDED}.") from error

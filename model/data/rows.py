@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, cast, overload
 
 from model.data.bad_rows import first_lines
-from model.data.images import image_path
+from model.data.images import image_path, image_places
 from model.errors import InputError, raise_problems
 
 LANGUAGES = ("zh", "en")
@@ -93,43 +93,55 @@ class Rows(Sequence[Row]):
                 begin = end
 
 
-def read_rows(path: str | os.PathLike[str]) -> Rows:
+def read_rows(path: str | os.PathLike[str], image_folder: str | None = None) -> Rows:
     """Rows of a data file, all of them good; as `scan_rows`.
 
     Raises:
         InputError: the file can't be used as a whole, or has bad rows (the first 20 are named).
     """
-    rows, problems = scan_rows(path)
+    rows, problems = scan_rows(path, image_folder)
     raise_problems(first_lines(problems))
     return rows
 
 
-def scan_rows(path: str | os.PathLike[str]) -> tuple[Rows, list[str]]:
+def scan_rows(path: str | os.PathLike[str], image_folder: str | None = None) -> tuple[Rows, list[str]]:
     """The good rows of a data file, and a sentence for each bad one.
 
     The file is a JSON list of objects, or JSON Lines (one object a line, empty lines are fine), UTF-8 with or without
     a byte-order mark. Each img becomes the path that `model.data.images.image_path` finds, or stays as written.
 
+    Args:
+        image_folder: where relative images are, if not in the places that are looked in without it (--image_folder).
+
     Raises:
         InputError: the file can't be read, isn't one of these, or holds no row at all.
     """
     rows, problems = Rows(path), []
-    file, folder = str(path), os.path.dirname(path)
+    file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}
     count = 0
     for count, entry in enumerate(values_of(path), 1):
         where = f"{file} row {count}"
         try:
             row = released_row(entry, where) or row_from_json(entry, where)
+            row = _with_found_image(row, places, known_folders)
         except InputError as problem:
             problems.append(str(problem))
             continue
-        if row.img is not None and (found := image_path(row.img, folder, known_folders)) is not None:
-            row = Row(found, *row[1:])
         rows.append(row, count)
     if not count:
         raise InputError(f"{path}: the list is empty; at least one row is needed.")
     return rows, problems
+
+
+def _with_found_image(row: Row, places: Sequence[str], known_folders: dict[str, bool]) -> Row:
+    if row.img is None:
+        return row
+    try:
+        found = image_path(row.img, places, known_folders)
+    except InputError as problem:
+        raise InputError(f"{row.where}: {problem}") from None
+    return row if found is None else Row(found, *row[1:])
 
 
 def values_of(path: str | os.PathLike[str]) -> Iterator[object]:
@@ -271,6 +283,13 @@ def released_row(entry: object, where: str) -> Row | None:
     except UnicodeEncodeError:
         return None
     return Row(img, prompt, label, where)
+
+
+def json_row(row: Row) -> dict[str, object]:
+    """The entry of a data file that gives row; the opposite of `row_from_json`."""
+    entry: dict[str, object] = {"img": row.img, "prompt": row.prompt, "label": row.label}
+    entry |= {"history": [list(turn) for turn in row.history] or None, "lang": row.lang}
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def row_turns(row: Row) -> list[Row]:

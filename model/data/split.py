@@ -15,6 +15,7 @@ from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
+from model.progress import count_of
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Selection:
     rows: dict[str, Rows]
     left_out: dict[str, list[int]] = field(default_factory=dict)  # their images are bad, and --bad_rows is skip
     held_out: dict[str, list[int]] = field(default_factory=dict)  # by --holdout; some may be left out as well
+    problems: list[str] = field(default_factory=list)  # a sentence for each bad row, with --bad_rows skip
 
     def chosen(self, path: str, training: bool) -> list[int] | None:
         """Rows of a file to train on, None if all are; or, if not training, the rows held out of it."""
@@ -33,6 +35,11 @@ class Selection:
         if not bad and not held:
             return None
         return [index for index in range(len(self.rows[path])) if index not in bad and index not in held]
+
+    def row_count(self, path: str) -> int:
+        """How many rows of a file are trained on."""
+        chosen = self.chosen(path, training=True)
+        return len(self.rows[path]) if chosen is None else len(chosen)
 
     def sample_count(self, path: str, training: bool = True) -> int:
         """How many samples the rows of `chosen` make: one for every turn."""
@@ -47,18 +54,19 @@ def read_selection(files: Sequence[str], bad_rows: str, check_seconds: float) ->
     return selection, leave_out_bad_images(selection, problems, bad_rows, check_seconds)
 
 
-def scan_files(files: Sequence[str], bad_rows: str) -> tuple[Selection, list[str]]:
+def scan_files(files: Sequence[str], bad_rows: str, image_folder: str | None = None) -> tuple[Selection, list[str]]:
     """The good rows of files, and a sentence for each bad one.
 
     Args:
         bad_rows: "error" or "skip"; the latter leaves bad rows out.
+        image_folder: where relative images are (`model.data.images.image_places`).
 
     Raises:
         InputError: a file can't be used; or bad_rows is "error", and there are some (the first 20 are named).
     """
     selection, problems = Selection({}), []
     for file in dict.fromkeys(files):
-        selection.rows[file], bad = scan_rows(file)
+        selection.rows[file], bad = scan_rows(file, image_folder)
         problems += bad
     if bad_rows == "error":
         raise_problems(first_lines(problems))
@@ -88,7 +96,8 @@ def leave_out_bad_images(selection: Selection, problems: list[str], bad_rows: st
     if bad_rows == "error":
         raise_problems(first_lines(problems))
     elif problems:
-        notes += [f"Left out, {len(problems)} bad rows (--bad_rows skip):", *first_lines(problems)]
+        selection.problems = problems
+        notes += [f"Left out, {count_of(len(problems), 'bad row')} (--bad_rows skip):", *first_lines(problems)]
     if unopened:
         notes.append(
             f"{unopened} pictures have not been opened yet ({check_seconds:g} seconds, --check_seconds): one that turns out"

@@ -111,7 +111,7 @@ class Loader:
 
     def start_at_sample(self, samples: int) -> None:
         """Leave out so many samples of the order, of all processes together: the whole batches among them."""
-        self.batch_sampler.start = samples // self.batch_sampler.order.batch
+        self._taken = self.batch_sampler.start = samples // self.batch_sampler.order.batch
 
     def opened_by(self, pid: int) -> tuple[str, bool] | None:
         """The row that a worker process opened last, and whether it still was at it; None if that isn't known."""

@@ -1,51 +1,55 @@
-"""What scrolls by while a model is trained: one line for every step, and one for every evaluation."""
+"""What a run reports: each step and each evaluation becomes a `Record`, which goes wherever it is shown or kept.
+
+SAT's loop → TrainingReport → Record → the terminal, TensorBoard, Weights & Biases
+                                     → report.sinks: metrics.jsonl, loss.png (`model.training.run_folder`)
+"""
 
 import argparse
 import atexit
+import importlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.distributed import is_first_process
-from model.progress import duration, say, warn
+import psutil
+
+from model.distributed import has_gpu, is_first_process
+from model.progress import warn
+from model.training.records import EVALUATION, STEP, VALIDATION, Record
+from model.training.terminal import Terminal
 
 SECONDS_BETWEEN_FLUSHES = 10.0  # of TensorBoard's file
+SECONDS_BETWEEN_MEMORY = 1.0  # asking a GPU's allocator takes a tenth of a millisecond
 
 
 class TrainingReport:
-    """Prints what SAT hands over: `model.training.sat_loop` puts its methods in the place of SAT's own."""
+    """Makes records of what SAT hands over: `model.training.sat_loop` puts its methods in the place of SAT's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, terminal: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal()
+        self.sinks: list[Callable[[Record], None]] = []  # called on the first process, with every record
         self.learning_rate = 0.0
         self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
-        self.started = time.monotonic()
-        self.first_step: int | None = None
-        self.loss_sum: Any = 0.0  # of the steps since the last line, scalar float32
-        self.summed_steps = 0  # how many these are
-        self.timed_steps = 0  # those of them that this process has taken, and not a run that it goes on with
+        self.split = VALIDATION  # which evaluation is made
         self.skipped_steps = 0  # since the start; `model.training.trouble` counts them
         self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
-
         self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
-
-    def add(self, loss: Any) -> None:
-        """Note the loss of a step, scalar float32, for the next line."""
-        self.loss_sum = self.loss_sum + loss.detach().float()
-        self.summed_steps, self.timed_steps = self.summed_steps + 1, self.timed_steps + 1
+        self.epoch: Callable[[], float | None] = lambda: None
+        self._step = 0
+        self._counted = (0, 0)  # skipped steps and empty batches that are in a record
+        self._memory: int | None = None
+        self._memory_asked = -math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """What the next line needs, and the last evaluation."""
-        return {
-            "loss_sum": float(self.loss_sum),
-            "summed_steps": self.summed_steps,
-            "evaluation_loss": self.evaluation_loss,
-        }
+        return {**self.terminal.state_dict(), "evaluation_loss": self.evaluation_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of another report."""
-        self.loss_sum, self.summed_steps = state["loss_sum"], state["summed_steps"]
+        self.terminal.load_state_dict(state)
         self.evaluation_loss = state["evaluation_loss"]
 
     def watch(self, scheduler: Any, optimizer: Any) -> None:
@@ -57,7 +61,6 @@ class TrainingReport:
             advance(step_number)
 
         scheduler.step = step
-        self.started = time.monotonic()
 
     def step(
         self,
@@ -71,44 +74,26 @@ class TrainingReport:
         args: argparse.Namespace,
         metrics: dict[str, float],
     ) -> None:
-        """One line for a step. SAT calls this every --log-interval steps, with the mean loss and time of a step since.
+        """A step is done. SAT calls this every args.log_interval steps, with the mean loss and time of a step since.
 
-        SAT knows nothing of the steps before a run went on; where those count, the loss is the one summed up here.
+        In a run of ours it is called after every step; `Terminal` knows which of them get a line.
         """
-        seconds, last_step = milliseconds / 1000, self.last_step or last_step
-        if self.timed_steps < self.summed_steps:
-            loss = float(self.loss_sum) / self.summed_steps
-            seconds *= args.log_interval / self.timed_steps
-        self.loss_sum, self.summed_steps, self.timed_steps = 0.0, 0, 0
-        ranks = args.world_size // args.model_parallel_size
-        samples_per_second = args.batch_size * args.gradient_accumulation_steps * ranks / seconds
-        line = f"step {step:>{len(str(last_step))}}/{last_step}  loss {loss:.4f}  lr {self.learning_rate:.2e}"
-        line += f"  {samples_per_second:.1f} samples/s  {duration(self._seconds_left(step, last_step, seconds))} left"
-        loss_scale = optimizer.loss_scale if getattr(args, "fp16", False) else None
-        say(line + self._trouble(loss_scale))
-        if summary_writer is not None:
-            for name, value in (
-                ("lr", self.learning_rate),
-                ("train_loss", loss),
-                ("samples_per_second", samples_per_second),
-            ):
-                if math.isfinite(value):  # TensorBoard can't draw others, and its writer prints a line for each
-                    summary_writer.add_scalar(f"Train/{name}", value, step)
-        self._send_to_wandb(args, {"Train/lr": self.learning_rate, "Train/train_loss": loss}, step)
-
-    def _trouble(self, loss_scale: float | None) -> str:
-        """The end of a step's line: nothing, unless it is fp16 or something could not be used so far."""
-        scale = "" if loss_scale is None else f"  loss scale {loss_scale:.12g}"
-        skipped = f"  {self.skipped_steps} skipped" if self.skipped_steps else ""
-        return scale + skipped + (f"  {self.empty_batches} without a usable row" if self.empty_batches else "")
-
-    def _seconds_left(self, step: int, last_step: int, seconds_per_step: float) -> float:
-        """From the mean of all steps but the first, which is slower than any other."""
-        now = time.monotonic()
-        if self.first_step is None:
-            self.first_step, self.started = step, now
-            return seconds_per_step * (last_step - step)
-        return (now - self.started) / (step - self.first_step) * (last_step - step)
+        ranks, seconds = args.world_size // args.model_parallel_size, milliseconds / 1000
+        counted = (self.skipped_steps, self.empty_batches)
+        skipped, empty = (now - before for now, before in zip(counted, self._counted, strict=True))
+        self._counted, self._step = counted, step
+        record = Record(
+            STEP, step, loss, time.time(), self.epoch(),
+            lr=self.learning_rate,
+            seconds=seconds,
+            samples_per_second=args.batch_size * args.gradient_accumulation_steps * ranks / seconds,
+            loss_scale=optimizer.loss_scale if getattr(args, "fp16", False) else None,
+            memory_bytes=self._memory_bytes(),
+            skipped=skipped,
+            empty_batches=empty,
+        )  # fmt: skip
+        self.terminal.step(record, self.last_step or last_step, *counted)
+        self._hand_on(record, summary_writer, args)
 
     def evaluation(
         self,
@@ -120,7 +105,7 @@ class TrainingReport:
         args: argparse.Namespace,
         metrics: dict[str, Any],
     ) -> None:
-        """One line for an evaluation on held-out rows. SAT calls this on the first data-parallel rank.
+        """An evaluation on held-out rows is done. SAT calls this on the first data-parallel rank.
 
         SAT's loss is the mean of this rank's batches; metrics has the mean over the tokens of all.
         """
@@ -128,16 +113,53 @@ class TrainingReport:
             loss = float(metrics["loss"])
             perplexity = math.exp(min(20.0, loss))
         self.evaluation_loss = loss
-        say(f"{prefix}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
-        if summary_writer is not None:
-            summary_writer.add_scalar("Train/valid_loss", loss, step)
-            summary_writer.add_scalar("Train/valid_ppl", perplexity, step)
-        self._send_to_wandb(args, {"Train/valid_loss": loss, "Train/valid_ppl": perplexity}, step)
+        self.terminal.evaluation(prefix, loss, perplexity)
+        record = Record(
+            EVALUATION, self._step if step is None else step, loss, time.time(), self.epoch(),
+            perplexity=perplexity,
+            split=self.split,
+        )  # fmt: skip
+        self._hand_on(record, summary_writer, args)
 
-    @staticmethod
-    def _send_to_wandb(args: argparse.Namespace, values: dict[str, float], step: int | None) -> None:
-        if args.wandb and is_first_process():
-            sys.modules["wandb"].log(values, step=step, commit=True)
+    def _hand_on(self, record: Record, summary_writer: Any, args: argparse.Namespace) -> None:
+        if not is_first_process():
+            return
+        for sink in self.sinks:
+            sink(record)
+        # TensorBoard can't draw other numbers, and its writer prints a line for each.
+        scalars = {name: value for name, value in scalars_of(record).items() if math.isfinite(value)}
+        if summary_writer is not None:
+            for name, value in scalars.items():
+                summary_writer.add_scalar(name, value, record.step)
+        if args.wandb:
+            # Without commit: what comes later for the same step, such as its evaluation, would be refused then.
+            sys.modules["wandb"].log(scalars, step=record.step)
+
+    def _memory_bytes(self) -> int | None:
+        """The most that was in use of this process's GPU; without one, what this process has now. Asked once a second."""
+        if time.monotonic() - self._memory_asked >= SECONDS_BETWEEN_MEMORY:
+            self._memory_asked = time.monotonic()
+            if has_gpu():
+                torch = importlib.import_module("torch")
+                self._memory = torch.cuda.max_memory_allocated()
+            else:
+                self._memory = psutil.Process().memory_info().rss
+        return self._memory
+
+
+def scalars_of(record: Record) -> dict[str, float]:
+    """A record's numbers under the names that TensorBoard and Weights & Biases show them by: SAT's, where it has one."""
+    if record.kind == STEP:
+        named = {
+            "Train/lr": record.lr,
+            "Train/train_loss": record.loss,
+            "Train/samples_per_second": record.samples_per_second,
+            "Train/loss_scale": record.loss_scale,
+        }
+    else:
+        kind = "valid" if record.split == VALIDATION else "test"
+        named = {f"Train/{kind}_loss": record.loss, f"Train/{kind}_ppl": record.perplexity}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 class TensorBoardFile:
@@ -147,15 +169,14 @@ class TensorBoardFile:
     first error is a line, and training goes on without the file.
     """
 
-    def __init__(self, name: str, base: str = "..", iteration: int = 0) -> None:
-        """The file goes into base/runs/name, as SAT's does. iteration: the steps that are done already."""
+    def __init__(self, folder: Path, iteration: int = 0) -> None:
+        """A new file in folder. iteration: the steps that are done already."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
         self._event, self._scalar, self._flushed = Event, scalar, time.monotonic()
         self._file: Any = None
-        folder = Path(base, "runs", name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = EventsWriter(str(folder / "events"))

@@ -29,12 +29,14 @@ import torch
 from model.checkpoints.metadata import base_of
 from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Resumed, RunRecord, digests, read_state, write_state
 from model.checkpoints.weights import load_checkpoint
-from model.cli.preflight import Inputs
+from model.cli.preflight import Inputs, training_samples
 from model.cli.resuming import CommandLine
 from model.distributed import is_first_process
 from model.progress import say, warn
 from model.training.metrics import TrainingReport
-from model.training.sat_loop import Hooks, LoopState, StepWatcher, save_beside_earlier_runs
+from model.training.records import STEP as STEP_RECORD
+from model.training.records import TEST, Record
+from model.training.sat_loop import Hooks, LoopState, save_beside_earlier_runs
 
 MASTER = "master"  # the float32 weight
 STEP = "step"  # how many steps the optimizer has taken with this tensor
@@ -42,7 +44,7 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-class RunState(StepWatcher):
+class RunState:
     """The state of this process's run."""
 
     def __init__(
@@ -63,11 +65,13 @@ class RunState(StepWatcher):
         self._evaluated_at: int = self._stored.get("evaluated_at", -1)  # the iteration of the last evaluation
         self._record: RunRecord | None = None
         self._loader: Any = None
+        self._samples_per_epoch = 1
         self._said: set[str] = set()
 
     def watch(self, hooks: Hooks, line: CommandLine, inputs: Inputs) -> None:
         """Be told of what the run does, and take down what it is: its flags, its data files, rows that are left out."""
         options = line.options
+        self._samples_per_epoch = training_samples(options, inputs.selection)
         self._record = RunRecord(
             iteration=0,
             steps=0,
@@ -78,9 +82,24 @@ class RunState(StepWatcher):
             left_out=inputs.selection.left_out,
             config={**inputs.checkpoint.config},
         )
-        hooks.step_watchers.insert(0, self)
         hooks.schedule_start, hooks.before_training = self.schedule_start, self.before_training
         hooks.after_evaluation = self._note_evaluation
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        """The digest of each file of --train-data, on the first process of a run that saves."""
+        return {} if self._record is None else self._record.data
+
+    def is_behind(self, record: Record) -> bool:
+        """Whether what a record tells of is behind the checkpoint that the run goes on from, and not done again."""
+        if self.resumed is None or record.split == TEST:
+            return False
+        done = (
+            self.resumed.record.iteration
+            if record.kind == STEP_RECORD
+            else min(self.resumed.record.iteration, self._evaluated_at)
+        )
+        return record.step <= done
 
     # --- what SAT's loop calls
 
@@ -97,10 +116,6 @@ class RunState(StepWatcher):
                 # The full weights are those that 4 bits stand for, and would not become the same 4 bits again.
                 load_checkpoint(model, args, base_of(self.resumed.checkpoint.config).path)
             model.base = base_of(self.resumed.checkpoint.config)  # and not the run's own checkpoint
-
-    def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
-        """Note the loss for the next line."""
-        self.report.add(loss)
 
     def _note_evaluation(self, model: Any, args: argparse.Namespace, iteration: int, loss: float) -> None:
         self._evaluated_at = iteration
@@ -119,6 +134,7 @@ class RunState(StepWatcher):
             loader: of the training rows.
         """
         self._loader = loader
+        self.report.epoch = lambda: loader.samples_taken / self._samples_per_epoch
         if not self._stored:
             return False
         put_back_parameters(state.model, state.optimizer, self._stored["parameters"])

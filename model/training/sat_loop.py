@@ -110,6 +110,8 @@ class Hooks:
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
     before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
+    # Where TensorBoard's file goes, by --summary-dir and the run's name; None for no file. SAT's place unless set.
+    tensorboard_folder: Callable[[str, str], Path | None] = lambda base, name: Path(base, "runs", name)
     # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
     schedule_start: Callable[[int], int] = lambda iteration: iteration
     # Everything is seeded, the first step comes next: (state, loader of the training rows). Whether to evaluate first.
@@ -135,9 +137,9 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
         Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files of --load, and asks CUDA"),
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
-        Replacement(loop, "report_iteration_metrics", hooks.report.step, "one line a step, with the time left"),
-        Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "one line, the mean over all tokens"),
-        Replacement(loop, "get_sample_writer", TensorBoardFile, "SAT's waits for ever when the disk is full"),
+        Replacement(loop, "report_iteration_metrics", hooks.report.step, "a record a step, with the time left"),
+        Replacement(loop, "report_evaluate_metrics", hooks.report.evaluation, "a record, the mean over all tokens"),
+        Replacement(loop, "get_sample_writer", _summary_writer(hooks), "SAT's waits for ever when the disk is full"),
         Replacement(loop, "report_memory", lambda _: None, "SAT prints CUDA's figures, which may not be there"),
         Replacement(loop, "print_args", lambda _: None, "SAT prints 150 lines"),
         Replacement(
@@ -265,6 +267,14 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     return scheduler
 
 
+def _summary_writer(hooks: Hooks) -> Callable[..., TensorBoardFile | None]:
+    def summary_writer(name: str, base: str = "..", iteration: int = 0) -> TensorBoardFile | None:
+        folder = hooks.tensorboard_folder(base, name)
+        return None if folder is None else TensorBoardFile(folder, iteration)
+
+    return summary_writer
+
+
 def _loaders(loop: Any, hooks: Hooks) -> Callable[..., tuple[Any, Any, Any]]:
     loaders_of_sat = loop.make_loaders
 
@@ -283,6 +293,7 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     ) -> Any:
         if named["split"] == "val" and args.iteration >= args.train_iters:
             hooks.before_last_evaluation()
+        hooks.report.split = named["split"]
         try:
             with hooks.while_evaluating(named["split"]):
                 result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
@@ -314,13 +325,17 @@ def _train_step(hooks: Hooks) -> Callable[..., Any]:
 
 
 def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
-    """SAT's loop over the steps, before which a run that goes on gets its state, and the evaluation that it still owes."""
+    """SAT's loop over the steps, before which a run that goes on gets its state, and the evaluation that it still owes.
+
+    The loop reports every step; the report knows which of them get a line (--log-interval).
+    """
     train_of_sat = loop.train
 
     def train(
         model: Any, optimizer: Any, scheduler: Any, train_data: Any, val_data: Any, timers: Any,
         args: argparse.Namespace, **named: Any,
     ) -> Any:  # fmt: skip
+        hooks.report.terminal.lines_every, args.log_interval = args.log_interval, 1
         if hooks.make_loaders is not None and val_data is not None:
             val_data.batch_sampler.start_iter = 0  # SAT's --resume-dataloader leaves rows out of every evaluation
         owes_evaluation = hooks.before_training(LoopState(model, optimizer, scheduler, args), train_data)

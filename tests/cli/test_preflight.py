@@ -139,9 +139,8 @@ def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
 def test_folder_that_tensorboard_cannot_write_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").touch()
-    for words in ((), ("--summary-dir", str(tmp_path / "runs"))):
-        options = parse(
-            ["--from_pretrained", str(PROJECT / "model/tiny"), "--use_lora", "--train-data", "rows.json", *words]
-        )
-        with pytest.raises(InputError, match=r"^--summary-dir .*runs is a file; a folder is needed"):
-            preflight(options)
+    words = ["--from_pretrained", str(PROJECT / "model/tiny"), "--use_lora", "--train-data", "rows.json"]
+    with pytest.raises(InputError, match=r"^--summary-dir .*runs is a file; a folder is needed"):
+        preflight(parse([*words, "--summary-dir", str(tmp_path)]))
+    with pytest.raises(InputError, match=r"^rows\.json: No such file"):  # nothing goes into the working directory
+        preflight(parse(words))

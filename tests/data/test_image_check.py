@@ -40,11 +40,14 @@ def test_check_pictures_when_some_are_bad_names_each_row(tmp_path: Path) -> None
     ]
 
 
-def test_check_pictures_when_very_many_are_bad_names_twenty_and_counts_the_rest(
+def test_check_pictures_when_very_many_are_bad_in_one_way_tells_the_way_and_counts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"… and 5 more; all are in \S+/visualglm/bad-rows\.txt\.$"):
+    expected = (
+        r"^data.json row 0 and 24 more rows: there is no file \S+0.png; .*\n25 in all; all are in \S+/bad-rows\.txt\.$"
+    )
+    with pytest.raises(InputError, match=expected):
         check_images([row_of(tmp_path / f"{number}.png", number) for number in range(25)])
 
 

@@ -14,7 +14,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from model.data import images
-from model.data.images import downloaded, image_file, image_path, is_url, open_image
+from model.data.images import downloaded, image_file, image_path, image_places, is_url, open_image
 from model.errors import InputError
 
 PICTURE = GOLDEN / "upstream/images/0.png"
@@ -119,22 +119,68 @@ def test_address_that_leads_nowhere_is_told_in_one_line(url):
 # Where a row's image is
 
 
-def test_image_path_prefers_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    for folder in (tmp_path, tmp_path / "data"):
-        (folder / "0.png").touch()
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The working directory, and data/sub in it, for a data file data/sub/rows.json."""
+    (tmp_path / "data/sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert image_path("0.png", str(tmp_path / "data"), {}) == "0.png"
+    return tmp_path
+
+
+@pytest.mark.parametrize(("file", "places"), [
+    ("rows.json", ["", ".."]), ("data/rows.json", ["", "data"]), ("data/sub/rows.json", ["", "data/sub", "data"]),
+    ("./data/sub/../rows.json", ["", "./data/sub/..", ]),
+])  # fmt: skip
+def test_places_of_images_are_the_working_directory_the_files_folder_and_the_one_above(folders, file, places):
+    assert image_places(file) == places
+    assert image_places(file, "elsewhere") == ["elsewhere"]
+
+
+@pytest.mark.parametrize("place", ["", "data/sub", "data"])
+def test_image_path_finds_an_image_in_each_place(folders, place):
+    (folders / place / "0.png").touch()
+    found = image_path("0.png", image_places("data/sub/rows.json"), {})
+    assert found == os.path.join(place, "0.png")
+    assert os.path.samefile(found, folders / place / "0.png")
+
+
+def test_image_path_of_copies_of_one_file_is_the_working_directorys(folders):
+    for place in ("", "data/sub", "data"):
+        (folders / place / "0.png").write_bytes(b"the same")
+    assert image_path("0.png", image_places("data/sub/rows.json"), {}) == "0.png"
+
+
+def test_image_path_of_a_link_to_the_other_place_is_no_error(folders):
+    (folders / "data/0.png").write_bytes(b"one file")
+    (folders / "0.png").symlink_to("data/0.png")
+    assert image_path("0.png", image_places("data/rows.json"), {}) == "0.png"
+
+
+@pytest.mark.parametrize("content", [b"other", b"same size"])
+def test_image_path_of_two_different_files_is_an_error_that_names_both(folders, content):
+    (folders / "data/0.png").write_bytes(b"some size")
+    (folders / "data/sub/0.png").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"^0.png is two different files, data/sub/0.png and data/0.png; --image_folder "
+    ):
+        image_path("0.png", image_places("data/sub/rows.json"), {})
+    places = image_places("data/sub/rows.json", "data/sub")
+    assert image_path("0.png", places, {}) == "data/sub/0.png"
+
+
+def test_image_path_that_is_nowhere_in_the_image_folder_is_its_path_there(folders):
+    (folders / "0.png").touch()
+    assert image_path("0.png", image_places("rows.json", "data"), {}) == "data/0.png"
 
 
 def test_image_path_of_an_absolute_path_is_that_path(tmp_path):
     (tmp_path / "0.png").touch()
-    assert image_path(str(tmp_path / "0.png"), "", {}) == str(tmp_path / "0.png")
+    assert image_path(str(tmp_path / "0.png"), image_places("", "elsewhere"), {}) == str(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("img", ["nowhere.png", "with\0zero.png", "x" * 5000])
 def test_image_path_when_it_is_nowhere_is_none(tmp_path, img):
-    assert image_path(img, str(tmp_path), {}) is None
+    assert image_path(img, image_places(tmp_path / "rows.json"), {}) is None
 
 
 # Good pictures
@@ -266,8 +312,8 @@ def test_picture_from_an_upright_rgb_image_is_that_image():
 
 def test_picture_when_there_is_no_file_says_where_it_was_looked_up(tmp_path):
     assert refused(tmp_path / "no.png") == (
-        f"there is no file {tmp_path}/no.png; a relative path is looked up from the working directory,"
-        " then from the JSON file's own folder."
+        f"there is no file {tmp_path}/no.png; a relative path is looked up from the working directory, the JSON file's folder"
+        " and the one above it, or from --image_folder."
     )
 
 

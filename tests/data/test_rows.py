@@ -1,8 +1,10 @@
 """Data files: good rows are read, bad ones are refused one by one with a sentence."""
 
 import json
+import os
 
 import pytest
+from conftest import PROJECT
 from PIL import Image
 
 from model.data.rows import Row, read_rows, scan_rows
@@ -110,9 +112,12 @@ def test_rows_when_several_are_bad_names_each_in_a_line(tmp_path):
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [f"{path} row 1", f"{path} row 3"]
 
 
+EACH_OTHERWISE = [{"prompt": "?", "label": "!", "lang": str(number)} for number in range(25)]  # each bad in its own way
+
+
 def test_rows_when_very_many_are_bad_names_twenty_and_the_file_that_has_them_all(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = written(tmp_path, [{}] * 25)
+    path = written(tmp_path, EACH_OTHERWISE)
     with pytest.raises(InputError) as error:
         read_rows(path)
     lines = str(error.value).splitlines()
@@ -129,15 +134,44 @@ def test_rows_when_very_many_are_bad_and_no_file_can_be_written_say_so(tmp_path,
     with pytest.raises(
         InputError, match=r"… and 5 more; they can't be listed in \S.*/bad-rows.txt: Not a directory\.$"
     ):
-        read_rows(written(tmp_path, [{}] * 25))
+        read_rows(written(tmp_path, EACH_OTHERWISE))
 
 
 def test_rows_when_very_many_are_bad_are_listed_by_the_first_process_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InputError, match="… and 5 more; all are in"):
-        read_rows(written(tmp_path, [{}] * 25))
+        read_rows(written(tmp_path, EACH_OTHERWISE))
     assert not (tmp_path / "visualglm").exists()
+
+
+def test_rows_with_one_cause_are_one_sentence_with_their_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = written(
+        tmp_path, [GOOD_ROW, *({"image": f"{number}.png", "prompt": "?", "label": "!"} for number in range(20))]
+    )
+    with pytest.raises(InputError) as error:
+        read_rows(path)
+    assert str(error.value).splitlines() == [
+        f'{path} row 2 and 19 more rows: no "img", but "image"; rename it, or convert the file (convert_data.py).',
+        f"20 in all; all are in {tmp_path / 'visualglm/bad-rows.txt'}.",
+    ]
+    assert len((tmp_path / "visualglm/bad-rows.txt").read_text().splitlines()) == 20
+
+
+def test_picture_that_is_two_different_files_makes_its_row_bad(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for number, folder in enumerate(("", "data")):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / folder / "0.png")
+    path = written(tmp_path / "data", [GOOD_ROW])
+    rows, problems = scan_rows(os.path.relpath(path))
+    assert len(rows) == 0
+    assert problems == [
+        "data/data.json row 1: 0.png is two different files, 0.png and data/0.png; --image_folder FOLDER with the right one's "
+        "folder is needed."
+    ]
+    assert scan_rows(path, str(tmp_path / "data"))[0][0].img == str(tmp_path / "data/0.png")
 
 
 def test_picture_of_a_row_beside_the_file_is_found_there(tmp_path):
@@ -147,3 +181,9 @@ def test_picture_of_a_row_beside_the_file_is_found_there(tmp_path):
 
 def test_picture_of_a_row_that_is_nowhere_stays_as_written(tmp_path):
     assert read_rows(written(tmp_path, [GOOD_ROW]))[0].img == "0.png"
+
+
+def test_shipped_rows_find_their_pictures_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dataset.json", "heldout.json"):
+        assert all(os.path.isfile(row.img) for row in read_rows(PROJECT / "fewshot-data" / name))

@@ -15,15 +15,15 @@ from model.training import metrics
 
 folder, iteration, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 recorded: dict[str, list[float]] = {"whole": [], "cut": []}
-report_add = metrics.TrainingReport.add
+report_step = metrics.TrainingReport.step
 
 
-def recording_add(self, loss):
-    recorded[part].append(loss.item())
-    report_add(self, loss)
+def recording_step(self, summary_writer, optimizer, next_rate, loss, *rest):
+    recorded[part].append(loss)
+    report_step(self, summary_writer, optimizer, next_rate, loss, *rest)
 
 
-metrics.TrainingReport.add = recording_add
+metrics.TrainingReport.step = recording_step
 
 part = "whole"
 finetune_visualglm.main([*flags, "--save", str(folder / "saved"), "--summary-dir", str(folder)])

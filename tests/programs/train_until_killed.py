@@ -12,12 +12,12 @@ import finetune_visualglm
 from model.training import metrics
 
 steps_left = int(sys.argv[1])
-report_add = metrics.TrainingReport.add
+report_step = metrics.TrainingReport.step
 
 
-def counting_add(self, loss):
+def counting_step(self, *reported):
     global steps_left
-    report_add(self, loss)
+    report_step(self, *reported)
     steps_left -= 1
     if steps_left == 0:
         for thread in threading.enumerate():
@@ -26,5 +26,5 @@ def counting_add(self, loss):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-metrics.TrainingReport.add = counting_add
+metrics.TrainingReport.step = counting_step
 finetune_visualglm.main(sys.argv[2:])

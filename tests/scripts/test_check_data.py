@@ -43,8 +43,16 @@ def test_report_names_every_bad_row_and_picture(tmp_path: Path, row: dict) -> No
 
 
 def test_report_lists_all_bad_rows_however_many(tmp_path: Path, row: dict) -> None:
-    lines = report_lines(report_of(str(write_rows(tmp_path, [row, *[{}] * 30]))))
-    assert sum("row " in line and ": no " in line for line in lines) == 30
+    otherwise = [row | {"lang": str(number)} for number in range(30)]
+    lines = report_lines(report_of(str(write_rows(tmp_path, [row, *otherwise]))))
+    assert sum("row " in line and '"lang" is' in line for line in lines) == 30
+
+
+def test_report_tells_a_cause_of_many_rows_in_one_line(tmp_path: Path, row: dict) -> None:
+    path = write_rows(tmp_path, [row, *[{}] * 30])
+    lines = [line for line in report_lines(report_of(str(path))) if ": no " in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f'  {path} row 2 and 29 more rows: no "prompt" and no "label"')
 
 
 def test_report_finds_pictures_of_the_same_content_and_their_sizes(tmp_path: Path, row: dict) -> None:

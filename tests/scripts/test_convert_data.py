@@ -88,3 +88,21 @@ def test_command_with_bad_conversations_names_them_and_writes_nothing(tmp_path: 
     done = run_python(PROJECT / "scripts/convert_data.py", "in.json", "out.json", cwd=tmp_path)
     assert (done.returncode, (tmp_path / "out.json").exists()) == (2, False)
     assert done.stderr.startswith("convert_data.py: error: in.json row 2: the last question has no answer")
+
+
+def test_image_beside_the_conversations_is_found_from_rows_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("in", "out/rows"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "in/a.jpg").write_text("one")
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    (tmp_path / "in/talk.json").write_text(
+        json.dumps([{"image": name, "conversations": turns} for name in ("a.jpg", "gone.jpg")])
+    )
+    main(["in/talk.json", "in/rows.json"])
+    main(["in/talk.json", "out/rows/rows.json"])
+    images = [[row.img for row in read_rows(file)] for file in ("in/rows.json", "out/rows/rows.json")]
+    assert images == [["in/a.jpg", "gone.jpg"], [str(tmp_path / "in/a.jpg"), "gone.jpg"]]
+    (tmp_path / "a.jpg").write_text("another one")
+    with pytest.raises(SystemExit):
+        main(["in/talk.json", "in/rows.json"])

@@ -1,11 +1,11 @@
-"""The line of a step and of an evaluation: what is printed, and where else it goes."""
+"""The record of a step and of an evaluation: what is printed of it, and where else it goes."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from model.training import metrics as module
+from model.training import terminal
 from model.training.metrics import TrainingReport
 
 ARGS = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, world_size=6, model_parallel_size=2, wandb=False)
@@ -34,7 +34,7 @@ class Writer:
 def clock(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(terminal, "time", clock)
     return clock
 
 
@@ -145,11 +145,12 @@ def test_tensorboard_gets_what_is_printed(clock):
 @pytest.mark.parametrize(("rank", "messages"), [("0", 1), ("1", 0)])
 def test_wandb_when_asked_for_gets_the_step_from_the_first_process(clock, monkeypatch, rank, messages):
     logged = []
-    fake = SimpleNamespace(log=lambda values, step, commit: logged.append((values, step)))
+    fake = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
     monkeypatch.setitem(module.sys.modules, "wandb", fake)
     monkeypatch.setenv("RANK", rank)
     step(TrainingReport(), 1, args=SimpleNamespace(**vars(ARGS) | {"wandb": True}))
-    assert logged == [({"Train/lr": 0.0, "Train/train_loss": 1.5}, 1)] * messages
+    values = {"Train/lr": 0.0, "Train/train_loss": 1.5, "Train/samples_per_second": 12.0}
+    assert logged == [(values, 1)] * messages
 
 
 def test_line_shows_skipped_steps_and_batches_without_a_usable_row_once_there_are_some(clock, capsys):
@@ -188,7 +189,7 @@ def events(file):
 
 
 def test_tensorboard_file_holds_the_numbers_of_each_step(tmp_path):
-    written = module.TensorBoardFile("a-run", str(tmp_path), 4)
+    written = module.TensorBoardFile(tmp_path / "runs/a-run", 4)
     written.add_scalar("Train/lr", 0.5, 5)
     written.add_scalar("Train/train_loss", 0.25, 5)
     written.flush()
@@ -201,34 +202,49 @@ def test_tensorboard_file_holds_the_numbers_of_each_step(tmp_path):
 
 def test_tensorboard_file_that_cant_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "runs").write_text("a file, not a folder")
-    written = module.TensorBoardFile("a-run", str(tmp_path))
+    written = module.TensorBoardFile(tmp_path / "runs/a-run")
     written.add_scalar("Train/lr", 0.5, 1)
     written.flush()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("TensorBoard's file can't be written ([Errno 20] Not a directory")
 
 
-def added(report, *losses):
-    for loss in losses:
-        report.add(torch.tensor(loss))
-
-
 def test_line_after_a_run_went_on_has_the_mean_loss_with_the_steps_before_it(clock, capsys):
     before, after = TrainingReport(), TrainingReport()
-    added(before, 4.0, 2.0)
+    before.terminal.lines_every = after.terminal.lines_every = 3
+    for number, loss in enumerate((4.0, 2.0), 1):
+        step(before, number, loss=loss)
     after.load_state_dict(before.state_dict())
-    added(after, 9.0)
-    step(after, 3, loss=3.0, milliseconds=1000.0, args=SimpleNamespace(**vars(ARGS), log_interval=3))  # SAT: 9 / 3
-    line = capsys.readouterr().out
+    step(after, 3, loss=9.0, milliseconds=3000.0)
+    (line,) = capsys.readouterr().out.splitlines()
     assert "loss 5.0000" in line
     assert "8.0 samples/s" in line  # 24 samples in the three seconds that the one step took
 
 
-def test_next_line_after_that_has_sats_loss_again(clock, capsys):
+def test_next_line_after_that_has_its_own_steps_loss_again(clock, capsys):
     report = TrainingReport()
     report.load_state_dict({"loss_sum": 4.0, "summed_steps": 1, "evaluation_loss": 0.5})
     assert report.evaluation_loss == 0.5
     for number in (1, 2):
-        added(report, 2.0)
-        step(report, number, loss=7.0, args=SimpleNamespace(**vars(ARGS), log_interval=1))
+        step(report, number, loss=2.0)
     assert ["loss 3.0000" in line for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
+def test_sinks_get_a_record_of_each_step_and_evaluation(clock, monkeypatch):
+    report, records = TrainingReport(), []
+    report.sinks.append(records.append)
+    report.epoch = lambda: 0.5
+    step(report, 1)
+    report.skipped_steps, report.empty_batches, report.split = 3, 2, "test"
+    step(report, 2, loss=0.25)
+    report.evaluation(None, "the end", 1.25, 3.49, None, ARGS, {})
+    found = [(one.kind, one.step, one.loss, one.epoch, one.skipped, one.empty_batches, one.split) for one in records]
+    assert found == [
+        ("step", 1, 1.5, 0.5, 0, 0, None),
+        ("step", 2, 0.25, 0.5, 3, 2, None),
+        ("evaluation", 2, 1.25, 0.5, None, None, "test"),
+    ]
+    assert records[0].memory_bytes > 2**20
+    monkeypatch.setenv("RANK", "1")
+    step(report, 3)
+    assert len(records) == 3

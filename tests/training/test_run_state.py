@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import ROOM_FOR_THE_REST
 from model.cli.options import parse
 from model.cli.preflight import checkpoint_size
+from model.training.records import MEASURED, read_records
 from model.training.run_state import can_be_kept, put_back_random_state, random_state
 
 COMMON = (
@@ -115,6 +117,12 @@ def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_ru
         for part in done.stdout.split("== cut off")
     ]
     assert evaluations[0] == evaluations[1]
+    whole, cut = (
+        [replace(record, **dict.fromkeys(MEASURED, 0)) for record in read_records(tmp_path / part / "metrics.jsonl")]
+        for part in ("whole", "cut")
+    )
+    assert [record.loss for record in whole if record.kind == "step"] == losses["whole"]
+    assert cut == whole
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +234,7 @@ def plain_flags(upstream_checkpoint):
     return [
         "--from_pretrained", upstream_checkpoint, "--train-data", "dataset.json", "--use_lora", "--lr", "1e-12",
         "--auto_warmup_steps", "0", "--batch-size", "2", "--max_target_length", "64", "--num-workers", "0",
-        "--hidden-dropout", "0", "--attention-dropout", "0",
+        "--hidden-dropout", "0", "--attention-dropout", "0", "--save", "none",
     ]  # fmt: skip
 
 

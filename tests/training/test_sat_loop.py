@@ -244,7 +244,7 @@ def test_run_prints_nothing_but_what_is_for_a_person(run):
         r"Training on 6 samples: 6 steps of \d+ see \d+ samples, .*",
         r"The first 2 steps use at most 5 % of --lr .*",
         r"Trainable, [\d,]+ of [\d,]+ parameters in 24 tensors:",
-        r"  transformer\S+ \[\d+, \d+\]",
+        r"  transformer\S+: \d+ tensors \[\d+, \d+\], layers \d+( to)? \d+",
         r"step \d/6  loss \S+  lr \S+  \S+ samples/s  .* left",
         r".*: validation loss \S+, perplexity \S+",
         r"Saved .* \(iteration 6\)\.",

@@ -1,0 +1,161 @@
+"""Flags in a file: --config FILE.yaml, and `settings.json`, in which every run writes down its own.
+
+    use_lora: true                              a flag without a value
+    train-data: [one.json, two.json]            several values
+    lr: 1e-3                                    with - or _ , as the command line takes them
+    train_parts: [qformer=1e-5]
+
+A file becomes the words of a command line, which stand before those that were typed. So its values are checked as flags
+are, and the command line wins. `settings.json` of a run is such a file too: of it those flags are taken that the run was
+given, and those that have another default by now.
+
+Only the standard library is imported, and PyYAML where there is such a file.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.cli.options import FlagParser, Options, full_parser, unknown_flag
+
+FLAG = "--config"
+NOT_IN_A_FILE = ("help", "config", "resume", "local_rank", "device")  # what belongs to one start of one process
+FLAGS, GIVEN = "flags", "given"  # keys of settings.json
+
+
+def with_config_files(argv: Sequence[str]) -> list[str]:
+    """A command line in which the flags of each --config FILE stand in the front, in place of that flag.
+
+    Exits with status 2 and a sentence on standard error where the file can't be read or has what no flag takes.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument(FLAG, action="append", default=[])
+    try:
+        found, typed = finder.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        return list(argv)  # no value: the whole parser says so
+    return [word for file in found.config for word in words_of_file(file)] + typed
+
+
+def words_of_file(path: str) -> list[str]:
+    """The words of a command line that a file stands for; exits as `with_config_files`."""
+    parser = full_parser()
+
+    def refuse(problem: str) -> NoReturn:
+        parser.error(f"{FLAG} {path}: {problem}")
+
+    values = _values(path, refuse)
+    actions = {_key(option): action for action in parser._actions for option in action.option_strings}
+    unknown = [key for key in values if _key(key) not in actions or actions[_key(key)].dest in NOT_IN_A_FILE]
+    if unknown:
+        parser.error("\n".join(_unknown(path, key, parser) for key in unknown))
+    words: list[str] = []
+    for key, value in values.items():
+        try:
+            words += _words(actions[_key(key)], value)
+        except ValueError as problem:
+            refuse(f'"{key}" is {json.dumps(value, default=str, ensure_ascii=False)}; {problem} is needed.')
+    return words
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
+
+
+def _unknown(path: str, key: str, parser: FlagParser) -> str:
+    if _key(key) in map(_key, NOT_IN_A_FILE):
+        return f"{FLAG} {path}: {key} belongs on the command line; it can't stand in a file."
+    return f"{FLAG} {path}: {unknown_flag(key)}"
+
+
+def _values(path: str, refuse: Any) -> Mapping[str, object]:
+    """The flags in a file, by name."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        refuse(f"{error.strerror}; a YAML file of flags is needed.")
+    except UnicodeDecodeError as error:
+        refuse(f"byte {error.start + 1} isn't UTF-8; save the file as UTF-8.")
+    values = _parsed(text, refuse)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        refuse("no flags by name; lines such as `lr: 0.001` are needed.")
+    if isinstance(values.get(FLAGS), dict) and isinstance(values.get(GIVEN), list):
+        return _flags_of_settings(values)
+    return values
+
+
+def _parsed(text: str, refuse: Any) -> Any:
+    import yaml
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass  # then it is YAML
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""
+        refuse(f"{where}not YAML ({getattr(error, 'problem', None) or 'characters that it can not have'}); "
+               "lines such as `lr: 0.001` are needed.")  # fmt: skip
+
+
+def _flags_of_settings(settings: Mapping[str, Any]) -> dict[str, object]:
+    """What to give to a run that is to be as the one with these settings."""
+    now = vars(full_parser().parse_args([]))
+    given = set(settings[GIVEN])
+    flags = {name: value for name, value in settings[FLAGS].items() if name not in NOT_IN_A_FILE}
+    return {
+        name: value
+        for name, value in flags.items()
+        if name in given or name not in now or value != _plain(name, now[name])
+    }
+
+
+def _words(action: argparse.Action, value: object) -> list[str]:
+    """A flag and its value as they are typed.
+
+    Raises:
+        ValueError: no such value can be typed; says what is needed.
+    """
+    flag = action.option_strings[-1]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return [flag] if value else []
+    if value is None:
+        return []
+    if action.nargs in ("+", "*"):
+        return [flag, *map(_text, value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise ValueError("one value")
+    return [f"{flag}={_text(value)}"]  # in one word: it may begin with a dash
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+# --- settings.json ----------------------------------------------------------------------------------------------------
+
+
+def flags_as_held(options: Options, held: Mapping[str, object]) -> dict[str, Any]:
+    """Every flag with its value, for `settings.json`, and which of them were given.
+
+    Args:
+        held: values that the run has in place of the options', by attribute.
+    """
+    values = {
+        name: held.get(name, value) for name, value in vars(options).items() if name not in ("user_set", *NOT_IN_A_FILE)
+    }
+    given = sorted(name for name in options.user_set if name in values)
+    return {FLAGS: {name: _plain(name, value) for name, value in sorted(values.items())}, GIVEN: given}
+
+
+def _plain(name: str, value: object) -> object:
+    """A value as a file has it: --save none is None in Options, where other flags are not set."""
+    return "none" if name == "save" and value is None else value

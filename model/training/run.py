@@ -1,0 +1,88 @@
+"""What stands around a run's training: whatever happens to it, it is saved, shown, told in a sentence, and can go on.
+
+    with guarded_run(line, inputs) as run:
+        args = …                          # SAT's, and with them the process group
+        run.watchdog.start(…)
+        model, args = …
+        run.begin(model, args)
+        …                                 # SAT's loop
+
+Each part has a module of its own, which says what it does and what it asks of SAT's loop.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.cli.preflight import Inputs, samples_per_step
+from model.cli.resuming import CommandLine
+from model.distributed import from_first_process, launcher_environment
+from model.training.best_checkpoint import BestCheckpoint
+from model.training.feature_cache import FeatureCache
+from model.training.loaders import make_loaders
+from model.training.metrics import TrainingReport
+from model.training.run_folder import RunFolder
+from model.training.run_state import RunState
+from model.training.sat_loop import Hooks, adapted
+from model.training.saving import CheckpointSaver, TimedSaves
+from model.training.signals import StopAtSignal
+from model.training.terminal import Terminal
+from model.training.trouble import BatchesAtHand, told_in_a_sentence, watched
+from model.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that its training has to do with."""
+
+    line: CommandLine
+    inputs: Inputs
+    hooks: Hooks
+    state: RunState
+    saver: CheckpointSaver
+    batches: BatchesAtHand
+    stop: StopAtSignal
+    folder: RunFolder
+    watchdog: Watchdog
+
+    def begin(self, model: Any, args: argparse.Namespace) -> None:
+        """Hand SAT's loop what depends on the model: loaders, the cache of image features, the state to go on with.
+
+        Raises:
+            InputError: the data files or the feature cache can't be read.
+        """
+        options, selection, hooks = self.line.options, self.inputs.selection, self.hooks
+        features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
+        selection.left_out = from_first_process(selection.left_out)
+        self.state.watch(hooks, self.line, self.inputs)
+        hooks.make_loaders = partial(make_loaders, selection=selection, features=features, batches=self.batches)
+        hooks.when_ready = features.offload_vision
+        if options.keep_best:
+            self.state.after_evaluation = BestCheckpoint(self.saver.save).consider
+
+
+@contextmanager
+def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
+    """Train in the block. SAT's loop is adapted inside, and as it was before afterwards.
+
+    Raises:
+        InputError: what was met can be told in a sentence.
+        SystemExit: a signal came; the run has been saved.
+    """
+    options, saver = line.options, CheckpointSaver(save_checkpoint)
+    state = RunState(TrainingReport(Terminal.of_run(options)), line.resumed, saver.begin)
+    hooks = Hooks(load_checkpoint, state.saving(saver.save), state.report, options.auto_warmup_steps)
+    hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
+    batches = watched(hooks, options, saver.wait)
+    stop = StopAtSignal(hooks)
+    folder = RunFolder(line, inputs, state, hooks, stop.is_stopping)
+    with stop, launcher_environment(), adapted(hooks):
+        watchdog = Watchdog.of_run(options, batches, saver, stop)
+        with watchdog, saver, folder, told_in_a_sentence(batches, options):
+            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog)
+        stop.leave()
+    folder.wait_for_picture()

@@ -1,0 +1,245 @@
+"""What a run leaves behind beside its checkpoints, in `<save>/<run>/`; with --save none, nothing.
+
+    settings.json    every flag as it held, the data files, each start of the run: packages and machine
+    metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
+    loss.png         their curves: `model.training.curves`
+    tensorboard/     the same for TensorBoard, unless --summary-dir names a place
+    held_out.json    the rows of --holdout, as a data file that scripts/evaluate.py takes
+    bad_rows.txt     the rows that were left out (--bad_rows skip), a sentence each
+
+These files are for people and for tools that show a run. Going on with a run needs none of them: --resume reads
+`training_run.json` beside the weights of an iteration (`model.checkpoints.resume`), which says what held at that iteration.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from model.checkpoints.resume import digests
+from model.checkpoints.whole import remove, write_whole
+from model.cli.config_file import flags_as_held
+from model.cli.preflight import Inputs
+from model.cli.resuming import CommandLine
+from model.data.rows import Row, json_row
+from model.data.split import Selection
+from model.distributed import is_first_process
+from model.progress import warn
+from model.training.curves import LossPicture
+from model.training.records import METRICS_FILE, SETTINGS_FILE, MetricsFile
+from model.training.run_state import RunState
+from model.training.sat_loop import Hooks
+
+HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER = "held_out.json", "bad_rows.txt", "tensorboard"
+VERSION = 1  # of settings.json
+PACKAGES = (
+    "torch", "SwissArmyTransformer", "deepspeed", "transformers", "bitsandbytes", "numpy", "Pillow", "sentencepiece",
+)  # fmt: skip
+# Attributes of SAT's namespace that a --deepspeed_config, or a machine without a GPU, makes others than the flags'.
+HELD_BY_SAT = ("batch_size", "gradient_accumulation_steps", "lr", "weight_decay", "fp16", "bf16")
+
+
+class RunFolder:
+    """The files of one run. As a context manager it closes them, and removes them if not a single step was taken."""
+
+    def __init__(
+        self, line: CommandLine, inputs: Inputs, run: RunState, hooks: Hooks, is_stopping: Callable[[], bool]
+    ) -> None:
+        """Let hooks put TensorBoard's file in its place. The folder is known when SAT calls `place`.
+
+        Args:
+            is_stopping: whether a signal has asked the run to end.
+        """
+        self.is_stopping = is_stopping
+        self.line, self.inputs, self.run, self.report = line, inputs, run, hooks.report
+        self.folder: Path | None = None
+        self.metrics: MetricsFile | None = None
+        self.picture: LossPicture | None = None
+        self.steps = line.steps_done
+        hooks.tensorboard_folder = self.tensorboard_folder
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def place(self, args: argparse.Namespace, model: Any) -> None:
+        """Choose the run's folder, and write what is known of the run. SAT calls this on every process before training."""
+        self.run.place(args, model)
+        if not args.save:
+            return
+        self.folder = Path(args.save)
+        args.summary_dir = args.summary_dir or args.save  # Weights & Biases keeps its files there
+        if not is_first_process():
+            return
+        try:
+            self._write(args)
+        except OSError as error:
+            warn(f"{self.folder}: the settings of the run can't be written ({error.strerror}); training goes on.")
+        self.metrics = MetricsFile(self.folder / METRICS_FILE, self.run.is_behind)
+        self.picture = LossPicture(self.folder)
+        self.report.sinks += [self.metrics.write, self.picture.note, self._count]
+
+    def tensorboard_folder(self, base: str, name: str) -> Path | None:
+        """Where TensorBoard's file goes: into the run's folder, or where --summary-dir says."""
+        if self.line.options.summary_dir:
+            return Path(self.line.options.summary_dir, "runs", self.folder.name if self.folder else name)
+        return self.folder / TENSORBOARD_FOLDER if self.folder else None
+
+    def _count(self, record: object) -> None:
+        self.steps += 1
+
+    def _write(self, args: argparse.Namespace) -> None:
+        assert self.folder is not None
+        selection = self.inputs.selection
+        settings = settings_of_run(self.line, self.inputs, args, self.run.data)
+        settings["starts"] = [*earlier_starts(self.folder, self.line.steps_done), start_of_run(self.line)]
+        write_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        held_out = list(held_out_rows(selection, self.line.options.lang))
+        if held_out:
+            rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in held_out)
+            write_text(self.folder / HELD_OUT_FILE, f"[\n{rows}\n]\n")
+        if selection.problems:
+            write_text(self.folder / BAD_ROWS_FILE, "\n".join(selection.problems) + "\n")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.line.options.wandb and is_first_process():
+            sys.modules["wandb"].finish(exit_code=int(kind is not None))  # a second run may follow in this process
+        if self.folder is None or not is_first_process():
+            return
+        if not self.steps:
+            for name in (SETTINGS_FILE, METRICS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
+                remove(self.folder / name)
+        elif self.picture is not None:
+            if self.is_stopping() or (kind is not None and not issubclass(kind, Exception)):
+                self.picture.give_up()
+            else:
+                self.picture.finish()
+            if kind is not None:
+                self.picture.wait()
+
+    def wait_for_picture(self) -> None:
+        """Return when `loss.png` shows the whole run, or after half a minute."""
+        if self.picture is not None:
+            self.picture.wait()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+# --- settings.json ----------------------------------------------------------------------------------------------------
+
+
+def settings_of_run(
+    line: CommandLine, inputs: Inputs, args: argparse.Namespace, known: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `settings.json` says of a run as a whole.
+
+    Args:
+        known: digests of data files, by path.
+    """
+    options, selection = line.options, inputs.selection
+    held: dict[str, object] = {name: getattr(args, name) for name in HELD_BY_SAT}
+    held |= {name: getattr(inputs.lengths, name) for name in ("max_source_length", "max_target_length")}
+    other = [file for file in selection.rows if file not in known]
+    of_file = {**known, **digests(other)}
+    return {
+        "version": VERSION,
+        "run": Path(args.save).name,
+        **flags_as_held(options, held),
+        "steps": inputs.steps,
+        "samples_per_step": args.batch_size
+        * args.gradient_accumulation_steps
+        * (args.world_size // args.model_parallel_size),
+        "checkpoint": str(inputs.checkpoint.folder.resolve()),
+        "data": {
+            file: data_of(selection, file, of_file[file], file in (options.train_data or [])) for file in selection.rows
+        },
+        "deepspeed": args.deepspeed_config,
+    }
+
+
+def data_of(selection: Selection, file: str, sha256: str, trained_on: bool) -> dict[str, Any]:
+    """What `settings.json` says of a data file."""
+    return {
+        "path": os.path.abspath(file),
+        "sha256": sha256,
+        "rows": len(selection.rows[file]),
+        "trained_on": selection.row_count(file) if trained_on else 0,
+        "held_out": len(selection.chosen(file, training=False) or ()),
+        "left_out": len(selection.left_out.get(file, ())),
+    }
+
+
+def start_of_run(line: CommandLine) -> dict[str, Any]:
+    """This start of a run: a fresh one's first, or where it goes on; and what it runs on."""
+    return {
+        "time": time.time(),
+        "after_step": line.steps_done,
+        "command": line.words,
+        "folder": os.getcwd(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def earlier_starts(folder: Path, steps_done: int) -> list[Any]:
+    """The starts that `settings.json` in a folder has, without those after so many steps: their steps are taken again."""
+    try:
+        starts = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["starts"]
+        return [start for start in starts if start["after_step"] <= steps_done] if steps_done else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a run of an earlier version
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that training stands on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run is on."""
+    torch = sys.modules.get("torch")
+    gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
+    return {
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(number) for number in gpus] if torch is not None else [],
+    }
+
+
+# --- held_out.json ----------------------------------------------------------------------------------------------------
+
+
+def held_out_rows(selection: Selection, lang: str) -> Iterable[dict[str, Any]]:
+    """The rows that --holdout took out of training, as they stand in a data file, each image by its absolute path.
+
+    Args:
+        lang: --lang, which holds for rows that don't say.
+    """
+    for file in selection.held_out:
+        for index in selection.chosen(file, training=False) or ():
+            row: Row = selection.rows[file][index]
+            img = None if row.img is None else os.path.abspath(row.img)
+            yield json_row(row._replace(img=img, lang=row.lang or (lang if lang != "zh" else None)))

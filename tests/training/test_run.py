@@ -1,0 +1,58 @@
+"""What stands around a run's training: SAT is as before afterwards, whatever the block ends with."""
+
+import importlib
+import os
+import signal
+
+import pytest
+from conftest import write_rows
+
+from model import sat_compat
+from model.cli.preflight import preflight
+from model.cli.resuming import command_line
+from model.errors import InputError
+from model.training.run import guarded_run
+
+
+@pytest.fixture
+def parts(upstream_checkpoint, tmp_path):
+    """A command line that can be run, and what its checks found."""
+    rows = write_rows(tmp_path, [{"prompt": "?", "label": "a"}] * 4)
+    flags = ["--from_pretrained", upstream_checkpoint, "--use_lora", "--train-data", rows, "--save", tmp_path / "saved"]
+    line = command_line([*map(str, flags), "--keep_best", "--holdout", "1", "--eval-interval", "2"])
+    return line, preflight(line.options)
+
+
+def saves():
+    """SAT's own function, or what a run has put in its place."""
+    return importlib.import_module("sat.training.deepspeed_training").save_checkpoint
+
+
+def out_of_memory():
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory")
+
+
+def test_sat_is_replaced_in_the_block_and_as_before_after_an_error(parts, tmp_path):
+    sat_compat.import_sat(training=True)
+    before, within = saves(), []
+
+    def train():
+        with guarded_run(*parts) as run:
+            within.append(saves() == run.hooks.save_checkpoint != before)
+            out_of_memory()
+
+    with pytest.raises(InputError, match="memory"):
+        train()
+    assert within == [True]
+    assert saves() is before
+    assert not (tmp_path / "saved").exists()  # not a step was taken
+
+
+def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts):
+    def train():
+        with guarded_run(*parts):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        train()
+    assert left.value.code == 128 + signal.SIGTERM

@@ -6,6 +6,7 @@ import torch
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import is_finetuned
+from model.cpu import pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.errors import InputError
 from model.sat_compat import model_only, quieten
@@ -50,6 +51,7 @@ def load_for_answering(
         from sat.quantization.kernels import quantize
 
         quantize(model, quant)
+    pack_linears(model.requires_grad_(False))
     return model.eval(), tokenizer
 
 

@@ -36,8 +36,11 @@ def attention(
 
     bias is `score_bias` of [batch, 1, seq, keys], or None. dropped is the probability that a weight is left out.
     """
-    if query.device.type == "cpu" and key.shape[-2] <= SHORT_ON_CPU:
-        scores, scale = query @ key.transpose(-1, -2), query.shape[-1] ** -0.5
+    is_one_token = query.shape[-2] == 1
+    if query.device.type == "cpu" and (is_one_token or key.shape[-2] <= SHORT_ON_CPU):
+        scale = query.shape[-1] ** -0.5
+        # One query is the vector: with it on the left, bfloat16 takes four times as long (torch 2.13).
+        scores = (key @ query.mT).mT if is_one_token else query @ key.mT
         weights = (scores * scale if bias is None else torch.add(bias, scores, alpha=scale)).softmax(dim=-1)
         return F.dropout(weights, dropped, training=dropped > 0) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
@@ -107,15 +110,19 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse:
     return rotated
 
 
+def _rotated(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
+    query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
+    return query, key, parts[2]
+
+
 class _RotatedQueryKeyValue(torch.autograd.Function):
     """`rotated_query_key_value`. Its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
-        query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
-        return query, key, parts[2]
+        return _rotated(stacked, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -129,14 +136,14 @@ class _RotatedQueryKeyValue(torch.autograd.Function):
         return gradient, None, None
 
 
-def rotated_query_key_value(
-    stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rotated_query_key_value(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Query and key, rotated by their positions, and value as it is: [batch, heads, seq, head_dim] each.
 
     Args:
         stacked: all three, [batch, seq, 3, heads, head_dim]. cos, sin: from `rotary_rows`.
     """
+    if not torch.is_grad_enabled():  # asking autograd first takes as long as the rotation of one token
+        return _rotated(stacked, cos, sin)
     return _RotatedQueryKeyValue.apply(stacked, cos, sin)
 
 

@@ -7,7 +7,8 @@ python scripts/dev/benchmark_answers.py --from_pretrained model/tiny --ours_only
 
 The released way: SAT's `filling_sequence` with its cache, in float32, with SAT's own attention and plain weights. Each
 figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
-The memory's rate is measured in each pair too: a token can't come faster than all weights are read.
+The memory's rate is measured in each pair too: a token can't come faster than all weights are read. In a batch the released
+way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill does more.
 """
 
 import argparse

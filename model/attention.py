@@ -24,11 +24,30 @@ INVISIBLE = (
 )  # SAT's score of a position that isn't seen; finite, so that padding, which sees nothing, is finite
 
 
-class FusedAttentionMixin(BaseMixin):
-    """SAT's hook `attention_fn`: softmax(q kᵀ / √head_dim + mask) v, in one kernel where that pays.
+def score_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores: 0 where mask holds 1, and the key is seen; INVISIBLE where it holds 0."""
+    return ((mask - 1) * -INVISIBLE).to(dtype)
 
-    The mixins of P-Tuning and of the key-value cache call it with longer keys.
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, dropped: float = 0.0
+) -> torch.Tensor:
+    """softmax(q kᵀ / √head_dim + bias) v, [batch, heads, seq, head_dim], in one kernel where that pays.
+
+    bias is `score_bias` of [batch, 1, seq, keys], or None. dropped is the probability that a weight is left out.
     """
+    is_one_token = query.shape[-2] == 1
+    if query.device.type == "cpu" and (is_one_token or key.shape[-2] <= SHORT_ON_CPU):
+        scale = query.shape[-1] ** -0.5
+        # One query is the vector: with it on the left, bfloat16 takes four times as long (torch 2.13).
+        scores = (key @ query.mT).mT if is_one_token else query @ key.mT
+        weights = (scores * scale if bias is None else torch.add(bias, scores, alpha=scale)).softmax(dim=-1)
+        return F.dropout(weights, dropped, training=dropped > 0) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
+
+
+class FusedAttentionMixin(BaseMixin):
+    """SAT's hook `attention_fn`: `attention` under a mask. The mixin of P-Tuning calls it with longer keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +58,7 @@ class FusedAttentionMixin(BaseMixin):
         if mask.numel() == 1:
             return None
         if self.last[0] is not mask:
-            self.last = mask, ((mask - 1) * -INVISIBLE).to(dtype)
+            self.last = mask, score_bias(mask, dtype)
         return self.last[1]
 
     def attention_fn(
@@ -52,13 +71,8 @@ class FusedAttentionMixin(BaseMixin):
         **_: Any,
     ) -> torch.Tensor:
         """Context [batch, heads, seq, head_dim]; mask [batch, 1, seq, keys] holds 1 where a key is seen, or is one 1."""
-        bias = self.bias(mask, query.dtype)
         dropped = dropout.p if dropout is not None and dropout.training else 0.0
-        if query.device.type == "cpu" and key.shape[-2] <= SHORT_ON_CPU:
-            scores, scale = query @ key.transpose(-1, -2), query.shape[-1] ** -0.5
-            weights = (scores * scale if bias is None else torch.add(bias, scores, alpha=scale)).softmax(dim=-1)
-            return F.dropout(weights, dropped, training=dropped > 0) @ value
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
+        return attention(query, key, value, self.bias(mask, query.dtype), dropped)
 
 
 def rotary_rows(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,15 +110,19 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse:
     return rotated
 
 
+def _rotated(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
+    query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
+    return query, key, parts[2]
+
+
 class _RotatedQueryKeyValue(torch.autograd.Function):
     """`rotated_query_key_value`. Its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
-        query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
-        return query, key, parts[2]
+        return _rotated(stacked, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -118,14 +136,14 @@ class _RotatedQueryKeyValue(torch.autograd.Function):
         return gradient, None, None
 
 
-def rotated_query_key_value(
-    stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rotated_query_key_value(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Query and key, rotated by their positions, and value as it is: [batch, heads, seq, head_dim] each.
 
     Args:
         stacked: all three, [batch, seq, 3, heads, head_dim]. cos, sin: from `rotary_rows`.
     """
+    if not torch.is_grad_enabled():  # asking autograd first takes as long as the rotation of one token
+        return _rotated(stacked, cos, sin)
     return _RotatedQueryKeyValue.apply(stacked, cos, sin)
 
 
@@ -158,20 +176,25 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         position_ids: torch.Tensor,
         layer_id: Any,
         answer_positions: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One layer's attention, [batch, seq, hidden] → [batch, seq, hidden].
 
         With answer_positions, int64[answers] into the flattened batch · seq, only theirs: → [answers, hidden].
+        With cache, a `model.inference.cache.KeyValueCache`, it says what is seen in place of the mask: earlier keys too.
         """
         attention = self.transformer.layers[layer_id].attention
         heads, head_dim = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
         stacked = attention.query_key_value(hidden_states).unflatten(-1, (3, heads, head_dim))
         query, key, value = rotated_query_key_value(stacked, *self.cos_sin(position_ids, stacked.dtype))
-        dropout = attention.attention_dropout if attention.training else None
-        context = self.transformer.hooks["attention_fn"](
-            query, key, value, mask, dropout, layer_id=layer_id, position_ids=position_ids, **kwargs,
-        )  # fmt: skip
+        if cache is not None:
+            context = cache.attend(int(layer_id), query, key, value)
+        else:
+            dropout = attention.attention_dropout if attention.training else None
+            context = self.transformer.hooks["attention_fn"](
+                query, key, value, mask, dropout, layer_id=layer_id, position_ids=position_ids, **kwargs,
+            )  # fmt: skip
         context = context.transpose(1, 2).flatten(2)
         if answer_positions is not None:
             context = context.flatten(0, 1).index_select(0, answer_positions)

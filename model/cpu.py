@@ -96,6 +96,11 @@ def _packed_identity() -> torch.Tensor:
     return in_onednn_order(torch.eye(IDENTITY_WIDTH, dtype=torch.bfloat16))
 
 
+def _onednn_gelu(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, IDENTITY_WIDTH)
+    return onednn_linear(rows, _packed_identity(), None, activation="gelu").view(x.shape)
+
+
 class _OnednnGelu(torch.autograd.Function):
     """`gelu` of bfloat16 on a CPU. torch works out its tanh number by number, which takes three times as long.
 
@@ -107,8 +112,7 @@ class _OnednnGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        rows = x.reshape(-1, IDENTITY_WIDTH)
-        return onednn_linear(rows, _packed_identity(), None, activation="gelu").view(x.shape)
+        return _onednn_gelu(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
@@ -118,5 +122,5 @@ class _OnednnGelu(torch.autograd.Function):
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """ChatGLM's GELU, the tanh approximation. SAT spells it out in seven operations, each of which keeps a copy."""
     if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and can_pack(x):
-        return _OnednnGelu.apply(x)
+        return _OnednnGelu.apply(x) if torch.is_grad_enabled() else _onednn_gelu(x)
     return torch.nn.functional.gelu(x, approximate="tanh")

@@ -69,7 +69,7 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b, [..., in] → [..., out]."""
-        return _Product.apply(x, self)
+        return _Product.apply(x, self) if torch.is_grad_enabled() else self.product(x)
 
     def plain(self) -> torch.nn.Linear:
         """A plain linear with the same weight, in full width, and the same bias."""

@@ -1,6 +1,7 @@
 """Cross entropy of the supervised tokens. `model.masks` says which position predicts which of them.
 
-`head_loss` is what training uses. `answer_loss` and `losses_by_row` take logits that are there already.
+`head_loss` is what training uses, `head_losses` evaluating. `answer_loss` and `losses_by_row` take logits that are there
+already.
 
 Shapes: batch = samples, seq = tokens, answers = supervised tokens of the whole batch, vocab = entries of the
 vocabulary, hidden = the width of the language model.
@@ -85,3 +86,18 @@ def head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.T
     rows = max(1, CHUNK_LOGITS // vocab)
     cached = max(1, CACHED_LOGITS // vocab) * torch.get_num_threads() if hidden.device.type == "cpu" else rows
     return _HeadLoss.apply(hidden, head, targets, rows, cached)
+
+
+@torch.no_grad()
+def head_losses(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of each token that hidden states predict, float32[answers], without gradients.
+
+    The scores of a chunk of tokens are made at a time. The arguments are `head_loss`'s, the head a linear of any kind.
+    """
+    vocab = head.out_features if isinstance(head, FrozenLinear) else head.weight.shape[0]
+    rows = max(1, CHUNK_LOGITS // vocab)
+    losses = [
+        F.cross_entropy(head(part).float(), target, reduction="none")
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)

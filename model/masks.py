@@ -80,6 +80,15 @@ def glm_position_ids(
     return torch.stack((first, second), dim=1)
 
 
+def answer_position_ids(context_length: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """int64[batch, 2, 1]: `glm_position_ids` of one token of each answer.
+
+    Args:
+        context_length: int64[batch], tokens before <sop>, no padding among them. position: int64[batch], where it stands.
+    """
+    return torch.stack((context_length - 1, position - context_length + 1), dim=1).unsqueeze(2)
+
+
 def packed_position_ids(segments: torch.Tensor, in_context: torch.Tensor) -> torch.Tensor:
     """int64[batch, 2, seq]: `glm_position_ids` of several samples in one row, each counted by itself; padding has 0.
 

@@ -19,13 +19,15 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import answer_length
 from model.data.images import is_url, open_image
 from model.hub import at_revision
 from model.inference.flags import add_number_format_flags
+from model.inference.sampling import Sampling
 from model.progress import printable, say
 
+RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
-UNSETTLED = "�,!:;?"  # the end of half a character, and punctuation that the next character may widen
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
     add("--prompt_en", default="Describe the image.", metavar="TEXT", help="the same with --english (default %(default)s)")
     add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
-    add("--max_length", type=int, default=2048, metavar="N", help="tokens of a conversation (default %(default)s)")
+    add("--max_length", type=int, metavar="N",
+        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
     add("--top_p", type=float, default=0.4, metavar="P",
         help="sample from the likeliest tokens of this total probability (default %(default)s)")
     add("--top_k", type=int, default=100, metavar="N", help="sample from this many likeliest tokens (default %(default)s)")
@@ -95,21 +98,31 @@ def check(options: argparse.Namespace) -> Checkpoint:
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
-    if options.temperature < 0:
-        raise InputError(f"--temperature {options.temperature}: 0 or more is needed.")
-    if options.top_k < 1:
-        raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"--top_p {options.top_p}: a number above 0, up to 1, is needed.")
+    options.sampling = sampling_of(options)
     checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    options.max_length = answer_length(
+        checkpoint.config.get("max_sequence_length", RELEASED_LENGTH), options.max_length, RELEASED_LENGTH
+    )
     if options.image and not is_url(options.image):
         open_image(options.image)
     return checkpoint
 
 
-def not_yet_printed(text: str, printed: str) -> str:
-    """What to print so that printed becomes text; nothing where text took another turn."""
-    return text[len(printed) :] if text.startswith(printed) else ""
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """How the flags ask for tokens to be chosen.
+
+    Raises:
+        InputError: a number is out of bounds.
+    """
+    if options.top_k < 1:
+        raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
+    return Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=1.0 if options.temperature == 0 else 1.2,
+        invalid_slices=(CHINESE_TOKENS,) if options.english else (),
+    )
 
 
 def typed(text: str) -> str:
@@ -142,6 +155,7 @@ class Demo:
     def answer(self, conversation: Conversation, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
         from model.inference.chat import answer_so_far
+        from model.inference.text import new_text
 
         options, printed, response = self.options, "", ""
         for response in answer_so_far(
@@ -151,17 +165,13 @@ class Demo:
             query,
             conversation.history,
             max_length=options.max_length,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            temperature=options.temperature,
-            repetition_penalty=1.0 if options.temperature == 0 else 1.2,
-            invalid_slices=[CHINESE_TOKENS] if options.english else [],
+            sampling=options.sampling,
             english=options.english,
         ):
-            piece = not_yet_printed(response.rstrip(UNSETTLED), printed)
+            piece = new_text(response, printed)
             print(printable(piece), end="", flush=True)
             printed += piece
-        say(not_yet_printed(response, printed) if response.startswith(printed) else f"\n{response}")
+        say(new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}")
         conversation.history.append((query, response))
 
     def talk(self) -> None:

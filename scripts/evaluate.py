@@ -20,12 +20,14 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import answer_length
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
 from model.hub import at_revision
 from model.inference.flags import add_number_format_flags
 from model.progress import say
 
+DEFAULT_LENGTH = 512  # tokens of question and answer together
 SHOWN = 3  # rows printed as examples
 
 
@@ -95,65 +97,60 @@ def summary_line(measures: dict[str, float]) -> str:
 
 
 def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
-    """Answer every row with a checkpoint, in batches."""
+    """Answer every row with a checkpoint, --batch-size of them at once."""
     from tqdm import tqdm
 
+    from model.inference.batch import answers_as_they_finish
     from model.inference.load import load_for_answering
+    from model.inference.text import answer_text
 
     model, tokenizer = load_for_answering(
         checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
     )
+    losses: list[tuple[float, int]] = []
+    questions = asked(rows, model, tokenizer, options, losses)
+    answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
     with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
-        for batch in alike(rows, options.batch_size):
-            of_batch = batch_results([rows[index] for index in batch], model, tokenizer, options.max_length)
-            results |= zip(batch, of_batch, strict=True)
-            bar.update(len(batch))
-    return [results[index] for index in range(len(rows))]
+        for number, ids in answers:
+            row = rows[number]
+            results[number] = result_of(row, answer_text(ids, tokenizer, row.lang == "en"), *losses[number])
+            bar.update()
+    return [results[number] for number in range(len(rows))]
 
 
-def alike(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
-    """Batches of row numbers: all with a picture or all without, all in one language."""
-    kinds: dict[tuple[bool, bool], list[int]] = {}
-    for index, row in enumerate(rows):
-        kinds.setdefault((row.img is None, row.lang == "en"), []).append(index)
-    for indices in kinds.values():
-        yield from (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
-
-
-def batch_results(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> Iterator[Result]:
-    """The results of one batch of rows that are alike, each asked as in training."""
+def asked(
+    rows: Sequence[Row], model: Any, tokenizer: Any, options: argparse.Namespace, losses: list[tuple[float, int]]
+) -> Iterator[Any]:
+    """Each row as a question that is asked as in training; the loss of its label is added to losses before."""
     import torch
 
     from model.data.prompt import Lengths, context_ids, sample_from_row
-    from model.inference.batch import greedy_answers, label_losses
+    from model.inference.batch import label_losses
     from model.inference.chat import image_tensor
+    from model.inference.engine import Question, image_features
 
-    english = rows[0].lang == "en"
-    pictures = [image_tensor(row.img, model) for row in rows if row.img is not None]
-    image = torch.cat(pictures) if pictures else None
-    contexts = [
-        context_ids(row.prompt, row.history, row.img is not None, tokenizer, model.image_length, english)
-        for row in rows
-    ]
-    answers = greedy_answers(contexts, image, model, tokenizer, max_length, english)
-    lengths = Lengths(model.image_length, max_length, max_length)
-    samples = [sample_from_row(row, tokenizer, lengths) for row in rows]
-    losses = label_losses(samples, image, model, tokenizer)
-    for row, answer, (loss, count) in zip(rows, answers, losses, strict=True):
-        right = without_punctuation(answer) == without_punctuation(row.label)
-        exact = answer.strip() == row.label.strip()
-        yield Result(
-            row.img or "",
-            row.prompt,
-            row.label,
-            answer,
-            right,
-            exact,
-            rouge_l(answer, row.label),
-            loss / max(1, count),
-            count,
-        )
+    lengths = Lengths(model.image_length, options.max_length, options.max_length)
+    for start in range(0, len(rows), options.batch_size):
+        batch = rows[start : start + options.batch_size]
+        pictures = [image_tensor(row.img, model) for row in batch if row.img is not None]
+        features = image_features(torch.cat(pictures), model) if pictures else None
+        samples = [sample_from_row(row, tokenizer, lengths) for row in batch]
+        losses += label_losses(samples, None, model, tokenizer, features)
+        of_pictures = iter([] if features is None else features.split(1))
+        for row in batch:
+            ids, pre_image = context_ids(
+                row.prompt, row.history, row.img is not None, tokenizer, model.image_length, row.lang == "en"
+            )
+            yield Question(ids, pre_image, image_features=None if row.img is None else next(of_pictures))
+
+
+def result_of(row: Row, answer: str, loss: float, tokens: int) -> Result:
+    """What is to be said of one row's answer, and of the loss of its label in all its tokens."""
+    right = without_punctuation(answer) == without_punctuation(row.label)
+    exact = answer.strip() == row.label.strip()
+    similarity = rouge_l(answer, row.label)
+    return Result(row.img or "", row.prompt, row.label, answer, right, exact, similarity, loss / max(1, tokens), tokens)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -175,8 +172,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
     add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
-    add("--max_length", type=int, default=512, metavar="N",
-        help="tokens of question and answer together (default %(default)s)")
+    add("--max_length", type=int, metavar="N",
+        help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
     add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
     # fmt: on
     add_number_format_flags(parser)
@@ -195,6 +192,8 @@ def evaluate(options: argparse.Namespace) -> None:
     checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
+    options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
     rows = read_rows(options.data, options.image_folder)
     if not rows:
         raise InputError(f"{options.data}: no rows in it; one or more are needed.")

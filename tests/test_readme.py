@@ -42,6 +42,7 @@ NEEDS_GPU = "bash scripts/dev/benchmark_gpu.sh"
 # These take minutes, and tests/scripts/dev runs them at small size. Here, --help must know the flags in their lines.
 HELP_ONLY = (
     "python scripts/dev/benchmark.py",  # 15 seconds at its smallest
+    "python scripts/dev/benchmark_answers.py",  # 20 seconds at its smallest
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
     "python scripts/dev/torture.py",  # 15 seconds at its smallest

@@ -106,3 +106,20 @@ def _found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
         f"{checkpoint.name}: its base {recorded.name} is not there, nor at {recorded.path}; --base with the folder of that "
         "model is needed."
     )
+
+
+def answer_length(positions: int, asked: int | None, default: int | None = None) -> int:
+    """Tokens of context and answer together: as many as asked for, else the default, or as many as the model takes.
+
+    positions is that number, `max_sequence_length`.
+
+    Raises:
+        InputError: more than the model takes are asked for.
+    """
+    if asked is None:
+        return min(default or positions, positions)
+    if asked > positions:
+        raise InputError(
+            f"--max_length {asked}: this model takes {positions} tokens (max_sequence_length), so less is needed."
+        )
+    return asked

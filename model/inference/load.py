@@ -20,7 +20,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
-from model.cpu import has_onednn
+from model.cpu import has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.errors import InputError
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
@@ -81,6 +81,7 @@ def load_for_answering(
         model.to(DTYPES[chosen.dtype])
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
+    pack_linears(model.requires_grad_(False))
     return model.eval(), tokenizer
 
 

@@ -43,7 +43,7 @@ from scripts import check_data
 SEED = 20230517
 MOST_SECONDS = 60  # for one file; more is a hang
 ROWS_IN_A_FILE = 100
-SENTENCE = re.compile(r"[^\n]+: [^\n]+[.!…]|… and \d+ more; [^\n]+\.")
+SENTENCE = re.compile(r"[^\n]+: [^\n]+[.!…]|(… and \d+ more|\d+ in all); [^\n]+\.")
 TINY = str(Path(__file__).resolve().parents[2] / "model/tiny")  # whose tokenizer counts
 FLAGS = ("--workers", "1", "--from_pretrained", TINY, "--max_target_length", "64")
 LENGTHS = Lengths(image_length=32, max_source_length=64, max_target_length=64)

@@ -12,7 +12,7 @@ from PIL import Image
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import context_ids
 from model.errors import InputError
-from model.inference.chat import chat, tidied
+from model.inference.chat import chat
 from model.inference.load import image_size, load_for_answering
 
 PICTURE = GOLDEN / "upstream/images/0.png"
@@ -220,29 +220,3 @@ def test_base_checkpoint_for_answering_is_a_plain_model_in_eval_mode(upstream_ch
 def test_checkpoint_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         load_for_answering(str(tmp_path / "nowhere"))
-
-
-# the answer's text
-
-
-@pytest.mark.parametrize(
-    ("response", "shown"),
-    [
-        ("  一只猫。\n", "一只猫。"),
-        ("[[训练时间]]", "2023年"),
-        ("猫,狗!鸟:鱼;谁?", "猫，狗！鸟：鱼；谁？"),
-        (",猫", "，猫"),
-        ("1,000 cats: yes!", "1,000 cats: yes!"),
-        ("猫, 狗", "猫， 狗"),
-        ("问：谁？\n答：一只猫。\n答：一只狗。", "一只狗。"),
-        ("A: yes", "A: yes"),
-        ("", ""),
-    ],
-)
-def test_answer_is_tidied_as_the_released_demo_does(response, shown):
-    assert tidied(response) == shown
-
-
-def test_english_answer_is_what_follows_the_last_a():
-    assert tidied("Q:Who?\nA: a cat\nA: a dog ", english=True) == "a dog"
-    assert tidied("答：猫", english=True) == "答：猫"

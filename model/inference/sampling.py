@@ -1,0 +1,118 @@
+"""How the next token is chosen from the model's scores: always the likeliest, or drawn as the released demo draws.
+
+Shapes: rows = answers, vocab = entries of the vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from model.errors import InputError, raise_problems
+
+if TYPE_CHECKING:  # commands check their flags before torch is loaded
+    import torch
+
+FORBIDDEN = -65504.0  # SAT's score of a token that must not be answered
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. The defaults are those of the released `chat`; the strategy is SAT's BaseStrategy.
+
+    Args:
+        temperature: divides the scores; 0 always takes the likeliest token.
+        top_p: draw from the likeliest tokens of this total probability.
+        top_k: draw from this many likeliest tokens; 0 draws from all, whatever top_p is.
+        repetition_penalty: divides the scores of tokens that the answer already has.
+        invalid_slices: ranges of token ids that must not be answered.
+        seed: the same one gives the same answer; None draws from torch's own random numbers.
+
+    Raises:
+        InputError: a number is out of bounds.
+    """
+
+    temperature: float = 0.95
+    top_p: float = 0.7
+    top_k: int = 30
+    repetition_penalty: float = 1.2
+    invalid_slices: tuple[slice, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"--temperature {self.temperature}: 0 or more is needed.")
+        if self.top_k < 0:
+            problems.append(f"--top_k {self.top_k}: 0 or more is needed.")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"--top_p {self.top_p}: a number above 0, up to 1, is needed.")
+        if not 0 < self.repetition_penalty < math.inf:
+            problems.append(f"--repetition_penalty {self.repetition_penalty}: a number above 0 is needed.")
+        raise_problems(problems)
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the scores as they are decide."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.invalid_slices
+
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1)
+
+
+def next_tokens(
+    scores: "torch.Tensor",
+    samplings: Sequence[Sampling],
+    answers: Sequence[list[int]],
+    generators: Sequence["torch.Generator | None"],
+) -> list[int]:
+    """The next token of each row, int[rows], from scores [rows, vocab]; answers holds the token ids that each has so far.
+
+    Raises:
+        InputError: a score is nan.
+    """
+    best, likeliest = scores.max(dim=-1)  # nan is above all numbers here
+    if any(map(math.isnan, best.tolist())):
+        raise InputError("the model's scores hold nan: its weights are damaged, or too large for its number format.")
+    tokens = likeliest.tolist()
+    for row, sampling in enumerate(samplings):
+        if not sampling.takes_the_likeliest:
+            tokens[row] = drawn_token(scores[row], sampling, answers[row], generators[row])
+    return tokens
+
+
+def drawn_token(
+    scores: "torch.Tensor", sampling: Sampling, answer: list[int], generator: "torch.Generator | None" = None
+) -> int:
+    """One token, by scores [vocab]."""
+    import torch
+
+    probabilities, tokens = token_probabilities(scores, sampling, answer)
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def token_probabilities(
+    scores: "torch.Tensor", sampling: Sampling, answer: list[int]
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Which tokens may come next, int64[tokens], the likeliest first, and their probabilities, float32[tokens].
+
+    SAT sorts the whole vocabulary at every token. The same tokens are left if it is only asked for the top_k.
+
+    Args:
+        scores: [vocab]. answer: the token ids so far.
+    """
+    scores = scores.float().clone()
+    if answer and sampling.repetition_penalty != 1:
+        scores[answer] = scores[answer] / sampling.repetition_penalty
+    scores /= sampling.temperature or 1
+    for forbidden in sampling.invalid_slices:
+        scores[forbidden] = FORBIDDEN
+    if sampling.temperature == 0:
+        best, token = scores.max(dim=0, keepdim=True)
+        return best.new_ones(1), token
+    kept, tokens = scores.topk(min(sampling.top_k or len(scores), len(scores)))
+    probabilities = kept.softmax(dim=0)
+    if sampling.top_k:
+        before = probabilities.cumsum(dim=0) - probabilities  # a token stays while those before it are too unlikely
+        probabilities = probabilities.masked_fill(before > sampling.top_p, 0)
+    return probabilities / probabilities.sum(), tokens

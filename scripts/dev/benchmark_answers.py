@@ -1,0 +1,278 @@
+"""How much faster answers are than the released script's, both measured in one process, in turns.
+
+python scripts/dev/benchmark_answers.py --shape mini
+python scripts/dev/benchmark_answers.py --shape mini --dtype bf16
+python scripts/dev/benchmark_answers.py --shape 6b --dtype bf16 --ours_only     random weights, no file needed
+python scripts/dev/benchmark_answers.py --from_pretrained model/tiny --ours_only
+
+The released way: SAT's `filling_sequence` with its cache, in float32, with SAT's own attention and plain weights. Each
+figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
+The memory's rate is measured in each pair too: a token can't come faster than all weights are read. In a batch the released
+way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill does more.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
+
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
+from model.progress import say
+from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention
+
+QUESTION_TOKENS = 12  # beside the picture's slots
+BATCHES = (1, 16)
+READ_BYTES = 2**29  # that the memory's rate is measured with: more than any cache holds
+Times = dict[str, float]
+
+
+def made_model(options: argparse.Namespace, dtype: Any) -> Any:
+    """A model in dtype that answers, with its weights as `load_for_answering` keeps them."""
+    from model.cpu import pack_linears
+
+    if options.from_pretrained:
+        from model.inference.load import load_for_answering
+
+        return load_for_answering(options.from_pretrained)[0]
+    model = plain_model(options, dtype)
+    pack_linears(model)
+    return model
+
+
+def plain_model(options: argparse.Namespace, dtype: Any) -> Any:
+    """The model of --shape with random weights, always the same, and without adapters."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    without_adapters = argparse.Namespace(method="none", layer_range=None)
+    return random_model(SHAPES[options.shape], without_adapters, dtype, device).eval().requires_grad_(False)
+
+
+class Way:
+    """One way to answer a question, in batches of any size."""
+
+    def __init__(self, model: Any, new_tokens: int) -> None:
+        import torch
+
+        self.model, self.new_tokens = model, new_tokens
+        self.device = model.transformer.word_embeddings.weight.device
+        edge = model.get_mixin("eva").model.vit.transformer.property.image_size[0]
+        self.image = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(1)).to(self.device)
+        words = torch.arange(200, 200 + QUESTION_TOKENS).tolist()
+        slots = [model.pad_token_id] * model.image_length
+        self.ids = [*words[:3], *slots, *words[3:], model.gmask_token_id, model.bos_token_id]
+
+    def run(self, rows: int) -> tuple[list[float], list[int]]:
+        """Seconds of each token, the first of which reads the context, and the first row's token ids."""
+        raise NotImplementedError
+
+
+class Ours(Way):
+    """The engine."""
+
+    def run(self, rows: int) -> tuple[list[float], list[int]]:
+        from model.inference.engine import Engine, Question
+
+        no_end = SimpleNamespace(eos_token_id=-1, pad_token_id=self.model.pad_token_id)
+        length = len(self.ids) + self.new_tokens
+        engine = Engine(self.model, no_end, rows, length)  # type: ignore[arg-type]
+        answers = [engine.submit(Question(self.ids, 3, self.image)) for _ in range(rows)]
+        times = []
+        while engine.busy:
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
+        return times, answers[0].ids
+
+
+class Released(Way):
+    """SAT's `filling_sequence`."""
+
+    def run(self, rows: int) -> tuple[list[float], list[int]]:
+        import torch
+        from sat.generation.autoregressive_sampling import filling_sequence
+        from sat.generation.sampling_strategies import BaseStrategy
+        from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin
+
+        ends = []
+
+        class Timed(BaseStrategy):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                result = super().forward(*args, **kwargs)
+                ends.append(time.perf_counter())
+                return result
+
+        with torch.no_grad(), separate_attention(self.model):
+            self.model.add_mixin("auto-regressive", CachedAutoregressiveMixin())
+            start = time.perf_counter()
+            tokens, _ = filling_sequence(
+                self.model,
+                torch.tensor(self.ids + [-1] * self.new_tokens, device=self.device),
+                batch_size=rows,
+                strategy=Timed(top_k=1),
+                get_masks_and_position_ids=self._masks_and_positions,
+                image=self.image,
+                pre_image=3,
+            )
+            self.model.del_mixin("auto-regressive")
+        times = [end - before for before, end in zip([start, *ends], ends, strict=False)]
+        return times, tokens[0, len(self.ids) :].tolist()
+
+    def _masks_and_positions(self, tokens: Any) -> tuple[Any, Any, Any]:
+        import torch
+
+        from model.masks import mask_and_positions
+
+        context_length = torch.tensor([len(self.ids) - 1], device=self.device)
+        mask, positions = mask_and_positions(context_length, torch.zeros_like(context_length), len(tokens))
+        return tokens.unsqueeze(0), mask.float(), positions
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def read_rate(device: Any) -> float:
+    """Bytes per second that the memory gives: the best of adding numbers up, and of products with a vector."""
+    import torch
+
+    from model.cpu import can_pack, in_onednn_order, onednn_linear
+
+    weight = torch.ones(READ_BYTES // 4 // 4096, 4096, device=device)
+    x = torch.ones(1, 4096, device=device)
+    ways: list[Callable[[], Any]] = [lambda: weight.sum().item()]
+    if can_pack(weight):
+        packed = in_onednn_order(weight)
+        ways.append(lambda: onednn_linear(x, packed, None)[0, 0].item())
+    best = 0.0
+    for way in ways * 3:
+        start = time.perf_counter()
+        way()
+        best = max(best, READ_BYTES / (time.perf_counter() - start))
+    return best
+
+
+def weight_bytes(model: Any) -> int:
+    """What is read for each token: the language model's layers and its head, in the form in which they are kept."""
+    from model.cpu import PrepackedLinear
+
+    parts = [model.transformer.layers, model.get_mixin("chatglm-final")]
+    tensors = sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
+    packed = (module for part in parts for module in part.modules() if isinstance(module, PrepackedLinear))
+    return tensors + sum(linear.in_features * linear.out_features * linear.dtype.itemsize for linear in packed)
+
+
+def figures(way: Way, rows: int) -> Times:
+    """Milliseconds of reading the contexts, and of a token of all rows: the median of them."""
+    times, _ = way.run(rows)
+    return {
+        f"prefill, batch {rows}": 1000 * times[0],
+        f"a token, batch {rows}": 1000 * statistics.median(times[1:]),
+    }
+
+
+def all_figures(way: Way) -> Times:
+    """`figures` of every batch."""
+    return {name: value for rows in BATCHES for name, value in figures(way, rows).items()}
+
+
+def pairs(ours: Way, released: Way | None, count: int) -> list[tuple[Times, Times, float]]:
+    """Our figures, the released ones and the memory's rate, measured count times in turns, after one to warm up."""
+    measured = []
+    for _ in range(count + 1):
+        rate = read_rate(ours.device)
+        measured.append((all_figures(ours), all_figures(released) if released else {}, rate))
+    return measured[1:]
+
+
+def of_pairs(values: Sequence[float]) -> str:
+    """The median, and how far the pairs lie apart."""
+    return f"{statistics.median(values):9.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
+    """Print the table; the last line's ratios and shares are medians of pairs."""
+    ratios: dict[str, list[float]] = {}
+    say(f"{'milliseconds':24}{'released':>30}{'ours':>30}{'ratio':>24}")
+    for name in measured[0][0]:
+        ours = [one[name] for one, _, _ in measured]
+        others = [other[name] for _, other, _ in measured if other]
+        ratios[name] = [other / one for one, other in zip(ours, others, strict=False)]
+        columns = [of_pairs(values) if values else "" for values in (others, ours, ratios[name])]
+        say(f"{name:24}{columns[0]:>30}{columns[1]:>30}{columns[2]:>24}")
+    token = "a token, batch {}"
+    shares = [read / rate / (one[token.format(1)] / 1000) for one, _, rate in measured]
+    gains = [BATCHES[-1] * one[token.format(1)] / one[token.format(BATCHES[-1])] for one, _, _ in measured]
+    say(
+        f"memory gives {of_pairs([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB"
+    )
+    ratio = f"ratio {statistics.median(ratios[token.format(1)]):.2f}, " if ratios[token.format(1)] else ""
+    return (
+        f"{ratio}bandwidth share {statistics.median(shares):.2f}, "
+        f"batch {BATCHES[-1]} {statistics.median(gains):.1f} times the tokens/s of batch 1"
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=sorted(SHAPES), default="mini", help="of a model with random weights (default mini)")
+    add("--from_pretrained", metavar="CHECKPOINT", help="take this checkpoint in place of random weights")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="numbers of our way (default fp32)")
+    add("--new_tokens", type=int, default=24, metavar="N", help="tokens of an answer (default 24)")
+    add("--pairs", type=int, default=5, metavar="N", help="how often both ways are measured (default 5)")
+    add("--ours_only", action="store_true", help="leave the released way out: it keeps a second model, in float32")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("benchmark_answers.py"):
+        benchmark(command_line().parse_args(argv))
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measure, and print the table; the last line has the ratio, the share and what a batch gains."""
+    if options.pairs < 1 or options.new_tokens < 2:
+        raise InputError("--pairs of 1 or more and --new_tokens of 2 or more are needed.")
+    if options.from_pretrained and not options.ours_only:
+        raise InputError("--from_pretrained: only our way is measured with a checkpoint; --ours_only is needed.")
+    import torch
+
+    from model.sat_compat import quieten
+
+    quieten()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    with peak_host_memory() as host:
+        start = time.perf_counter()
+        ours = Ours(made_model(options, dtype), options.new_tokens)
+        loading = time.perf_counter() - start
+    with peak_host_memory() as host_answering:
+        ours.run(1)
+    say(
+        f"{machine(ours.device)}, {torch.get_num_threads()} threads, {options.from_pretrained or options.shape}, {dtype}"
+    )
+    say(f"loading {loading:.1f} s, host {host[0]:.2f} GiB at most; answering {host_answering[0]:.2f} GiB")
+    released = None
+    if not options.ours_only:
+        released = Released(plain_model(options, torch.float32), options.new_tokens)
+        same = ours.run(1)[1] == released.run(1)[1]
+        say(f"both ways answer {'the same' if same else 'differently'}")
+    say(report(pairs(ours, released, options.pairs), weight_bytes(ours.model)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Sampling: the tokens that SAT's BaseStrategy leaves, with its probabilities; and what may not be asked for."""
+
+import pytest
+import torch
+
+from model.errors import InputError
+from model.inference.sampling import GREEDY, Sampling, drawn_token, next_tokens, token_probabilities
+from model.sat_compat import import_sat
+
+import_sat()
+
+from sat.generation.sampling_strategies import base_strategy  # noqa: E402
+
+VOCABULARY = 300
+ANSWER = [5, 17, 5, 200]
+
+
+def sat_probabilities(monkeypatch, sampling, scores):
+    """float32[vocab]: what BaseStrategy draws from."""
+    drawn_from = []
+
+    def draw(probabilities, num_samples):
+        drawn_from.append(probabilities)
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    monkeypatch.setattr(base_strategy.torch, "multinomial", draw)
+    strategy = base_strategy.BaseStrategy(
+        invalid_slices=list(sampling.invalid_slices), temperature=sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty,
+    )  # fmt: skip
+    strategy.context_length = 2
+    strategy.forward(scores[None].clone(), torch.tensor([[1, 2, *ANSWER]]), None)
+    return drawn_from[0][0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.8, top_p=0.4, top_k=100),
+        Sampling(temperature=2.5, top_p=1.0, top_k=VOCABULARY, repetition_penalty=1.7),
+        Sampling(top_k=0),
+        Sampling(top_k=1000),
+        Sampling(invalid_slices=(slice(0, 100), slice(250, None))),
+    ],
+)
+def test_probabilities_equal_those_of_sats_strategy(monkeypatch, sampling):
+    scores = 4 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    if sampling.top_k > VOCABULARY:
+        expected = sat_probabilities(monkeypatch, Sampling(top_k=VOCABULARY), scores)
+    else:
+        expected = sat_probabilities(monkeypatch, sampling, scores)
+    probabilities, tokens = token_probabilities(scores, sampling, ANSWER)
+    found = torch.zeros(VOCABULARY).index_put((tokens,), probabilities)
+    assert torch.allclose(found, expected / expected.sum(), atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    scores = torch.tensor([0.0, 1.0, 2.0, -1e4])
+    sampling = Sampling(temperature=1, top_p=1, top_k=4, repetition_penalty=1)
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[drawn_token(scores, sampling, [], generator)] += 1
+    assert torch.allclose(counts / 4000, scores.softmax(dim=0), atol=0.03)
+
+
+def test_each_row_is_drawn_its_own_way():
+    scores = torch.tensor([[0.0, 9.0, 8.0]]).expand(4, -1)
+    penalised = Sampling(temperature=0, repetition_penalty=1.2)
+    forbidding = Sampling(temperature=0, repetition_penalty=1, invalid_slices=(slice(1, 3),))
+    sure = Sampling(top_k=1)
+    answers = [[1], [1], [1], []]
+    assert next_tokens(scores, [GREEDY, penalised, forbidding, sure], answers, [None] * 4) == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"temperature": -1}, "--temperature -1: 0 or more"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_k": -1}, "--top_k -1: 0 or more"),
+        ({"top_p": 0}, "--top_p 0: a number above 0"),
+        ({"top_p": 2}, "--top_p 2: a number above 0"),
+        ({"repetition_penalty": 0}, "--repetition_penalty 0: a number above 0"),
+    ],
+)
+def test_number_out_of_bounds_is_a_sentence(options, part):
+    with pytest.raises(InputError, match=part):
+        Sampling(**options)

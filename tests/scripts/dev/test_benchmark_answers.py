@@ -1,0 +1,50 @@
+"""The benchmark of answers: both ways answer the same, and the last line says what was measured."""
+
+import pytest
+from conftest import PROJECT, load_model
+
+from model.cpu import pack_linears
+from scripts.dev import benchmark_answers
+from scripts.dev.benchmark_answers import Ours, Released, main, report, weight_bytes
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_both_ways_answer_the_same_token_by_token(upstream_checkpoint, rows):
+    times, ids = Ours(load_model(upstream_checkpoint), 6).run(rows)
+    released_times, released_ids = Released(load_model(upstream_checkpoint), 6).run(rows)
+    assert len(times) == len(released_times) == len(ids) == 6
+    assert ids == released_ids
+
+
+def test_weights_that_a_token_reads_are_counted_packed_or_not(small_model):
+    layers, head = small_model.transformer.layers, small_model.get_mixin("chatglm-final").lm_head
+    expected = sum(parameter.nbytes for part in (layers, head) for parameter in part.parameters())
+    assert weight_bytes(small_model) == expected
+    pack_linears(small_model.requires_grad_(False))
+    assert weight_bytes(small_model) == expected
+
+
+def test_last_line_has_the_medians_of_pairs(capsys):
+    ours = [{"a token, batch 1": one, "a token, batch 16": 4.0} for one in (2.0, 4.0, 2.0)]
+    released = {"a token, batch 1": 6.0, "a token, batch 16": 8.0}
+    line = report([(one, released, 1e9) for one in ours], read=1_000_000)
+    assert line == "ratio 3.00, bandwidth share 0.50, batch 16 8.0 times the tokens/s of batch 1"
+    assert "6.00 (6.00 to 6.00)" in capsys.readouterr().out
+
+
+def test_command_measures_a_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_answers, "READ_BYTES", 2**22)
+    main(["--from_pretrained", str(PROJECT / "model/tiny"), "--ours_only", "--pairs", "1", "--new_tokens", "3"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("bandwidth share 0.")
+
+
+def test_released_way_of_a_checkpoint_is_refused_in_a_sentence(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--from_pretrained", str(PROJECT / "model/tiny")])
+    assert "--ours_only is needed" in capsys.readouterr().err
+
+
+def test_no_pairs_are_refused_in_a_sentence(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--pairs", "0"])
+    assert "--pairs of 1 or more" in capsys.readouterr().err

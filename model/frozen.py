@@ -39,6 +39,7 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bias = bias
         self.split: str | None = None  # "rows" or "columns", where other model-parallel processes have the rest of W
+        self.gathers = False  # of a part by rows: whether the other parts' outputs are put beside it, as the head does
         self.has_weight = False
 
     def pack(self, weight: torch.Tensor) -> None:
@@ -78,14 +79,21 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
         if self.split == "rows":
             x = mpu.copy_to_model_parallel_region(x)
         product = _Product.apply(x, self) if torch.is_grad_enabled() else self.product(x)
-        return mpu.reduce_from_model_parallel_region(product) if self.split == "columns" else product
+        if self.split == "columns":
+            return mpu.reduce_from_model_parallel_region(product)
+        return mpu.gather_from_model_parallel_region(product) if self.gathers else product
 
     @classmethod
     def like(cls, linear: Any) -> Any:
-        """One without a weight yet, in the place of a plain linear, whose bias it takes."""
+        """One without a weight yet, in the place of a linear, whose bias it takes."""
+        if isinstance(linear, FrozenLinear):
+            frozen = cls(linear.in_features, linear.out_features, linear.bias, linear.dtype)
+            frozen.split, frozen.gathers = linear.split, linear.gathers
+            return frozen
         out_features, in_features = linear.weight.shape
         frozen = cls(in_features, out_features, linear.bias, linear.weight.dtype)
         frozen.split = split_of_linear(linear)
+        frozen.gathers = frozen.split == "rows" and linear.gather_output
         return frozen
 
     def plain(self) -> torch.nn.Linear:

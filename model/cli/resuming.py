@@ -82,7 +82,9 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     more, more_notes = for_these_processes(resumed.record.processes // before.model_parallel_size, before, joined)
     raise_problems([*fixed_problems(before, joined), *data_problems(resumed)])
     changed = change_notes(before, joined)
-    words, joined = [*words, *more], parse([*resumed.record.words, *argv, *more])
+    words, save = [*words, *more], joined.save
+    joined = parse([*resumed.record.words, *argv, *more])
+    joined.save = save
     changes = differing(before, joined)
     joined.load = None  # what it loaded is in the checkpoint
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words

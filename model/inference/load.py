@@ -22,6 +22,7 @@ from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+from model.distributed import done_by_first_process, from_first_process, processes_here
 from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
@@ -80,11 +81,13 @@ def load_for_answering(
     check_special_ids(tokenizer, checkpoint.config)
     with model_only():
         model, args = empty_model(checkpoint, base, force_base, model_parallel_size)
-        chosen = chosen_format(model, dtype, quant, device)
+        chosen = done_by_first_process(lambda: chosen_format(model, dtype, quant, device))
         model.to(DTYPES[chosen.dtype])
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
     pack_linears(model.requires_grad_(False))
+    if model_parallel_size > 1:
+        torch.manual_seed(from_first_process(torch.initial_seed()))  # all parts are to draw the same tokens
     return model.eval(), tokenizer
 
 
@@ -160,7 +163,8 @@ def chosen_format(model: Any, dtype: str, quant: int | None, device: torch.devic
 
 
 def _first_that_fits(model: Any, candidates: list[NumberFormat], device: torch.device) -> NumberFormat:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    on_cpu = psutil.virtual_memory().available // processes_here()[1]  # each process has its share
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     needed = [bytes_of(model, DTYPES[found.dtype], found.bits) + BESIDE_WEIGHTS for found in candidates]
     for found, size in zip(candidates, needed, strict=True):
         if size <= free:

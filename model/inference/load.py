@@ -22,7 +22,7 @@ from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.distributed import done_by_first_process, from_first_process, processes_here
+from model.distributed import done_by_first_process, processes_here
 from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
@@ -86,8 +86,6 @@ def load_for_answering(
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
     pack_linears(model.requires_grad_(False))
-    if model_parallel_size > 1:
-        torch.manual_seed(from_first_process(torch.initial_seed()))  # all parts are to draw the same tokens
     return model.eval(), tokenizer
 
 

@@ -20,12 +20,12 @@ from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
-from model.cpu import has_onednn, pack_linears
+from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.distributed import done_by_first_process, processes_here
 from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
-from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
+from model.inference.quantize import bytes_of, nf4_linears, quantize_linears
 from model.progress import warn
 from model.sat_compat import model_only, quieten
 from model.visualglm import VisualGLMModel
@@ -97,7 +97,7 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
     """
     if quant is None:
         return
-    if device.type == "cpu" and not has_kernels():
+    if device.type == "cpu" and not has_low_bit_kernels():
         raise InputError(
             f"--quant {quant}: torch {torch.__version__} lacks the kernels for it; torch 2.13.0 is needed, or no --quant."
         )

@@ -5,10 +5,9 @@
     Int4Linear        a scale and a zero point for each 64 inputs of an output: 0.5625 byte a number. CPU only
     Nf4Linear         in `model.frozen`: 4 bits on a GPU, and what QLoRA was trained on
 
-torch has the CPU kernels under private names that a release may change: `PRIVATE_OPERATIONS`, as they are in torch
-2.13.0, which requirements.txt pins. They are fast in bfloat16 alone (in float32 ten times slower than a plain product),
-so that an input of another dtype is rounded to it. They read the weights again for every row of the input. From
-`KERNEL_ROWS` on, some of the weights at a time are put in full width for a plain product.
+torch's CPU kernels (`model.cpu`) are fast in bfloat16 alone (in float32 ten times slower than a plain product), so that
+an input of another dtype is rounded to it. They read the weights again for every row of the input. From `KERNEL_ROWS`
+on, some of the weights at a time are put in full width for a plain product.
 
 Traded away: a search for better scales, which would make loading several times longer; and 4 bits for the head, the
 embeddings and the vision part, which are a quarter of the 6B's weights and lose more than the layers do.
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.cpu import has_onednn
+from model.cpu import has_onednn, in_int4_order, int4_linear, int8_linear
 from model.frozen import FrozenLinear, Nf4Linear, plain_linears
 from model.sat_compat import import_sat
 
@@ -29,7 +28,6 @@ import_sat()
 
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
-PRIVATE_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 # From so many rows of the input on, a plain product with weights put in full width for it is faster: measured with
 # avx512_bf16, 4096 × 4096, by the CPU time of one thread.
 KERNEL_ROWS = {8: 24, 4: 128}
@@ -37,11 +35,6 @@ GROUP = 64  # numbers that share a scale in 4 bits; 32 is as fast and its error 
 BLOCK = 64  # outputs that torch's 4-bit kernel takes at a time; a weight is filled up to a multiple of them
 BYTES_IN_4_BITS = 0.5 + 4 / GROUP  # of a number, with its share of scale and zero; about the same in NF4
 ROWS_AT_A_TIME = 512  # of a weight: what is kept of them in full width fits into a core's cache
-
-
-def has_kernels() -> bool:
-    """Whether this torch has the private operations."""
-    return all(hasattr(torch.ops.aten, name) for name in PRIVATE_OPERATIONS)
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -156,7 +149,7 @@ class Int8Linear(QuantizedLinear):
         return rows < KERNEL_ROWS[8] and self.in_features % 16 == 0
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales.to(x.dtype))
+        return int8_linear(x, self.codes, self.scales)
 
     def _rows(self, some: slice, dtype: torch.dtype) -> torch.Tensor:
         return (self.codes[some] * self.scales[some, None]).to(dtype)
@@ -219,12 +212,12 @@ class Int4Linear(QuantizedLinear):
             rows = weight[some].to("cpu", torch.float32)
             rows = F.pad(rows, (0, self.width - self.in_features, 0, some.stop - some.start - len(rows)))
             codes, scales, zeros = grouped_codes(rows)
-            self.packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.packed[some] = in_int4_order(codes)
             self.scales[:, some, 0], self.scales[:, some, 1] = scales.T, zeros.T
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, (0, self.width - self.in_features)) if self.width > self.in_features else x
-        output = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales)
+        output = int4_linear(x, self.packed, GROUP, self.scales)
         return output[:, : self.out_features]
 
     def _takes_kernel(self, rows: int) -> bool:
@@ -271,7 +264,7 @@ def lies_in_halves() -> bool:
     rows = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, GROUP)
     expected = torch.arange(BLOCK // 2)
     for codes in (rows % 16, rows // 16):
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1).view(GROUP, BLOCK // 2)
+        packed = in_int4_order(codes.contiguous()).view(GROUP, BLOCK // 2)
         lower, upper = codes[expected, 0], codes[expected + BLOCK // 2, 0]
         if not torch.equal(packed, (lower + 16 * upper).to(torch.uint8).expand_as(packed)):
             return False

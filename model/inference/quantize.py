@@ -22,11 +22,7 @@ import torch.nn.functional as F
 
 from model.cpu import has_onednn, in_int4_order, int4_linear, int8_linear
 from model.frozen import FrozenLinear, Nf4Linear, plain_linears
-from model.sat_compat import import_sat
-
-import_sat()
-
-from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+from model.sat_compat import model_parallel
 
 # From so many rows of the input on, a plain product with weights put in full width for it is faster: measured with
 # avx512_bf16, 4096 × 4096, by the CPU time of one thread.
@@ -174,12 +170,16 @@ class Int8Embedding(Int8Linear):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The rows of input_ids int64[…], in full width: [..., hidden]."""
+        if self.split is None:
+            return self._looked_up(input_ids)
         places = input_ids - self.first_word
-        if self.split:
-            is_own = (places >= 0) & (places < self.out_features)
-            places = places.where(is_own, 0)
-        rows = (self.codes[places] * self.scales[places].unsqueeze(-1)).to(self.weight.dtype)
-        return mpu.reduce_from_model_parallel_region(rows * is_own.unsqueeze(-1)) if self.split else rows
+        is_own = (places >= 0) & (places < self.out_features)
+        rows = self._looked_up(places.where(is_own, 0)) * is_own.unsqueeze(-1)
+        torch.distributed.all_reduce(rows, group=model_parallel().group)
+        return rows
+
+    def _looked_up(self, places: torch.Tensor) -> torch.Tensor:
+        return (self.codes[places] * self.scales[places].unsqueeze(-1)).to(self.weight.dtype)
 
     @classmethod
     def like(cls, embeddings: Any) -> Any:

@@ -22,9 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -35,9 +37,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT, RECIPE = "finetune_visualglm.py", "scripts/finetune_visualglm.sh"
 NAMES, ADDRESSES = ("first", "second"), ("10.77.0.1", "10.77.0.2")
 PORT = "29500"  # of a network where nobody else is
-STEPS, SAVED_AT = 24, 2
+STEPS, SAVED_AT = 12, 2
 SILENCE = 4  # seconds, until a process that isn't heard from is given up
-SECONDS_TO_END = 60  # all processes must have ended by then
+SECONDS_TO_END = 60  # after the cut, until all processes must have ended
+SECONDS_TO_TRAIN = 600
 TOLERANCES = {"torchrun": 1e-5, "recipe": 1e-2}  # relative, of a loss; the recipe trains in bfloat16
 FEATURES = "/dev/shm/features"  # another folder on each host
 TRAIN = (
@@ -59,6 +62,7 @@ class Host:
     name: str
     address: str
     pid: int  # of the process that keeps its namespaces
+    network: str  # that all processes on it have in common
 
     def words(self, *command: str) -> list[str]:
         """The command line that runs a command on it."""
@@ -71,6 +75,13 @@ class Host:
     def cut_off(self) -> None:
         """Cut the wire: what is sent is lost, and nobody is told."""
         self.run("ip", "link", "set", "wire", "down")
+
+    def end(self) -> None:
+        """Kill every process on it, so that it is gone."""
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):  # it has ended, or is not ours
+                if network_of(process.pid) == self.network:
+                    process.kill()
 
     def file(self, path: str) -> Path:
         """Where a file of this host is seen from outside."""
@@ -109,15 +120,17 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     if problem:
         raise InputError(problem)
     keepers = [
-        subprocess.Popen(["unshare", "-n", "-m", "-u", "sleep", "infinity"], stdin=subprocess.DEVNULL) for _ in NAMES
+        subprocess.Popen(["unshare", "-n", "-m", "-u", "sh", "-c", "echo; sleep infinity"], stdout=subprocess.PIPE)
+        for _ in NAMES
     ]
+    for keeper in keepers:
+        assert keeper.stdout is not None
+        keeper.stdout.readline()  # now it has namespaces of its own
     first, second = (
-        Host(name, address, keeper.pid) for name, address, keeper in zip(NAMES, ADDRESSES, keepers, strict=True)
+        Host(name, address, keeper.pid, network_of(keeper.pid))
+        for name, address, keeper in zip(NAMES, ADDRESSES, keepers, strict=True)
     )
     try:
-        for keeper in keepers:
-            while os.readlink(f"/proc/{keeper.pid}/ns/uts") == os.readlink("/proc/self/ns/uts"):
-                time.sleep(0.01)
         wire = ["netns", str(first.pid), "type", "veth", "peer", "name", "wire", "netns", str(second.pid)]
         subprocess.run(["ip", "link", "add", "wire", *wire], check=True)
         for host in (first, second):
@@ -131,9 +144,14 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             host.run("ip", "addr", "add", f"{host.address}/24", "dev", "wire")
         yield first, second
     finally:
-        for keeper in keepers:
-            keeper.kill()
+        for host, keeper in zip((first, second), keepers, strict=True):
+            host.end()
             keeper.wait()
+
+
+def network_of(pid: int) -> str:
+    """The network namespace of a process."""
+    return os.readlink(f"/proc/{pid}/ns/net")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -162,17 +180,16 @@ def launch(host: Host, launcher: str, words: Sequence[str], hosts: Sequence[Host
         )
 
 
-def ended(process: subprocess.Popen[str], log: Path) -> tuple[int, str]:
-    """The exit status of a launcher, which must end in time, and what its processes printed.
+def ended(process: subprocess.Popen[str], log: Path, seconds: float) -> tuple[int, str]:
+    """The exit status of a launcher, which must end in so many seconds, and what its processes printed.
 
     Raises:
         InputError: it hasn't ended.
     """
     try:
-        return process.wait(SECONDS_TO_END), log.read_text()
+        return process.wait(seconds), log.read_text()
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise InputError(f"{log.stem}: its processes have not ended within {SECONDS_TO_END} s.") from None
+        raise InputError(f"{log.stem}: its processes have not ended within {seconds} s:\n{log.read_text()}") from None
 
 
 def run_folder(saved: Path) -> Path | None:
@@ -210,7 +227,7 @@ def show(launcher: str, folder: Path) -> bool:
             time.sleep(0.05)
         second.cut_off()
         for host, process, log in zip(hosts, running, logs, strict=True):
-            status, printed = ended(process, log)
+            status, printed = ended(process, log, SECONDS_TO_END)
             told(
                 f"cut off, the {host.name} host ends with status {status}: {last_words(printed)}",
                 "sign of life" in printed,
@@ -225,7 +242,8 @@ def show(launcher: str, folder: Path) -> bool:
             return False
         step = (run / "latest").read_text()
         log = folder / "alone.log"
-        status, printed = ended(launch(first, launcher, ["--resume", str(run)], [first], log), log)
+        resumed = launch(first, launcher, [*words, "--resume", "auto"], [first], log)
+        status, printed = ended(resumed, log, SECONDS_TO_TRAIN)
         told(f"the first host goes on alone after step {step}, with 2 processes for 4: status {status}", status == 0)
         if status:
             say(printed[-2000:])

@@ -108,6 +108,9 @@ class Record:
     seconds: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)  # bytes
     calls: list[int] = field(default_factory=list)  # of collectives
+    ours: list[list[str]] = field(
+        default_factory=list
+    )  # of those, where the ones are asked for that are not DeepSpeed's or SAT's
     problem: str = ""
 
 
@@ -145,7 +148,7 @@ def watch(current: Callable[[], Record]) -> None:
     from model.training.signals import StopAtSignal
 
     after_step, batches = StopAtSignal.after_step, OrderedBatches.__iter__
-    sent: list[float] = []  # bytes, of each collective since the last step
+    sent: list[tuple[float, str]] = []  # by each collective since the last step: bytes, and where it was asked for
     began = [time.monotonic()]
 
     def noting_step(self: Any, state: Any, loss: Any, skipped: bool) -> None:
@@ -154,8 +157,9 @@ def watch(current: Callable[[], Record]) -> None:
         record.losses.append(loss.item())
         record.norms.append(float(state.model.get_global_grad_norm()))
         record.seconds.append(now - began[0])
-        record.sent.append(sum(sent))
+        record.sent.append(sum(size for size, _ in sent))
         record.calls.append(len(sent))
+        record.ours.append([place for _, place in sent if place])
         sent.clear()
         began[0] = now
 
@@ -170,22 +174,30 @@ def watch(current: Callable[[], Record]) -> None:
         setattr(torch.distributed, name, counting(getattr(torch.distributed, name), place, share, sent))
 
 
-# Which argument of a collective is as long as all that is sent around, and how many times a ring sends it around.
-COLLECTIVES = {
+# Which argument of a collective is as long as all that is sent around, and how many times a ring sends it around. Objects
+# are not measured.
+COLLECTIVES: dict[str, tuple[int | None, int]] = {
     "all_reduce": (0, 2), "broadcast": (0, 1), "reduce": (0, 1), "all_gather": (0, 1), "all_gather_into_tensor": (0, 1),
-    "reduce_scatter_tensor": (1, 1), "all_to_all_single": (0, 1),
+    "reduce_scatter_tensor": (1, 1), "all_to_all_single": (0, 1), "broadcast_object_list": (None, 0),
+    "all_gather_object": (None, 0),
 }  # fmt: skip
 
 
-def counting(collective: Callable[..., Any], place: int, times: int, sent: list[float]) -> Callable[..., Any]:
-    """A collective of torch's whose bytes are noted in sent, as many as one process of a ring sends."""
+def counting(
+    collective: Callable[..., Any], place: int | None, times: int, sent: list[tuple[float, str]]
+) -> Callable[..., Any]:
+    """A collective of torch's that is noted in sent, with as many bytes as one process of a ring sends."""
     import torch
 
     def call(*args: Any, **named: Any) -> Any:
-        tensors = args[place] if len(args) > place else next(iter(named.values()))
+        tensors = [] if place is None else args[place] if len(args) > place else next(iter(named.values()))
         tensors = tensors if isinstance(tensors, list) else [tensors]
         processes = torch.distributed.get_world_size(named.get("group"))
-        sent.append(times * (processes - 1) / processes * sum(tensor.nbytes for tensor in tensors))
+        asking = sys._getframe(1).f_code
+        file = Path(asking.co_filename)
+        is_ours = file.is_relative_to(PROJECT / "model")
+        size = times * (processes - 1) / processes * sum(tensor.nbytes for tensor in tensors)
+        sent.append((size, f"{file.name} {asking.co_name}" if is_ours else ""))
         return collective(*args, **named)
 
     return call

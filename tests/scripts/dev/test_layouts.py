@@ -67,6 +67,13 @@ def saved(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 @pytest.mark.run
+def test_step_exchanges_only_its_loss_and_its_number_of_tokens_besides_what_deepspeed_does(runs):
+    _, records = runs
+    for record in records[AT_ZERO_3.name]:
+        assert record.ours[1] == ["step.py step", "step.py optimizer_step"]  # the first is --loss_normalization's
+
+
+@pytest.mark.run
 def test_another_loss_another_norm_and_other_rows_are_told(runs):
     _, records = runs
     (like,) = records["P-Tuning"]

@@ -72,6 +72,7 @@ def create_dataset_function(
 def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tuple[Any, argparse.Namespace]:
     """The checkpoint's model, frozen but for what is trained, and args with the checkpoint's sizes."""
     from model.finetune import FineTuneVisualGLMModel
+    from model.training.deepspeed_config import zero_stage
     from model.training.memory import fit_into_memory
 
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
@@ -80,7 +81,8 @@ def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tu
     if options.image_size:
         model.set_image_size(options.image_size, args)
     model.freeze()
-    fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
+    tokens = args.batch_size * (args.max_source_length + args.max_target_length)
+    fit_into_memory(model, tokens, zero_stage(args.deepspeed_config))
     return model, args
 
 

@@ -68,7 +68,7 @@ class PrepackedLinear(FrozenLinear):
     @classmethod
     def of(cls, linear: Any) -> "PrepackedLinear":
         """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
-        packed = cls(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype)
+        packed = cls.like(linear)
         packed.pack(linear.weight.detach())
         linear.weight.data = linear.weight.data.new_empty(0)
         return packed
@@ -80,7 +80,7 @@ class PrepackedLinear(FrozenLinear):
         return self.packed.to_dense()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return onednn_linear(x, self.packed, self.bias)
+        return onednn_linear(x, self.packed, self.own_bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.packed_transposed is None:

@@ -5,7 +5,7 @@ Only the standard library is imported; torch where it is needed.
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,6 +18,11 @@ Result = TypeVar("Result")
 def is_first_process() -> bool:
     """Whether this process is rank 0 of the run (every launcher sets RANK; without one there is one process)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def has_gpu() -> bool:
@@ -116,6 +121,23 @@ def store_of_run() -> Any:
     return store or TCPStore(address, port, is_master=False, wait_for_workers=False)
 
 
+@contextmanager
+def whole_parameters(parameters: Iterable[Any], writer: int | None = None) -> Iterator[None]:
+    """Inside the block, parameters of which ZeRO 3 keeps a part on each process are whole on all of them.
+
+    Args:
+        writer: the process, of those that share these parameters, whose changes in the block are kept.
+    """
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(split, modifier_rank=writer):
+        yield
+
+
 def from_first_process(value: Any) -> Any:
     """The first process's value, on every process."""
     import torch
@@ -125,14 +147,39 @@ def from_first_process(value: Any) -> Any:
     return values[0]
 
 
+def done_by_first_process(act: Callable[[], Any]) -> Any:
+    """What act() gives, or the exception that it raises, on every process; the first one alone calls it."""
+    import torch
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return act()
+    result: Any = None
+    if is_first_process():
+        try:
+            result = act()
+        except Exception as error:
+            result = error
+    result = from_first_process(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def from_processes_here(value: Any) -> list[Any]:
     """The value of each of the run's processes on this machine, in their order; all processes wait for each other."""
     import torch
 
+    process, processes = processes_here()
+    first = torch.distributed.get_rank() - process if torch.distributed.is_initialized() else 0
+    return from_all_processes(value)[first : first + processes]
+
+
+def from_all_processes(value: Any) -> list[Any]:
+    """The value of each process of the run, in their order; all wait for each other."""
+    import torch
+
     if not torch.distributed.is_initialized():
         return [value]
-    process, processes = processes_here()
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    first = torch.distributed.get_rank() - process
-    return values[first : first + processes]
+    return values

@@ -15,12 +15,23 @@ from model.frozen import keep_in_4_bits
 from model.lora import LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
-from model.sat_compat import import_sat
+from model.sat_compat import import_sat, model_parallel
 from model.visualglm import VisualGLMModel
 
 import_sat()
 
 from sat.model.finetune import PTuningV2Mixin  # noqa: E402  (sat can be imported only after import_sat)
+
+
+class PrefixMixin(PTuningV2Mixin):
+    """P-Tuning's prefixes [2, heads, length, head_dim]: those of this model-parallel process's heads."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        rank, ranks, _ = model_parallel()
+        for prefix in self.prefix if ranks > 1 else ():
+            prefix.data = prefix.data.chunk(ranks, 1)[rank].clone()
+            prefix.model_parallel = True
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):
@@ -45,7 +56,7 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         if self.adapters.has_ptuning:
             heads = args.num_attention_heads
             head_size = args.hidden_size // heads
-            self.add_mixin("ptuning", PTuningV2Mixin(args.num_layers, head_size, heads, self.adapters.prefix_length))
+            self.add_mixin("ptuning", PrefixMixin(args.num_layers, head_size, heads, self.adapters.prefix_length))
         if self.adapters.has_lora:
             self.add_mixin("lora", LoraMixin(args.num_layers, self.adapters), reinit=True)
         if "qlora" in self.adapters.methods:

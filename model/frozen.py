@@ -38,6 +38,8 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.bias = bias
+        self.split: str | None = None  # "rows" or "columns", where other model-parallel processes have the rest of W
+        self.gathers = False  # of a part by rows: whether the other parts' outputs are put beside it, as the head does
         self.has_weight = False
 
     def pack(self, weight: torch.Tensor) -> None:
@@ -61,15 +63,38 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b, [..., in] → [..., out], without a gradient."""
-        return F.linear(x, self.weight_in_full(), self.bias)
+        return F.linear(x, self.weight_in_full(), self.own_bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """g W, [..., out] → [..., in]: the gradient with respect to x."""
         return gradient @ self.weight_in_full()
 
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that this process adds: where the products of several are summed up, one of them does."""
+        return self.bias if self.split != "columns" or mpu.get_model_parallel_rank() == 0 else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b, [..., in] → [..., out]."""
-        return _Product.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+        """x W^T + b, [..., in] → [..., out]; of a part by rows, out is its own, and of one by columns, in is."""
+        if self.split == "rows":
+            x = mpu.copy_to_model_parallel_region(x)
+        product = _Product.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+        if self.split == "columns":
+            return mpu.reduce_from_model_parallel_region(product)
+        return mpu.gather_from_model_parallel_region(product) if self.gathers else product
+
+    @classmethod
+    def like(cls, linear: Any) -> Any:
+        """One without a weight yet, in the place of a linear, whose bias it takes."""
+        if isinstance(linear, FrozenLinear):
+            frozen = cls(linear.in_features, linear.out_features, linear.bias, linear.dtype)
+            frozen.split, frozen.gathers = linear.split, linear.gathers
+            return frozen
+        out_features, in_features = linear.weight.shape
+        frozen = cls(in_features, out_features, linear.bias, linear.weight.dtype)
+        frozen.split = split_of_linear(linear)
+        frozen.gathers = frozen.split == "rows" and linear.gather_output
+        return frozen
 
     def plain(self) -> torch.nn.Linear:
         """A plain linear with the same weight, in full width, and the same bias."""
@@ -132,6 +157,24 @@ def plain_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, A
     ]
 
 
+def split_of_linear(linear: Any) -> str | None:
+    """Along what a linear of SAT's is split: "rows", or "columns"; None if every process has all of it."""
+    if not isinstance(linear, PLAIN_LINEARS[1:]) or mpu.get_model_parallel_world_size() == 1:
+        return None
+    return "rows" if isinstance(linear, mpu.ColumnParallelLinear) else "columns"
+
+
+def make_plain(module: torch.nn.Module) -> None:
+    """Replace every linear of SAT's under module, in place, by torch's own, which asks for no other process."""
+    for parent, name, linear in plain_linears(module):
+        out_features, in_features = linear.weight.shape
+        plain = torch.nn.Linear(in_features, out_features, bias=linear.bias is not None, device="meta")
+        plain.weight, plain.bias = linear.weight, linear.bias
+        for parameter in plain.parameters():
+            parameter.model_parallel = False  # type: ignore[attr-defined]
+        setattr(parent, name, plain)
+
+
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,4 +231,4 @@ class Nf4Linear(FrozenLinear):
 def keep_in_4_bits(module: torch.nn.Module) -> None:
     """Replace every linear under module, in place, by an `Nf4Linear`, which gets its weight when a checkpoint is loaded."""
     for parent, name, linear in plain_linears(module):
-        setattr(parent, name, Nf4Linear(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype))
+        setattr(parent, name, Nf4Linear.like(linear))

@@ -21,10 +21,10 @@ from model.blip2 import BLIP2
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import gelu
-from model.frozen import FrozenLinear
+from model.frozen import FrozenLinear, make_plain
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
-from model.sat_compat import import_sat, parallel_output_once
+from model.sat_compat import import_sat, parallel_output_once, whole_on_every_process
 
 import_sat()
 
@@ -89,10 +89,13 @@ class ImageMixin(BaseMixin):
     def __init__(self, args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.image_length = args.image_length
-        sat_flags = {"skip_init": args.skip_init, "model_parallel_size": args.model_parallel_size}
-        self.model = BLIP2(
-            {**args.eva_args, **sat_flags}, {**args.qformer_args, **sat_flags}, args.hidden_size, **kwargs
-        )
+        sat_flags = {"skip_init": args.skip_init, "model_parallel_size": 1}
+        with whole_on_every_process(args.model_parallel_size):
+            self.model = BLIP2(
+                {**args.eva_args, **sat_flags}, {**args.qformer_args, **sat_flags}, args.hidden_size, **kwargs
+            )
+        if args.model_parallel_size > 1:
+            make_plain(self.model)
 
     def train(self, mode: bool = True) -> "ImageMixin":
         """Switch the trained parts to train mode, and only them: dropout in a frozen part would only add noise."""
@@ -121,10 +124,10 @@ class ImageMixin(BaseMixin):
             pre_image: where the slots begin in every row, with one image a row.
         """
         embeddings = self.transformer.word_embeddings
-        if isinstance(embeddings, FrozenLinear):  # kept in another form, see `model.inference.quantize`
+        is_packed = isinstance(embeddings, FrozenLinear)  # see `model.inference.quantize`
+        if is_packed or is_split(embeddings):
             words = embeddings(input_ids)
-        else:
-            # SAT's own forward masks the other ranks' parts of a split vocabulary, and waits for the device to do so.
+        else:  # SAT's own forward would wait for the device, to mask other processes' words
             words = torch.nn.functional.embedding(input_ids, embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
@@ -140,6 +143,13 @@ class ImageMixin(BaseMixin):
             return torch.cat((words[:, :pre_image], embedded, words[:, pre_image + self.image_length :]), dim=1)
         slots = image_slots.flatten()
         return words.flatten(0, 1).index_copy(0, slots, embedded.flatten(0, 1)).view_as(words)
+
+
+def is_split(embeddings: Any) -> bool:
+    """Whether other model-parallel processes have a part of the vocabulary."""
+    return bool(
+        getattr(embeddings, "num_embeddings_per_partition", embeddings.num_embeddings) < embeddings.num_embeddings
+    )
 
 
 class VisualGLMModel(ChatGLMModel):
@@ -221,6 +231,7 @@ class VisualGLMModel(ChatGLMModel):
         checkpoint = Checkpoint.find(name)
         given = {} if args is None else vars(args)
         config = copy.deepcopy(checkpoint.config)
+        config["model_parallel_size"] = given.get("model_parallel_size", 1)  # not that of the checkpoint's files
         args = argparse.Namespace(**{**vars(cls.get_args()), **given, **config, **overwrite_args})
         args.checkpoint_folder = str(checkpoint.folder)  # where its tokenizer is looked for
         model = get_model(args, cls, **kwargs)

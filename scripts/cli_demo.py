@@ -2,6 +2,7 @@
 
 python scripts/cli_demo.py --from_pretrained model/tiny
 python scripts/cli_demo.py --from_pretrained model/tiny --image fewshot-data/images/train00.png --query 描述这张图片。
+torchrun --nproc-per-node 2 scripts/cli_demo.py --from_pretrained visualglm-6b        one model, split between two GPUs
 """
 
 import argparse
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.data.images import is_url, open_image
+from model.distributed import done_by_first_process, is_first_process, world_size
 from model.hub import at_revision
 from model.inference.flags import add_number_format_flags
 from model.inference.sampling import Sampling
@@ -130,6 +132,17 @@ def typed(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def ask(question: str) -> str:
+    """What the person at the first process answers, on every process."""
+    return done_by_first_process(lambda: input(question))
+
+
+def show(piece: str) -> None:
+    """Print a piece of a line, on the first process."""
+    if is_first_process():
+        print(printable(piece), end="", flush=True)
+
+
 class Demo:
     """A loaded model and how it is to answer."""
 
@@ -141,7 +154,13 @@ class Demo:
         self.options = options
         self.words = ENGLISH if options.english else CHINESE
         self.model, self.tokenizer = load_for_answering(
-            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+            checkpoint,
+            options.tokenizer,
+            options.base,
+            options.force_base,
+            options.quant,
+            options.dtype,
+            model_parallel_size=world_size(),  # one person talks with all processes: each has a part of the model
         )
         if options.seed is not None:
             torch.manual_seed(options.seed)  # after loading, which sets SAT's own
@@ -150,7 +169,10 @@ class Demo:
         """A new conversation about a picture, or about none if it is empty."""
         from model.inference.chat import image_tensor
 
-        return Conversation(image_tensor(picture, self.model) if picture else None)
+        if not picture:
+            return Conversation()
+        image = done_by_first_process(lambda: image_tensor(picture, self.model).cpu())
+        return Conversation(image.to(self.model.transformer.word_embeddings.weight.device))
 
     def answer(self, conversation: Conversation, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
@@ -169,20 +191,20 @@ class Demo:
             english=options.english,
         ):
             piece = new_text(response, printed)
-            print(printable(piece), end="", flush=True)
+            show(piece)
             printed += piece
         say(new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}")
         conversation.history.append((query, response))
 
     def talk(self) -> None:
         """Pictures and questions from the keyboard, until `stop` or the end of input."""
-        print(self.words.hint)
+        say(self.words.hint)
         while self._talk_about_one_picture():
             pass
 
     def _talk_about_one_picture(self) -> bool:
         """Whether the user wants another picture."""
-        picture = input(self.words.ask_picture).strip()
+        picture = ask(self.words.ask_picture).strip()
         if picture in ("stop", "clear"):
             return picture == "clear"
         try:
@@ -193,12 +215,12 @@ class Demo:
         prompt = self.options.prompt_en if self.options.english else self.options.prompt_zh
         query = typed(prompt) if picture else ""
         while True:
-            query = query or typed(input(self.words.ask)).strip()
+            query = query or typed(ask(self.words.ask)).strip()
             if query in ("stop", "clear"):
                 return query == "clear"
             try:
                 if query:
-                    print(self.words.answer, end="", flush=True)
+                    show(self.words.answer)
                     self.answer(conversation, query)
             except InputError as problem:
                 say(str(problem))
@@ -217,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 demo.talk()
         except EOFError:
-            print()
+            say("")
 
 
 if __name__ == "__main__":

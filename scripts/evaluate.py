@@ -1,10 +1,12 @@
 """Ask a checkpoint the questions of a JSON file, and measure its answers against the labels.
 
 python scripts/evaluate.py --from_pretrained model/tiny --data fewshot-data/heldout.json
+torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out between two processes
 """
 
 import argparse
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
+from model.distributed import from_all_processes, is_first_process, world_size
 from model.hub import at_revision
 from model.inference.flags import add_number_format_flags
 from model.progress import say
@@ -97,25 +100,32 @@ def summary_line(measures: dict[str, float]) -> str:
 
 
 def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
-    """Answer every row with a checkpoint, --batch-size of them at once."""
+    """Answer every row with a checkpoint, --batch-size of them at once. The processes of a launcher share the rows out."""
     from tqdm import tqdm
 
     from model.inference.batch import answers_as_they_finish
     from model.inference.load import load_for_answering
     from model.inference.text import answer_text
 
+    parts = options.model_parallel_size
     model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype, parts
     )
+    process, processes = int(os.environ.get("RANK", "0")) // parts, world_size() // parts
+    mine = rows[process::processes]
     losses: list[tuple[float, int]] = []
-    questions = asked(rows, model, tokenizer, options, losses)
+    questions = asked(mine, model, tokenizer, options, losses)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
-    with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
-        for number, ids in answers:
-            row = rows[number]
-            results[number] = result_of(row, answer_text(ids, tokenizer, row.lang == "en"), *losses[number])
+    silent = not (is_first_process() and sys.stderr.isatty())
+    with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
+        for place, ids in answers:
+            row = mine[place]
+            answer = answer_text(ids, tokenizer, row.lang == "en")
+            results[process + place * processes] = result_of(row, answer, *losses[place])
             bar.update()
+    for of_others in from_all_processes(results):
+        results |= of_others
     return [results[number] for number in range(len(rows))]
 
 
@@ -175,6 +185,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
     add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
+    add("--model-parallel-size", type=int, default=1, metavar="N",
+        help="processes that share a model, of those that a launcher started (default %(default)s)")
     # fmt: on
     add_number_format_flags(parser)
     return parser
@@ -203,7 +215,7 @@ def evaluate(options: argparse.Namespace) -> None:
         full_width = argparse.Namespace(**{**vars(options), "dtype": "auto", "quant": None})
         results[f"{checkpoints[0].name} in full width"] = results_of(checkpoints[0], rows, full_width)
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
-    if options.out:
+    if options.out and is_first_process():
         report = [
             {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
             for checkpoint, of_checkpoint in results.items()
@@ -235,6 +247,9 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.full_width and (options.compare or not is_narrow(options)):
         raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
+    parts = options.model_parallel_size
+    if parts < 1 or world_size() % parts:
+        raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
 
 
 def is_narrow(options: argparse.Namespace) -> bool:

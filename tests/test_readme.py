@@ -45,6 +45,7 @@ HELP_ONLY = (
     "python scripts/dev/benchmark_answers.py",  # 20 seconds at its smallest
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
+    "python scripts/dev/layouts.py",  # 25 seconds at its smallest
     "python scripts/dev/torture.py",  # 15 seconds at its smallest
 )
 CONVERTER = "scripts/convert_checkpoint.py"

@@ -38,6 +38,7 @@ from model.checkpoints.metadata import (
     is_adapter_name,
     with_base,
 )
+from model.checkpoints.model_parallel import gathered, joined, own_parts
 from model.checkpoints.sizes import free_bytes, size_text, state_size
 from model.checkpoints.tensors import (
     LazyTensor,
@@ -60,6 +61,7 @@ from model.checkpoints.whole import (
     sync,
     write_whole,
 )
+from model.distributed import whole_parameters
 from model.errors import InputError
 from model.progress import say, warn, with_progress
 from model.sat_compat import import_sat
@@ -116,9 +118,7 @@ def write_unfinished(
     """
     module: Any = getattr(model, "module", model)
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
-    weights: Mapping[str, torch.Tensor] = {}
-    if mpu.get_data_parallel_rank() == 0:
-        weights = module.state_dict() if full else trained_weights(module)
+    weights = weights_to_save(module, full)
     adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
     learned = _learned(weights, adapters) if full else weights
     saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
@@ -140,6 +140,7 @@ def write_unfinished(
     if not is_first:
         return lambda: None
     config = extract_model_specific_args_to_dump(args, module)
+    config["model_parallel_size"] = 1  # the files are whole, however the run is split
     config[KEY] = description(adapters, module.base, args.num_layers, full)
     saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
     return saving.publish
@@ -172,7 +173,7 @@ class _Saving:
         """Write this process's files."""
         with told_as_a_sentence(self.iteration, self.folder, self.needed):
             if self.weights:
-                path = weights_path(self.folder, self.unfinished.name, mpu.get_model_parallel_rank())
+                path = weights_path(self.folder, self.unfinished.name)
                 torch.save({"module": self.weights, "iteration": self.iteration}, path)
             for name, write_file in self.extra_files.items():
                 write_file(self.unfinished / name)
@@ -299,13 +300,35 @@ def remove_older_iterations(folder: Path, iteration: int, limit: int | None) -> 
         remove(unwanted)
 
 
-def trained_weights(module: Any) -> dict[str, torch.Tensor]:
-    """The tensors of module that differ from its base's: those trained now, and those that were trained before."""
-    return {
-        name: parameter.detach().cpu().clone()  # ZeRO keeps them as views of one long tensor
-        for name, parameter in module.named_parameters()
-        if module.is_trained_name(name) or name in module.tuned_names
-    }
+def weights_to_save(module: Any, full: bool) -> dict[str, torch.Tensor]:
+    """The tensors of module, whole, on the first process; nothing on the others. Every process calls this.
+
+    Not all of them, unless full: those that differ from its base's, trained now or before.
+    """
+    parameters = dict(module.named_parameters())
+    tensors = module.state_dict() if full else {n: p for n, p in parameters.items() if is_to_be_saved(module, n)}
+    is_split = mpu.get_model_parallel_world_size() > 1 or any(hasattr(one, "ds_id") for one in parameters.values())
+    is_first = torch.distributed.get_rank() == 0
+    if full and not is_split:
+        return tensors if is_first else {}
+    weights = {}
+    for name, tensor in tensors.items():
+        with whole_parameters([parameters[name]] if name in parameters else []):
+            whole = gathered(name, parameters.get(name, tensor).detach(), is_split_here(module, name))
+            if is_first:
+                weights[name] = whole.cpu().clone()  # ZeRO keeps them as views of one long tensor
+    return weights
+
+
+def is_to_be_saved(module: Any, name: str) -> bool:
+    """Whether a tensor of module differs from its base's."""
+    return module.is_trained_name(name) or name in module.tuned_names
+
+
+def is_split_here(module: Any, name: str) -> bool:
+    """Whether model parallelism splits a tensor of this name in module, if it does at all: not a small vocabulary."""
+    words = module.transformer.word_embeddings
+    return not name.endswith("word_embeddings.weight") or isinstance(words, mpu.VocabParallelEmbedding)
 
 
 def description(adapters: AdapterConfig, base: Base, num_layers: int, full: bool) -> dict[str, Any]:
@@ -362,7 +385,11 @@ def load_checkpoint(
     weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
     if convert is not None:
-        weights = read_one_by_one(weights, checkpoint, tuned_names).converted(convert)
+        weights = read_one_by_one(weights, checkpoint, tuned_names)
+    weights = own_parts(weights, mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size())
+    if convert is not None:
+        assert isinstance(weights, LazyTensors)
+        weights = weights.converted(convert)
     _put_into(module, weights, prefix, checkpoint)
     module.base, module.tuned_names = base, tuned_names
     mode = getattr(args, "mode", "inference")
@@ -379,7 +406,7 @@ def _put_into(
     Raises:
         InputError: they are of another model, or some are missing.
     """
-    path = checkpoint.weights_file(mpu.get_model_parallel_rank())
+    path = checkpoint.weights_file()
     missing, unexpected = None, []
     on_meta = any(parameter.is_meta for parameter in module.parameters())
     for group in _with_progress_if_large(weights):
@@ -420,8 +447,8 @@ def read_one_by_one(
     """
     source = checkpoint.base or checkpoint
     lazy = weights
-    if source.layout == "sat":
-        path = source.weights_file(mpu.get_model_parallel_rank())
+    if source.layout == "sat" and len(source.weights_files()) < 2:
+        path = source.weights_file()
         lazy = one_by_one(path, read_weights(path))
     if checkpoint.base is not None:
         lazy = without_adapters(lazy)
@@ -431,15 +458,16 @@ def read_one_by_one(
     return LazyTensors(dict(sorted(entries.items(), key=lambda entry: -math.prod(entry[1].shape))))
 
 
-def open_weights(checkpoint: Checkpoint, rank: int = 0) -> Mapping[str, torch.Tensor]:
-    """The tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
+def open_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """The whole tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
 
     Raises:
         InputError: a file is missing or broken, or holds something else than weights.
     """
     if checkpoint.layout == "hf":
         return open_huggingface(checkpoint.folder, checkpoint.config["num_attention_heads"])
-    return read_weights(checkpoint.weights_file(rank))
+    parts = [read_weights(file) for file in checkpoint.weights_files() or [checkpoint.weights_file()]]
+    return joined(parts, checkpoint.config) if len(parts) > 1 else parts[0]
 
 
 def whole_weights(
@@ -457,17 +485,16 @@ def whole_weights(
     Raises:
         InputError: a file can't be read, the adapters in it are not whole, or the base is another one.
     """
-    rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
-    path = checkpoint.weights_file(rank)
-    weights = open_weights(checkpoint, rank)
+    path = checkpoint.weights_file()
+    weights = open_weights(checkpoint)
     refuse_unless_whole(weights, checkpoint.config, path)
     _warn_of_old_rows(checkpoint, weights)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
     recorded = base_of(checkpoint.config)
-    base_path = checkpoint.base.weights_file(rank)
-    base_weights = without_adapters(open_weights(checkpoint.base, rank))
+    base_path = checkpoint.base.weights_file()
+    base_weights = without_adapters(open_weights(checkpoint.base))
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
     _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
     found = fingerprint(base_weights)

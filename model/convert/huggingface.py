@@ -31,12 +31,12 @@ from model.checkpoints.huggingface import (
 )
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import is_adapter
+from model.checkpoints.model_parallel import joined
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.tensors import DTYPES, LazyTensor, LazyTensors, looks_old, one_by_one, shapes, size_in_bytes
 from model.checkpoints.weights import open_weights, read_weights
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place, sync
 from model.convert.merge_lora import ITERATION, write_weights
-from model.convert.model_parallel import joined
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError, raise_problems
 from model.progress import say, with_progress

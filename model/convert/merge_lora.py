@@ -153,5 +153,6 @@ def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
     return {
         **plain,
         "model_class": "VisualGLMModel",
+        "model_parallel_size": 1,
         KEY: {"contents": "merged", "checkpoint": checkpoint.name, **merged_from},
     }

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from model.cpu import has_onednn, in_int4_order, int4_linear, int8_linear
 from model.frozen import FrozenLinear, Nf4Linear, plain_linears
+from model.sat_compat import model_parallel
 
 # From so many rows of the input on, a plain product with weights put in full width for it is faster: measured with
 # avx512_bf16, 4096 × 4096, by the CPU time of one thread.
@@ -47,13 +48,12 @@ def quantize_linears(model: Any, bits: int, device: torch.device) -> None:
         device: where the model is going to be.
     """
     transformer = model.transformer
-    dtype = transformer.word_embeddings.weight.dtype
     in_4_bits = Nf4Linear if device.type == "cuda" else Int4Linear
     for part in (transformer.layers, model.get_mixin("chatglm-final"), model.get_mixin("eva")):
         made = in_4_bits if bits == 4 and part is transformer.layers else Int8Linear
         for parent, name, linear in [*plain_linears(part), *nf4_linears(part)]:
-            setattr(parent, name, made(*sizes_of(linear), linear.bias, dtype))
-    transformer.word_embeddings = Int8Embedding(*sizes_of(transformer.word_embeddings), None, dtype)
+            setattr(parent, name, made.like(linear))
+    transformer.word_embeddings = Int8Embedding.like(transformer.word_embeddings)
 
 
 def nf4_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
@@ -94,7 +94,8 @@ class QuantizedLinear(FrozenLinear):
             starts = range(0, self.out_features, ROWS_AT_A_TIME)
             output = torch.cat([self._wide_product(wide, slice(start, start + ROWS_AT_A_TIME)) for start in starts], 1)
         output = output.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() > 1 else output[0].to(x.dtype)
-        return output if self.bias is None else output + self.bias.to(x.dtype)
+        bias = self.own_bias
+        return output if bias is None else output + bias.to(x.dtype)
 
     def _takes_kernel(self, rows: int) -> bool:
         """Whether torch's kernel is right for an input of so many rows, or else the plain product."""
@@ -159,6 +160,7 @@ class Int8Embedding(Int8Linear):
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
+        self.first_word = 0  # that this model-parallel process has
         self.weight: torch.Tensor
         self.register_buffer("weight", torch.empty(0, self.in_features, dtype=self.dtype), persistent=False)
 
@@ -168,8 +170,25 @@ class Int8Embedding(Int8Linear):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The rows of input_ids int64[…], in full width: [..., hidden]."""
-        rows = self.codes[input_ids] * self.scales[input_ids].unsqueeze(-1)
-        return rows.to(self.weight.dtype)
+        if self.split is None:
+            return self._looked_up(input_ids)
+        places = input_ids - self.first_word
+        is_own = (places >= 0) & (places < self.out_features)
+        rows = self._looked_up(places.where(is_own, 0)) * is_own.unsqueeze(-1)
+        torch.distributed.all_reduce(rows, group=model_parallel().group)
+        return rows
+
+    def _looked_up(self, places: torch.Tensor) -> torch.Tensor:
+        return (self.codes[places] * self.scales[places].unsqueeze(-1)).to(self.weight.dtype)
+
+    @classmethod
+    def like(cls, embeddings: Any) -> Any:
+        """Some without a weight yet, in the place of plain embeddings."""
+        count, width = embeddings.weight.shape
+        packed = cls(width, count, None, embeddings.weight.dtype)
+        if count < embeddings.num_embeddings:  # the others' words are on other model-parallel processes
+            packed.split, packed.first_word = "rows", embeddings.vocab_start_index
+        return packed
 
 
 class Int4Linear(QuantizedLinear):

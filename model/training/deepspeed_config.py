@@ -67,6 +67,11 @@ def deepspeed_settings(
     return settings
 
 
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's settings."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
 def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A user's DeepSpeed settings with what SAT needs and they leave out filled in from defaults.
 
@@ -135,6 +140,7 @@ def clip_or_skip(engine: Any) -> None:
     from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
 
     norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+    engine.optimizer._global_grad_norm = float(norm)  # where the engine looks for it, as in its other optimizers
     engine.optimizer.overflow = is_invalid_grad_norm(norm)
     if engine.optimizer.overflow:
         engine.zero_grad()

@@ -131,10 +131,14 @@ def replacements(hooks: Hooks) -> list[Replacement]:
     """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
     sat = import_sat(training=True)
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
+    helpers: Any = importlib.import_module("sat.helpers")
     engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
+        Replacement(
+            helpers, "check_if_zero3", lambda args: False, "SAT can't build the model in parts; DeepSpeed can cut it up"
+        ),
         Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files of --load, and asks CUDA"),
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
         Replacement(loop, "report_iteration_metrics", hooks.report.step, "a record a step, with the time left"),

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, run_python
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_python
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_so_far, chat
@@ -43,6 +43,20 @@ def demo(upstream_checkpoint, capsys, monkeypatch):
         return Run(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.mark.run
+def test_two_processes_that_share_the_model_answer_as_one_does(demo, upstream_checkpoint):
+    words = ["--temperature", "0"]
+    typed = f"{PICTURE}\n这是什么？\nnone.png\nclear\nnone.png\nstop\n"
+    alone = demo(*words, typed=typed)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    together = subprocess.run(
+        [sys.executable, *launcher, COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "60", *words],
+        input=typed, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+    assert together.returncode == alone.returncode == 0, together.stderr
+    assert together.stdout[together.stdout.index("输入") :] == alone.stdout[alone.stdout.index("输入") :]
 
 
 def test_answer_so_far_grows_by_a_token_and_ends_with_the_whole_answer(upstream_checkpoint):

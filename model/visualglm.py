@@ -19,6 +19,7 @@ import torch
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import gelu
 from model.frozen import FrozenLinear
@@ -182,6 +183,18 @@ class VisualGLMModel(ChatGLMModel):
         if position_ids is None:
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
+
+    def tensors(self) -> LazyTensors:
+        """All tensors, by their names in a checkpoint. `state_dict` unpacks every weight at once; this one at a time."""
+        entries: dict[str, LazyTensor] = {}
+        for name, module in self.named_modules():
+            prefix, own = f"{name}." if name else "", dict[str, torch.Tensor]()
+            torch.nn.Module._save_to_state_dict(module, own, prefix, keep_vars=False)  # its own, and none of its parts'
+            if isinstance(module, FrozenLinear) and module.has_weight:
+                shape = module.out_features, module.in_features
+                entries[f"{prefix}weight"] = LazyTensor(shape, module.dtype, module.weight_in_full)
+            entries |= {key: LazyTensor.of(tensor) for key, tensor in own.items()}
+        return LazyTensors(entries)
 
     def set_image_size(self, edge: int, args: Any) -> None:
         """Take images of edge × edge pixels from now on, and note that in args, SAT's namespace, for checkpoints.

@@ -48,7 +48,9 @@ from model.checkpoints.tensors import (
     looks_old,
     one_by_one,
     open_huggingface,
+    shapes,
     size_in_bytes,
+    write_weights,
 )
 from model.checkpoints.whole import (
     CONFIG_FILE,
@@ -118,12 +120,12 @@ def write_unfinished(
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
     weights: Mapping[str, torch.Tensor] = {}
     if mpu.get_data_parallel_rank() == 0:
-        weights = module.state_dict() if full else trained_weights(module)
+        weights = module.tensors() if full else trained_weights(module)
     adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
     learned = _learned(weights, adapters) if full else weights
     saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
     if extra_files:
-        saving.needed += state_size(sum(tensor.numel() for tensor in learned.values()))
+        saving.needed += state_size(sum(tensor.numel() for tensor in shapes(learned).values()))
 
     def begin() -> None:
         refuse_unless_finite(learned, f"iteration {iteration}")
@@ -173,7 +175,10 @@ class _Saving:
         with told_as_a_sentence(self.iteration, self.folder, self.needed):
             if self.weights:
                 path = weights_path(self.folder, self.unfinished.name, mpu.get_model_parallel_rank())
-                torch.save({"module": self.weights, "iteration": self.iteration}, path)
+                if isinstance(self.weights, LazyTensors):
+                    write_weights(path, shapes(self.weights), self.weights.__getitem__, self.iteration)
+                else:
+                    torch.save({"module": self.weights, "iteration": self.iteration}, path)
             for name, write_file in self.extra_files.items():
                 write_file(self.unfinished / name)
 
@@ -246,7 +251,7 @@ def _make_room(folder: Path, iteration: int, needed: int) -> None:
 
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """How many bytes torch.save takes for these tensors; a few more, for their names and what stands beside them."""
-    return sum(tensor.numel() * tensor.element_size() + BYTES_BESIDE_A_TENSOR for tensor in weights.values())
+    return size_in_bytes(weights) + BYTES_BESIDE_A_TENSOR * len(weights)
 
 
 def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:

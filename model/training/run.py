@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ from model.training.signals import StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, told_in_a_sentence, watched
 from model.training.watchdog import Watchdog
+
+A_WEEK = 7 * 24 * 3600  # seconds, for --check_seconds inf
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     hooks = Hooks(load_checkpoint, state.saving(saver.save), state.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     batches = watched(hooks, options, saver.wait)
+    # Pictures are checked before the processes meet, on each machine for so long at most, and in no time where they are known.
+    hooks.longest_wait += timedelta(seconds=min(options.check_seconds, A_WEEK))
     stop = StopAtSignal(hooks)
     folder = RunFolder(line, inputs, state, hooks, stop.is_stopping)
     with stop, launcher_environment(), adapted(hooks):

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,9 @@ from model.training.metrics import TensorBoardFile, TrainingReport
 AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
+# torch lets a process wait ten minutes (NCCL) or half an hour (gloo) for another one. One that lives may well take longer:
+# it opens pictures on a slow disk. One that died is found by `model.training.watchdog`.
+LONGEST_WAIT = timedelta(hours=1)
 NEVER = sys.maxsize  # steps; SAT divides by it
 ABSENT = object()  # the old value of an attribute that was not there
 
@@ -107,6 +111,7 @@ class Hooks:
     when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
+    longest_wait: timedelta = LONGEST_WAIT  # of one process for another, in torch.distributed
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
     before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
@@ -129,6 +134,8 @@ class Replacement(NamedTuple):
 
 def replacements(hooks: Hooks) -> list[Replacement]:
     """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
+    import torch
+
     sat = import_sat(training=True)
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
     engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
@@ -149,6 +156,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
         Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
         Replacement(engine, "clip_fp32_gradients", clip_or_skip, "DeepSpeed's lets NaN through"),
+        Replacement(engine, "_broadcast_model", lambda _: None, "it sends frozen weights that all have read, 15 GB"),
         Replacement(engine, "backward", scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"),
         *(
             Replacement(
@@ -158,6 +166,13 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         ),
         Replacement(loop, "train", _train(loop, hooks), "SAT seeds everything anew just before; a run may go on"),
         Replacement(loop, "exit", _exit(hooks), "--exit-interval leaves without saving"),
+        Replacement(loop, "Timers", timers_without_waiting(loop.Timers), "SAT's wait for CUDA at each start and stop"),
+        *(
+            Replacement(
+                torch.distributed.distributed_c10d, name, hooks.longest_wait, "too short for --check_seconds inf"
+            )
+            for name in ("default_pg_timeout", "default_pg_nccl_timeout")
+        ),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)
@@ -174,7 +189,6 @@ def _without_gpu(loop: Any) -> list[Replacement]:
         return broadcast_data(keys, data, datatype, "cpu")
 
     return [
-        Replacement(loop, "Timers", timers_without_gpu(loop.Timers), "SAT's wait for CUDA at each start and stop"),
         Replacement(mpu, "broadcast_data", broadcast, "SAT's sends through CUDA memory"),
         Replacement(transformer, "checkpoint", checkpointed, "SAT's leaves out use_reentrant, which torch warns of"),
         Replacement(communication, "build_shm_op", lambda: None, "DeepSpeed compiles it with g++ for half a minute"),
@@ -359,8 +373,10 @@ def _exit(hooks: Hooks) -> Callable[[], None]:
     return leave
 
 
-def timers_without_gpu(timers_of_sat: Any) -> Any:
-    """SAT's timers without their `torch.cuda.synchronize()`."""
+def timers_without_waiting(timers_of_sat: Any) -> Any:
+    """SAT's timers without their `torch.cuda.synchronize()`, of which a step has ten. On a GPU they time what is asked of
+    it; a whole step comes out right, for it ends with a look at the gradient's norm.
+    """
 
     class Timer(timers_of_sat.Timer):
         def start(self) -> None:

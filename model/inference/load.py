@@ -22,6 +22,7 @@ from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
+from model.distributed import unusable_gpu
 from model.errors import InputError
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
@@ -71,6 +72,8 @@ def load_for_answering(
     """
     quieten()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if unusable_gpu():
+        warn(f"{unusable_gpu()} The CPU answers.")
     refuse_quant(quant, device)
     checkpoint = Checkpoint.find(checkpoint)
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, tokenizer_path))

@@ -41,9 +41,10 @@ from model.distributed import (
     launcher_environment,
     on_a_free_port,
     start_gloo,
+    unusable_gpu,
 )
 from model.errors import InputError
-from model.progress import say
+from model.progress import say, warn
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import (
     clip_or_skip,
@@ -530,6 +531,8 @@ def _sat_args_on_this_port(
 ) -> argparse.Namespace:
     words = list(words)
     if not has_gpu():
+        if unusable_gpu():
+            warn(unusable_gpu())
         instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
         if instead:
             numbers = "bfloat16" if options.bf16 else "float32"

@@ -23,6 +23,7 @@ from sat.model.finetune import PTuningV2Mixin  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # noqa: E402
 
 ROTARY_BASE = 10_000.0  # SAT's ChatGLMAttnMixin
+PREFIX_SCALE = 0.01  # SAT's PrefixTuningMixin
 SHORT_ON_CPU = 256  # keys; up to so many, torch's fused CPU kernel is several times slower than its parts (torch 2.13)
 INVISIBLE = (
     -10_000.0
@@ -106,6 +107,13 @@ class PrefixMixin(PTuningV2Mixin):
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
         self.last: tuple[Any, Any] = (None, None)  # a mask, and the same one with the prefix
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> None:
+        """Put a fresh prefix on the device, in place of the one that is there, drawn as SAT draws it."""
+        for layer, old in enumerate(self.prefix):
+            new = (torch.randn(old.shape) * PREFIX_SCALE).to(device, old.dtype)
+            self.prefix[layer] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
 
     def with_prefix(self, mask: torch.Tensor) -> torch.Tensor:
         """mask [batch, 1, seq, seq], in which the prefix is seen too: [batch, 1, seq, seq + prefix]."""

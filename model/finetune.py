@@ -13,7 +13,7 @@ from model.attention import PrefixMixin
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
 from model.frozen import keep_in_4_bits
-from model.lora import LoraMixin
+from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
 from model.visualglm import VisualGLMModel
@@ -89,10 +89,13 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
         adapters = asked.resumed_from(checkpoint.config)
         overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
-        if "qlora" in adapters.methods:
-            # The quantised linears get their weights from the file; until then full ones would fill the memory.
-            overwrite_args["skip_init"] = True
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
+
+    def make_fresh_adapters(self, device: torch.device) -> None:
+        """Draw the adapters that no checkpoint had, on the device."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear | PrefixMixin) and any(p.is_meta for p in module.parameters()):
+                module.draw(device)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -219,7 +219,8 @@ class Nf4Linear(FrozenLinear):
         self.state: Any = None
 
     def _keep(self, weight: torch.Tensor) -> None:
-        self.packed, self.state = quantized(weight.to(self.packed.device))
+        device = weight.device if self.packed.is_meta else self.packed.device
+        self.packed, self.state = quantized(weight.to(device))
 
     def weight_in_full(self) -> torch.Tensor:
         if self.state.absmax.device != self.packed.device:

@@ -56,9 +56,19 @@ class LoraLinear(torch.nn.Module):
         self.matrix_B = torch.nn.ParameterList(
             torch.nn.Parameter(weight.new_zeros(out_features // parts, rank)) for _ in range(parts)
         )
-        for factor in self.matrix_A:
-            torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.draw(self.matrix_A[0].device)
         self.register_load_state_dict_pre_hook(_plain_linear_as_original)
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> None:
+        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device."""
+        where = device if device.type == "meta" else torch.device("cpu")
+        for factors in (self.matrix_A, self.matrix_B):
+            for part, old in enumerate(factors):
+                new = torch.zeros_like(old, device=where)
+                if factors is self.matrix_A:
+                    torch.nn.init.kaiming_uniform_(new, a=math.sqrt(5))
+                factors[part] = torch.nn.Parameter(new.to(device), requires_grad=old.requires_grad)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""

@@ -363,23 +363,55 @@ def load_checkpoint(
     """
     place = load_path or args.load
     checkpoint = place if isinstance(place, Checkpoint) else Checkpoint.at(place, specific_iteration)
-    checkpoint = with_base(checkpoint, getattr(args, "base", None))
-    weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
-    if convert is not None:
-        weights = read_one_by_one(weights, checkpoint, tuned_names).converted(convert)
-    _put_into(module, weights, prefix, checkpoint)
-    module.base, module.tuned_names = base, tuned_names
+    put_into = opened_for(module, checkpoint, args, prefix, convert)
+    put_into(lambda name: True)
     mode = getattr(args, "mode", "inference")
     if mode == "inference":
         module.eval()
     return int(checkpoint.iteration) if mode == "pretrain" and checkpoint.iteration.isdigit() else 0
 
 
+def opened_for(
+    module: Any,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    prefix: str = "",
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> Callable[[Callable[[str], bool]], None]:
+    """Open a checkpoint for a module; the function that is returned loads the tensors whose names it is asked for.
+
+    Args, Raises:
+        As for `load_checkpoint`; what is returned raises InputError too.
+    """
+    checkpoint = with_base(checkpoint, getattr(args, "base", None))
+    weights, module.base, module.tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
+    if convert is not None:
+        weights = read_one_by_one(weights, checkpoint, module.tuned_names).converted(convert)
+
+    def put_into(is_asked_for: Callable[[str], bool]) -> None:
+        _put_into(module, _chosen(weights, is_asked_for), prefix, checkpoint, is_asked_for)
+
+    return put_into
+
+
+def _chosen(weights: Mapping[str, torch.Tensor], is_asked_for: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
+    if isinstance(weights, LazyTensors):
+        return weights.renamed(lambda name: name if is_asked_for(name) else None)
+    return {name: weights[name] for name in weights if is_asked_for(name)}
+
+
 def _put_into(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], prefix: str, checkpoint: Checkpoint
+    module: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    prefix: str,
+    checkpoint: Checkpoint,
+    is_asked_for: Callable[[str], bool],
 ) -> None:
     """Copy the tensors under prefix into module; into one on the meta device, put them themselves.
+
+    Args:
+        is_asked_for: names of the tensors that must not be missing.
 
     Raises:
         InputError: they are of another model, or some are missing.
@@ -387,6 +419,7 @@ def _put_into(
     path = checkpoint.weights_file(mpu.get_model_parallel_rank())
     missing, unexpected = None, []
     on_meta = any(parameter.is_meta for parameter in module.parameters())
+    of_sat = {name: vars(parameter) for name, parameter in module.named_parameters()}  # such as `model_parallel`
     for group in _with_progress_if_large(weights):
         selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
         try:
@@ -395,10 +428,14 @@ def _put_into(
             raise InputError(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
+        if on_meta:
+            for name in selected:
+                if name in of_sat:
+                    vars(module.get_parameter(name)).update(of_sat[name])
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
-    needed = [name for name in missing or () if not is_adapter_name(name)]
+    needed = [name for name in missing or () if is_asked_for(prefix + name) and not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "

@@ -6,15 +6,13 @@
 The model is built without memory. Its weights are read one layer at a time, each straight into its number format.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.overrides import TorchFunctionMode
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import is_finetuned
@@ -28,7 +26,7 @@ from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbyt
 from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
 from model.progress import warn
 from model.sat_compat import model_only, quieten
-from model.visualglm import VisualGLMModel
+from model.visualglm import VisualGLMModel, without_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 4 * 2**30  # bytes in float32 of a model that --dtype auto leaves in float32 on a CPU
@@ -109,23 +107,6 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
             ) from None
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
-            kwargs["device"] = torch.device("meta")
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Build models inside the block on the meta device, whatever device SAT names; no weight takes memory or time."""
-    with torch.device("meta"), _WithoutMemory():
-        yield
-
-
 def empty_model(checkpoint: Checkpoint, base: str | None, force_base: bool) -> tuple[Any, Any]:
     """The model that a checkpoint describes, on the meta device in float32, and SAT's namespace."""
     from model.finetune import FineTuneVisualGLMModel
@@ -178,8 +159,6 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     trained_in_nf4 = _weight_names(model, Nf4Linear) if chosen.bits else set()
     if chosen.bits:
         quantize_linears(model, chosen.bits, device)
-    for _, _, linear in nf4_linears(model):
-        linear.packed = torch.empty(0, dtype=torch.uint8, device=device)
     packed = _weight_names(model, FrozenLinear)
     rotary = model.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies; float32 in every format
     rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device)

@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from model.checkpoints.metadata import VISION
 from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
@@ -25,6 +26,7 @@ from model.distributed import from_first_process, launcher_environment
 from model.training.best_checkpoint import BestCheckpoint
 from model.training.feature_cache import FeatureCache
 from model.training.loaders import make_loaders
+from model.training.memory import fit_into_memory
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
 from model.training.run_state import RunState
@@ -63,9 +65,18 @@ class Run:
         selection.left_out = from_first_process(selection.left_out)
         self.state.watch(hooks, self.line, self.inputs)
         hooks.make_loaders = partial(make_loaders, selection=selection, features=features, batches=self.batches)
-        hooks.when_ready = features.offload_vision
+        hooks.get_model = partial(self._complete, model, args, features)
         if options.keep_best:
             self.state.after_evaluation = BestCheckpoint(self.saver.save).consider
+
+    def _complete(self, model: Any, args: argparse.Namespace, features: FeatureCache) -> Any:
+        """The whole model. All pictures have been looked at, so the vision part makes room for the language model first."""
+        is_saved = args.save_full_model or args.load or any(name.startswith(VISION) for name in model.tuned_names)
+        features.offload_vision(bool(is_saved))
+        model.finish_loading()
+        model.freeze()
+        fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
+        return model
 
 
 @contextmanager

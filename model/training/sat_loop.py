@@ -109,7 +109,7 @@ class Hooks:
     report: TrainingReport
     auto_warmup_steps: int = AUTO_WARMUP_STEPS  # optimizer steps at 5 % of --lr at most, when fine-tuning
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
-    when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
+    get_model: Callable[[], Any] | None = None  # the model, asked for once the loaders have been made
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     longest_wait: timedelta = LONGEST_WAIT  # of one process for another, in torch.distributed
@@ -153,6 +153,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(
             loop, "get_learning_rate_scheduler", _scheduler(loop, hooks), "--auto_warmup_steps; the rate shown"
         ),
+        Replacement(loop, "get_model", _model(loop, hooks), "SAT's goes on where there is no memory for the model"),
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
         Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
@@ -276,10 +277,19 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         rate = schedule.get_lr
         schedule.get_lr = lambda: max(0.0, rate())  # SAT's line goes on below 0 after --lr-decay-iters
         hooks.report.watch(schedule, optimizer)
-        hooks.when_ready()
         return schedule
 
     return scheduler
+
+
+def _model(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """The model of a run. SAT asks for it, given its class, when the loaders are there; a script's own is SAT's, moved."""
+    model_of_sat = loop.get_model
+
+    def model(args: argparse.Namespace, model_class: Any) -> Any:
+        return hooks.get_model() if hooks.get_model else model_of_sat(args, model_class).to(args.device)
+
+    return model
 
 
 def _summary_writer(hooks: Hooks) -> Callable[..., TensorBoardFile | None]:

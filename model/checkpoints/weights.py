@@ -429,9 +429,9 @@ def _put_into(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
         if on_meta:
-            for name in selected:
-                if name in of_sat:
-                    vars(module.get_parameter(name)).update(of_sat[name])
+            for name in selected.keys() & of_sat.keys():
+                noted = vars(module.get_parameter(name))
+                noted.update(of_sat[name] | noted)
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here

@@ -30,8 +30,15 @@ from model.frozen import import_bitsandbytes
 CUDA, IN_TORCH = torch.device("cuda:0"), torch.device("lazy:0")
 BLOCK = 512  # bytes; torch's allocator gives out multiples of it
 GIB = 2**30
-# What autograd's kernels take on a real GPU and fake tensors on a CPU build are not asked about.
-MIXED = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+# Operations of which a CUDA kernel takes floating-point tensors of one dtype only, and a fake one of several.
+OF_ONE_DTYPE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
 
 
 class Memory(TorchDispatchMode):
@@ -40,19 +47,29 @@ class Memory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.refuses_waits = False  # whether a copy from "cuda" to the CPU is an error
         self._known: dict[int, Any] = {}
 
     def reset(self) -> None:
         self.peak = self.now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in MIXED:
-            refuse_mixed(function, args)
+        self._refuse(function, args, kwargs or {})
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
                 self._count(tensor.untyped_storage())
         return result
+
+    def _refuse(self, function: Any, args: Any, kwargs: Any) -> None:
+        if function in OF_ONE_DTYPE:
+            refuse_two("dtypes", function, {tensor.dtype for tensor in tensors_in(args) if tensor.is_floating_point()})
+        elif function.namespace == "bitsandbytes":
+            refuse_two("devices", function, {tensor.device for tensor in tensors_in(args)})
+        elif self.refuses_waits and function == torch.ops.aten._to_copy.default:
+            target = kwargs.get("device")
+            if target is not None and target.type == "cpu" and args[0].device.type == "cuda":
+                raise RuntimeError("a copy to the CPU waits for the device")
 
     def _count(self, storage: Any) -> None:
         key = storage._cdata
@@ -69,11 +86,14 @@ class Memory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def refuse_mixed(function: Any, args: Any) -> None:
-    """Raise what a CUDA kernel raises where its floating-point tensors have two dtypes."""
-    dtypes = {a.dtype for a in tree_leaves(args) if isinstance(a, torch.Tensor) and a.is_floating_point()}
-    if len(dtypes) > 1:
-        raise RuntimeError(f"{function}: expected one dtype, found {sorted(map(str, dtypes))}")
+def tensors_in(args: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+
+
+def refuse_two(what: str, function: Any, found: set[Any]) -> None:
+    """Raise an error if there are several."""
+    if len(found) > 1:
+        raise RuntimeError(f"{function}: several {what}, {sorted(map(str, found))}")
 
 
 @contextmanager

@@ -47,6 +47,7 @@ HELP_ONLY = (
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
     "python scripts/dev/layouts.py",  # 25 seconds at its smallest
     "python scripts/dev/torture.py",  # 15 seconds at its smallest
+    "python scripts/dev/two_hosts.py",  # a minute
 )
 CONVERTER = "scripts/convert_checkpoint.py"
 HUB_NAME = "THUDM/visualglm-6b"  # here the folder of a small checkpoint in Hugging Face's layout

@@ -180,9 +180,7 @@ def optimizer_step(
         result = forward(data_iterator, model, args, timers, **kwargs)
         timers("forward").stop()
         loss = result[0] if isinstance(result, tuple) else result
-        mean_loss = loss.detach().clone()
-        torch.distributed.all_reduce(mean_loss)
-        losses.append(mean_loss / args.world_size)
+        losses.append(loss.detach().clone())
         timers("backward").start()
         model.backward(loss * (1 + 0 * loss.detach()))  # times 1, or NaN: an infinite loss may have a finite gradient
         timers("backward").stop()
@@ -193,4 +191,6 @@ def optimizer_step(
     skipped = not model.was_step_applied()
     if not skipped:
         scheduler.step()
-    return sum(losses[1:], losses[0]) / len(losses), int(skipped), {}
+    mean_loss = sum(losses[1:], losses[0]) / len(losses)
+    torch.distributed.all_reduce(mean_loss)
+    return mean_loss / args.world_size, int(skipped), {}

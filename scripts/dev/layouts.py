@@ -8,7 +8,8 @@ loss and a gradient norm may differ from one process's by a hundred-thousandth; 
 `layouts: N equal, M refused`. A layout that is neither ends the command with status 1.
 
 Each launch of torchrun runs several layouts in the same processes, one after another: importing torch takes longest.
-Bytes are those that a ring of processes sends, reckoned from the collectives that torch is asked for.
+Bytes are those that a ring of processes sends, reckoned from the collectives that torch is asked for. A table at the end
+says how a step's time and bytes grow from 1 to 2 and 4 processes. Where these have fewer cores, their time grows too.
 """
 
 import argparse
@@ -106,6 +107,7 @@ class Record:
     rows: list[list[int]] = field(default_factory=list)  # of each micro-batch
     seconds: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)  # bytes
+    calls: list[int] = field(default_factory=list)  # of collectives
     problem: str = ""
 
 
@@ -143,7 +145,8 @@ def watch(current: Callable[[], Record]) -> None:
     from model.training.signals import StopAtSignal
 
     after_step, batches = StopAtSignal.after_step, OrderedBatches.__iter__
-    counted, began = [0.0], [time.monotonic()]
+    sent: list[float] = []  # bytes, of each collective since the last step
+    began = [time.monotonic()]
 
     def noting_step(self: Any, state: Any, loss: Any, skipped: bool) -> None:
         after_step(self, state, loss, skipped)
@@ -151,8 +154,10 @@ def watch(current: Callable[[], Record]) -> None:
         record.losses.append(loss.item())
         record.norms.append(float(state.model.get_global_grad_norm()))
         record.seconds.append(now - began[0])
-        record.sent.append(counted[0])
-        counted[0], began[0] = 0.0, now
+        record.sent.append(sum(sent))
+        record.calls.append(len(sent))
+        sent.clear()
+        began[0] = now
 
     def noting_rows(self: Any) -> Iterator[list[int]]:
         for rows in batches(self):
@@ -162,7 +167,7 @@ def watch(current: Callable[[], Record]) -> None:
 
     StopAtSignal.after_step, OrderedBatches.__iter__ = noting_step, noting_rows  # type: ignore[method-assign]
     for name, (place, share) in COLLECTIVES.items():
-        setattr(torch.distributed, name, counting(getattr(torch.distributed, name), place, share, counted))
+        setattr(torch.distributed, name, counting(getattr(torch.distributed, name), place, share, sent))
 
 
 # Which argument of a collective is as long as all that is sent around, and how many times a ring sends it around.
@@ -172,15 +177,15 @@ COLLECTIVES = {
 }  # fmt: skip
 
 
-def counting(collective: Callable[..., Any], place: int, times: int, counted: list[float]) -> Callable[..., Any]:
-    """A collective of torch's whose bytes are added to counted[0], as many as one process of a ring sends."""
+def counting(collective: Callable[..., Any], place: int, times: int, sent: list[float]) -> Callable[..., Any]:
+    """A collective of torch's whose bytes are noted in sent, as many as one process of a ring sends."""
     import torch
 
     def call(*args: Any, **named: Any) -> Any:
         tensors = args[place] if len(args) > place else next(iter(named.values()))
         tensors = tensors if isinstance(tensors, list) else [tensors]
         processes = torch.distributed.get_world_size(named.get("group"))
-        counted[0] += times * (processes - 1) / processes * sum(tensor.nbytes for tensor in tensors)
+        sent.append(times * (processes - 1) / processes * sum(tensor.nbytes for tensor in tensors))
         return collective(*args, **named)
 
     return call
@@ -230,9 +235,12 @@ def compared(layout: Layout, records: list[Record], like: Record) -> tuple[str, 
     seen = " | ".join(" ".join(map(str, of_step)) for of_step in rows)
     told = f"the same{': ' + seen if layout.resumes else ''}" if rows == expected_rows else seen
     figures = f"loss {loss:.1e}  gradient norm {norm:.1e}  rows {told}"
-    ready = records[0].seconds[1:]
-    speed = f"{1000 * sum(ready) / max(1, len(ready)):6.0f} ms  {records[0].sent[-1] / 1024:8.1f} KiB sent"
-    return f"{figures}  {speed}", equal
+    return f"{figures}  {cost(records[0])}", equal
+
+
+def cost(record: Record) -> str:
+    """What the quickest step takes, and the one with least to send: time, bytes, and in how many collectives."""
+    return f"{1000 * min(record.seconds):6.0f} ms  {min(record.sent) / 1024:8.1f} KiB in {min(record.calls):3} calls"
 
 
 def rows_by_step(layout: Layout, records: list[Record]) -> list[list[int]]:
@@ -256,9 +264,7 @@ def layouts() -> list[list[Layout]]:
     zero = {stage: ("--zero-stage", str(stage)) for stage in range(4)}
 
     def data_parallel(processes: int, method: str, stages: Sequence[int] = range(4)) -> list[Layout]:
-        return [
-            split(f"{method}, {processes} processes, ZeRO {stage}", processes, 1, stage, method) for stage in stages
-        ]
+        return [split(zero_layout(method, processes, stage), processes, 1, stage, method) for stage in stages]
 
     def split(
         name: str,
@@ -317,6 +323,13 @@ def layouts() -> list[list[Layout]]:
     ]
 
 
+def zero_layout(method: str, processes: int, stage: int) -> str:
+    """The name of a layout with data-parallel processes."""
+    if processes == 1 and stage < 2:
+        return method + ", ZeRO" * stage
+    return f"{method}, {processes} process{'es' * (processes > 1)}, ZeRO {stage}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -338,6 +351,7 @@ def compare_all(launches: Sequence[Sequence[Layout]], only: str, folder: Path) -
     likes: dict[str, Record] = {}
     counts = {True: 0, False: 0}  # of those that are as they are to be, by whether they are to be refused
     lines = 0
+    firsts: dict[str, Record] = {}  # of each layout, what its first process recorded
     for launch in launches:
         chosen = [layout for layout in launch if only in layout.name or layout in ONE]
         records = recorded(chosen, folder, model) if chosen else {}
@@ -345,11 +359,28 @@ def compare_all(launches: Sequence[Sequence[Layout]], only: str, folder: Path) -
             if layout in ONE:
                 likes[layout.name] = records[layout.name][0]
             line, is_right = compared(layout, records[layout.name], likes[layout.like])
+            firsts[layout.name] = records[layout.name][0]
             counts[layout.refused] += is_right
             lines += 1
             say(f"{layout.name:50}{'' if is_right else 'NOT AS IT SHOULD BE: '}{line}")
+    for line in growth(firsts):
+        say(line)
     say(f"layouts: {counts[False]} equal, {counts[True]} refused")
     return int(sum(counts.values()) < lines)
+
+
+def growth(records: dict[str, Record]) -> list[str]:
+    """Lines on how a step's time, bytes and collectives grow with the number of processes."""
+    ways = {f"ZeRO {stage}": [zero_layout("LoRA", processes, stage) for processes in (1, 2, 4)] for stage in range(4)}
+    ways["parts"] = ["LoRA", "LoRA, 2 parts", "LoRA, 4 parts"]
+    known = {
+        way: names for way, names in ways.items() if all(name in records and records[name].calls for name in names)
+    }
+    heading = [f"{'a step of LoRA on':20}" + "".join(f"{processes:<42}" for processes in ("1 process", "2", "4"))]
+    lines = [
+        f"{way:20}" + "".join(f"{cost(records[name]).strip():<42}" for name in names) for way, names in known.items()
+    ]
+    return heading + lines if lines else []
 
 
 def random_model(folder: Path) -> str:

@@ -23,6 +23,9 @@ import_sat()
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
 NF4_BLOCK = 64  # numbers that share a scale, as in the paper
+ROWS_IN_FLOAT32 = (
+    16 * NF4_BLOCK
+)  # at once, while a weight is packed on a GPU: whole, it would take twice its size beside it
 SMALLEST_SCALE = 1e-38  # bitsandbytes' own, so that a block of zeros is not divided by 0
 CELLS = 512  # of -1 to 1; NF4's levels lie further apart than one of them
 NUMBERS_IN_CACHE = 2**16  # 256 KiB in float32
@@ -202,7 +205,11 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """
     if weight.device.type == "cpu" and weight.numel() % NF4_BLOCK == 0:
         return _quantized_on_cpu(weight)
-    return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=NF4_BLOCK)
+    quantize = functools.partial(import_bitsandbytes().quantize_4bit, quant_type="nf4", blocksize=NF4_BLOCK)
+    parts = [quantize(rows.float().contiguous()) for rows in weight.split(ROWS_IN_FLOAT32)]
+    state = parts[0][1]
+    state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), weight.shape
+    return torch.cat([packed for packed, _ in parts]), state
 
 
 def _quantized_on_cpu(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:

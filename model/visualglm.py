@@ -301,14 +301,16 @@ class VisualGLMModel(ChatGLMModel):
         """What the tensors of a checkpoint become for this model, which has no memory yet, to be on the device."""
         rotary = self.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies
         rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device, rotary.inv_freq.dtype)
-        packed = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
+        packed = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
+        for linear in packed.values():
+            linear.to_empty(device=device, recurse=False)  # where it will pack its weight
         plain = {name.replace(".original.", ".") for name in packed}
         dtypes = {name.replace(".original.", "."): tensor.dtype for name, tensor in self.named_parameters()}
 
         def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
             name = name.replace(".original.", ".")
-            # A packed weight is packed on the device; any other tensor lets go of what it was read into.
-            return tensor.to(device) if name in plain else tensor.to(device, dtypes.get(name), copy=True)
+            # A weight goes to the device when it is packed, one at a time; other tensors let go of what they were read into.
+            return tensor if name in plain else tensor.to(device, dtypes.get(name), copy=True)
 
         return converted
 

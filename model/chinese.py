@@ -132,6 +132,11 @@ SENTENCES = {
     "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",
     "Saved {folder} (iteration {iteration:d}).": "已保存 {folder}（第 {iteration} 步）。",
     "Merged into {folder}.": "已合并到 {folder}。",
+    # predict.py
+    "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
+    "Answering: {done:d} of {total:d}, {left} left": "正在回答：{done}/{total}，剩余 {left}",
+    "{file}: {done:d} of {rows:d} rows are done already.": "{file}：{rows} 条中已有 {done} 条处理完毕。",
+    "{file}: {answers:d} of {rows:d} rows answered.": "{file}：共 {rows} 条，已回答 {answers} 条。",
     # evaluate.py and check_data.py
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (
         "完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}，每 token 损失 {loss}"

@@ -21,9 +21,13 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.data.images import is_url, open_image
-from model.hub import at_revision
-from model.inference.flags import add_number_format_flags
-from model.inference.sampling import Sampling
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_number_format_flags,
+    add_sampling_flags,
+    found_checkpoint,
+    sampling_of,
+)
 from model.progress import printable, say
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
@@ -65,15 +69,9 @@ class Conversation:
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser, default="visualglm-6b")
     add = parser.add_argument
     # fmt: off
-    add("--from_pretrained", default="visualglm-6b", metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub "
-             "(default %(default)s)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
-    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
-    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
-    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
     add("--image", metavar="PATH_OR_URL", help="ask about this picture once, and leave")
     add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
@@ -81,13 +79,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
     add("--max_length", type=int, metavar="N",
         help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
-    add("--top_p", type=float, default=0.4, metavar="P",
-        help="sample from the likeliest tokens of this total probability (default %(default)s)")
-    add("--top_k", type=int, default=100, metavar="N", help="sample from this many likeliest tokens (default %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="X",
-        help="of sampling; 0 always takes the likeliest token (default %(default)s)")
-    add("--seed", type=int, metavar="N", help="random seed: the same one gives the same answers")
     # fmt: on
+    add_sampling_flags(parser, temperature=0.8)
     add_number_format_flags(parser)
     return parser
 
@@ -98,31 +91,14 @@ def check(options: argparse.Namespace) -> Checkpoint:
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
-    options.sampling = sampling_of(options)
-    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
+    checkpoint = found_checkpoint(options)
     options.max_length = answer_length(
         checkpoint.config.get("max_sequence_length", RELEASED_LENGTH), options.max_length, RELEASED_LENGTH
     )
     if options.image and not is_url(options.image):
         open_image(options.image)
     return checkpoint
-
-
-def sampling_of(options: argparse.Namespace) -> Sampling:
-    """How the flags ask for tokens to be chosen.
-
-    Raises:
-        InputError: a number is out of bounds.
-    """
-    if options.top_k < 1:
-        raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
-    return Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=1.0 if options.temperature == 0 else 1.2,
-        invalid_slices=(CHINESE_TOKENS,) if options.english else (),
-    )
 
 
 def typed(text: str) -> str:

@@ -2,12 +2,16 @@
 
 python scripts/cli_demo.py --from_pretrained model/tiny
 python scripts/cli_demo.py --from_pretrained model/tiny --image fewshot-data/images/train00.png --query 描述这张图片。
+
+At a terminal lines can be edited, and earlier ones come back with the up key, also those of the last time. Ctrl-D, Ctrl-C
+and `stop` leave, the second at any moment.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
+from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
 from model.data.images import is_url, open_image
 from model.inference.flags import (
     add_checkpoint_flags,
@@ -28,6 +33,7 @@ from model.inference.flags import (
     found_checkpoint,
     sampling_of,
 )
+from model.inference.keyboard import line_editing, typed_path
 from model.progress import printable, say
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
@@ -41,6 +47,7 @@ class Words:
     ask_picture: str
     ask: str
     answer: str
+    answer_of: str
     hint: str
 
 
@@ -48,22 +55,16 @@ CHINESE = Words(
     "图片的路径或网址（回车：不用图片；stop：退出）：",
     "问：",
     "答：",
+    "答（{name}）：",
     "输入 clear 重新开始，stop 退出。",
 )
 ENGLISH = Words(
     "Picture, a path or a URL (Enter: none; stop: leave): ",
     "Q: ",
     "A: ",
+    "A ({name}): ",
     "clear starts over, stop ends.",
 )
-
-
-@dataclass
-class Conversation:
-    """One picture, or none, and what has been said about it."""
-
-    image: Any = None  # [1, 3, H, W] on the model's device
-    history: list[tuple[str, str]] = field(default_factory=list)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -72,6 +73,7 @@ def command_line() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser, default="visualglm-6b")
     add = parser.add_argument
     # fmt: off
+    add("--compare", metavar="OTHER", help="a second checkpoint, which answers the same questions after the first")
     add("--image", metavar="PATH_OR_URL", help="ask about this picture once, and leave")
     add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
@@ -79,103 +81,184 @@ def command_line() -> argparse.ArgumentParser:
     add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
     add("--max_length", type=int, metavar="N",
         help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
+    add("--ui_lang", default="auto", choices=UI_LANGUAGES,
+        help="language of what the demo itself says, problems included; auto is the language of the answers "
+             "(default %(default)s)")
     # fmt: on
     add_sampling_flags(parser, temperature=0.8)
     add_number_format_flags(parser)
     return parser
 
 
-def check(options: argparse.Namespace) -> Checkpoint:
-    """Check the numbers and the picture, and find the checkpoint, before torch is loaded.
+def choose_language(options: argparse.Namespace) -> None:
+    """Say everything in the demo's language, unless --ui_lang or VISUALGLM_UI_LANG asks for another one."""
+    language = options.ui_lang
+    if language == "auto" and not os.environ.get(LANGUAGE_VARIABLES[0]):
+        language = "en" if options.english else "zh"
+    choose_ui_language(language)
+
+
+def words_of(options: argparse.Namespace) -> Words:
+    """What the demo says: in the language of --ui_lang, else in the one that it answers in."""
+    if options.ui_lang != "auto":
+        return CHINESE if options.ui_lang == "zh" else ENGLISH
+    return ENGLISH if options.english else CHINESE
+
+
+def check(options: argparse.Namespace) -> list[Checkpoint]:
+    """Check the numbers and the picture, and find the checkpoints, before torch is loaded.
 
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
     options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
-    checkpoint = found_checkpoint(options)
-    options.max_length = answer_length(
-        checkpoint.config.get("max_sequence_length", RELEASED_LENGTH), options.max_length, RELEASED_LENGTH
-    )
-    if options.image and not is_url(options.image):
-        open_image(options.image)
-    return checkpoint
+    checkpoints = [found_checkpoint(options)]
+    if options.compare == options.from_pretrained:
+        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
+    if options.compare:
+        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
+    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    if options.image:
+        options.image = picture_path(options.image)
+    return checkpoints
+
+
+def picture_path(text: str) -> str:
+    """The path or URL of a picture, as it was typed; a file can be opened.
+
+    Raises:
+        InputError: there is no such file, or it is no picture.
+    """
+    path = typed_path(text)
+    if not is_url(path):
+        if not os.path.lexists(path):
+            raise InputError(f"there is no file {path}; the path or the address of a picture is needed.")
+        open_image(path)
+    return path
+
+
+def line_typed(prompt: str) -> str:
+    """A line from the keyboard, without the blanks around it.
+
+    Raises:
+        EOFError: there is no more.
+    """
+    if sys.stdin is None:
+        raise EOFError
+    return typed(input(prompt)).strip()
 
 
 def typed(text: str) -> str:
-    """Text as it was typed, also where Python takes the terminal for one without UTF-8."""
+    """Text as it was typed, also where Python takes the terminal for one without UTF-8; what isn't text is a � there."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-class Demo:
-    """A loaded model and how it is to answer."""
+class Speaker:
+    """A loaded checkpoint, the picture that it sees, if any, and what was said about it."""
 
     def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
-        import torch
-
         from model.inference.load import load_for_answering
 
-        self.options = options
-        self.words = ENGLISH if options.english else CHINESE
+        self.name, self.options = checkpoint.name, options
         self.model, self.tokenizer = load_for_answering(
             checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
         )
-        if options.seed is not None:
-            torch.manual_seed(options.seed)  # after loading, which sets SAT's own
+        self.image: Any = None  # [1, 3, H, W] on the model's device
+        self.history: list[tuple[str, str]] = []
 
-    def look(self, picture: str) -> Conversation:
-        """A new conversation about a picture, or about none if it is empty."""
+    def look(self, picture: str) -> None:
+        """Begin a new conversation about a picture, or about none if it is empty."""
         from model.inference.chat import image_tensor
 
-        return Conversation(image_tensor(picture, self.model) if picture else None)
+        self.image, self.history = image_tensor(picture, self.model) if picture else None, []
 
-    def answer(self, conversation: Conversation, query: str) -> None:
+    def answer(self, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
         from model.inference.chat import answer_so_far
         from model.inference.text import new_text
 
-        options, printed, response = self.options, "", ""
+        printed = response = ""
         for response in answer_so_far(
-            conversation.image,
+            self.image,
             self.model,
             self.tokenizer,
             query,
-            conversation.history,
-            max_length=options.max_length,
-            sampling=options.sampling,
-            english=options.english,
+            self.history,
+            max_length=self.options.max_length,
+            sampling=self.options.sampling,
+            english=self.options.english,
         ):
             piece = new_text(response, printed)
             print(printable(piece), end="", flush=True)
             printed += piece
-        say(new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}")
-        conversation.history.append((query, response))
+        rest = new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}"
+        print(printable(rest), flush=True)
+        self.history.append((query, response))
+
+
+class Demo:
+    """The checkpoints that answer, and a person at the keyboard."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+        import torch
+
+        self.options = options
+        self.words = words_of(options)
+        self.speakers = [Speaker(checkpoint, options) for checkpoint in checkpoints]
+        if options.seed is not None:
+            torch.manual_seed(options.seed)  # after loading, which sets SAT's own
+
+    @property
+    def first_question(self) -> str:
+        """What is asked of a new picture."""
+        return self.options.prompt_en if self.options.english else self.options.prompt_zh
+
+    def ask_once(self) -> None:
+        """Answer --query about --image: the answer alone, or one of each checkpoint after its name."""
+        self.look(self.options.image or "")
+        self.answer(typed(self.options.query or self.first_question), "", "{name}: ")
+
+    def look(self, picture: str) -> None:
+        """Begin a new conversation about a picture, or about none if it is empty."""
+        for speaker in self.speakers:
+            speaker.look(picture)
+
+    def answer(self, query: str, label: str, label_of: str) -> None:
+        """Print every checkpoint's answer, each after its label."""
+        for speaker in self.speakers:
+            print(
+                (label_of if len(self.speakers) > 1 else label).format(name=printable(speaker.name)), end="", flush=True
+            )
+            speaker.answer(query)
 
     def talk(self) -> None:
         """Pictures and questions from the keyboard, until `stop` or the end of input."""
         print(self.words.hint)
-        while self._talk_about_one_picture():
-            pass
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # see `typed`
+        with line_editing():
+            while self._talk_about_one_picture():
+                pass
 
     def _talk_about_one_picture(self) -> bool:
         """Whether the user wants another picture."""
-        picture = input(self.words.ask_picture).strip()
+        picture = line_typed(self.words.ask_picture)
         if picture in ("stop", "clear"):
             return picture == "clear"
         try:
-            conversation = self.look(picture)
+            self.look(picture_path(picture) if picture else "")
         except InputError as problem:
             say(str(problem))
             return True
-        prompt = self.options.prompt_en if self.options.english else self.options.prompt_zh
-        query = typed(prompt) if picture else ""
+        query = typed(self.first_question) if picture else ""
         while True:
-            query = query or typed(input(self.words.ask)).strip()
+            query = query or line_typed(self.words.ask)
             if query in ("stop", "clear"):
                 return query == "clear"
             try:
                 if query:
-                    print(self.words.answer, end="", flush=True)
-                    self.answer(conversation, query)
+                    self.answer(query, self.words.answer, self.words.answer_of)
             except InputError as problem:
                 say(str(problem))
             query = ""
@@ -185,15 +268,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; Ctrl-D ends it with a line's end, and `model.errors` lists the statuses that it may end with."""
     with command("cli_demo.py"):
         options = command_line().parse_args(argv)
+        choose_language(options)
+        demo = Demo(check(options), options)
         try:
-            demo = Demo(check(options), options)
             if options.image or options.query:
-                prompt = options.prompt_en if options.english else options.prompt_zh
-                demo.answer(demo.look(options.image or ""), typed(options.query or prompt))
+                demo.ask_once()
             else:
                 demo.talk()
         except EOFError:
             print()
+        except SystemExit:  # a signal: what comes next on the screen begins on a line of its own
+            print(flush=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ SHAPES = {
     "6b": shape_config(4096, 28, 32, 130528, (1408, 39, 16, 6144), (768, 12, 12), TOKENIZER_IDS),
 }
 ADAPTED_LAYERS = {"mini": [0, 3], "6b": [0, 14]}
+PROFILED = 20  # lines of the table of operations
 MEASURED_SECONDS = 3.0  # at least, of each way in all its turns
 
 
@@ -373,15 +374,15 @@ def matrix_size(device: Any) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
-def product_rate(product: Callable[[], Any], device: Any, times: int = 4) -> float:
-    """Floating-point operations per second of a product of two square matrices, the best of several times."""
+def product_rate(product: Callable[[], Any], device: Any, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Floating-point operations per second of a product of two square matrices, the best of four times."""
     best = 0.0
-    for _ in range(times):
+    for _ in range(4):
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         product()
         synchronize(device)
-        best = max(best, 2 * matrix_size(device) ** 3 / (time.perf_counter() - start))
+        best = max(best, 2 * matrix_size(device) ** 3 / (clock() - start))
     return best
 
 
@@ -595,6 +596,83 @@ def ablate(bench: Bench) -> dict[str, list[float]]:
     return seconds
 
 
+# --- where the time is ----------------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """What one kind of operation takes in a step: processor seconds, calls, and floating-point operations in products."""
+
+    seconds: float
+    calls: float
+    operations: float
+
+
+def profile(bench: Bench) -> tuple[dict[str, Operation], float]:
+    """Where a step of ours spends the processor's time, and the matrix rate; on one thread, without other programs' time.
+
+    Taking the time takes some itself, at each of some thousand calls.
+
+    Raises:
+        InputError: there is a GPU.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if bench.device.type != "cpu":
+        raise InputError("--profile: this is about a CPU; CUDA_VISIBLE_DEVICES= is needed to measure it here.")
+    found: dict[str, Operation] = {}
+
+    class Clock(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            start = time.thread_time()
+            output = function(*args, **(kwargs or {}))
+            seconds = time.thread_time() - start
+            name, operations = described(str(function), args, output)
+            before = found.get(name, Operation(0.0, 0.0, 0.0))
+            added = (seconds / steps, 1 / steps, operations / steps)
+            found[name] = Operation(*(one + other for one, other in zip(before, added, strict=True)))
+            return output
+
+    steps, threads = bench.options.steps, torch.get_num_threads()
+    ours = Side(Way(list(SAVINGS), bench.options), bench.model, bench.dtype)
+    torch.set_num_threads(1)
+    try:
+        bench.learned(ours)
+        with Clock():
+            bench.learned(ours)
+        products = matrix_products(bench.dtype, bench.device).values()
+        rate = max(product_rate(product, bench.device, time.thread_time) for product in products)
+    finally:
+        torch.set_num_threads(threads)
+    return found, rate
+
+
+def described(name: str, args: Sequence[Any], output: Any) -> tuple[str, float]:
+    """An operation's name, that of a product with its sizes, and how many floating-point operations it is."""
+    name = name.removeprefix("aten.").removesuffix(".default")
+    if not name.endswith(("mm", "linear_pointwise")):
+        return name, 0.0
+    inner, outer = args[0].shape[-1], output.shape[-1]
+    rows = output.numel() // outer
+    return f"{name} {rows} × {inner} → {outer}", 2.0 * rows * inner * outer
+
+
+def profile_table(found: dict[str, Operation], rate: float) -> dict[str, Operation]:
+    """Print what takes most, and the last line: how much of the time products take, and at which share of the rate."""
+    total = sum(one.seconds for one in found.values())
+    say(f"{'ms':>8}{'share':>8}{'calls':>8}{'GFLOP/s':>9}  operation")
+    for name, one in sorted(found.items(), key=lambda item: -item[1].seconds)[:PROFILED]:
+        speed = f"{one.operations / one.seconds / 1e9:9.0f}" if one.operations else " " * 9
+        say(f"{1000 * one.seconds:8.2f}{one.seconds / total:8.1%}{one.calls:8.0f}{speed}  {name}")
+    products = [one for one in found.values() if one.operations]
+    seconds, operations = sum(one.seconds for one in products), sum(one.operations for one in products)
+    say(
+        f"products {seconds / total:.0%} of {total:.3f} s, at {operations / seconds / rate:.2f} of the measured matrix rate "
+        f"of a core ({rate / 1e9:.0f} GFLOP/s)"
+    )
+    return found
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -619,6 +697,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--max_source_length", type=int, default=64, metavar="N", help="what the released way pads to (default 64)")
     add("--max_target_length", type=int, default=256, metavar="N", help="and the answer's part of it (default 256)")
     add("--ablate", action="store_true", help="measure our way without each saving alone, instead of comparing")
+    add("--profile", action="store_true", help="show where our way spends its time on one core of a CPU, instead")
     add("--json", metavar="FILE", help="write the figures there too")
     return parser
 
@@ -643,7 +722,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parsed(argv)
         bench = Bench(options)
         say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
-        figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
+        figures: dict[str, Any]
+        if options.profile:
+            figures = profile_table(*profile(bench))
+        else:
+            figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
         if options.json:
             Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 

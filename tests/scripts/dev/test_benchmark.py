@@ -134,6 +134,22 @@ def test_command_ends_with_the_four_figures(tmp_path) -> None:
     assert json.loads(figures.read_text())["ours"]["seconds per step"] > 0
 
 
+def test_profile_counts_the_products_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    small = bench("--dtype", "bf16")
+    found, rate = benchmark.profile(small)
+    batch = Way(list(SAVINGS), small.options).batch(small.batches[0], small.features, small.device, small.dtype)
+    counted = sum(one.operations for one in found.values())
+    assert counted > 0.5 * benchmark.step_operations(small.config, batch)  # the lowest layers have no gradient
+    benchmark.profile_table(found, rate)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("products ")
+
+
+def test_product_is_described_by_its_sizes() -> None:
+    a, b = torch.ones(2, 3, 4), torch.ones(4, 5)
+    assert benchmark.described("aten.mm.default", (a, b), a @ b) == ("mm 6 × 4 → 5", 2.0 * 6 * 4 * 5)
+    assert benchmark.described("aten.add.Tensor", (a, a), a) == ("add.Tensor", 0.0)
+
+
 def test_no_steps_are_refused() -> None:
     with pytest.raises(InputError, match="--steps 0: 1 or more"):
         parsed(["--steps", "0"])

@@ -256,12 +256,20 @@ def lines_in_order(
 
     Args:
         known: outcomes that are there already, by row. finished: the others, in any order; they are asked for when needed.
+
+    Raises:
+        InputError: the file has other rows than before.
     """
     for number, entry in enumerate(values_of(path), 1):
         if number <= done:
             continue
         while number not in known:
-            known |= [next(finished)]
+            row_and_outcome = next(finished, None)
+            if row_and_outcome is None:
+                raise InputError(
+                    f"{path}: it has changed since this command began; a file that stays as it is is needed."
+                )
+            known |= [row_and_outcome]
         outcome = known.pop(number)
         row = entry if isinstance(entry, dict) else {}
         row = {key: value for key, value in row.items() if key not in ("row", "answer", "error", "cut")}
@@ -341,11 +349,13 @@ def check(options: argparse.Namespace) -> None:
     """Check the flags that need no file.
 
     Raises:
-        InputError: one is out of bounds, or --out would overwrite the rows.
+        InputError: one is out of bounds, or --out would overwrite the rows, or they can't be read twice.
     """
     sampling_of(options)
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
+    if Path(options.data).exists() and not Path(options.data).is_file():
+        raise InputError(f"--data {options.data}: not a file; one is needed, for it is read twice.")
     if options.out != STANDARD_OUTPUT and Path(options.out).resolve() == Path(options.data).resolve():
         raise InputError(f"--out {options.out}: the same file as --data; another one is needed.")
 

@@ -14,8 +14,9 @@ import pytest
 from conftest import GOLDEN, PROJECT, load_model, write_rows, write_tuned
 
 from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
 from model.inference.chat import chat
-from scripts.predict import main
+from scripts.predict import lines_in_order, main
 
 COMMAND = PROJECT / "scripts/predict.py"
 PICTURES = [str(GOLDEN / f"upstream/images/{number}.png") for number in range(3)]
@@ -122,6 +123,14 @@ def test_picture_that_goes_while_rows_are_answered_is_an_error_in_its_place(pred
     bad, good = lines_of(out)
     assert "damaged or cut short" in bad["error"]
     assert "answer" in good
+
+
+def test_data_file_that_grows_meanwhile_is_told(tmp_path):
+    data, known = write_rows(tmp_path, ROWS[:2]), {1: {"answer": "一"}}
+    lines = lines_in_order(data, 0, known, iter(()))
+    assert next(lines)[1] == {"answer": "一"}
+    with pytest.raises(InputError, match="it has changed since this command began"):
+        next(lines)
 
 
 # sampling
@@ -252,6 +261,7 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
         (["--out", "rows.json"], "the same file as --data"),
         (["--out", "no/such/folder/a.jsonl"], "--out no/such/folder/a.jsonl: No such file or directory"),
         (["--out", "/dev/null"], "--out /dev/null: not a file"),
+        (["--out", "a.jsonl", "--data", "pipe"], "--data pipe: not a file; one is needed, for it is read twice"),
         (["--out", "a.jsonl", "--data", "gone.json"], "gone.json: No such file or directory"),
         (
             ["--out", "a.jsonl", "--data", "bad.json", "--bad_rows", "error"],
@@ -265,6 +275,7 @@ def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predi
     monkeypatch.setattr("model.inference.load.load_for_answering", None)  # nothing is loaded before
     for name, rows in (("rows", ROWS), ("bad", [ROWS[0], BAD[0]]), ("all-bad", [BAD[0]])):
         write_rows(tmp_path, rows, f"{name}.json")
+    os.mkfifo("pipe")
     before = sorted(os.listdir())
     run = predict("--data", "rows.json", *words)
     assert run.returncode == 2

@@ -649,11 +649,15 @@ def profile(bench: Bench) -> tuple[dict[str, Operation], float]:
 
 def described(name: str, args: Sequence[Any], output: Any) -> tuple[str, float]:
     """An operation's name, that of a product with its sizes, and how many floating-point operations it is."""
+    from model.cpu import IDENTITY_WIDTH
+
     name = name.removeprefix("aten.").removesuffix(".default")
     if not name.endswith(("mm", "linear_pointwise")):
         return name, 0.0
     inner, outer = args[0].shape[-1], output.shape[-1]
     rows = output.numel() // outer
+    if name.endswith("linear_pointwise") and inner == outer == IDENTITY_WIDTH:
+        return "gelu", 0.0  # `model.cpu.gelu` has it as a product with the identity
     return f"{name} {rows} × {inner} → {outer}", 2.0 * rows * inner * outer
 
 
@@ -663,7 +667,7 @@ def profile_table(found: dict[str, Operation], rate: float) -> dict[str, Operati
     say(f"{'ms':>8}{'share':>8}{'calls':>8}{'GFLOP/s':>9}  operation")
     for name, one in sorted(found.items(), key=lambda item: -item[1].seconds)[:PROFILED]:
         speed = f"{one.operations / one.seconds / 1e9:9.0f}" if one.operations else " " * 9
-        say(f"{1000 * one.seconds:8.2f}{one.seconds / total:8.1%}{one.calls:8.0f}{speed}  {name}")
+        say(f"{1000 * one.seconds:8.2f}{one.seconds / total:8.1%}{one.calls:8.1f}{speed}  {name}")
     products = [one for one in found.values() if one.operations]
     seconds, operations = sum(one.seconds for one in products), sum(one.operations for one in products)
     say(

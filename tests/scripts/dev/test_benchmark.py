@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, run_python
 
-from model.cpu import can_pack
+from model.cpu import IDENTITY_WIDTH, can_pack
 from model.errors import InputError
 from scripts.dev import benchmark
 from scripts.dev.benchmark import SAVINGS, Bench, Way, compare, parsed
@@ -148,6 +148,8 @@ def test_product_is_described_by_its_sizes() -> None:
     a, b = torch.ones(2, 3, 4), torch.ones(4, 5)
     assert benchmark.described("aten.mm.default", (a, b), a @ b) == ("mm 6 × 4 → 5", 2.0 * 6 * 4 * 5)
     assert benchmark.described("aten.add.Tensor", (a, a), a) == ("add.Tensor", 0.0)
+    rows = torch.ones(5, IDENTITY_WIDTH)  # of the product with the identity that is a GELU
+    assert benchmark.described("mkldnn._linear_pointwise.default", (rows, rows), rows) == ("gelu", 0.0)
 
 
 def test_no_steps_are_refused() -> None:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.progress import say
-from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention
+from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention, spread
 from scripts.dev.write_random_model import write_random_shape
 
 QUESTION_TOKENS = 12  # beside the picture's slots
@@ -207,11 +207,6 @@ def pairs(ours: Way, released: Way | None, count: int) -> list[tuple[Times, Time
     return measured[1:]
 
 
-def of_pairs(values: Sequence[float]) -> str:
-    """The median, and how far the pairs lie apart."""
-    return f"{statistics.median(values):9.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
     """Print the table; the last line's ratios and shares are medians of pairs."""
     ratios: dict[str, list[float]] = {}
@@ -220,14 +215,12 @@ def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
         ours = [one[name] for one, _, _ in measured]
         others = [other[name] for _, other, _ in measured if other]
         ratios[name] = [other / one for one, other in zip(ours, others, strict=False)]
-        columns = [of_pairs(values) if values else "" for values in (others, ours, ratios[name])]
+        columns = [spread(values) if values else "" for values in (others, ours, ratios[name])]
         say(f"{name:24}{columns[0]:>30}{columns[1]:>30}{columns[2]:>24}")
     token = "a token, batch {}"
     shares = [read / rate / (one[token.format(1)] / 1000) for one, _, rate in measured]
     gains = [BATCHES[-1] * one[token.format(1)] / one[token.format(BATCHES[-1])] for one, _, _ in measured]
-    say(
-        f"memory gives {of_pairs([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB"
-    )
+    say(f"memory gives {spread([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB")
     ratio = f"ratio {statistics.median(ratios[token.format(1)]):.2f}, " if ratios[token.format(1)] else ""
     return (
         f"{ratio}bandwidth share {statistics.median(shares):.2f}, "

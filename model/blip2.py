@@ -115,6 +115,7 @@ class BLIP2(torch.nn.Module):
         self.vit = EVAViT(EVAViT.get_args(**eva_args), **kwargs)
         self.qformer = QFormer(QFormer.get_args(**qformer_args), **kwargs)
         self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)
+        self.is_away = False
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The Q-Former's output [batch, queries, width] for image [batch, 3, H, W]; see `has_fixed_features`."""
@@ -123,6 +124,18 @@ class BLIP2(torch.nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Embeddings [batch, image_length, hidden] of image [batch, 3, H, W]."""
         return self.glm_proj(self.features(image))
+
+    def send_away(self, is_kept: bool) -> None:
+        """Move ViT and Q-Former to host memory, or forget their weights. Moving the model leaves them where they are."""
+        self.is_away = True
+        for part in (self.vit, self.qformer):
+            part.cpu() if is_kept else part.to("meta")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if not self.is_away:
+            return super()._apply(fn, recurse)
+        self.glm_proj._apply(fn)
+        return self
 
     def is_trained(self) -> bool:
         """Whether any weight here is trained."""

@@ -7,10 +7,12 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS_TO_TRY = 5
+GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each, with a file "information"
 
 Result = TypeVar("Result")
 
@@ -30,6 +32,33 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def unusable_gpu() -> str:
+    """A sentence on a GPU of this machine that torch can't use, so that the CPU is taken; "" where there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
+    names = _gpus_of_the_driver()
+    if hidden or not names or has_gpu():
+        return ""
+    import torch
+
+    build = torch.version.cuda
+    if build is None:
+        reason, needed = "it was built for CPUs alone", "a build of torch for CUDA"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "it finds none"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+        needed = f"a driver for CUDA {build} (its newest, to be safe), or a torch for the CUDA that nvidia-smi shows"
+    return f"GPU found ({names[0]}), but torch {torch.__version__} can't use it: {reason}. Needed is {needed}."
+
+
+def _gpus_of_the_driver() -> list[str]:
+    """The GPUs that NVIDIA's driver has, by name."""
+    texts = [path.read_text(errors="replace") for path in sorted(GPUS_OF_THE_DRIVER.glob("*/information"))]
+    return [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")]
 
 
 @contextmanager

@@ -9,29 +9,14 @@ from typing import Any
 import torch
 
 from model.adapter_config import AdapterConfig
+from model.attention import PrefixMixin
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
 from model.frozen import keep_in_4_bits
-from model.lora import LoraMixin
+from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
-from model.sat_compat import import_sat, model_parallel
 from model.visualglm import VisualGLMModel
-
-import_sat()
-
-from sat.model.finetune import PTuningV2Mixin  # noqa: E402  (sat can be imported only after import_sat)
-
-
-class PrefixMixin(PTuningV2Mixin):
-    """P-Tuning's prefixes [2, heads, length, head_dim]: those of this model-parallel process's heads."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        rank, ranks, _ = model_parallel()
-        for prefix in self.prefix if ranks > 1 else ():
-            prefix.data = prefix.data.chunk(ranks, 1)[rank].clone()
-            prefix.model_parallel = True
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):
@@ -104,10 +89,13 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
         adapters = asked.resumed_from(checkpoint.config)
         overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
-        if "qlora" in adapters.methods:
-            # The quantised linears get their weights from the file; until then full ones would fill the memory.
-            overwrite_args["skip_init"] = True
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
+
+    def make_fresh_adapters(self, device: torch.device) -> None:
+        """Draw the adapters that no checkpoint had, on the device."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear | PrefixMixin) and any(p.is_meta for p in module.parameters()):
+                module.draw(device)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

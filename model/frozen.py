@@ -22,6 +22,13 @@ import_sat()
 
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
+NF4_BLOCK = 64  # numbers that share a scale, as in the paper
+ROWS_IN_FLOAT32 = (
+    16 * NF4_BLOCK
+)  # at once, while a weight is packed on a GPU: whole, it would take twice its size beside it
+SMALLEST_SCALE = 1e-38  # bitsandbytes' own, so that a block of zeros is not divided by 0
+CELLS = 512  # of -1 to 1; NF4's levels lie further apart than one of them
+NUMBERS_IN_CACHE = 2**16  # 256 KiB in float32
 PLAIN_LINEARS = (torch.nn.Linear, mpu.ColumnParallelLinear, mpu.RowParallelLinear)
 
 
@@ -196,7 +203,54 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     The scales stay in float32. Quantising the result of `dequantized` then gives the same numbers again, so that a model
     that was saved in full width loads as the one that was trained.
     """
-    return import_bitsandbytes().quantize_4bit(weight.float().contiguous(), quant_type="nf4", blocksize=64)
+    if weight.device.type == "cpu" and weight.numel() % NF4_BLOCK == 0:
+        return _quantized_on_cpu(weight)
+    quantize = functools.partial(import_bitsandbytes().quantize_4bit, quant_type="nf4", blocksize=NF4_BLOCK)
+    parts = [quantize(rows.float().contiguous()) for rows in weight.split(ROWS_IN_FLOAT32)]
+    state = parts[0][1]
+    state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), weight.shape
+    return torch.cat([packed for packed, _ in parts]), state
+
+
+def _quantized_on_cpu(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """`quantized`, to the last bit what bitsandbytes 0.50 makes of it on a CPU, in a fifth of its time.
+
+    bitsandbytes looks each number up among the 15 bounds between NF4's levels. Here its place among CELLS equal cells is
+    computed: a cell holds one bound at most, so that one comparison is left. As many numbers at a time as fit into a cache.
+    """
+    functional = import_bitsandbytes()
+    levels = functional.get_4bit_type("nf4", device="cpu")
+    bounds = (levels[1:] + levels[:-1]) / 2
+    cell_of_bound = _cells(bounds)
+    codes_below = (torch.arange(CELLS + 1)[:, None] > cell_of_bound).sum(dim=1, dtype=torch.uint8)
+    bound_in_cell = torch.full((CELLS + 1,), 2.0).scatter_(0, cell_of_bound.long(), bounds)  # 2: no number is above
+
+    packed = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(weight.numel() // NF4_BLOCK)
+    at_once = NUMBERS_IN_CACHE // NF4_BLOCK
+    blocks = weight.detach().reshape(-1, NF4_BLOCK)
+    for some, scale, output in zip(
+        blocks.split(at_once), scales.split(at_once), packed.split(NUMBERS_IN_CACHE // 2), strict=True
+    ):
+        numbers = some.float()
+        scale.copy_(numbers.abs().amax(dim=1))
+        scaled = (numbers * (1 / scale.clamp(min=SMALLEST_SCALE)).unsqueeze(1)).flatten()
+        cells = _cells(scaled)
+        codes = codes_below.index_select(0, cells)
+        codes += scaled > bound_in_cell.index_select(0, cells)
+        pairs = codes.view(
+            torch.int16
+        )  # two codes, the first in the lower byte; in a packed byte it is in the upper half
+        output[:, 0] = (pairs << 4) | (pairs >> 8)
+    state = functional.QuantState(
+        scales, weight.shape, levels, blocksize=NF4_BLOCK, quant_type="nf4", dtype=torch.float32
+    )
+    return packed, state
+
+
+def _cells(numbers: torch.Tensor) -> torch.Tensor:
+    """int32: the cells of numbers from -1 to 1, of CELLS that are equally wide. A NaN is in one of them too."""
+    return torch.mul(numbers, CELLS / 2).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS)
 
 
 def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -215,7 +269,8 @@ class Nf4Linear(FrozenLinear):
         self.state: Any = None
 
     def _keep(self, weight: torch.Tensor) -> None:
-        self.packed, self.state = quantized(weight.to(self.packed.device))
+        device = weight.device if self.packed.is_meta else self.packed.device
+        self.packed, self.state = quantized(weight.to(device))
 
     def weight_in_full(self) -> torch.Tensor:
         if self.state.absmax.device != self.packed.device:

@@ -53,15 +53,25 @@ class LoraLinear(torch.nn.Module):
         self.split = split_of_linear(original)
         self.dropout = torch.nn.Dropout(dropout)
         self.matrix_A = torch.nn.ParameterList(
-            torch.nn.Parameter(first_factor(weight, rank, in_features, self.split)) for _ in range(parts)
+            torch.nn.Parameter(weight.new_empty(rank, in_features)) for _ in range(parts)
         )
         self.matrix_B = torch.nn.ParameterList(
             torch.nn.Parameter(weight.new_zeros(out_features // parts, rank)) for _ in range(parts)
         )
-        for factors, split in ((self.matrix_A, "columns"), (self.matrix_B, "rows")):
-            for factor in factors:
-                factor.model_parallel = self.split == split
+        self.draw(self.matrix_A[0].device)
         self.register_load_state_dict_pre_hook(_plain_linear_as_original)
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> None:
+        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device."""
+        where = device if device.type == "meta" else torch.device("cpu")
+        for factors, split in ((self.matrix_A, "columns"), (self.matrix_B, "rows")):
+            for part, old in enumerate(factors):
+                new = torch.zeros_like(old, device=where)
+                if factors is self.matrix_A:
+                    new = first_factor(new, self.split)
+                factors[part] = torch.nn.Parameter(new.to(device), requires_grad=old.requires_grad)
+                factors[part].model_parallel = self.split == split
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
@@ -81,10 +91,10 @@ class LoraLinear(torch.nn.Module):
         return plain
 
 
-def first_factor(weight: torch.Tensor, rank: int, in_features: int, split: str | None) -> torch.Tensor:
-    """A random A [rank, in_features]: this process's columns of the one that every process draws, if it has a part."""
+def first_factor(like: torch.Tensor, split: str | None) -> torch.Tensor:
+    """A random A [rank, in]: this process's columns of the one that every process draws, if it has a part."""
     processes = mpu.get_model_parallel_world_size() if split == "columns" else 1
-    factor = torch.nn.init.kaiming_uniform_(weight.new_empty(rank, in_features * processes), a=math.sqrt(5))
+    factor = torch.nn.init.kaiming_uniform_(like.repeat(1, processes), a=math.sqrt(5))
     return factor.chunk(processes, 1)[mpu.get_model_parallel_rank()].clone() if processes > 1 else factor
 
 

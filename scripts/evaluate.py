@@ -26,8 +26,7 @@ from model.checkpoints.metadata import answer_length
 from model.data.image_check import check_images
 from model.data.rows import Row, read_rows
 from model.distributed import from_all_processes, is_first_process, world_size
-from model.hub import at_revision
-from model.inference.flags import add_number_format_flags
+from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
 from model.progress import say
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together
@@ -169,18 +168,13 @@ def result_of(row: Row, answer: str, loss: float, tokens: int) -> Result:
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off
-    add("--from_pretrained", required=True, metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
     add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
     add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
-    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
-    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
-    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
@@ -201,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
     check(options)
-    checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
+    checkpoints = [found_checkpoint(options)]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)

@@ -2,7 +2,8 @@
 #
 #   "${launch[@]}" "$project/finetune_visualglm.py" "${held_out[@]}" $numbers … "$@"
 #
-# $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. Without a GPU: one
+# $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. Where that has names (GPU-…,
+#            MIG-…), which the launcher can't read: torchrun. Without a GPU, or with CUDA_VISIBLE_DEVICES empty or -1: one
 #            plain process. HOSTFILE names a DeepSpeed hostfile, to use other machines too. deepspeed reaches them by pdsh
 #            and ssh. Where it can't, start the same command on each machine, with NODE_RANK, its line in the file counted
 #            from 0, and MASTER_ADDR, the address of the first; also MASTER_PORT if 29500 is in use there.
@@ -19,9 +20,18 @@ held_out=(--holdout 0.1)
 case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-if nvidia-smi -L > /dev/null 2>&1 && [ "${CUDA_VISIBLE_DEVICES-all}" != "" ]; then
+first=${CUDA_VISIBLE_DEVICES-all}
+first=${first%%,*}
+if nvidia-smi -L > /dev/null 2>&1 && [ "$first" != "" ] && [ "$first" != "-1" ]; then
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    launch=(deepspeed --log_level warning --master_port "$port")
+    case $first in
+        all | [0-9]*) launch=(deepspeed --log_level warning --master_port "$port") ;;
+        MIG-*) launch=(torchrun --nproc-per-node 1 --master-port "$port") ;; # CUDA shows a process one part of a GPU
+        *)
+            commas=${CUDA_VISIBLE_DEVICES//[!,]/}
+            launch=(torchrun --nproc-per-node $((${#commas} + 1)) --master-port "$port")
+            ;;
+    esac
 else
     launch=(python)
     if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then

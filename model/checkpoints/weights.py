@@ -49,7 +49,9 @@ from model.checkpoints.tensors import (
     looks_old,
     one_by_one,
     open_huggingface,
+    shapes,
     size_in_bytes,
+    write_weights,
 )
 from model.checkpoints.whole import (
     CONFIG_FILE,
@@ -123,7 +125,7 @@ def write_unfinished(
     learned = _learned(weights, adapters) if full else weights
     saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
     if extra_files:
-        saving.needed += state_size(sum(tensor.numel() for tensor in learned.values()))
+        saving.needed += state_size(sum(tensor.numel() for tensor in shapes(learned).values()))
 
     def begin() -> None:
         refuse_unless_finite(learned, f"iteration {iteration}")
@@ -174,7 +176,10 @@ class _Saving:
         with told_as_a_sentence(self.iteration, self.folder, self.needed):
             if self.weights:
                 path = weights_path(self.folder, self.unfinished.name)
-                torch.save({"module": self.weights, "iteration": self.iteration}, path)
+                if isinstance(self.weights, LazyTensors):
+                    write_weights(path, shapes(self.weights), self.weights.__getitem__, self.iteration)
+                else:
+                    torch.save({"module": self.weights, "iteration": self.iteration}, path)
             for name, write_file in self.extra_files.items():
                 write_file(self.unfinished / name)
 
@@ -247,7 +252,7 @@ def _make_room(folder: Path, iteration: int, needed: int) -> None:
 
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """How many bytes torch.save takes for these tensors; a few more, for their names and what stands beside them."""
-    return sum(tensor.numel() * tensor.element_size() + BYTES_BESIDE_A_TENSOR for tensor in weights.values())
+    return size_in_bytes(weights) + BYTES_BESIDE_A_TENSOR * len(weights)
 
 
 def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -300,7 +305,7 @@ def remove_older_iterations(folder: Path, iteration: int, limit: int | None) -> 
         remove(unwanted)
 
 
-def weights_to_save(module: Any, full: bool) -> dict[str, torch.Tensor]:
+def weights_to_save(module: Any, full: bool) -> Mapping[str, torch.Tensor]:
     """The tensors of module, whole, on the first process; nothing on the others. Every process calls this.
 
     Not all of them, unless full: those that differ from its base's, trained now or before.
@@ -310,7 +315,7 @@ def weights_to_save(module: Any, full: bool) -> dict[str, torch.Tensor]:
     is_split = mpu.get_model_parallel_world_size() > 1 or any(hasattr(one, "ds_id") for one in parameters.values())
     is_first = torch.distributed.get_rank() == 0
     if full and not is_split:
-        return tensors if is_first else {}
+        return module.tensors() if is_first else {}
     weights = {}
     for name, tensor in tensors.items():
         with whole_parameters([parameters[name]] if name in parameters else []):
@@ -381,27 +386,59 @@ def load_checkpoint(
     """
     place = load_path or args.load
     checkpoint = place if isinstance(place, Checkpoint) else Checkpoint.at(place, specific_iteration)
-    checkpoint = with_base(checkpoint, getattr(args, "base", None))
-    weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
-    if convert is not None:
-        weights = read_one_by_one(weights, checkpoint, tuned_names)
-    weights = own_parts(weights, mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size())
-    if convert is not None:
-        assert isinstance(weights, LazyTensors)
-        weights = weights.converted(convert)
-    _put_into(module, weights, prefix, checkpoint)
-    module.base, module.tuned_names = base, tuned_names
+    put_into = opened_for(module, checkpoint, args, prefix, convert)
+    put_into(lambda name: True)
     mode = getattr(args, "mode", "inference")
     if mode == "inference":
         module.eval()
     return int(checkpoint.iteration) if mode == "pretrain" and checkpoint.iteration.isdigit() else 0
 
 
+def opened_for(
+    module: Any,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    prefix: str = "",
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> Callable[[Callable[[str], bool]], None]:
+    """Open a checkpoint for a module; the function that is returned loads the tensors whose names it is asked for.
+
+    Args, Raises:
+        As for `load_checkpoint`; what is returned raises InputError too.
+    """
+    checkpoint = with_base(checkpoint, getattr(args, "base", None))
+    weights, module.base, module.tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
+    if convert is not None:
+        weights = read_one_by_one(weights, checkpoint, module.tuned_names)
+    weights = own_parts(weights, mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size())
+    if convert is not None:
+        assert isinstance(weights, LazyTensors)
+        weights = weights.converted(convert)
+
+    def put_into(is_asked_for: Callable[[str], bool]) -> None:
+        _put_into(module, _chosen(weights, is_asked_for), prefix, checkpoint, is_asked_for)
+
+    return put_into
+
+
+def _chosen(weights: Mapping[str, torch.Tensor], is_asked_for: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
+    if isinstance(weights, LazyTensors):
+        return weights.renamed(lambda name: name if is_asked_for(name) else None)
+    return {name: weights[name] for name in weights if is_asked_for(name)}
+
+
 def _put_into(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], prefix: str, checkpoint: Checkpoint
+    module: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    prefix: str,
+    checkpoint: Checkpoint,
+    is_asked_for: Callable[[str], bool],
 ) -> None:
     """Copy the tensors under prefix into module; into one on the meta device, put them themselves.
+
+    Args:
+        is_asked_for: names of the tensors that must not be missing.
 
     Raises:
         InputError: they are of another model, or some are missing.
@@ -409,6 +446,7 @@ def _put_into(
     path = checkpoint.weights_file()
     missing, unexpected = None, []
     on_meta = any(parameter.is_meta for parameter in module.parameters())
+    of_sat = {name: vars(parameter) for name, parameter in module.named_parameters()}  # such as `model_parallel`
     for group in _with_progress_if_large(weights):
         selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
         try:
@@ -417,10 +455,14 @@ def _put_into(
             raise InputError(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
+        if on_meta:
+            for name in selected.keys() & of_sat.keys():
+                noted = vars(module.get_parameter(name))
+                noted.update(of_sat[name] | noted)
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
-    needed = [name for name in missing or () if not is_adapter_name(name)]
+    needed = [name for name in missing or () if is_asked_for(prefix + name) and not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "

@@ -6,15 +6,13 @@
 The model is built without memory. Its weights are read one layer at a time, each straight into its number format.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.overrides import TorchFunctionMode
 
 from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
@@ -22,13 +20,13 @@ from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.distributed import done_by_first_process, processes_here
+from model.distributed import done_by_first_process, processes_here, unusable_gpu
 from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.inference.quantize import bytes_of, nf4_linears, quantize_linears
 from model.progress import warn
 from model.sat_compat import model_only, quieten
-from model.visualglm import VisualGLMModel
+from model.visualglm import VisualGLMModel, without_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 4 * 2**30  # bytes in float32 of a model that --dtype auto leaves in float32 on a CPU
@@ -74,6 +72,8 @@ def load_for_answering(
     """
     quieten()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if unusable_gpu():
+        warn(f"{unusable_gpu()} The CPU answers.")
     refuse_quant(quant, device)
     checkpoint = Checkpoint.find(checkpoint)
     raise_problems(split_problems(model_parallel_size, checkpoint.config))
@@ -108,23 +108,6 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
             raise InputError(
                 f"--quant 4: bitsandbytes can't be imported ({error}); on a GPU it is needed, or --quant 8."
             ) from None
-
-
-class _WithoutMemory(TorchFunctionMode):
-    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
-            kwargs["device"] = torch.device("meta")
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Build models inside the block on the meta device, whatever device SAT names; no weight takes memory or time."""
-    with torch.device("meta"), _WithoutMemory():
-        yield
 
 
 def empty_model(
@@ -184,8 +167,6 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     trained_in_nf4 = _weight_names(model, Nf4Linear) if chosen.bits else set()
     if chosen.bits:
         quantize_linears(model, chosen.bits, device)
-    for _, _, linear in nf4_linears(model):
-        linear.packed = torch.empty(0, dtype=torch.uint8, device=device)
     packed = _weight_names(model, FrozenLinear)
     rotary = model.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies; float32 in every format
     rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.distributed import has_gpu
 from model.errors import InputError
 
 MOST_OF_A_REASON = 400  # characters
@@ -79,7 +78,8 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
     is silent. `min_loss_scale` below 1, as in the files of SAT, is raised to the 1 that DeepSpeed needs.
 
     A gradient that isn't finite is always looked for, by its norm. Without ZeRO DeepSpeed takes the norm only where it
-    clips: no clipping becomes clipping at NO_CLIPPING.
+    clips: no clipping becomes clipping at NO_CLIPPING. Adam is torch's own, unless the file says `torch_adam: false`:
+    DeepSpeed's needs nvcc, or g++ without a GPU.
     """
     settings = copy.deepcopy(dict(own))
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print",
@@ -98,7 +98,7 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
         params[key] = defaults["optimizer"]["params"].get(key)
         if params[key] is None:
             del params[key]
-    if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
+    if optimizer.get("type", "").lower() in ("adam", "adamw"):
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return settings
 

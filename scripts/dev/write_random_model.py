@@ -108,7 +108,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint into the new folder: value gives the tensors that like describes."""
     from model.checkpoints.layout import weights_path
-    from model.convert.merge_lora import write_weights
+    from model.checkpoints.tensors import write_weights
 
     weights = weights_path(folder, 1)
     weights.parent.mkdir(parents=True)

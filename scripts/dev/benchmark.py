@@ -467,8 +467,8 @@ class Bench:
         return max(products.items(), key=lambda named: product_rate(named[1], self.device))
 
     def rate(self) -> float:
-        """The machine's matrix rate at this moment, in operations per second."""
-        return product_rate(self.fastest_product[1], self.device)
+        """The machine's matrix rate at this moment, in operations per second: other programs slow it as they slow a step."""
+        return 2 * matrix_size(self.device) ** 3 / self.median_seconds(self.fastest_product[1])
 
     def _features(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
@@ -502,17 +502,20 @@ class Bench:
             return [(self.step(*side, samples), self.gradient(side.model)) for samples in self.batches]
 
     def seconds(self, side: Side) -> float:
-        """Median seconds of a step, of as many as take a turn's share of MEASURED_SECONDS, and of one at least."""
-        times: list[float] = []
+        """Median seconds of a step."""
         rows_again = itertools.cycle(self.batches)
         with side.way.of(side.model):
-            while not times or sum(times) < MEASURED_SECONDS / self.options.steps:
-                samples = next(rows_again)
-                synchronize(self.device)
-                start = time.perf_counter()
-                self.step(*side, samples)
-                synchronize(self.device)
-                times.append(time.perf_counter() - start)
+            return self.median_seconds(lambda: self.step(*side, next(rows_again)))
+
+    def median_seconds(self, once: Callable[[], Any]) -> float:
+        """Median seconds of what is done again and again for a turn's share of MEASURED_SECONDS, and once at least."""
+        times: list[float] = []
+        while not times or sum(times) < MEASURED_SECONDS / self.options.steps:
+            synchronize(self.device)
+            start = time.perf_counter()
+            once()
+            synchronize(self.device)
+            times.append(time.perf_counter() - start)
         return statistics.median(times)
 
     def figures(self, side: Side, rate: float) -> dict[str, float]:

@@ -30,6 +30,7 @@ from model.cli.flag_checks import (
     overridden_by_deepspeed,
     save_problems,
     split_row_problems,
+    split_shares,
 )
 from model.cli.options import Options
 from model.cli.resuming import steps_problems
@@ -210,6 +211,10 @@ def data_notes(
     if held_out:
         notes.append(
             f"Held out of --train-data for evaluation: {count_of(held_out, 'row')} (--holdout, --seed {options.seed})."
+        )
+    if "eval_interval" in options.user_set and not (options.valid_data or held_out or split_shares(options)[1]):
+        notes.append(
+            f"--eval-interval {options.eval_interval}: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."
         )
     if "eval_iters" in options.user_set and (options.valid_data or held_out):
         notes.append("--eval-iters is not used: an evaluation goes through all rows once.")

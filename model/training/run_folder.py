@@ -2,6 +2,7 @@
 
     settings.json    every flag as it held, the data files, each start of the run: packages and machine
     metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
+    answers.json     some rows, answered before the first step and after the last: `model.training.answers`
     loss.png         their curves: `model.training.curves`
     tensorboard/     the same for TensorBoard, unless --summary-dir names a place
     held_out.json    the rows of --holdout, as a data file that scripts/evaluate.py takes
@@ -35,7 +36,7 @@ from model.data.split import Selection
 from model.distributed import is_first_process
 from model.progress import warn
 from model.training.curves import LossPicture
-from model.training.records import METRICS_FILE, SETTINGS_FILE, MetricsFile
+from model.training.records import ANSWERS_FILE, METRICS_FILE, SETTINGS_FILE, MetricsFile
 from model.training.run_state import RunState
 from model.training.sat_loop import Hooks
 
@@ -117,7 +118,7 @@ class RunFolder:
         if self.folder is None or not is_first_process():
             return
         if not self.steps:
-            for name in (SETTINGS_FILE, METRICS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
+            for name in (SETTINGS_FILE, METRICS_FILE, ANSWERS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
                 remove(self.folder / name)
         elif self.picture is not None:
             if self.is_stopping() or (kind is not None and not issubclass(kind, Exception)):

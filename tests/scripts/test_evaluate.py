@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import sacrebleu
 import torch
 from conftest import GOLDEN, PROJECT, load_model, run_python, write_tuned
 
@@ -11,7 +10,8 @@ from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
-from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
+from model.inference.scores import Result, rouge_l, without_punctuation
+from scripts.evaluate import comparison
 
 ROWS = GOLDEN / "upstream/dataset.json"
 PICTURES = [GOLDEN / f"upstream/images/{number}.png" for number in range(3)]
@@ -92,48 +92,9 @@ def test_label_losses_in_a_batch_equal_those_one_by_one(model, tokenizer):
     assert [loss for loss, _ in batched] == pytest.approx([loss for loss, _ in single], rel=1e-5)
 
 
-# measures
-
-
-@pytest.mark.parametrize(
-    ("answer", "label", "score"),
-    [
-        ("蓝天白云", "蓝天白云", 1.0),
-        ("蓝天", "蓝天白云", 2 * 2 / (2 + 4)),  # P = 1, R = 1/2
-        ("云白天蓝", "蓝天白云", 2 * 1 / (4 + 4)),  # any one character in order
-        ("A Cat", "a  cat", 1.0),
-        ("", "蓝天", 0.0),
-        ("", "", 1.0),
-    ],
-)
-def test_rouge_l_is_f1_of_the_longest_common_subsequence_of_characters(answer, label, score):
-    assert rouge_l(answer, label) == pytest.approx(score)
-
-
 def result(answer, label, loss=1.0, tokens=1):
     right = without_punctuation(answer) == without_punctuation(label)
     return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
-
-
-@pytest.mark.parametrize("label", ["这张图片的背景是蓝天白云。", "The background is a blue sky with clouds."])
-def test_bleu_of_equal_answers_is_100_in_both_languages(label):
-    assert bleu([result(label, label)]) == pytest.approx(100)
-
-
-def test_bleu_takes_chinese_by_characters():
-    one = result("这张图片的背景是蓝天白云", "这张图片的背景是金色沙漠")
-    spaced = sacrebleu.corpus_bleu([" ".join(one.answer)], [[" ".join(one.label)]], tokenize="none")
-    assert bleu([one]) == pytest.approx(spaced.score)
-
-
-def test_right_leaves_punctuation_and_case_aside_and_exact_match_does_not():
-    measures = summary([result("蓝天 白云", "蓝天白云。"), result("雪地", "雪地")])
-    assert (measures["right"], measures["exact_match"]) == (2, 0.5)
-
-
-def test_loss_is_the_mean_over_all_tokens_not_over_rows():
-    measures = summary([result("a", "a", loss=1.0, tokens=1), result("b", "b", loss=4.0, tokens=2)])
-    assert measures["loss"] == pytest.approx((1 + 4 * 2) / 3)
 
 
 def test_comparison_counts_rows_that_one_alone_has_right():

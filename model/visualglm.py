@@ -21,6 +21,7 @@ from model.blip2 import BLIP2
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import gelu
+from model.data.prompt import AskedAs
 from model.frozen import FrozenLinear
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
@@ -144,6 +145,8 @@ class ImageMixin(BaseMixin):
 
 class VisualGLMModel(ChatGLMModel):
     """ChatGLM, of any size, with a vision part. Parameter names are those of the released checkpoints."""
+
+    asked_as = AskedAs()  # `load_for_answering` takes the checkpoint's
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
         """Build the model that args, SAT's namespace, describes. kwargs are SAT's (params_dtype, parallel_output, …)."""

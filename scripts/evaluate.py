@@ -46,29 +46,39 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
         checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
     )
     losses: list[tuple[float, int]] = []
-    questions = asked(rows, model, tokenizer, options, losses)
+    rooms: list[int] = []
+    questions = asked(rows, model, tokenizer, options, losses, rooms)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
     with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
         for number, ids in answers:
             row = rows[number]
-            results[number] = result_of(row, answer_text(ids, tokenizer, row.lang == "en"), *losses[number])
+            answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
+            results[number] = result_of(row, answer, *losses[number], len(ids) >= rooms[number])
             bar.update()
     return [results[number] for number in range(len(rows))]
 
 
 def asked(
-    rows: Sequence[Row], model: Any, tokenizer: Any, options: argparse.Namespace, losses: list[tuple[float, int]]
+    rows: Sequence[Row],
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    losses: list[tuple[float, int]],
+    rooms: list[int],
 ) -> Iterator[Any]:
-    """Each row as a question that is asked as in training; the loss of its label is added to losses before."""
+    """Each row as a question that is asked as the checkpoint was trained.
+
+    Before it is given, the loss of its label is added to losses, and to rooms how many tokens its answer may have.
+    """
     import torch
 
-    from model.data.prompt import Lengths, context_ids, sample_from_row
+    from model.data.prompt import sample_from_row
     from model.inference.batch import label_losses
     from model.inference.chat import image_tensor
     from model.inference.engine import Question, image_features
 
-    lengths = Lengths(model.image_length, options.max_length, options.max_length)
+    lengths = model.asked_as.lengths(model.image_length, options.max_length)
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
         pictures = [image_tensor(row.img, model) for row in batch if row.img is not None]
@@ -76,11 +86,10 @@ def asked(
         samples = [sample_from_row(row, tokenizer, lengths) for row in batch]
         losses += label_losses(samples, None, model, tokenizer, features)
         of_pictures = iter([] if features is None else features.split(1))
-        for row in batch:
-            ids, pre_image = context_ids(
-                row.prompt, row.history, row.img is not None, tokenizer, model.image_length, row.lang == "en"
-            )
-            yield Question(ids, pre_image, image_features=None if row.img is None else next(of_pictures))
+        for row, sample in zip(batch, samples, strict=True):
+            ids = sample.input_ids[: sample.input_ids.index(tokenizer.bos_token_id) + 1]
+            rooms.append(options.max_length - len(ids))
+            yield Question(ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from model.checkpoints.whole import (
     sync,
     write_whole,
 )
+from model.data.prompt import AskedAs
 from model.errors import InputError
 from model.progress import say, warn, with_progress
 from model.sat_compat import import_sat
@@ -141,6 +142,7 @@ def write_unfinished(
         return lambda: None
     config = extract_model_specific_args_to_dump(args, module)
     config[KEY] = description(adapters, module.base, args.num_layers, full)
+    config[KEY]["asked_as"] = vars(AskedAs.from_options(args))
     saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
     return saving.publish
 

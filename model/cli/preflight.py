@@ -57,6 +57,7 @@ class Inputs:
     lengths: Lengths  # with --max_source_length auto settled
     notes: list[str]  # sentences for the person at the prompt
     steps: int  # optimizer steps of the whole run
+    cut_labels: Mapping[str, int]  # how many labels of each data file lose their end, on the first process
 
 
 def preflight(
@@ -87,7 +88,7 @@ def preflight(
         data.selection.left_out = resumed.record.left_out
     steps = training_steps(options, data.selection)
     raise_problems(steps_problems(options, steps))
-    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps)
+    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps, data.cut_labels)
 
 
 def deepspeed_notes(options: Options) -> list[str]:
@@ -155,6 +156,7 @@ class Data:
     selection: Selection
     lengths: Lengths
     notes: list[str]
+    cut_labels: Mapping[str, int]
 
 
 def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer) -> Data:
@@ -174,9 +176,10 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     if options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
-    if truncations is not None:
-        notes += data_notes(options, selection, lengths, truncations())
-    return Data(selection, lengths, notes)
+    found = truncations() if truncations is not None else {}
+    if found:
+        notes += data_notes(options, selection, lengths, found)
+    return Data(selection, lengths, notes, {file: cut.labels for file, cut in found.items()})
 
 
 def settled_lengths(

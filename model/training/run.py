@@ -99,4 +99,5 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
         with watchdog, saver, folder, told_in_a_sentence(batches, options):
             yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers)
         stop.leave()
+    folder.tell_what_was_learned()
     folder.wait_for_picture()

@@ -5,30 +5,45 @@ python scripts/evaluate.py --from_pretrained model/tiny --data fewshot-data/held
 
 import argparse
 import json
+import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly
+from model.distributed import is_first_process
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.data.image_check import check_images
-from model.data.rows import Row, read_rows
+from model.checkpoints.whole import write_whole
+from model.data.rows import Row
+from model.data.split import leave_out_bad_images, scan_files
 from model.hub import at_revision
 from model.inference.flags import add_number_format_flags
-from model.inference.scores import Result, result_of, summary, summary_line
+from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together
-SHOWN = 3  # rows printed as examples
+SHOWN = 3  # rows printed as examples: the worst
+SECONDS_BETWEEN_WRITES = 5.0  # of --out
+SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --html, and how they are shown
+    ("rows", "rows", "{:.0f}"),
+    ("right", "right", "{:.0f}"),
+    ("exact_match", "exact match", "{:.1%}"),
+    ("rouge_l", "ROUGE-L", "{:.3f}"),
+    ("bleu", "BLEU", "{:.1f}"),
+    ("loss", "loss per token of the labels", "{:.4f}"),
+    ("cut", "answers cut off", "{:.0f}"),
+)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -50,12 +65,14 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     questions = asked(rows, model, tokenizer, options, losses, rooms)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
+    out = Output(options.out, len(rows))
     with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
         for number, ids in answers:
             row = rows[number]
             answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
             results[number] = result_of(row, answer, *losses[number], len(ids) >= rooms[number])
             bar.update()
+            out.note(checkpoint.name, results)
     return [results[number] for number in range(len(rows))]
 
 
@@ -92,6 +109,91 @@ def asked(
             yield Question(ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures))
 
 
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """The file of --out: what is known so far every few seconds, so that a kill loses no more, and in the end all."""
+
+    def __init__(self, path: str | None, rows: int) -> None:
+        self.path, self.rows = path, rows
+        self._written = -math.inf
+
+    def note(self, checkpoint: str, results: Mapping[int, Result]) -> None:
+        """Some rows are answered; write them if it is time."""
+        if self.path and len(results) < self.rows and time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            so_far = [asdict(results[number]) for number in sorted(results)]
+            self._write(
+                {"checkpoint": checkpoint, "unfinished": f"{len(results)} of {self.rows} rows", "results": so_far}
+            )
+
+    def write(self, results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict[str, float]]) -> None:
+        """Write the measures and results of every checkpoint."""
+        report = [
+            {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
+            for checkpoint, of_checkpoint in results.items()
+        ]
+        self._write(report if len(report) > 1 else report[0])
+
+    def _write(self, content: Any) -> None:
+        if self.path and is_first_process():
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            written(self.path, text, "--out")
+            self._written = time.monotonic()
+
+
+def written(path: str, text: str, flag: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        write_whole(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't be written ({error.strerror}); another place is needed.") from error
+
+
+def place_problems(options: argparse.Namespace) -> list[str]:
+    """Why the files of --out and --html can't be written, as far as their folders tell now."""
+    problems = []
+    for flag, path in (("--out", options.out), ("--html", options.html)):
+        folder = Path(path or ".").absolute().parent
+        if path and Path(path).is_dir():
+            problems.append(f"{flag} {path}: a folder; the name of a file is needed.")
+        elif path and not folder.is_dir():
+            problems.append(f"{flag} {path}: no folder {folder}; one that is there is needed.")
+        elif path and not os.access(folder, os.W_OK):
+            problems.append(f"{flag} {path}: {folder} can't be written to; another place is needed.")
+    return problems
+
+
+def page_of(results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict[str, float]]) -> str:
+    """The page of --html: the measures, and every row with its answers, the worst of the first checkpoint first."""
+    from model.inference.page import escaped, page, row_card, section, table
+
+    first = next(iter(results.values()))
+    names = list(results) if len(results) > 1 else ["answer"]
+    figures = [(words, [form.format(one[key]) for one in measures.values()]) for key, words, form in SHOWN_MEASURES]
+    cards = [
+        row_card(result, [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])
+        for result, number in zip(worst_first(first), worst_places(first), strict=True)
+    ]
+    title = " and ".join(results)
+    return page(
+        title,
+        f"<h1>{escaped(title)}</h1>",
+        section("Figures", table(list(results), figures)),
+        section("The rows, the worst answers first", *cards),
+    )
+
+
+def worst_places(results: Sequence[Result]) -> list[int]:
+    """Where the rows stand in results, the worst first."""
+    place = {id(result): number for number, result in enumerate(results)}
+    return [place[id(result)] for result in worst_first(results)]
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +208,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
     add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
-    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
+    add("--bad_rows", default="error", choices=["error", "skip"],
+        help="what to do about rows that can't be used: name them and stop, or leave them out (default %(default)s)")
+    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there, what is known as it goes")
+    add("--html", metavar="PAGE.html", help="write a page with every row, its picture and its answers, the worst first")
     add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
     add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
     add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
@@ -133,23 +238,17 @@ def evaluate(options: argparse.Namespace) -> None:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
-    rows = read_rows(options.data, options.image_folder)
-    if not rows:
-        raise InputError(f"{options.data}: no rows in it; one or more are needed.")
-    check_images(rows)
+    rows = usable_rows(options)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
     if options.full_width:
         full_width = argparse.Namespace(**{**vars(options), "dtype": "auto", "quant": None})
         results[f"{checkpoints[0].name} in full width"] = results_of(checkpoints[0], rows, full_width)
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
-    if options.out:
-        report = [
-            {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
-            for checkpoint, of_checkpoint in results.items()
-        ]
-        text = json.dumps(report if len(report) > 1 else report[0], ensure_ascii=False, indent=1)
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
-    for number, row in enumerate(rows[:SHOWN]):
+    Output(options.out, len(rows)).write(results, measures)
+    if options.html and is_first_process():
+        written(options.html, page_of(results, measures), "--html")
+    for number in worst_places(next(iter(results.values())))[:SHOWN]:
+        row = rows[number]
         say(f"{row.img}\n  asked  {row.prompt}\n  label  {row.label}")
         for checkpoint, of_checkpoint in results.items():
             source = f"  ({checkpoint})" if len(results) > 1 else ""
@@ -157,9 +256,24 @@ def evaluate(options: argparse.Namespace) -> None:
     for checkpoint, measured in measures.items():
         heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))
+        if measured["cut"]:
+            say(f"{measured['cut']:.0f} answers were cut off (--max_length {options.max_length}).")
     if len(results) > 1:
         say(comparison(*results.values()))
     say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
+
+
+def usable_rows(options: argparse.Namespace) -> list[Row]:
+    """The rows of --data, without bad ones where --bad_rows is skip, which are named.
+
+    Raises:
+        InputError: the file can't be used, or there are bad rows and they are not to be left out.
+    """
+    selection, problems = scan_files([options.data], options.bad_rows, options.image_folder)
+    for note in leave_out_bad_images(selection, problems, options.bad_rows, math.inf):
+        say(note)
+    left_out = set(selection.left_out.get(options.data, ()))
+    return [row for number, row in enumerate(selection.rows[options.data]) if number not in left_out]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -174,6 +288,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.full_width and (options.compare or not is_narrow(options)):
         raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
+    raise_problems(place_problems(options))
 
 
 def is_narrow(options: argparse.Namespace) -> bool:

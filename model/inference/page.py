@@ -36,12 +36,12 @@ dl{margin:0;display:grid;grid-template-columns:max-content 1fr;gap:.15rem .8rem;
 dt{color:var(--faint)}dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 .good{color:var(--good)}.bad{color:var(--bad)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.6rem;overflow-x:auto;font-size:.85rem}
-figure{margin:.5rem 0}svg{width:100%;height:auto;display:block}svg text{fill:var(--faint);font:12px system-ui,sans-serif}
-svg .grid{stroke:var(--line);stroke-width:1}svg path{fill:none;stroke-width:2}svg path.pale{stroke-width:1;opacity:.35}
+figure{margin:.5rem 0}svg{width:100%;height:auto;display:block}svg text{fill:var(--faint);font:11px system-ui,sans-serif}
+svg .grid{stroke:var(--line);stroke-width:1}svg path{fill:none;stroke-width:1.6}svg path.pale{stroke-width:1;opacity:.35}
 .key{display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
 .key i{display:inline-block;width:1.2em;height:.25em;margin-right:.35em;vertical-align:middle}
 @media(max-width:600px){body{padding:.7rem}.row{grid-template-columns:1fr}.row img{max-width:240px}
-dl{grid-template-columns:1fr}dd{margin-bottom:.35rem}}
+svg text{font-size:17px}dl{grid-template-columns:1fr}dd{margin-bottom:.35rem}}
 """
 
 
@@ -131,7 +131,7 @@ class Curve:
     dots: bool = False
 
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 60, 12, 10, 24  # pixels of a drawing, and its margins
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640, 60, 12, 10, 26  # pixels of a drawing, and its margins
 MOST_POINTS = 800  # of a curve: more than there are pixels
 
 
@@ -143,7 +143,7 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
         return ""
     end = max(xs)
     high = min(max(ys), most) if most else max(ys)
-    step = _tick(high)
+    step = _tick(high, max(2, height // 40))
     top = step * max(1, math.ceil(high / step - 1e-9))
 
     def at(x: float, y: float) -> str:
@@ -162,14 +162,15 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
     for curve in sorted(drawn, key=lambda curve: not curve.pale):
         colour = f"var(--c{curve.colour % COLOURS})"
         path = "M" + " L".join(at(*point) for point in curve.points)
-        parts.append(f'<path d="{path}" style="stroke:{colour}"{" class=pale" if curve.pale else ""}/>')
+        kind = "pale" if curve.pale else "plain"
+        parts.append(f'<path class="{kind}" d="{path}" style="stroke:{colour}"/>')
         for point in curve.points if curve.dots else ():
             x, y = at(*point).split()
             parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>')
     keys = "".join(
         f'<span class="key"><i style="background:var(--c{curve.colour % COLOURS})"></i>{escaped(curve.name)}</span>'
         for curve in curves
-        if not curve.pale
+        if curve.name and not curve.pale
     )
     drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(what)}">{"".join(parts)}</svg>'
     return f"<figure>{drawing}<figcaption>{keys}</figcaption></figure>"
@@ -182,9 +183,9 @@ def _finite(curve: Curve) -> Curve:
     return Curve(curve.name, kept, curve.colour, curve.pale, curve.dots)
 
 
-def _tick(high: float) -> float:
-    """A round distance of four to eight lines up to high."""
+def _tick(high: float, lines: int) -> float:
+    """A round distance between so many lines, at most, from 0 to high."""
     if high <= 0:
         return 1.0
-    size = 10.0 ** math.floor(math.log10(high / 4))
-    return next(size * factor for factor in (1, 2, 5, 10) if size * factor * 7 >= high)
+    size = 10.0 ** math.floor(math.log10(high / lines))
+    return next(size * factor for factor in (1, 2, 5, 10) if size * factor * lines >= high)

@@ -199,7 +199,7 @@ def losses_of(stories: Sequence[Story]) -> str:
         if evaluations:
             curves.append(Curve(f"{prefix}evaluation", evaluations, colour + 1, dots=True))
     every = [record.loss for story in stories for record in (*story.steps, *story.evaluations)]
-    return chart(curves, 360, "loss per token over the steps", top_of_losses(every))
+    return chart(curves, 260, "loss per token over the steps", top_of_losses(every))
 
 
 def rates_of(stories: Sequence[Story]) -> str:
@@ -212,7 +212,7 @@ def rates_of(stories: Sequence[Story]) -> str:
         )
         for number, story in enumerate(stories)
     ]
-    return chart(curves, 130, "learning rate over the steps")
+    return chart(curves, 110, "learning rate over the steps")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ def answers_of(stories: Sequence[Story]) -> tuple[str, str]:
     told = [story for story in stories if story.answers.get("after")]
     if not told:
         return "Answers", ""
-    held_out = all(story.answers["held_out"] for story in told)
-    heading = ("Held-out rows" if held_out else "Rows that were trained on") + ", the worst answers first"
+    kinds = {"Held-out rows" if story.answers["held_out"] else "Rows that were trained on" for story in told}
+    heading = (kinds.pop() if len(kinds) == 1 else "Rows") + ", the worst answers first"
     several = len(stories) > 1
     of_row: dict[tuple[str, str, str], list[tuple[str, Result]]] = {}
     for story in told:

@@ -170,6 +170,9 @@ def _data_flag_problems(options: Options) -> list[str]:
 
 def _evaluation_problems(options: Options) -> list[str]:
     problems = []
+    if options.find_lr and (options.resume or options.load):
+        flag = "--resume" if options.resume else "--load"
+        problems.append(f"--find_lr and {flag}: a rate is looked for from the start; --find_lr is needed without it.")
     if not (options.valid_data or options.holdout is not None):
         problems += [
             f"{flag_names()[name]}: nothing to evaluate on; --holdout or --valid-data is needed."

@@ -22,6 +22,7 @@ from model.model_flags import MethodOptions, ModelOptions, add_method_flags, add
 from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
+FIND_LR_STEPS = 100
 MEASURES = ("loss", "exact", "rouge_l")  # that an evaluation can be the best by
 
 # What people need first: the flags that --help shows, in this order.
@@ -79,6 +80,7 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     holdout: float | None
     keep_best: str | None
     early_stopping: int | None
+    find_lr: bool
     answers: int
     eval_answers: int
     max_skipped_steps: int
@@ -152,6 +154,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--early_stopping", type=int, metavar="N",
         help="End after N evaluations in a row that are no better than the best so far, by the measure of --keep_best or by "
              "the loss (default: go on).")
+    add("--find_lr", action="store_true",
+        help=f"Look for a rate in place of training: {FIND_LR_STEPS} steps with a rising one, their losses drawn to "
+             "SAVE/NAME-find_lr.png, a rate proposed, nothing saved.")
     add("--eval_answers", type=int, default=0, metavar="N",
         help="Rows of each evaluation that are answered too: exact match, ROUGE-L and BLEU stand beside the loss (default: "
              "none).")

@@ -32,7 +32,7 @@ from model.cli.flag_checks import (
     split_row_problems,
     split_shares,
 )
-from model.cli.options import Options
+from model.cli.options import FIND_LR_STEPS, Options
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
@@ -253,6 +253,8 @@ def epoch_problems(options: Options, selection: Selection) -> list[str]:
 
 def training_steps(options: Options, selection: Selection) -> int:
     """Optimizer steps of a run."""
+    if options.find_lr:
+        return FIND_LR_STEPS
     if not options.epochs:
         return options.train_iters or SAT_TRAIN_ITERS
     # The last batch may be a small one; batches that make no whole step are left over.
@@ -263,6 +265,8 @@ def training_steps(options: Options, selection: Selection) -> int:
 
 def epochs_note(options: Options, selection: Selection) -> str:
     """How many samples a run sees, and how many times through the data that is."""
+    if options.find_lr:
+        return f"Looking for a learning rate: {FIND_LR_STEPS} steps with a rising one; --lr and the number of steps don't count."
     samples, at_once = training_samples(options, selection), samples_per_step(options)
     steps = training_steps(options, selection)
     seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
@@ -292,7 +296,7 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
 
 def warm_up_notes(options: Options, steps_done: int) -> list[str]:
     """Which rule of SAT's slows the first steps down, unless they are behind."""
-    if options.mode != "finetune" or options.auto_warmup_steps <= steps_done:
+    if options.find_lr or options.mode != "finetune" or options.auto_warmup_steps <= steps_done:
         return []
     return [
         f"The first {options.auto_warmup_steps} steps use at most 5 % of --lr ({0.05 * options.lr:.2g}), as SAT does "

@@ -24,6 +24,7 @@ from model.distributed import from_first_process, launcher_environment
 from model.training.answers import RowAnswers
 from model.training.best_checkpoint import BestEvaluation
 from model.training.feature_cache import FeatureCache
+from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
@@ -50,6 +51,7 @@ class Run:
     folder: RunFolder
     watchdog: Watchdog
     answers: RowAnswers
+    sweep: RateSweep | None  # --find_lr
 
     def begin(self, model: Any, args: argparse.Namespace) -> None:
         """Hand SAT's loop what depends on the model: loaders, the cache of image features, the state to go on with.
@@ -66,6 +68,8 @@ class Run:
         if options.keep_best or options.early_stopping:
             save = self.saver.save if options.keep_best else None
             self.state.watch_for_the_best(BestEvaluation(save, options.keep_best or "loss", options.early_stopping))
+        if self.sweep is not None:
+            return
         hooks.before_first_step = lambda state, train, valid: self.answers.begin(state.model, args, train, valid)
         hooks.answers = self.answers.at_evaluation
         hooks.after_last_step = self._finish
@@ -92,12 +96,15 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     batches = watched(hooks, options, saver.wait)
     stop = StopAtSignal(hooks)
+    sweep = RateSweep(options, hooks) if options.find_lr else None
     answers = RowAnswers(options, inputs.tokenizer)
     folder = RunFolder(line, inputs, state, hooks, stop.is_stopping)
     with stop, launcher_environment(), adapted(hooks):
         watchdog = Watchdog.of_run(options, batches, saver, stop)
         with watchdog, saver, folder, told_in_a_sentence(batches, options):
-            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers)
+            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers, sweep)
         stop.leave()
+    if sweep is not None:
+        sweep.tell()
     folder.tell_what_was_learned()
     folder.wait_for_picture()

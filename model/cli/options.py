@@ -159,7 +159,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "SAVE/NAME-find_lr.png, a rate proposed, nothing saved.")
     add("--eval_answers", type=int, default=0, metavar="N",
         help="Rows of each evaluation that are answered too: exact match, ROUGE-L and BLEU stand beside the loss (default: "
-             "none).")
+             "none); the same rows are answered before and after the run.")
     add("--answers", type=int, default=8, metavar="N",
         help="Rows that are answered before the first step and after the last, held-out ones where there are any: the run's "
              "last lines and report.html show what changed (default %(default)s; 0: none).")

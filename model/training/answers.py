@@ -72,11 +72,8 @@ class RowAnswers:
     """The rows of a run that are answered, and their answers before the first step and now."""
 
     def __init__(self, options: Options, tokenizer: Any) -> None:
-        self.number, self.in_between, self.tokenizer = (
-            max(options.answers, options.eval_answers),
-            options.eval_answers,
-            tokenizer,
-        )
+        self.number, self.in_between = options.eval_answers or options.answers, options.eval_answers > 0
+        self.tokenizer = tokenizer
         self.batch = min(AT_ONCE, options.eval_batch_size or AT_ONCE)
         self.held_out = False
         self.before: Answered | None = None

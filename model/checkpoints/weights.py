@@ -142,7 +142,9 @@ def write_unfinished(
         return lambda: None
     config = extract_model_specific_args_to_dump(args, module)
     config[KEY] = description(adapters, module.base, args.num_layers, full)
-    config[KEY]["asked_as"] = vars(AskedAs.from_options(args))
+    asked_as = AskedAs.from_options(args)
+    if asked_as != AskedAs():  # a script of 2023 may know of none of it
+        config[KEY]["asked_as"] = vars(asked_as)
     saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
     return saving.publish
 

@@ -25,6 +25,7 @@ from model.checkpoints.whole import write_whole
 from model.cli.options import Options
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.rows import Row
+from model.data.split import same_file_warnings
 from model.distributed import from_first_process, is_first_process
 from model.errors import InputError
 from model.inference.batch import label_losses
@@ -90,8 +91,8 @@ class RowAnswers:
         if not self.number:
             return
         self._folder = Path(args.save) if args.save else None
-        self.held_out = valid is not None
-        found = (valid if self.held_out else train).spread(self.number)
+        self.held_out = valid is not None and not same_file_warnings(args.train_data, args.valid_data or [])
+        found = (train if valid is None else valid).spread(self.number)
         self._rows = [(row, sample) for row, sample in found if "problem" not in sample]
         if args.iteration:
             self.before = from_first_process(self._kept() if self._folder else None)

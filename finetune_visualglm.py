@@ -94,6 +94,8 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     step = token_normalized_step() if options.loss_normalization == "token" else forward_step
     with guarded_run(line, inputs) as run:
         args = sat_loop.get_args(line.words, options, script_parser())
+        if run.sweep is not None:
+            run.sweep.prepare(args)
         run.watchdog.start(options, inputs)
         model, args = load_vision(args, options, inputs)
         run.begin(model, args)

@@ -25,6 +25,7 @@ from model.checkpoints.metadata import VISION
 from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.checkpoints.weights import opened_for
 from model.cpu import gelu
+from model.data.prompt import AskedAs
 from model.distributed import has_gpu
 from model.frozen import FrozenLinear, make_plain
 from model.masks import first_position, glm_position_ids, prefix_mask
@@ -176,6 +177,8 @@ def is_split(embeddings: Any) -> bool:
 
 class VisualGLMModel(ChatGLMModel):
     """ChatGLM, of any size, with a vision part. Parameter names are those of the released checkpoints."""
+
+    asked_as = AskedAs()  # `load_for_answering` takes the checkpoint's
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
         """Build the model that args, SAT's namespace, describes. kwargs are SAT's (params_dtype, parallel_output, …)."""

@@ -6,93 +6,45 @@ torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out b
 
 import argparse
 import json
+import math
 import os
 import sys
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly
+from model.distributed import is_first_process
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.data.image_check import check_images
-from model.data.rows import Row, read_rows
-from model.distributed import from_all_processes, is_first_process, world_size
+from model.checkpoints.whole import write_whole
+from model.data.rows import Row
+from model.data.split import leave_out_bad_images, scan_files
+from model.distributed import from_all_processes, world_size
 from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
+from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together
-SHOWN = 3  # rows printed as examples
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row and what a checkpoint made of it. loss is the mean over the label's tokens, in nats."""
-
-    img: str
-    prompt: str
-    label: str
-    answer: str
-    right: bool
-    exact: bool
-    rouge_l: float
-    loss: float
-    tokens: int
-
-
-# --- measures ---------------------------------------------------------------------------------------------------------
-
-
-def without_punctuation(text: str) -> str:
-    """Letters, digits and Chinese characters of text, in lower case: what must be equal for an answer to be right."""
-    return "".join(c for c in text.lower() if unicodedata.category(c)[0] not in "PZCS")
-
-
-def rouge_l(answer: str, label: str) -> float:
-    """Character ROUGE-L (Lin 2004), 0 to 1: F1 of the longest common subsequence; spaces and case don't count."""
-    from rapidfuzz.distance import LCSseq
-
-    answer, label = ("".join(text.lower().split()) for text in (answer, label))
-    if not answer or not label:
-        return float(answer == label)
-    return 2 * LCSseq.similarity(answer, label) / (len(answer) + len(label))
-
-
-def bleu(results: Sequence[Result]) -> float:
-    """Corpus BLEU, 0 to 100, of sacrebleu's "zh": Chinese by characters, other scripts by words."""
-    import sacrebleu
-
-    answers, labels = [result.answer for result in results], [result.label for result in results]
-    return float(sacrebleu.corpus_bleu(answers, [labels], tokenize="zh").score)
-
-
-def summary(results: Sequence[Result]) -> dict[str, float]:
-    """The measures of all rows together. loss is the mean over all labels' tokens."""
-    count, tokens = len(results), sum(result.tokens for result in results)
-    return {
-        "rows": count,
-        "right": sum(result.right for result in results),
-        "exact_match": sum(result.exact for result in results) / count,
-        "rouge_l": sum(result.rouge_l for result in results) / count,
-        "bleu": bleu(results),
-        "loss": sum(result.loss * result.tokens for result in results) / max(1, tokens),
-    }
-
-
-def summary_line(measures: dict[str, float]) -> str:
-    """The measures as they are printed."""
-    return (
-        f"exact match {measures['exact_match']:.1%}, ROUGE-L {measures['rouge_l']:.3f}, BLEU {measures['bleu']:.1f}, "
-        f"loss per token {measures['loss']:.4f}"
-    )
+SHOWN = 3  # rows printed as examples: the worst
+SECONDS_BETWEEN_WRITES = 5.0  # of --out
+SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --html, and how they are shown
+    ("rows", "rows", "{:.0f}"),
+    ("right", "right", "{:.0f}"),
+    ("exact_match", "exact match", "{:.1%}"),
+    ("rouge_l", "ROUGE-L", "{:.3f}"),
+    ("bleu", "BLEU", "{:.1f}"),
+    ("loss", "loss per token of the labels", "{:.4f}"),
+    ("cut", "answers cut off", "{:.0f}"),
+)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -113,33 +65,44 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     process, processes = int(os.environ.get("RANK", "0")) // parts, world_size() // parts
     mine = rows[process::processes]
     losses: list[tuple[float, int]] = []
-    questions = asked(mine, model, tokenizer, options, losses)
+    rooms: list[int] = []
+    questions = asked(mine, model, tokenizer, options, losses, rooms)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
+    out = Output(options.out, len(rows))
     silent = not (is_first_process() and sys.stderr.isatty())
     with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
         for place, ids in answers:
             row = mine[place]
-            answer = answer_text(ids, tokenizer, row.lang == "en")
-            results[process + place * processes] = result_of(row, answer, *losses[place])
+            answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
+            results[process + place * processes] = result_of(row, answer, *losses[place], len(ids) >= rooms[place])
             bar.update()
+            out.note(checkpoint.name, results)
     for of_others in from_all_processes(results):
         results |= of_others
     return [results[number] for number in range(len(rows))]
 
 
 def asked(
-    rows: Sequence[Row], model: Any, tokenizer: Any, options: argparse.Namespace, losses: list[tuple[float, int]]
+    rows: Sequence[Row],
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    losses: list[tuple[float, int]],
+    rooms: list[int],
 ) -> Iterator[Any]:
-    """Each row as a question that is asked as in training; the loss of its label is added to losses before."""
+    """Each row as a question that is asked as the checkpoint was trained.
+
+    Before it is given, the loss of its label is added to losses, and to rooms how many tokens its answer may have.
+    """
     import torch
 
-    from model.data.prompt import Lengths, context_ids, sample_from_row
+    from model.data.prompt import sample_from_row
     from model.inference.batch import label_losses
     from model.inference.chat import image_tensor
     from model.inference.engine import Question, image_features
 
-    lengths = Lengths(model.image_length, options.max_length, options.max_length)
+    lengths = model.asked_as.lengths(model.image_length, options.max_length)
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
         pictures = [image_tensor(row.img, model) for row in batch if row.img is not None]
@@ -147,19 +110,95 @@ def asked(
         samples = [sample_from_row(row, tokenizer, lengths) for row in batch]
         losses += label_losses(samples, None, model, tokenizer, features)
         of_pictures = iter([] if features is None else features.split(1))
-        for row in batch:
-            ids, pre_image = context_ids(
-                row.prompt, row.history, row.img is not None, tokenizer, model.image_length, row.lang == "en"
+        for row, sample in zip(batch, samples, strict=True):
+            ids = sample.input_ids[: sample.input_ids.index(tokenizer.bos_token_id) + 1]
+            rooms.append(options.max_length - len(ids))
+            yield Question(ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures))
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """The file of --out: what is known so far every few seconds, so that a kill loses no more, and in the end all."""
+
+    def __init__(self, path: str | None, rows: int) -> None:
+        self.path, self.rows = path, rows
+        self._written = -math.inf
+
+    def note(self, checkpoint: str, results: Mapping[int, Result]) -> None:
+        """Some rows are answered; write them if it is time."""
+        if self.path and len(results) < self.rows and time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            so_far = [asdict(results[number]) for number in sorted(results)]
+            self._write(
+                {"checkpoint": checkpoint, "unfinished": f"{len(results)} of {self.rows} rows", "results": so_far}
             )
-            yield Question(ids, pre_image, image_features=None if row.img is None else next(of_pictures))
+
+    def write(self, results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict[str, float]]) -> None:
+        """Write the measures and results of every checkpoint."""
+        report = [
+            {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
+            for checkpoint, of_checkpoint in results.items()
+        ]
+        self._write(report if len(report) > 1 else report[0])
+
+    def _write(self, content: Any) -> None:
+        if self.path and is_first_process():
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            written(self.path, text, "--out")
+            self._written = time.monotonic()
 
 
-def result_of(row: Row, answer: str, loss: float, tokens: int) -> Result:
-    """What is to be said of one row's answer, and of the loss of its label in all its tokens."""
-    right = without_punctuation(answer) == without_punctuation(row.label)
-    exact = answer.strip() == row.label.strip()
-    similarity = rouge_l(answer, row.label)
-    return Result(row.img or "", row.prompt, row.label, answer, right, exact, similarity, loss / max(1, tokens), tokens)
+def written(path: str, text: str, flag: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        write_whole(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't be written ({error.strerror}); another place is needed.") from error
+
+
+def place_problems(options: argparse.Namespace) -> list[str]:
+    """Why the files of --out and --html can't be written, as far as their folders tell now."""
+    problems = []
+    for flag, path in (("--out", options.out), ("--html", options.html)):
+        folder = Path(path or ".").absolute().parent
+        if path and Path(path).is_dir():
+            problems.append(f"{flag} {path}: a folder; the name of a file is needed.")
+        elif path and not folder.is_dir():
+            problems.append(f"{flag} {path}: no folder {folder}; one that is there is needed.")
+        elif path and not os.access(folder, os.W_OK):
+            problems.append(f"{flag} {path}: {folder} can't be written to; another place is needed.")
+    return problems
+
+
+def page_of(results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict[str, float]]) -> str:
+    """The page of --html: the measures, and every row with its answers, the worst of the first checkpoint first."""
+    from model.inference.page import escaped, page, row_card, section, table
+
+    first = next(iter(results.values()))
+    names = list(results) if len(results) > 1 else ["answer"]
+    figures = [(words, [form.format(one[key]) for one in measures.values()]) for key, words, form in SHOWN_MEASURES]
+    cards = [
+        row_card(result, [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])
+        for result, number in zip(worst_first(first), worst_places(first), strict=True)
+    ]
+    title = " and ".join(results)
+    return page(
+        title,
+        f"<h1>{escaped(title)}</h1>",
+        section("Figures", table(list(results), figures)),
+        section("The rows, the worst answers first", *cards),
+    )
+
+
+def worst_places(results: Sequence[Result]) -> list[int]:
+    """Where the rows stand in results, the worst first."""
+    place = {id(result): number for number, result in enumerate(results)}
+    return [place[id(result)] for result in worst_first(results)]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -174,7 +213,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
     add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
-    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there")
+    add("--bad_rows", default="error", choices=["error", "skip"],
+        help="what to do about rows that can't be used: name them and stop, or leave them out (default %(default)s)")
+    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there, what is known as it goes")
+    add("--html", metavar="PAGE.html", help="write a page with every row, its picture and its answers, the worst first")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
@@ -200,23 +242,17 @@ def evaluate(options: argparse.Namespace) -> None:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
-    rows = read_rows(options.data, options.image_folder)
-    if not rows:
-        raise InputError(f"{options.data}: no rows in it; one or more are needed.")
-    check_images(rows)
+    rows = usable_rows(options)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
     if options.full_width:
         full_width = argparse.Namespace(**{**vars(options), "dtype": "auto", "quant": None})
         results[f"{checkpoints[0].name} in full width"] = results_of(checkpoints[0], rows, full_width)
     measures = {checkpoint: summary(of_checkpoint) for checkpoint, of_checkpoint in results.items()}
-    if options.out and is_first_process():
-        report = [
-            {"checkpoint": checkpoint, **measures[checkpoint], "results": [asdict(result) for result in of_checkpoint]}
-            for checkpoint, of_checkpoint in results.items()
-        ]
-        text = json.dumps(report if len(report) > 1 else report[0], ensure_ascii=False, indent=1)
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
-    for number, row in enumerate(rows[:SHOWN]):
+    Output(options.out, len(rows)).write(results, measures)
+    if options.html and is_first_process():
+        written(options.html, page_of(results, measures), "--html")
+    for number in worst_places(next(iter(results.values())))[:SHOWN]:
+        row = rows[number]
         say(f"{row.img}\n  asked  {row.prompt}\n  label  {row.label}")
         for checkpoint, of_checkpoint in results.items():
             source = f"  ({checkpoint})" if len(results) > 1 else ""
@@ -224,9 +260,24 @@ def evaluate(options: argparse.Namespace) -> None:
     for checkpoint, measured in measures.items():
         heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))
+        if measured["cut"]:
+            say(f"{measured['cut']:.0f} answers were cut off (--max_length {options.max_length}).")
     if len(results) > 1:
         say(comparison(*results.values()))
     say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
+
+
+def usable_rows(options: argparse.Namespace) -> list[Row]:
+    """The rows of --data, without bad ones where --bad_rows is skip, which are named.
+
+    Raises:
+        InputError: the file can't be used, or there are bad rows and they are not to be left out.
+    """
+    selection, problems = scan_files([options.data], options.bad_rows, options.image_folder)
+    for note in leave_out_bad_images(selection, problems, options.bad_rows, math.inf):
+        say(note)
+    left_out = set(selection.left_out.get(options.data, ()))
+    return [row for number, row in enumerate(selection.rows[options.data]) if number not in left_out]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -244,6 +295,7 @@ def check(options: argparse.Namespace) -> None:
     parts = options.model_parallel_size
     if parts < 1 or world_size() % parts:
         raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
+    raise_problems(place_problems(options))
 
 
 def is_narrow(options: argparse.Namespace) -> bool:

@@ -36,6 +36,8 @@ echo "Training: LoRA on the 20 rows of fewshot-data/dataset.json."
 
 echo
 echo "After: a new process loads the checkpoint and answers the same pictures."
-after=$(answers "$(dirname "$run"/*/latest)")
+trained=$(dirname "$run"/*/latest)
+after=$(answers "$trained")
 
+echo "The run on one page, with its curves and answers: $trained/report.html"
 echo "held-out answers right: before $(right "$before"), after $(right "$after")"

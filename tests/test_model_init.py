@@ -140,7 +140,7 @@ MAY_IMPORT = {
     "checkpoints": {"data", "ground"},
     "cli": {"checkpoints", "data", "ground"},
     "network": {"checkpoints", "data", "ground"},
-    "training": {"network", "cli", "checkpoints", "data", "ground"},
+    "training": {"inference", "network", "cli", "checkpoints", "data", "ground"},
     "inference": {"network", "checkpoints", "data", "ground"},
     "convert": {"network", "cli", "checkpoints", "data", "ground"},
 }

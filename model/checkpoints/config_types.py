@@ -102,6 +102,11 @@ KINDS: Mapping[tuple[str, ...], Kind] = {
     ("finetuning", "methods"): TEXTS,
     ("finetuning", "trained_parts"): TEXTS,
     ("finetuning", "lora"): OBJECT,
+    ("finetuning", "asked_as"): OBJECT,
+    ("finetuning", "asked_as", "lang"): Kind(lambda value: value in ("zh", "en"), "zh or en"),
+    ("finetuning", "asked_as", "source_prefix"): TEXT,
+    ("finetuning", "asked_as", "max_source_length"): _or_null(COUNT),
+    ("finetuning", "asked_as", "max_target_length"): _or_null(COUNT),
 }
 
 

@@ -57,6 +57,7 @@ class Finetuning(TypedDict, total=False):
     versions: dict[str, str]
     lora: dict[str, object]
     checkpoint: str
+    asked_as: dict[str, object]  # see `model.data.prompt.AskedAs`
 
 
 class EvaArgs(TypedDict, total=False):

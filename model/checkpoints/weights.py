@@ -63,7 +63,8 @@ from model.checkpoints.whole import (
     sync,
     write_whole,
 )
-from model.distributed import whole_parameters
+from model.data.prompt import AskedAs
+from model.distributed import is_first_process, whole_parameters
 from model.errors import InputError
 from model.progress import say, warn, with_progress
 from model.sat_compat import import_sat
@@ -144,6 +145,9 @@ def write_unfinished(
     config = extract_model_specific_args_to_dump(args, module)
     config["model_parallel_size"] = 1  # the files are whole, however the run is split
     config[KEY] = description(adapters, module.base, args.num_layers, full)
+    asked_as = AskedAs.from_options(args)
+    if asked_as != AskedAs():  # a script of 2023 may know of none of it
+        config[KEY]["asked_as"] = vars(asked_as)
     saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
     return saving.publish
 
@@ -313,7 +317,7 @@ def weights_to_save(module: Any, full: bool) -> Mapping[str, torch.Tensor]:
     parameters = dict(module.named_parameters())
     tensors = module.state_dict() if full else {n: p for n, p in parameters.items() if is_to_be_saved(module, n)}
     is_split = mpu.get_model_parallel_world_size() > 1 or any(hasattr(one, "ds_id") for one in parameters.values())
-    is_first = torch.distributed.get_rank() == 0
+    is_first = is_first_process()
     if full and not is_split:
         return module.tensors() if is_first else {}
     weights = {}

@@ -41,12 +41,12 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
          "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size",
-         "max_skipped_steps"),
+         "max_skipped_steps", "early_stopping"),
     ),
     (
         lambda number: number >= 0,
         "0 or more is needed.",
-        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout"),
+        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout", "answers", "eval_answers"),
     ),
     (
         lambda number: 0 < number < math.inf,
@@ -156,10 +156,7 @@ def _data_flag_problems(options: Options) -> list[str]:
             problems.append(f"{flag}: no file given; a JSON file with rows is needed, or no {flag}.")
     if options.holdout is not None:
         problems += _holdout_problems(options, options.holdout)
-    if options.keep_best and not (options.valid_data or options.holdout is not None):
-        problems.append("--keep_best: nothing to evaluate on; --holdout or --valid-data is needed.")
-    if options.keep_best and options.save is None:
-        problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
+    problems += _evaluation_problems(options)
     if not _is_below(options.experiment_name):
         problems.append(
             f"--experiment-name {shown(options.experiment_name)}: it leads out of --save; a name without .. and without / at "
@@ -167,6 +164,24 @@ def _data_flag_problems(options: Options) -> list[str]:
         )
     if options.train_data:
         problems += _split_problems(options)
+    return problems
+
+
+def _evaluation_problems(options: Options) -> list[str]:
+    problems = []
+    if options.find_lr and (options.resume or options.load):
+        flag = "--resume" if options.resume else "--load"
+        problems.append(f"--find_lr and {flag}: a rate is looked for from the start; --find_lr is needed without it.")
+    if not (options.valid_data or options.holdout is not None):
+        problems += [
+            f"{flag_names()[name]}: nothing to evaluate on; --holdout or --valid-data is needed."
+            for name in ("keep_best", "early_stopping", "eval_answers")
+            if getattr(options, name)
+        ]
+    if options.keep_best not in (None, "loss") and not options.eval_answers:
+        problems.append(f"--keep_best {options.keep_best}: no rows are answered; --eval_answers N is needed.")
+    if options.keep_best and options.save is None:
+        problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
     return problems
 
 

@@ -22,6 +22,8 @@ from model.model_flags import MethodOptions, ModelOptions, add_method_flags, add
 from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
+FIND_LR_STEPS = 100
+MEASURES = ("loss", "exact", "rouge_l")  # that an evaluation can be the best by
 
 # What people need first: the flags that --help shows, in this order.
 FIRST_FLAGS: Mapping[str, Sequence[str]] = {
@@ -76,7 +78,11 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     bad_rows: str
     check_seconds: float
     holdout: float | None
-    keep_best: bool
+    keep_best: str | None
+    early_stopping: int | None
+    find_lr: bool
+    answers: int
+    eval_answers: int
     max_skipped_steps: int
     rank_timeout: float
     source_prefix: str
@@ -142,8 +148,21 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--holdout", type=float, metavar="N|FRACTION",
         help="Rows of --train-data to evaluate on, and whose pictures are never trained on: how many, or which share "
              "(default: none).")
-    add("--keep_best", action="store_true",
-        help="Keep the checkpoint with the lowest evaluation loss, in the folder best beside the others.")
+    add("--keep_best", type=_measure, nargs="?", const="loss", metavar="|".join(MEASURES),
+        help="Keep the checkpoint of the best evaluation, in the folder best beside the others: by its loss, or with "
+             "--eval_answers by its answers (default: not kept; loss without a value).")
+    add("--early_stopping", type=int, metavar="N",
+        help="End after N evaluations in a row that are no better than the best so far, by the measure of --keep_best or by "
+             "the loss (default: go on).")
+    add("--find_lr", action="store_true",
+        help=f"Look for a rate in place of training: {FIND_LR_STEPS} steps with a rising one, their losses drawn to "
+             "SAVE/NAME-find_lr.png, a rate proposed, nothing saved.")
+    add("--eval_answers", type=int, default=0, metavar="N",
+        help="Rows of each evaluation that are answered too: exact match, ROUGE-L and BLEU stand beside the loss (default: "
+             "none); the same rows are answered before and after the run.")
+    add("--answers", type=int, default=8, metavar="N",
+        help="Rows that are answered before the first step and after the last, held-out ones where there are any: the run's "
+             "last lines and report.html show what changed (default %(default)s; 0: none).")
     add("--max_skipped_steps", type=int, default=20, metavar="N",
         help="Stop after N optimizer steps in a row whose loss or gradient isn't finite, or in which no row could be used "
              "(default %(default)s: in 17 of them fp16's loss scale falls from 65536 to 1).")
@@ -177,6 +196,13 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win. A run's settings.json is "
              "such a file too.")
     # fmt: on
+
+
+def _measure(text: str) -> str | None:
+    words = {**{measure: measure for measure in MEASURES}, "true": "loss", "false": None}  # the latter two in a file
+    if text not in words:
+        raise argparse.ArgumentTypeError(f'"{text}" found; one of {", ".join(MEASURES)} is needed')
+    return words[text]
 
 
 def _length(text: str) -> int | None:

@@ -30,8 +30,9 @@ from model.cli.flag_checks import (
     overridden_by_deepspeed,
     save_problems,
     split_row_problems,
+    split_shares,
 )
-from model.cli.options import Options
+from model.cli.options import FIND_LR_STEPS, Options
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
@@ -56,6 +57,7 @@ class Inputs:
     lengths: Lengths  # with --max_source_length auto settled
     notes: list[str]  # sentences for the person at the prompt
     steps: int  # optimizer steps of the whole run
+    cut_labels: Mapping[str, int]  # how many labels of each data file lose their end, on the first process
 
 
 def preflight(
@@ -86,7 +88,7 @@ def preflight(
         data.selection.left_out = resumed.record.left_out
     steps = training_steps(options, data.selection)
     raise_problems(steps_problems(options, steps))
-    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps)
+    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps, data.cut_labels)
 
 
 def deepspeed_notes(options: Options) -> list[str]:
@@ -154,6 +156,7 @@ class Data:
     selection: Selection
     lengths: Lengths
     notes: list[str]
+    cut_labels: Mapping[str, int]
 
 
 def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer) -> Data:
@@ -173,9 +176,10 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     if options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)
     raise_problems(epoch_problems(options, selection))
-    if truncations is not None:
-        notes += data_notes(options, selection, lengths, truncations())
-    return Data(selection, lengths, notes)
+    found = truncations() if truncations is not None else {}
+    if found:
+        notes += data_notes(options, selection, lengths, found)
+    return Data(selection, lengths, notes, {file: cut.labels for file, cut in found.items()})
 
 
 def settled_lengths(
@@ -211,6 +215,10 @@ def data_notes(
         notes.append(
             f"Held out of --train-data for evaluation: {count_of(held_out, 'row')} (--holdout, --seed {options.seed})."
         )
+    if "eval_interval" in options.user_set and not (options.valid_data or held_out or split_shares(options)[1]):
+        notes.append(
+            f"--eval-interval {options.eval_interval}: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."
+        )
     if "eval_iters" in options.user_set and (options.valid_data or held_out):
         notes.append("--eval-iters is not used: an evaluation goes through all rows once.")
     return [*notes, epochs_note(options, selection)]
@@ -245,6 +253,8 @@ def epoch_problems(options: Options, selection: Selection) -> list[str]:
 
 def training_steps(options: Options, selection: Selection) -> int:
     """Optimizer steps of a run."""
+    if options.find_lr:
+        return FIND_LR_STEPS
     if not options.epochs:
         return options.train_iters or SAT_TRAIN_ITERS
     # The last batch may be a small one; batches that make no whole step are left over.
@@ -255,6 +265,8 @@ def training_steps(options: Options, selection: Selection) -> int:
 
 def epochs_note(options: Options, selection: Selection) -> str:
     """How many samples a run sees, and how many times through the data that is."""
+    if options.find_lr:
+        return f"Looking for a learning rate: {FIND_LR_STEPS} steps with a rising one; --lr and the number of steps don't count."
     samples, at_once = training_samples(options, selection), samples_per_step(options)
     steps = training_steps(options, selection)
     seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
@@ -284,7 +296,7 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
 
 def warm_up_notes(options: Options, steps_done: int) -> list[str]:
     """Which rule of SAT's slows the first steps down, unless they are behind."""
-    if options.mode != "finetune" or options.auto_warmup_steps <= steps_done:
+    if options.find_lr or options.mode != "finetune" or options.auto_warmup_steps <= steps_done:
         return []
     return [
         f"The first {options.auto_warmup_steps} steps use at most 5 % of --lr ({0.05 * options.lr:.2g}), as SAT does "

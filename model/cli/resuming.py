@@ -27,7 +27,7 @@ NOT_OF_THE_RUN = ("--resume", "--local_rank", "--local-rank")  # launchers give 
 FREE = {
     "save_interval", "eval_interval", "eval_batch_size", "eval_iters", "strict_eval", "log_interval", "exit_interval",
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
-    "bad_rows", "image_folder", "feature_cache", "keep_best", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
+    "bad_rows", "image_folder", "feature_cache", "keep_best", "early_stopping", "answers", "eval_answers", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
     "checkpoint_skip_layers", "rank_timeout", "model_parallel_size",
 }  # fmt: skip

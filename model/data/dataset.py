@@ -81,7 +81,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         Raises:
             InputError: the row's image can't be opened, or the lengths leave no room.
         """
-        row, problem = self._turn(index), None
+        row, problem = self.turn(index), None
         try:
             image = self._image_or_features(row)
         except InputError as error:
@@ -102,7 +102,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             **({} if problem is None else {"problem": problem}),
         }
 
-    def _turn(self, index: int) -> Row:
+    def turn(self, index: int) -> Row:
+        """The row of a sample, with the turns before it as its history."""
         if self._samples is None:
             return self.rows[index]
         rows, turns = self._samples
@@ -121,7 +122,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
     @property
     def images(self) -> "Sequence[torch.Tensor | None]":
         """float32[3, H, W] of every sample, None of one of text only; each is opened when it is asked for."""
-        return _MadeWhenAsked(len(self), lambda index: self._image(self._turn(index)))
+        return _MadeWhenAsked(len(self), lambda index: self._image(self.turn(index)))
 
     @property
     def input_ids(self) -> Sequence[list[int]]:
@@ -139,15 +140,15 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         return pre_image(self.tokenizer)
 
     def _sample(self, index: int) -> Sample:
-        return sample_from_row(self._turn(index), self.tokenizer, self.lengths)
+        return sample_from_row(self.turn(index), self.tokenizer, self.lengths)
 
     def text_length(self, index: int) -> int:
         """About how many tokens a sample has; see `model.data.lengths.estimated_length`."""
-        return estimated_length(self._turn(index), self.lengths)
+        return estimated_length(self.turn(index), self.lengths)
 
     def where(self, index: int) -> str:
         """Names the row of a sample for a person: `fewshot-data/dataset.json row 3`."""
-        return self._turn(index).where
+        return self.turn(index).where
 
     def image_paths(self) -> list[str]:
         """The paths of all images that its samples have, each once."""

@@ -12,7 +12,7 @@ How long samples are is counted in `model.data.lengths`. Only the standard libra
 checked before torch is loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +67,44 @@ class Lengths:
             source_prefix=getattr(args, "source_prefix", None) or "",
             ignore_pad_token_for_loss=getattr(args, "ignore_pad_token_for_loss", True),
             lang=getattr(args, "lang", None) or "zh",
+        )
+
+
+@dataclass(frozen=True)
+class AskedAs:
+    """How questions stood before the model when it was trained, and so how it is to be asked.
+
+    It is written into every checkpoint, and stays there when LoRA is merged. A base has the released script's frame.
+    """
+
+    lang: str = "zh"  # of rows that don't say
+    source_prefix: str = ""  # before every question
+    max_source_length: int | None = None  # tokens; None where nothing is known to have been cut
+    max_target_length: int | None = None
+
+    @classmethod
+    def from_options(cls, options: Any) -> "AskedAs":
+        """That of a run, from any object with its flags as attributes; those that are absent have their defaults."""
+        return cls.from_json(vars(options))
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "AskedAs":
+        """What a checkpoint's config has under "finetuning" and "asked_as"; what it lacks is as in a base."""
+        return cls(
+            record.get("lang") or cls.lang,
+            record.get("source_prefix") or cls.source_prefix,
+            record.get("max_source_length"),
+            record.get("max_target_length"),
+        )
+
+    def lengths(self, image_length: int, longest: int) -> Lengths:
+        """What shortens a row as it did in training. longest, in tokens, holds where nothing is known."""
+        return Lengths(
+            image_length,
+            self.max_source_length or longest,
+            self.max_target_length or longest,
+            self.source_prefix,
+            lang=self.lang,
         )
 
 

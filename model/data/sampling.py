@@ -103,6 +103,11 @@ class SampleOrder:
         return self._window.get(window, self._grouped)[place]
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether chance chooses: else all samples come once, in the order of an evaluation."""
+        return self.draws is not None or self.epochs is not None
+
+    @property
     def batch_count(self) -> int:
         """Micro-batches in all, a short one at the end included."""
         return -(-len(self) // self.batch)

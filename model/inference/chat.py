@@ -48,7 +48,7 @@ def chat(
         image: [1, 3, H, W], in place of image_path, as an earlier call returned it.
         max_length: tokens of context and answer together; by default 1024, or as many as a smaller model takes.
         top_p, top_k, temperature, repetition_penalty, invalid_slices: how to sample, see `Sampling`.
-        english: frame the question as `Q:…\\nA:` in place of `问：…\\n答：`.
+        english: frame the question as `Q:…\\nA:` in place of `问：…\\n答：`; a model that was trained so always has that frame.
 
     Raises:
         InputError: the picture can't be opened, the context leaves no room within max_length, or that is more than the
@@ -75,6 +75,11 @@ def image_tensor(source: str | Path | Any, model: VisualGLMModel) -> torch.Tenso
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 
+def is_english(model: VisualGLMModel, asked: bool) -> bool:
+    """Whether the English frame is taken: where it is asked for, or the model was trained with it (--lang en)."""
+    return asked or model.asked_as.lang == "en"
+
+
 def chat_question(
     image: torch.Tensor | None,
     model: VisualGLMModel,
@@ -91,7 +96,9 @@ def chat_question(
     Raises:
         InputError: max_length is more than the model takes.
     """
-    ids, pre_image = context_ids(query, history, image is not None, tokenizer, model.image_length, english)
+    prefix, english = model.asked_as.source_prefix, is_english(model, english)
+    past = [(prefix + question, answer) for question, answer in history]
+    ids, pre_image = context_ids(prefix + query, past, image is not None, tokenizer, model.image_length, english)
     length = answer_length(model_positions(model), max_length, RELEASED_LENGTH)
     return Question(ids, pre_image, image, max_length=length, sampling=sampling)
 
@@ -116,7 +123,7 @@ def answer_so_far(
         image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, english=english
     )
     engine = Engine(model, tokenizer, rows=1, positions=question.max_length)
-    answer, text = engine.submit(question), GrowingText(tokenizer, english)
+    answer, text = engine.submit(question), GrowingText(tokenizer, is_english(model, english))
     while not answer.finished:
         engine.step()
         yield text.of(answer.ids, finished=bool(answer.finished))

@@ -1,16 +1,17 @@
-"""Evaluation while training: the mean loss over all held-out rows, and the checkpoint that had the lowest."""
+"""Evaluation while training: the mean loss over all held-out rows, and which evaluation was the best."""
 
 import argparse
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.distributed import from_first_process, is_first_process
-from model.progress import say
+from model.progress import count_of, say
 
 BEST_FOLDER = "best"  # in the experiment's folder, beside the iterations
 BEST_FILE = "evaluation.json"  # in the folder of the iteration: the two are there together, or neither is
@@ -25,27 +26,67 @@ def mean_over_tokens(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {"loss": metrics["loss_sum"].double().sum() / metrics["tokens"].double().sum().clamp(min=1)}
 
 
-class BestCheckpoint:
-    """Keeps the checkpoint with the lowest evaluation loss in `<save>/<experiment>/best`, itself a checkpoint folder."""
+class BestEvaluation:
+    """The best evaluation so far, by a measure of --keep_best; of two with equal answers, the one with the lower loss.
 
-    def __init__(self, save_checkpoint: Callable[..., None]) -> None:
-        """save_checkpoint is that of `model.checkpoints.weights`, or of `CheckpointSaver`."""
-        self.save_checkpoint = save_checkpoint
-        self.best: float | None = None  # not read yet
+    Its checkpoint is kept in `<save>/<experiment>/best`, itself a checkpoint folder. After so many evaluations in a row that
+    were no better, the run is to end.
+    """
 
-    def consider(self, model: torch.nn.Module, args: argparse.Namespace, iteration: int, loss: float) -> None:
-        """Save model if loss is lower than that of the best so far. Every process calls this with the same loss."""
+    def __init__(
+        self, save_checkpoint: Callable[..., None] | None, by: str = "loss", patience: int | None = None
+    ) -> None:
+        """save_checkpoint is that of `model.checkpoints.weights`, or of `CheckpointSaver`; None keeps no checkpoint."""
+        self.save_checkpoint, self.by, self.patience = save_checkpoint, by, patience
+        self.values: list[float] | None = None  # of the best, each the higher the better; None without one
+        self.since = 0  # evaluations in a row that were no better
+        self._is_known = False  # else the folder may have one
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has to know."""
+        return {"by": self.by, "values": self.values, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of another run's, if it looked for the best by the same measure."""
+        if state.get("by") == self.by:
+            self.values, self.since, self._is_known = state["values"], state["since"], True
+
+    def consider(
+        self, model: torch.nn.Module, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]
+    ) -> bool:
+        """Save model if this evaluation is the best. Whether the run is to end. Every process calls this alike."""
+        if not self._is_known:
+            self._find(args)
+        values = [] if self.by == "loss" else [measures.get(self.by, -math.inf)]
+        values.append(-measures["loss"])
+        is_better = all(map(math.isfinite, values)) and (self.values is None or values > self.values)
+        self.since = 0 if is_better else self.since + 1
+        if is_better:
+            self.values = values
+            if self.save_checkpoint is not None:
+                self._keep(model, args, iteration, measures)
+        ends = self.patience is not None and self.since >= self.patience and args.iteration < args.train_iters
+        if ends:
+            say(
+                f"The last {count_of(self.since, 'evaluation')} were no better: the run ends (--early_stopping {self.patience})."
+            )
+        return ends
+
+    def _find(self, args: argparse.Namespace) -> None:
+        """What the folder of a run that goes on says of its best; earlier versions kept it nowhere else."""
+        self._is_known = True
+        if self.by == "loss" and args.save:
+            loss = from_first_process(best_loss(Path(args.save, BEST_FOLDER)))
+            self.values = [-loss] if math.isfinite(loss) else None
+
+    def _keep(self, model: Any, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]) -> None:
+        assert self.save_checkpoint is not None
         folder = Path(args.save, BEST_FOLDER)
-        if self.best is None:
-            self.best = from_first_process(best_loss(folder))
-        if not loss < self.best:
-            return
         best_args = copy.copy(args)
         best_args.save, best_args.save_total_limit = str(folder), 1
-        text = json.dumps({"iteration": iteration, "loss": loss}) + "\n"
+        text = json.dumps({"iteration": iteration, **measures}) + "\n"
         note = {BEST_FILE: lambda path: path.write_text(text, encoding="utf-8")} if is_first_process() else {}
         self.save_checkpoint(iteration, model, None, None, best_args, note)
-        self.best = loss
         say(f"Best evaluation so far, kept in {folder}.")
 
 

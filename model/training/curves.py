@@ -164,10 +164,10 @@ def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Recor
             label=f"best evaluation: {best.loss:.4f} at step {best.step}",
         )  # fmt: skip
     axes.set_ylabel("loss per token")
-    axes.set_ylim(0, _top([record.loss for record in (*steps, *evaluations)]))
+    axes.set_ylim(0, top_of_losses([record.loss for record in (*steps, *evaluations)]))
 
 
-def _top(losses: Sequence[float]) -> float | None:
+def top_of_losses(losses: Sequence[float]) -> float | None:
     """Where the axis ends. A few losses far above all others would press the curve flat: they are cut off."""
     finite = sorted(loss for loss in losses if math.isfinite(loss))
     if not finite:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
 from model.data.dataset import FewShotDataset
+from model.data.rows import Row
 from model.data.sampling import SampleOrder
 from model.data.split import Selection
 from model.data.workers import leave_signals_to_the_parent
@@ -118,10 +119,23 @@ class Loader:
         """The row that a worker process opened last, and whether it still was at it; None if that isn't known."""
         return self._samples.opened_by(pid, self._where)
 
+    def spread(self, number: int) -> list[tuple[Row, dict[str, Any]]]:
+        """Up to number samples with their rows, evenly over all that this loader gives out; opens their images."""
+        order = self.batch_sampler.order
+        there = range(len(self._samples.samples)) if order.is_drawn else order  # drawn ones come more than once
+        places = dict.fromkeys(place * len(there) // number for place in range(number))
+        found = (self._at(there[place]) for place in places)
+        return [(dataset.turn(index), dataset[index]) for dataset, index in found]
+
     def _where(self, index: int) -> str:
+        dataset, index = self._at(index)
+        return dataset.where(index)
+
+    def _at(self, index: int) -> tuple[FewShotDataset, int]:
+        """The data set of a sample, and its number there."""
         for dataset in self._samples.samples.datasets:
             if index < len(dataset):
-                return dataset.where(index)
+                return dataset, index
             index -= len(dataset)
         raise IndexError(index)
 

@@ -21,6 +21,7 @@ from model.progress import warn
 from model.training.records import EVALUATION, STEP, VALIDATION, Record
 from model.training.terminal import Terminal
 
+ANSWER_MEASURES = {"exact": "exact_match", "rouge_l": "rouge_l"}  # of --keep_best, by their names in a summary
 SECONDS_BETWEEN_FLUSHES = 10.0  # of TensorBoard's file
 SECONDS_BETWEEN_MEMORY = 1.0  # asking a GPU's allocator takes a tenth of a millisecond
 
@@ -33,7 +34,9 @@ class TrainingReport:
         self.sinks: list[Callable[[Record], None]] = []  # called on the first process, with every record
         self.learning_rate = 0.0
         self.evaluation_loss = math.inf  # of the last evaluation, on the first data-parallel rank
+        self.evaluated_at = -1  # the step after which the last evaluation of this start was made, on every process
         self.split = VALIDATION  # which evaluation is made
+        self.answers: dict[str, float] = {}  # the measures of its answers (`model.inference.scores.summary`)
         self.skipped_steps = 0  # since the start; `model.training.trouble` counts them
         self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
         self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
@@ -113,13 +116,23 @@ class TrainingReport:
             loss = float(metrics["loss"])
             perplexity = math.exp(min(20.0, loss))
         self.evaluation_loss = loss
-        self.terminal.evaluation(prefix, loss, perplexity)
+        self.terminal.evaluation(prefix, loss, perplexity, self.answers)
         record = Record(
             EVALUATION, self._step if step is None else step, loss, time.time(), self.epoch(),
             perplexity=perplexity,
             split=self.split,
+            answered=int(self.answers["rows"]) if self.answers else None,
+            exact=self.answers.get("exact_match"),
+            rouge_l=self.answers.get("rouge_l"),
+            bleu=self.answers.get("bleu"),
         )  # fmt: skip
         self._hand_on(record, summary_writer, args)
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Those of the last evaluation, on the first process: the loss, and with --eval_answers exact and rouge_l."""
+        answers = {name: self.answers[key] for name, key in ANSWER_MEASURES.items()} if self.answers else {}
+        return {"loss": self.evaluation_loss, **answers}
 
     def _hand_on(self, record: Record, summary_writer: Any, args: argparse.Namespace) -> None:
         if not is_first_process():
@@ -159,6 +172,7 @@ def scalars_of(record: Record) -> dict[str, float]:
     else:
         kind = "valid" if record.split == VALIDATION else "test"
         named = {f"Train/{kind}_loss": record.loss, f"Train/{kind}_ppl": record.perplexity}
+        named |= {f"Train/{kind}_{name}": getattr(record, name) for name in ("exact", "rouge_l", "bleu")}
     return {name: value for name, value in named.items() if value is not None}
 
 

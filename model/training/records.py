@@ -24,6 +24,7 @@ from model.checkpoints.whole import write_whole
 from model.progress import warn
 
 METRICS_FILE, SETTINGS_FILE, LOSS_FILE = "metrics.jsonl", "settings.json", "loss.png"  # in a run's folder
+ANSWERS_FILE, REPORT_FILE = "answers.json", "report.html"
 STEP, EVALUATION = "step", "evaluation"
 VALIDATION, TEST = "val", "test"  # SAT's names of the two kinds of evaluation
 MEASURED = ("time", "seconds", "samples_per_second", "memory_bytes")  # what no two runs have in common
@@ -49,6 +50,10 @@ class Record:
     # of an evaluation
     perplexity: float | None = None
     split: str | None = None  # VALIDATION or TEST
+    answered: int | None = None  # rows, with --eval_answers; of their answers:
+    exact: float | None = None  # the share that equals the label
+    rouge_l: float | None = None  # 0 to 1
+    bleu: float | None = None  # 0 to 100
 
     def to_line(self) -> str:
         """The record as a line of `metrics.jsonl`, with its end."""

@@ -12,7 +12,7 @@ Each part has a module of its own, which says what it does and what it asks of S
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,15 +23,17 @@ from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
 from model.distributed import from_first_process, launcher_environment
-from model.training.best_checkpoint import BestCheckpoint
+from model.training.answers import RowAnswers
+from model.training.best_checkpoint import BestEvaluation
 from model.training.deepspeed_config import zero_stage
 from model.training.feature_cache import FeatureCache
+from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
 from model.training.memory import fit_into_memory
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
 from model.training.run_state import RunState
-from model.training.sat_loop import Hooks, adapted
+from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, adapted
 from model.training.saving import CheckpointSaver, TimedSaves
 from model.training.signals import StopAtSignal
 from model.training.terminal import Terminal
@@ -54,6 +56,8 @@ class Run:
     stop: StopAtSignal
     folder: RunFolder
     watchdog: Watchdog
+    answers: RowAnswers
+    sweep: RateSweep | None  # --find_lr
 
     def begin(self, model: Any, args: argparse.Namespace) -> None:
         """Hand SAT's loop what depends on the model: loaders, the cache of image features, the state to go on with.
@@ -67,8 +71,21 @@ class Run:
         self.state.watch(hooks, self.line, self.inputs)
         hooks.make_loaders = partial(make_loaders, selection=selection, features=features, batches=self.batches)
         hooks.get_model = partial(self._complete, model, args, features)
-        if options.keep_best:
-            self.state.after_evaluation = BestCheckpoint(self.saver.save).consider
+        if options.keep_best or options.early_stopping:
+            save = self.saver.save if options.keep_best else None
+            self.state.watch_for_the_best(BestEvaluation(save, options.keep_best or "loss", options.early_stopping))
+        if self.sweep is not None:
+            return
+        hooks.before_first_step = lambda state, train, valid: self.answers.begin(state.model, args, train, valid)
+        hooks.answers = self.answers.at_evaluation
+        hooks.after_last_step = self._finish
+
+    def _finish(self, state: LoopState) -> None:
+        """All steps are done: answer the rows again, unless the run was asked to stop."""
+        if self.stop.is_stopping():
+            return
+        with suppress(EvaluationGivenUp), self.hooks.while_evaluating("val"):
+            self.answers.finish(state.model, state.args)
 
     def _complete(self, model: Any, args: argparse.Namespace, features: FeatureCache) -> Any:
         """The whole model. All pictures have been looked at, so the vision part makes room for the language model first."""
@@ -97,10 +114,15 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     # Pictures are checked before the processes meet, on each machine for so long at most, and in no time where they are known.
     hooks.longest_wait += timedelta(seconds=min(options.check_seconds, A_WEEK))
     stop = StopAtSignal(hooks)
+    sweep = RateSweep(options, hooks) if options.find_lr else None
+    answers = RowAnswers(options, inputs.tokenizer)
     folder = RunFolder(line, inputs, state, hooks, stop.is_stopping)
     with stop, launcher_environment(), adapted(hooks):
         watchdog = Watchdog.of_run(options, batches, saver, stop)
         with watchdog, saver, folder, told_in_a_sentence(batches, options):
-            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog)
+            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers, sweep)
         stop.leave()
+    if sweep is not None:
+        sweep.tell()
+    folder.tell_what_was_learned()
     folder.wait_for_picture()

@@ -2,6 +2,8 @@
 
     settings.json    every flag as it held, the data files, each start of the run: packages and machine
     metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
+    answers.json     some rows, answered before the first step and after the last: `model.training.answers`
+    report.html      one page on all of this, made at the end: `model.training.report`
     loss.png         their curves: `model.training.curves`
     tensorboard/     the same for TensorBoard, unless --summary-dir names a place
     held_out.json    the rows of --holdout, as a data file that scripts/evaluate.py takes
@@ -33,11 +35,12 @@ from model.cli.resuming import CommandLine
 from model.data.rows import Row, json_row
 from model.data.split import Selection
 from model.distributed import is_first_process
-from model.progress import warn
+from model.progress import say, warn
 from model.training.curves import LossPicture
-from model.training.records import METRICS_FILE, SETTINGS_FILE, MetricsFile
+from model.training.records import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, SETTINGS_FILE, MetricsFile
 from model.training.run_state import RunState
 from model.training.sat_loop import Hooks
+from model.training.verdict import verdict
 
 HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER = "held_out.json", "bad_rows.txt", "tensorboard"
 VERSION = 1  # of settings.json
@@ -117,7 +120,7 @@ class RunFolder:
         if self.folder is None or not is_first_process():
             return
         if not self.steps:
-            for name in (SETTINGS_FILE, METRICS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
+            for name in (SETTINGS_FILE, METRICS_FILE, ANSWERS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
                 remove(self.folder / name)
         elif self.picture is not None:
             if self.is_stopping() or (kind is not None and not issubclass(kind, Exception)):
@@ -126,6 +129,23 @@ class RunFolder:
                 self.picture.finish()
             if kind is not None:
                 self.picture.wait()
+
+    def tell_what_was_learned(self) -> None:
+        """Say whether the run has learned, and make its page. Whatever goes wrong here, the run is done and saved."""
+        if self.folder is None or not self.steps or not is_first_process():
+            return
+        try:
+            from model.training.report import Story, report
+
+            story = Story.of(self.folder)
+            for line in verdict(story.settings, story.records, story.answers):
+                say(line)
+            write_text(self.folder / REPORT_FILE, report([self.folder]))
+            say(f"Report: {self.folder / REPORT_FILE}")
+        except Exception as error:
+            warn(
+                f"{self.folder / REPORT_FILE} can't be made ({type(error).__name__}: {error}); the run itself is done."
+            )
 
     def wait_for_picture(self) -> None:
         """Return when `loss.png` shows the whole run, or after half a minute."""
@@ -164,14 +184,23 @@ def settings_of_run(
         * (args.world_size // args.model_parallel_size),
         "checkpoint": str(inputs.checkpoint.folder.resolve()),
         "data": {
-            file: data_of(selection, file, of_file[file], file in (options.train_data or [])) for file in selection.rows
+            file: data_of(
+                selection, file, of_file[file], file in (options.train_data or []), inputs.cut_labels.get(file)
+            )
+            for file in selection.rows
         },
         "deepspeed": args.deepspeed_config,
     }
 
 
-def data_of(selection: Selection, file: str, sha256: str, trained_on: bool) -> dict[str, Any]:
-    """What `settings.json` says of a data file."""
+def data_of(
+    selection: Selection, file: str, sha256: str, trained_on: bool, cut_labels: int | None = None
+) -> dict[str, Any]:
+    """What `settings.json` says of a data file.
+
+    Args:
+        cut_labels: labels of which --max_target_length cuts off the end; None where that isn't known.
+    """
     return {
         "path": os.path.abspath(file),
         "sha256": sha256,
@@ -179,6 +208,7 @@ def data_of(selection: Selection, file: str, sha256: str, trained_on: bool) -> d
         "trained_on": selection.row_count(file) if trained_on else 0,
         "held_out": len(selection.chosen(file, training=False) or ()),
         "left_out": len(selection.left_out.get(file, ())),
+        "cut_labels": cut_labels,
     }
 
 

@@ -38,6 +38,7 @@ from model.cli.resuming import CommandLine
 from model.distributed import is_first_process, whole_parameters
 from model.progress import say, warn
 from model.sat_compat import model_parallel
+from model.training.best_checkpoint import BestEvaluation
 from model.training.metrics import TrainingReport
 from model.training.records import STEP as STEP_RECORD
 from model.training.records import TEST, Record
@@ -64,7 +65,7 @@ class RunState:
             InputError: the state to go on with can't be read.
         """
         self.report, self.resumed, self.begin = report, resumed, begin
-        self.after_evaluation: Callable[..., None] = lambda *_: None  # (model, args, iteration, loss)
+        self.best: BestEvaluation | None = None
         self._stored: dict[str, Any] = read_state(resumed.state_file) if resumed else {}
         self._first_iteration: int | None = self._stored.get("first_iteration")  # that the schedule counts from
         self._evaluated_at: int = self._stored.get("evaluated_at", -1)  # the iteration of the last evaluation
@@ -106,6 +107,11 @@ class RunState:
         )
         return record.step <= done
 
+    def watch_for_the_best(self, best: BestEvaluation) -> None:
+        """Be told which evaluation is the best, from what the run that goes on knew of it."""
+        self.best = best
+        best.load_state_dict(self._stored.get("best", {}))
+
     # --- what SAT's loop calls
 
     def place(self, args: argparse.Namespace, model: Any) -> None:
@@ -122,9 +128,13 @@ class RunState:
                 load_checkpoint(model, args, base_of(self.resumed.checkpoint.config).path)
             model.base = base_of(self.resumed.checkpoint.config)  # and not the run's own checkpoint
 
-    def _note_evaluation(self, model: Any, args: argparse.Namespace, iteration: int, loss: float) -> None:
+    def _note_evaluation(
+        self, model: Any, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]
+    ) -> None:
         self._evaluated_at = iteration
-        self.after_evaluation(model, args, iteration, loss)
+        if self.best is not None and self.best.consider(model, args, iteration, measures):
+            self.report.last_step = args.train_iters
+            args.train_iters = iteration  # SAT's loop ends here, and saves
 
     def schedule_start(self, iteration: int) -> int:
         """The iteration that the learning rate's schedule counts from: that of the run's first start."""
@@ -212,6 +222,7 @@ class RunState:
             "samples": self._loader.samples_taken,
             "report": self.report.state_dict(),
             "evaluated_at": self._evaluated_at,
+            "best": {} if self.best is None else self.best.state_dict(),
         }
 
 

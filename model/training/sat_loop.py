@@ -110,12 +110,16 @@ class Hooks:
     auto_warmup_steps: int = AUTO_WARMUP_STEPS  # optimizer steps at 5 % of --lr at most, when fine-tuning
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
     get_model: Callable[[], Any] | None = None  # the model, asked for once the loaders have been made
-    after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, loss), on every process
+    after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, measures), on every process
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
     longest_wait: timedelta = LONGEST_WAIT  # of one process for another, in torch.distributed
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
     before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
+    # Everything is put back, the first step comes next: (state, loader of the training rows, that of the evaluation's).
+    before_first_step: Callable[[LoopState, Any, Any], None] = lambda state, train, valid: None
+    answers: Callable[[Any, argparse.Namespace], dict[str, float]] = lambda model, args: {}  # of rows, at an evaluation
+    after_last_step: Callable[[LoopState], None] = lambda state: None  # and after the last evaluation
     # Where TensorBoard's file goes, by --summary-dir and the run's name; None for no file. SAT's place unless set.
     tensorboard_folder: Callable[[str, str], Path | None] = lambda base, name: Path(base, "runs", name)
     # For a run that goes on: the iteration that its schedule counts from, by the one that SAT starts at.
@@ -325,11 +329,14 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         hooks.report.split = named["split"]
         try:
             with hooks.while_evaluating(named["split"]):
+                hooks.report.answers = hooks.answers(model, args) if named["split"] == "val" else {}
                 result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
         except EvaluationGivenUp:
             return None
-        if hooks.after_evaluation is not None and named.get("split") == "val":
-            hooks.after_evaluation(model, args, args.iteration, from_first_process(hooks.report.evaluation_loss))
+        if named["split"] == "val":
+            hooks.report.evaluated_at = args.iteration
+            if hooks.after_evaluation is not None:
+                hooks.after_evaluation(model, args, args.iteration, from_first_process(hooks.report.measures))
         return result
 
     return evaluate_and_go_on
@@ -355,6 +362,7 @@ def _train_step(hooks: Hooks) -> Callable[..., Any]:
 
 def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     """SAT's loop over the steps, before which a run that goes on gets its state, and the evaluation that it still owes.
+    After it comes an evaluation, unless SAT has just made one.
 
     The loop reports every step; the report knows which of them get a line (--log-interval).
     """
@@ -364,16 +372,27 @@ def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         model: Any, optimizer: Any, scheduler: Any, train_data: Any, val_data: Any, timers: Any,
         args: argparse.Namespace, **named: Any,
     ) -> Any:  # fmt: skip
+        def evaluate_now() -> None:
+            loop.evaluate_and_print_results(
+                f"iteration {args.iteration}", iter(val_data), model, len(val_data), args, timers, False,
+                step=args.iteration, split="val", **named,
+            )  # fmt: skip
+
         hooks.report.terminal.lines_every, args.log_interval = args.log_interval, 1
         if hooks.make_loaders is not None and val_data is not None:
             val_data.batch_sampler.start_iter = 0  # SAT's --resume-dataloader leaves rows out of every evaluation
         owes_evaluation = hooks.before_training(LoopState(model, optimizer, scheduler, args), train_data)
         if owes_evaluation and args.do_valid and args.eval_interval and args.iteration % args.eval_interval == 0:
-            loop.evaluate_and_print_results(
-                f"iteration {args.iteration}", iter(val_data), model, len(val_data), args, timers, False,
-                step=args.iteration, split="val", **named,
-            )  # fmt: skip
-        return train_of_sat(model, optimizer, scheduler, train_data, val_data, timers, args, **named)
+            evaluate_now()
+        hooks.before_first_step(LoopState(model, optimizer, scheduler, args), train_data, val_data)
+        result = train_of_sat(model, optimizer, scheduler, train_data, val_data, timers, args, **named)
+        is_ours = hooks.make_loaders is not None
+        if (
+            is_ours and args.do_valid and hooks.report.evaluated_at != args.iteration
+        ):  # --eval-interval leaves the end out
+            evaluate_now()
+        hooks.after_last_step(LoopState(model, optimizer, scheduler, args))
+        return result
 
     return train
 

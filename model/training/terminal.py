@@ -10,6 +10,7 @@ is a line a step.
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from model.chinese import in_ui_language
@@ -94,9 +95,14 @@ class Terminal:
         return (now - self.started) / (step - self.first_step) * (last_step - step)
 
     @staticmethod
-    def evaluation(prefix: str, loss: float, perplexity: float) -> None:
-        """Show an evaluation."""
+    def evaluation(prefix: str, loss: float, perplexity: float, answers: Mapping[str, float]) -> None:
+        """Show an evaluation, and the measures of its answers where there are any."""
         say(f"{prefix}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        if answers:
+            say(
+                f"{prefix}: {answers['rows']:.0f} rows answered, exact match {answers['exact_match']:.1%}, "
+                f"ROUGE-L {answers['rouge_l']:.3f}, BLEU {answers['bleu']:.1f}"
+            )
 
 
 def _line(record: Record, last_step: int, loss: float, samples_per_second: float, seconds_left: float) -> str:

@@ -242,6 +242,7 @@ def annotation_of(action: argparse.Action) -> object:
 
 
 BY_PARSER = {
+    "_measure": str,
     "int": int,
     "float": float,
     "str": str,
@@ -271,3 +272,13 @@ def test_mypy_finds_a_misspelt_option_and_one_that_may_be_auto() -> None:
     found = re.findall(r"misspelt_option\.py:(\d+): error: (.*)", run.stdout)
     assert [int(line) for line, _ in found] == wrong, run.stdout + run.stderr
     assert found[0][1].startswith('"Options" has no attribute "bf61"')
+
+
+@pytest.mark.parametrize(
+    ("words", "measure"),
+    [([], None), (["--keep_best"], "loss"), (["--keep_best", "exact"], "exact"), (["--keep_best=true"], "loss"),
+     (["--keep_best=false"], None)],
+)  # fmt: skip
+def test_keep_best_is_by_the_loss_unless_it_says_otherwise(words: list[str], measure: str | None) -> None:
+    """The last two stand in the settings.json of runs of earlier versions."""
+    assert module.parse(words).keep_best == measure

@@ -128,6 +128,21 @@ def test_epochs_note_counts_samples_over_files_weights_and_processes(
     assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
 
 
+def test_interval_of_evaluations_without_rows_for_them_is_told(good: Options) -> None:
+    told = "--eval-interval 5: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."
+    good.eval_interval, good.user_set = 5, good.user_set | {"eval_interval"}
+    assert told in preflight(good).notes
+    good.holdout = 2.0
+    assert told not in preflight(good).notes
+
+
+def test_labels_that_are_cut_are_counted_for_each_file(good: Options) -> None:
+    assert set(preflight(good).cut_labels.values()) == {0}
+    good.max_target_length = 4
+    (cut,) = preflight(good).cut_labels.values()
+    assert cut > 0
+
+
 def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
     selection = selection_with(tmp_path, a=3)
     words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")

@@ -1,17 +1,19 @@
 """Evaluation: batched answers equal single ones, and the measures are what they say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-import sacrebleu
 import torch
-from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_tuned
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_rows, write_tuned
 
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
-from scripts.evaluate import Result, bleu, comparison, rouge_l, summary, without_punctuation
+from model.inference.scores import Result, rouge_l, summary, without_punctuation
+from scripts import evaluate
+from scripts.evaluate import comparison
 
 ROWS = GOLDEN / "upstream/dataset.json"
 PICTURES = [GOLDEN / f"upstream/images/{number}.png" for number in range(3)]
@@ -92,48 +94,9 @@ def test_label_losses_in_a_batch_equal_those_one_by_one(model, tokenizer):
     assert [loss for loss, _ in batched] == pytest.approx([loss for loss, _ in single], rel=1e-5)
 
 
-# measures
-
-
-@pytest.mark.parametrize(
-    ("answer", "label", "score"),
-    [
-        ("蓝天白云", "蓝天白云", 1.0),
-        ("蓝天", "蓝天白云", 2 * 2 / (2 + 4)),  # P = 1, R = 1/2
-        ("云白天蓝", "蓝天白云", 2 * 1 / (4 + 4)),  # any one character in order
-        ("A Cat", "a  cat", 1.0),
-        ("", "蓝天", 0.0),
-        ("", "", 1.0),
-    ],
-)
-def test_rouge_l_is_f1_of_the_longest_common_subsequence_of_characters(answer, label, score):
-    assert rouge_l(answer, label) == pytest.approx(score)
-
-
 def result(answer, label, loss=1.0, tokens=1):
     right = without_punctuation(answer) == without_punctuation(label)
     return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
-
-
-@pytest.mark.parametrize("label", ["这张图片的背景是蓝天白云。", "The background is a blue sky with clouds."])
-def test_bleu_of_equal_answers_is_100_in_both_languages(label):
-    assert bleu([result(label, label)]) == pytest.approx(100)
-
-
-def test_bleu_takes_chinese_by_characters():
-    one = result("这张图片的背景是蓝天白云", "这张图片的背景是金色沙漠")
-    spaced = sacrebleu.corpus_bleu([" ".join(one.answer)], [[" ".join(one.label)]], tokenize="none")
-    assert bleu([one]) == pytest.approx(spaced.score)
-
-
-def test_right_leaves_punctuation_and_case_aside_and_exact_match_does_not():
-    measures = summary([result("蓝天 白云", "蓝天白云。"), result("雪地", "雪地")])
-    assert (measures["right"], measures["exact_match"]) == (2, 0.5)
-
-
-def test_loss_is_the_mean_over_all_tokens_not_over_rows():
-    measures = summary([result("a", "a", loss=1.0, tokens=1), result("b", "b", loss=4.0, tokens=2)])
-    assert measures["loss"] == pytest.approx((1 + 4 * 2) / 3)
 
 
 def test_comparison_counts_rows_that_one_alone_has_right():
@@ -177,6 +140,72 @@ def test_command_puts_4_bits_beside_full_width(upstream_checkpoint, tmp_path):
     assert f"loss per token {full['loss']:.4f}" in run.stdout
 
 
+def evaluate_here(*words):
+    """The command in this process: it loads a small model in a second."""
+    evaluate.main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("flags", [{"lang": "en", "source_prefix": "Look: "}, {"max_source_length": 46}, {}])
+def test_question_is_asked_as_the_checkpoint_was_trained(flags, upstream_checkpoint, tmp_path):
+    from model.inference.load import load_for_answering
+
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, **flags)
+    model, tokenizer = load_for_answering(tuned)
+    row = row_from_json({"img": str(PICTURES[0]), "prompt": QUESTIONS[1] * 3, "label": "雪地"}, "row 1")
+    options = evaluate.command_line().parse_args(["--from_pretrained", "x", "--data", "x", "--max_length", "100"])
+    rooms = []
+    (question,) = evaluate.asked([row], model, tokenizer, options, [], rooms)
+    lengths = {"max_source_length": 100, "max_target_length": 100} | flags
+    trained = sample_from_row(row, tokenizer, Lengths.from_args(SimpleNamespace(image_length=32, **lengths)))
+    assert question.input_ids == trained.input_ids[: len(question.input_ids)]
+    assert trained.labels[len(question.input_ids) - 1] == tokenizer.bos_token_id
+    assert rooms == [100 - len(question.input_ids)]
+
+
+def test_chat_asks_as_the_checkpoint_was_trained(upstream_checkpoint, tmp_path):
+    from model.inference.chat import chat_question
+    from model.inference.load import load_for_answering
+
+    tuned = write_tuned(
+        upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, lang="en", source_prefix="Look: "
+    )
+    model, tokenizer = load_for_answering(tuned)
+    question = chat_question(None, model, tokenizer, "一", [("二", "三")])
+    expected, _ = context_ids("Look: 一", [("Look: 二", "三")], False, tokenizer, 32, english=True)
+    assert question.input_ids == expected
+
+
+def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upstream_checkpoint, tmp_path, capsys):
+    rows = [
+        {"img": str(PICTURES[0]), "prompt": "一", "label": "雪地"},
+        {"img": "gone.png", "prompt": "二", "label": "三"},
+    ]
+    data = write_rows(tmp_path, [*rows, {"prompt": "三", "label": "<b>"}])
+    page = tmp_path / "page.html"
+    flags = ("--from_pretrained", upstream_checkpoint, "--data", data, "--max_length", "60", "--html", page)
+    with pytest.raises(SystemExit):
+        evaluate_here(*flags)
+    assert "row 2" in capsys.readouterr().err
+    evaluate_here(*flags, "--bad_rows", "skip")
+    out = capsys.readouterr().out
+    assert "Left out, 1 bad row (--bad_rows skip):" in out
+    assert out.splitlines()[-1] == "answers right: 0/2"
+    assert "2 answers were cut off (--max_length 60)." in out  # the model of random numbers never ends
+    assert "&lt;b&gt;" in page.read_text()
+    assert page.read_text().count('class="row') == 2
+
+
+def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path):
+    path = tmp_path / "results.json"
+    output = evaluate.Output(str(path), rows=3)
+    one = Result("a.png", "问", "答", "答", True, True, 1.0, 0.5, 2)
+    output.note("tuned", {1: one})
+    so_far = json.loads(path.read_text())
+    assert (so_far["unfinished"], len(so_far["results"])) == ("1 of 3 rows", 1)
+    output.write({"tuned": [one] * 3}, {"tuned": summary([one] * 3)})
+    assert "unfinished" not in json.loads(path.read_text())
+
+
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("words", "part"),
@@ -187,6 +216,8 @@ def test_command_puts_4_bits_beside_full_width(upstream_checkpoint, tmp_path):
         (["--from_pretrained", "BASE", "--compare", "BASE", "--data", str(ROWS)], "another checkpoint is needed"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--batch-size", "0"], "1 or more is needed"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--full_width"], "--quant or --dtype is needed with it"),
+        (["--from_pretrained", "BASE", "--data", str(ROWS), "--out", "gone/results.json"], "no folder"),
+        (["--from_pretrained", "BASE", "--data", str(ROWS), "--html", "/"], "--html /: a folder"),
     ],
 )
 def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, words, part):

@@ -40,6 +40,7 @@ def test_run_writes_into_its_folder_and_nothing_into_the_working_directory(run):
     assert sorted(path.name for path in run.work.iterdir()) == ["rows.json", "saved"]
     names = {path.name for path in run.folder.iterdir()}
     story = {"settings.json", "metrics.jsonl", "loss.png", "held_out.json", "bad_rows.txt", "tensorboard"}
+    story |= {"answers.json", "report.html"}
     assert story <= names
     assert names - story == {"latest", "model_config.json", "ice_text.model", "2", "4"}
     assert list((run.folder / "tensorboard").iterdir())
@@ -83,6 +84,14 @@ def test_held_out_rows_are_a_data_file_that_evaluate_takes_from_anywhere(run, up
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("/2")
+
+
+@pytest.mark.run
+def test_run_ends_by_saying_what_became_of_its_answers_and_where_its_page_is(run):
+    said = run.out.splitlines()
+    assert said[-1] == f"Report: saved/{run.folder.name}/report.html"
+    assert said[-2].startswith("Of 2 held-out rows, answers right: before 0/2, after 0/2; ROUGE-L ")
+    assert "<script" not in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.run

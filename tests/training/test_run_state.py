@@ -28,7 +28,18 @@ COMMON = (
     "--mode", "finetune", "--train-data", "dataset.json", "--max_source_length", "64", "--max_target_length", "64",
     "--auto_warmup_steps", "2", "--lr", "0.01", "--batch-size", "2", "--lora_rank", "4", "--lr-decay-style", "cosine",
 )  # fmt: skip
-EVALUATED = ("--holdout", "2", "--eval-interval", "2", "--keep_best")
+EVALUATED = (
+    "--holdout",
+    "2",
+    "--eval-interval",
+    "2",
+    "--keep_best",
+    "rouge_l",
+    "--eval_answers",
+    "2",
+    "--early_stopping",
+    "50",
+)
 # Each name says what is put together; the iteration after which the run is cut off, and the flags.
 QUICK = {
     "float32, workers, accumulation, evaluated where it is cut": (

@@ -1,0 +1,222 @@
+"""Some rows that are answered while a run goes on: before its first step, at evaluations (--eval_answers), and at its end.
+
+They are rows of the evaluation, evenly spread over it; where nothing is held out, rows that are trained on, which is
+said. The question is the sample's own, cut and framed as in training; the likeliest token is always taken. An answer may
+have twice the label's tokens and ANSWER_ROOM more: longer ones are wrong already, and cost time.
+
+Every process answers every row. They are few, and where processes share a model, none can do without the others.
+
+`answers.json` in the run's folder:
+
+    {"held_out": true, "before": {"step": 0, <measures>, "results": [<Result>, …]}, "after": {"step": 300, …}}
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoints.whole import write_whole
+from model.cli.options import Options
+from model.data.prompt import IGNORE_INDEX, Sample
+from model.data.rows import Row
+from model.data.split import same_file_warnings
+from model.distributed import from_first_process, is_first_process
+from model.errors import InputError
+from model.inference.batch import label_losses
+from model.inference.engine import Engine, Question, image_features, model_positions
+from model.inference.scores import Result, result_of, summary
+from model.inference.text import answer_text
+from model.progress import count_of, say, warn
+from model.training.records import ANSWERS_FILE
+from model.training.run_state import put_back_random_state, random_state
+
+AT_ONCE = 4  # rows: keys and values of the 6B take half a MiB a token
+ANSWER_ROOM = 16  # tokens
+
+Asked = tuple[Row, dict[str, Any]]  # and its sample, as `FewShotDataset` gives it
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The rows, answered after so many steps."""
+
+    step: int
+    results: list[Result]
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """As `scripts/evaluate.py` has them."""
+        return summary(self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `answers.json` has of it."""
+        return {"step": self.step, **self.measures, "results": [asdict(result) for result in self.results]}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Answered | None":
+        """The opposite; None if it is not of this version."""
+        try:
+            names = {one.name for one in fields(Result)}
+            rows = [Result(**{name: row[name] for name in names if name in row}) for row in values["results"]]
+            return cls(int(values["step"]), rows) if rows else None
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+class RowAnswers:
+    """The rows of a run that are answered, and their answers before the first step and now."""
+
+    def __init__(self, options: Options, tokenizer: Any) -> None:
+        self.number, self.in_between = options.eval_answers or options.answers, options.eval_answers > 0
+        self.tokenizer = tokenizer
+        self.batch = min(AT_ONCE, options.eval_batch_size or AT_ONCE)
+        self.held_out = False
+        self.before: Answered | None = None
+        self.latest: Answered | None = None
+        self._rows: list[Asked] = []
+        self._folder: Path | None = None
+
+    def begin(self, model: Any, args: argparse.Namespace, train: Any, valid: Any) -> None:
+        """Choose the rows, and answer them before the first step. A run that goes on has these answers in its folder.
+
+        Args:
+            model: DeepSpeed's engine. train, valid: the loaders; the latter may be None.
+        """
+        if not self.number:
+            return
+        self._folder = Path(args.save) if args.save else None
+        self.held_out = valid is not None and not same_file_warnings(args.train_data, args.valid_data or [])
+        found = (train if valid is None else valid).spread(self.number)
+        self._rows = [(row, sample) for row, sample in found if "problem" not in sample]
+        if args.iteration:
+            self.before = from_first_process(self._kept() if self._folder else None)
+        elif self._rows:
+            say(f"Answering {self.what}, as they will be again at the end (--answers 0: none).")
+            self.before = self.ask(model, args)
+            self._keep()
+
+    def at_evaluation(self, model: Any, args: argparse.Namespace) -> dict[str, float]:
+        """The measures of an evaluation's answers; none without --eval_answers."""
+        answered = self.now(model, args) if self.in_between else None
+        return {} if answered is None else answered.measures
+
+    def finish(self, model: Any, args: argparse.Namespace) -> None:
+        """Answer the rows after the last step, and keep their answers."""
+        if self._rows and self.now(model, args) is not None:
+            self._keep()
+
+    def now(self, model: Any, args: argparse.Namespace) -> Answered | None:
+        """The rows' answers after the steps that are done, asked for once."""
+        if self._rows and (self.latest is None or self.latest.step != args.iteration):
+            self.latest = self.ask(model, args)
+        return self.latest
+
+    @property
+    def what(self) -> str:
+        """Which rows they are, in words."""
+        return count_of(len(self._rows), "held-out row" if self.held_out else "training row")
+
+    def ask(self, model: Any, args: argparse.Namespace) -> Answered | None:
+        """The rows' answers; None, with a line, where they can't be had. Nothing of the run is changed."""
+        module = getattr(model, "module", model)
+        try:
+            with as_it_was(model, module):
+                return Answered(args.iteration, from_first_process(self._results(module, args)))
+        except (InputError, torch.OutOfMemoryError) as error:
+            warn(f"{self.what} are not answered: {str(error).splitlines()[0]}")
+            return None
+
+    def _results(self, module: Any, args: argparse.Namespace) -> list[Result]:
+        questions = [_question(sample, module, args) for _, sample in self._rows]
+        positions = max(question.max_length or 0 for question in questions)
+        samples = [Sample(one["input_ids"], one["labels"], one["pre_image"], 0, 0) for _, one in self._rows]
+        engine = Engine(module, self.tokenizer, self.batch, positions)
+        answers = dict(engine.answers(questions))
+        losses: list[tuple[float, int]] = []
+        for start in range(0, len(samples), self.batch):
+            some = slice(start, start + self.batch)
+            features = [one.image_features for one in questions[some] if one.image_features is not None]
+            losses += label_losses(
+                samples[some], None, module, self.tokenizer, torch.cat(features) if features else None
+            )
+        results = []
+        for number, (row, _) in enumerate(self._rows):
+            answer = answers[number]
+            text = answer_text(answer.ids, self.tokenizer, (row.lang or getattr(args, "lang", "zh")) == "en")
+            results.append(result_of(row, text, *losses[number], answer.finished == "length"))
+        return results
+
+    # --- answers.json
+
+    def _kept(self) -> Answered | None:
+        """The answers before the first step that the folder has, if they are of these rows."""
+        assert self._folder is not None
+        kept = read_answers(self._folder).get("before")
+        asked = [(row.prompt, row.label) for row, _ in self._rows]
+        return kept if kept and [(one.prompt, one.label) for one in kept.results] == asked else None
+
+    def _keep(self) -> None:
+        if self._folder is None or not is_first_process():
+            return
+        known = {"before": self.before, "after": self.latest}
+        content = {"held_out": self.held_out, **{name: one.to_json() for name, one in known.items() if one}}
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        try:
+            write_whole(
+                self._folder / ANSWERS_FILE,
+                lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"),
+            )
+        except OSError as error:
+            warn(f"{self._folder / ANSWERS_FILE} can't be written ({error.strerror}).")
+
+
+def read_answers(folder: Path) -> dict[str, Any]:
+    """What `answers.json` in a run's folder has: "held_out", and "before" and "after" as `Answered`; each may be missing."""
+    try:
+        content = json.loads((folder / ANSWERS_FILE).read_text(encoding="utf-8"))
+        answered = {name: Answered.from_json(content.get(name)) for name in ("before", "after")}
+        return {"held_out": bool(content.get("held_out")), **{name: one for name, one in answered.items() if one}}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+@contextmanager
+def as_it_was(model: Any, module: Any) -> Iterator[None]:
+    """Answer in the block: dropout is off and activations aren't kept; afterwards all is as before, random states too."""
+    trains, states, transformer = module.training, random_state(), module.transformer
+    keeps = transformer.checkpoint_activations
+    model.eval()
+    transformer.checkpoint_activations = False
+    try:
+        yield
+    finally:
+        transformer.checkpoint_activations = keeps
+        model.train(trains)
+        put_back_random_state(states)
+
+
+def _question(sample: dict[str, Any], module: Any, args: argparse.Namespace) -> Question:
+    """A sample's context as a question, with its image's features on the model's device."""
+    labels: Sequence[int] = sample["labels"]
+    first = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
+    context = sample["input_ids"][: first + 1]  # <sop> too
+    weight = module.transformer.word_embeddings.weight
+    features = sample.get("image_features")
+    if features is not None:
+        features = features.unsqueeze(0).to(weight.device, weight.dtype)
+    elif sample["image"] is not None:
+        features = image_features(sample["image"].unsqueeze(0).to(weight.device), module)
+    label_tokens = sum(label != IGNORE_INDEX for label in labels)
+    room = min(args.max_target_length, 2 * label_tokens + ANSWER_ROOM)
+    return Question(
+        context,
+        sample["pre_image"],
+        image_features=features,
+        max_length=min(len(context) + room, model_positions(module)),
+    )

@@ -1,0 +1,157 @@
+"""Did it learn? What a run's last lines and its report say of its losses and answers, and what to try if they stand still.
+
+Everything is read off what a run leaves behind: its settings, its records and its answers. Only the standard library is
+imported.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pvariance
+from typing import Any
+
+from model.progress import count_of
+from model.training.records import EVALUATION, STEP, VALIDATION, Record
+
+LEAST_STEPS = 10  # fewer say nothing
+SHARE, LARGEST_WINDOW = 5, 200  # the first and the last fifth of the steps are compared, 200 at most
+SIGMAS = 2.0  # of a mean's own uncertainty: a smaller fall is noise
+CLEAR_RISE = 1.02  # of the evaluation loss over its best, a factor
+WARM_UP_SHARE = 0.2  # of the steps under the 5 % rule, from which on it is named
+SMALL_SCALE = 1.0  # alpha / rank below which LoRA's product is scaled down
+FEW_LAYERS = 4
+LOW_RATE = 1e-3  # for LoRA at a scale of 0.1
+
+
+def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a run has learned, the most important first; none of a run of very few steps without answers.
+
+    Args:
+        settings: what `settings.json` holds. answers: as `model.training.answers.read_answers` gives them.
+    """
+    lines = []
+    steps = [record for record in records if record.kind == STEP and math.isfinite(record.loss)]
+    fall = fall_of([record.loss for record in steps])
+    if fall is not None:
+        lines.append(fall.sentence)
+    changed = answers_sentence(answers)
+    lines += [changed] if changed else []
+    if fall is not None and not fall.is_clear:
+        lines += advice(settings)
+    return lines + overfitting(steps, records)
+
+
+class Fall:
+    """How far a loss has fallen from the first steps to the last."""
+
+    def __init__(self, first: Sequence[float], last: Sequence[float]) -> None:
+        self.steps = len(first)
+        self.before, self.after = fmean(first), fmean(last)
+        self.noise = SIGMAS * math.sqrt(pvariance(first) / len(first) + pvariance(last) / len(last))
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it fell by more than the noise of these two means."""
+        return self.before - self.after > self.noise
+
+    @property
+    def sentence(self) -> str:
+        """For a person."""
+        means = f"the mean of the first {self.steps} steps and of the last"
+        if self.is_clear:
+            return f"The loss fell from {self.before:.4f} to {self.after:.4f} ({means})."
+        return (
+            f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({means}), which is within its noise of "
+            f"{self.noise:.2g}. Little or nothing was learned."
+        )
+
+
+def fall_of(losses: Sequence[float]) -> Fall | None:
+    """The fall of a run's losses; None if there are too few."""
+    if len(losses) < LEAST_STEPS:
+        return None
+    window = max(3, min(len(losses) // SHARE, LARGEST_WINDOW))
+    return Fall(losses[:window], losses[-window:])
+
+
+def answers_sentence(answers: Mapping[str, Any]) -> str | None:
+    """What became of the answers."""
+    after, before = answers.get("after"), answers.get("before")
+    if after is None:
+        return None
+    rows = count_of(len(after.results), "held-out row" if answers.get("held_out") else "training row")
+    measures = after.measures
+    right = f"{measures['right']:.0f}/{len(after.results)}"
+    if before is None:
+        return f"Of {rows}, answers right: {right}; ROUGE-L {measures['rouge_l']:.3f}."
+    earlier = before.measures
+    changed = sum(one.answer != other.answer for one, other in zip(before.results, after.results, strict=True))
+    return (
+        f"Of {rows}, answers right: before {earlier['right']:.0f}/{len(before.results)}, after {right}; ROUGE-L "
+        f"{earlier['rouge_l']:.3f}, then {measures['rouge_l']:.3f}; "
+        + ("no answer has changed." if not changed else f"{changed} changed.")
+    )
+
+
+def advice(settings: Mapping[str, Any]) -> list[str]:
+    """Why a run may have learned nothing, each with the flag to try."""
+    flags: Mapping[str, Any] = settings.get("flags", {})
+    reasons = [*_rate_reasons(flags, settings.get("steps") or 0), *_adapter_reasons(flags), *_data_reasons(settings)]
+    if not reasons:
+        reasons = ["more steps may be needed, or another rate: --find_lr proposes one"]
+    return [f"Likely: {reasons[0]}.", *(f"Also: {reason}." for reason in reasons[1:])]
+
+
+def _rate_reasons(flags: Mapping[str, Any], steps: int) -> list[str]:
+    reasons: list[str] = []
+    slow = min(steps, flags.get("auto_warmup_steps", 0)) if flags.get("mode") == "finetune" else 0
+    lr = flags.get("lr", 0.0)
+    if steps and slow >= WARM_UP_SHARE * steps:
+        reasons.append(
+            f"{slow} of {steps} steps had 5 % of --lr at most ({0.05 * lr:.2g}), SAT's rule; try --auto_warmup_steps 0"
+        )
+    if lr < LOW_RATE:
+        reasons.append(f"--lr {lr:g} is low for adapters; --find_lr proposes a rate")
+    return reasons
+
+
+def _adapter_reasons(flags: Mapping[str, Any]) -> list[str]:
+    reasons: list[str] = []
+    if not (flags.get("use_lora") or flags.get("use_qlora")):
+        return reasons
+    rank, alpha = flags.get("lora_rank", 1), flags.get("lora_alpha", 1.0)
+    if alpha / rank < SMALL_SCALE:
+        reasons.append(f"LoRA is scaled by alpha/rank = {alpha / rank:.3g}; try --lora_alpha {rank}, a scale of 1")
+    layers = flags.get("layer_range") or []
+    if 0 < len(layers) < FEW_LAYERS:
+        reasons.append(
+            f"LoRA is in {count_of(len(layers), 'layer')} only (--layer_range); without that flag it is in all"
+        )
+    return reasons
+
+
+def _data_reasons(settings: Mapping[str, Any]) -> list[str]:
+    files = settings.get("data", {}).values()
+    cut, rows = (
+        sum(file.get(name) or 0 for file in files if file.get("trained_on")) for name in ("cut_labels", "rows")
+    )
+    if not cut:
+        return []
+    return [f"{cut} of {rows} answers are cut off, so their ends are never learned; try --max_target_length auto"]
+
+
+def overfitting(steps: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """A sentence if the evaluation loss rises while the training loss falls, with flags to try."""
+    made = [one for one in records if one.kind == EVALUATION and one.split == VALIDATION and math.isfinite(one.loss)]
+    if len(made) < 2 or not steps:
+        return []
+    best, last = min(made, key=lambda record: record.loss), made[-1]
+    if last.loss <= CLEAR_RISE * best.loss or last.step == best.step:
+        return []
+    window = max(3, min(len(steps) // SHARE, LARGEST_WINDOW))
+    near_best = [record.loss for record in steps if record.step <= best.step][-window:]
+    if near_best and fmean(near_best) <= fmean(record.loss for record in steps[-window:]):
+        return []
+    return [
+        f"The evaluation loss was lowest at step {best.step} ({best.loss:.4f}) and rose to {last.loss:.4f} while the training "
+        "loss fell: rows are learned by heart. Try --keep_best, --early_stopping 3, fewer epochs, or more rows."
+    ]

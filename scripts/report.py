@@ -1,0 +1,71 @@
+"""Make the page on a run anew, or one page on several runs side by side: curves, answers, settings, next commands.
+
+python scripts/report.py checkpoints/MyModel-11-25-00-52
+python scripts/report.py checkpoints/one-11-25-00-52 checkpoints/two-11-25-01-10 --out both.html
+
+Of one run the page goes into its folder. Nothing else is needed to show it: pictures and curves are in the file.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
+from model.checkpoints.whole import write_whole
+from model.progress import say
+from model.training.records import METRICS_FILE, REPORT_FILE, SETTINGS_FILE
+
+SEVERAL = "runs.html"  # in the folder that the first run lies in
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run: it has a metrics.jsonl")
+    parser.add_argument(
+        "--out", metavar="PAGE.html",
+        help=f"where the page goes (default: {REPORT_FILE} in the run's folder; of several, {SEVERAL} beside the first)",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("report.py"):
+        options = command_line().parse_args(argv)
+        folders = [Path(run).expanduser() for run in options.runs]
+        raise_problems(filter(None, map(problem_with, folders)))
+        beside = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].resolve().parent / SEVERAL
+        out = Path(options.out).expanduser() if options.out else beside
+        if not out.absolute().parent.is_dir():
+            raise InputError(f"--out {out}: no folder {out.absolute().parent}; one that is there is needed.")
+        from model.training.report import report
+
+        text = report(folders)
+        try:
+            write_whole(out, lambda file: file.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{out}: can't be written ({error.strerror}); --out with another place is needed."
+            ) from error
+        say(f"Report: {out}")
+
+
+def problem_with(folder: Path) -> str | None:
+    """Why a folder is not a run's, if it isn't."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder; the folder of a run is needed."
+    if not (folder / METRICS_FILE).is_file() and not (folder / SETTINGS_FILE).is_file():
+        return f"{folder}: no {METRICS_FILE} and no {SETTINGS_FILE}; the folder of a run is needed."
+    return None
+
+
+if __name__ == "__main__":
+    main()

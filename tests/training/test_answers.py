@@ -1,0 +1,116 @@
+"""Rows that are answered while a run goes on: which, where they are kept, and that the run doesn't notice."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import GOLDEN, run_program
+
+from model.inference.scores import Result
+from model.training.answers import Answered, read_answers
+from model.training.records import read_records
+
+DATA = GOLDEN / "upstream/dataset.json"
+COMMON = (
+    "--use_lora", "--mode", "finetune", "--train-data", str(DATA), "--image_folder", str(GOLDEN / "upstream"), "--train-iters",
+    "4", "--batch-size", "2", "--num-workers", "0", "--auto_warmup_steps", "0", "--lr", "0.05", "--lora_rank", "4",
+    "--max_target_length", "64", "--hidden-dropout", "0.2", "--attention-dropout", "0.2",
+)  # fmt: skip
+PLAIN, ANSWERED, STOPPED = range(3)
+
+
+@pytest.fixture(scope="module")
+def runs(upstream_checkpoint, tmp_path_factory):
+    """Runs of one process: without answers, with answers at each evaluation, and one that is to end early."""
+    work = tmp_path_factory.mktemp("answers")
+    held_out = ("--holdout", "2", "--eval-interval", "3")
+    lines = [
+        [*COMMON, *held_out, "--answers", "0"],
+        [*COMMON, *held_out, "--answers", "3", "--eval_answers", "2", "--keep_best", "rouge_l"],
+        [*COMMON, *held_out, "--eval-interval", "1", "--lr", "1e-12", "--early_stopping", "2", "--weight-decay", "0"],
+    ]
+    names = [["--from_pretrained", str(upstream_checkpoint), "--save", str(work / str(n))] for n in range(len(lines))]
+    commands = work / "lines.json"
+    commands.write_text(json.dumps([[*line, *name] for line, name in zip(lines, names, strict=True)]))
+    done = run_program("main_with_each", commands, cwd=work)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert [one["status"] for one in ended] == ["trained"] * len(lines), ended
+    folders = [next((work / str(number)).iterdir()) for number in range(len(lines))]
+    return [SimpleNamespace(folder=folder, out=one["out"]) for folder, one in zip(folders, ended, strict=True)]
+
+
+@pytest.mark.run
+def test_losses_with_answers_are_those_without_to_the_last_bit_though_dropout_is_on(runs):
+    losses = [
+        [record.loss for record in read_records(run.folder / "metrics.jsonl")] for run in (runs[PLAIN], runs[ANSWERED])
+    ]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) > 3
+
+
+@pytest.mark.run
+def test_last_step_is_evaluated_where_the_interval_leaves_it_out(runs):
+    records = [one for one in read_records(runs[PLAIN].folder / "metrics.jsonl") if one.kind == "evaluation"]
+    assert [record.step for record in records] == [3, 4]
+
+
+@pytest.mark.run
+def test_evaluation_with_answers_has_their_measures(runs):
+    plain, answered = (
+        [one for one in read_records(run.folder / "metrics.jsonl") if one.kind == "evaluation"]
+        for run in (runs[PLAIN], runs[ANSWERED])
+    )
+    assert [(one.answered, one.exact) for one in plain] == [(None, None)] * 2
+    assert all(one.answered == 2 and 0 <= one.rouge_l <= 1 for one in answered)
+    assert f"iteration 3: 2 rows answered, exact match {answered[0].exact:.1%}" in runs[ANSWERED].out
+
+
+@pytest.mark.run
+def test_best_by_answers_is_kept_with_its_measures(runs):
+    best = runs[ANSWERED].folder / "best"
+    noted = json.loads((best / (best / "latest").read_text() / "evaluation.json").read_text())
+    assert noted.keys() == {"iteration", "loss", "exact", "rouge_l"}
+
+
+@pytest.mark.run
+def test_answers_of_held_out_rows_before_and_after_are_in_the_runs_folder(runs):
+    kept = read_answers(runs[ANSWERED].folder)
+    held_out = json.loads((runs[ANSWERED].folder / "held_out.json").read_text())
+    assert kept["held_out"]
+    assert [(one.prompt, one.label) for one in kept["after"].results] == [
+        (row["prompt"], row["label"]) for row in held_out
+    ]
+    assert (kept["before"].step, kept["after"].step) == (0, 4)
+    assert kept["before"].measures["loss"] != kept["after"].measures["loss"]
+    assert not (runs[PLAIN].folder / "answers.json").exists()
+
+
+@pytest.mark.run
+def test_run_whose_evaluations_get_no_better_ends_early_and_is_saved(runs):
+    run = runs[STOPPED]
+    steps = [one.step for one in read_records(run.folder / "metrics.jsonl") if one.kind == "step"]
+    assert steps == [1, 2, 3]  # the first evaluation is the best
+    assert (run.folder / "latest").read_text() == "3"
+    assert "The last 2 evaluations were no better: the run ends (--early_stopping 2)." in run.out
+
+
+@pytest.mark.run
+def test_metadata_says_how_questions_were_asked(runs):
+    config = json.loads((runs[PLAIN].folder / "model_config.json").read_text())
+    assert config["finetuning"]["asked_as"] == {
+        "lang": "zh", "source_prefix": "", "max_source_length": 64, "max_target_length": 64,
+    }  # fmt: skip
+
+
+def test_answers_survive_the_file(tmp_path):
+    result = Result("a.png", "问", "答", "答", True, True, 1.0, 0.5, 2, cut=True)
+    content = {"held_out": True, "after": Answered(7, [result]).to_json()}
+    (tmp_path / "answers.json").write_text(json.dumps(content))
+    assert read_answers(tmp_path) == {"held_out": True, "after": Answered(7, [result])}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"after": {"results": [{}], "step": 1}}', '{"after": 3}'])
+def test_answers_file_that_is_broken_has_no_answers(tmp_path, text):
+    (tmp_path / "answers.json").write_text(text)
+    assert "after" not in read_answers(tmp_path)

@@ -1,0 +1,59 @@
+"""--find_lr: the rate that a sweep proposes, and that a sweep leaves nothing behind but its picture."""
+
+import math
+
+import pytest
+from conftest import PROJECT, run_python
+
+from model.cli.options import FIND_LR_STEPS
+from model.training.find_lr import HIGHEST, LOWEST, proposed_rate, rate_of
+
+NOISE = [0.1, -0.1] * 50
+
+
+def losses_of(lowest_at, diverges_at):
+    """A sweep's losses: flat, falling over thirty steps to the lowest, flat, and rising."""
+    return [
+        2.5 - 2.4 * min(1, max(0, 1 - (lowest_at - step) / 30)) + max(0, step - diverges_at) + NOISE[step]
+        for step in range(100)
+    ]
+
+
+def test_rates_rise_by_one_factor_from_the_lowest_to_the_highest():
+    assert (rate_of(0), rate_of(FIND_LR_STEPS - 1)) == (LOWEST, pytest.approx(HIGHEST))
+    assert rate_of(11) / rate_of(10) == pytest.approx(rate_of(71) / rate_of(70))
+
+
+def test_proposed_rate_lies_below_that_of_the_lowest_loss():
+    assert rate_of(60) / 4 < proposed_rate(losses_of(lowest_at=65, diverges_at=66)) < rate_of(65)
+
+
+def test_losses_that_end_in_nan_still_propose():
+    losses = [*losses_of(lowest_at=65, diverges_at=70)[:72], math.nan]
+    assert proposed_rate(losses) is not None
+
+
+@pytest.mark.parametrize(
+    "losses", [[2.5 + one for one in NOISE], [2.5 + 0.01 * step for step in range(100)], [], [math.nan]]
+)
+def test_losses_that_never_fall_propose_nothing(losses):
+    assert proposed_rate(losses) is None
+
+
+@pytest.mark.run
+def test_sweep_on_the_small_model_proposes_a_rate_and_saves_only_its_picture(tmp_path):
+    data = PROJECT / "fewshot-data/dataset.json"
+    done = run_python(
+        PROJECT / "finetune_visualglm.py", "--from_pretrained", PROJECT / "model/tiny", "--use_lora", "--mode", "finetune",
+        "--train-data", data, "--holdout", "4", "--epochs", "3", "--num-workers", "0", "--find_lr", "--save", "saved",
+        "--experiment-name", "look", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (told,) = (line for line in lines if line.startswith("--find_lr proposes --lr "))
+    assert 0.001 <= float(told.split()[3].rstrip(".")) <= 0.1
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "saved",
+        "saved/look-find_lr.png",
+    ]
+    assert lines[-1] == "The losses over the rates: saved/look-find_lr.png"

@@ -1,0 +1,127 @@
+"""report.html: what it says of a run, and of several."""
+
+import json
+import shutil
+
+import pytest
+from conftest import GOLDEN, PROJECT
+
+from model.inference.scores import Result
+from model.training.answers import Answered
+from model.training.records import EVALUATION, STEP, VALIDATION, Record
+from model.training.report import Story, next_commands, report
+from scripts.report import main
+
+EVIL = "</dd><script>alert(1)</script>"
+SETTINGS = {
+    "steps": 40, "samples_per_step": 4, "given": ["lr"],
+    "flags": {"from_pretrained": "model/tiny", "use_lora": True, "lora_rank": 10, "lora_alpha": 1.0, "lr": 0.01,
+              "train_data": ["rows.json"]},
+    "data": {"rows.json": {"rows": 24, "trained_on": 20, "held_out": 4, "cut_labels": 2}},
+    "starts": [{"time": 1e9, "versions": {"torch": "2.13.0"}, "machine": {"cpus": 2, "gpus": []}}],
+}  # fmt: skip
+
+
+def write_run(folder, answer, loss):
+    folder.mkdir()
+    image = str(GOLDEN / "upstream/images/0.png")
+    rows = [("问", "雪地", answer), ("它's", "蓝天", "蓝天")]
+    results = [Result(image, q, label, said, said == label, said == label, 0.5, 1.0, 1) for q, label, said in rows]
+    records = [
+        Record(STEP, step, 3.0 - loss * step, 0.0, epoch=step / 5, lr=0.01, seconds=1.5) for step in range(1, 41)
+    ]
+    records.append(Record(EVALUATION, 40, 1.25, 0.0, split=VALIDATION))
+    (folder / "metrics.jsonl").write_text("".join(record.to_line() for record in records))
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+    answers = {"held_out": True, "before": Answered(0, results).to_json(), "after": Answered(40, results).to_json()}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (folder / "held_out.json").write_text("[]")
+    (folder / "latest").write_text("40")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [write_run(tmp_path / "one", EVIL, 0.05), write_run(tmp_path / "two", "雪地", 0.0)]
+
+
+def test_page_tells_the_run_and_shows_the_worst_answer_first(runs):
+    text = report(runs[:1])
+    assert "The loss fell from" in text
+    assert "24 rows, 20 trained on, 4 held out, 2 answers cut" in text
+    assert "LoRA of rank 10, alpha 1, in all layers" in text
+    assert "40 of 40, 4 samples each" in text
+    assert text.index("&lt;/dd&gt;&lt;script") < text.index("它&#x27;s")
+    assert "<script" not in text
+    assert "1.2500 at step 40" in text
+
+
+def test_page_of_two_runs_has_a_column_and_a_curve_for_each(runs):
+    text = report(runs)
+    assert "<th>one</th><th>two</th>" in text
+    assert "one: training, mean over" in text
+    assert "two: evaluation" in text
+    assert "after, two" in text
+    assert text.count("<svg") == 2  # losses and rates, both runs in each
+
+
+def test_next_commands_are_filled_in_and_quoted(runs):
+    commands = dict(next_commands(Story.of(runs[0])))
+    folder = runs[0]
+    assert (
+        f"--from_pretrained {folder} --data {folder}/held_out.json" in commands["answer and measure every held-out row"]
+    )
+    assert commands["fold LoRA into an ordinary checkpoint"] == f"python scripts/merge_lora.py {folder} {folder}-merged"
+    assert commands["train on, to twice as many steps"].endswith(f"--resume {folder} --train-iters 80")
+    assert commands["talk to it"].endswith("--query '问'")
+
+
+@pytest.mark.parametrize("missing", ["settings.json", "metrics.jsonl", "answers.json", "latest"])
+def test_page_is_made_though_a_file_is_missing_or_broken(runs, missing):
+    (runs[0] / missing).unlink()
+    assert "<h1>one</h1>" in report(runs[:1])
+    (runs[0] / missing).write_text("{")
+    assert "<h1>one</h1>" in report(runs[:1])
+
+
+def test_command_makes_the_page_of_a_run_in_its_folder_and_of_several_beside_the_first(runs, capsys):
+    main([str(runs[0])])
+    assert (runs[0] / "report.html").read_text().startswith("<!doctype html>")
+    main([str(run) for run in runs])
+    assert (runs[0].parent / "runs.html").exists()
+    assert capsys.readouterr().out.splitlines() == [
+        f"Report: {runs[0] / 'report.html'}", f"Report: {runs[0].parent / 'runs.html'}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["gone"], "gone: no such folder"),
+        ([str(PROJECT / "model/tiny")], "no metrics.jsonl and no settings.json"),
+        (["RUN", "--out", "gone/page.html"], "--out gone/page.html: no folder"),
+    ],
+)
+def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(
+    runs, words, part, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([str(runs[0]) if word == "RUN" else word for word in words])
+    assert left.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_page_that_can_not_be_made_does_not_fail_the_run(runs, capsys):
+    from model.training.run_folder import RunFolder
+
+    folder = RunFolder.__new__(RunFolder)
+    folder.folder, folder.steps = runs[0], 40
+    (runs[0] / "report.html").mkdir()  # in the page's place
+    folder.tell_what_was_learned()
+    told = capsys.readouterr()
+    assert "The loss fell from" in told.out
+    assert "report.html can't be made" in told.err
+    shutil.rmtree(runs[0] / "report.html")
+    folder.tell_what_was_learned()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {runs[0] / 'report.html'}"

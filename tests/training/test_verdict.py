@@ -1,0 +1,89 @@
+"""Whether a run has learned, told by its losses and answers, and the flags to try if it hasn't."""
+
+import pytest
+
+from model.inference.scores import Result
+from model.training.answers import Answered
+from model.training.records import EVALUATION, STEP, VALIDATION, Record
+from model.training.verdict import fall_of, overfitting, verdict
+
+NOISE = [0.1, -0.1] * 50
+STILL = [2.5 + one for one in NOISE]
+FALLING = [2.5 - 0.02 * step + NOISE[step] for step in range(100)]
+FLAGS = {"mode": "finetune", "auto_warmup_steps": 100, "lr": 1e-4, "use_lora": True, "lora_rank": 10, "lora_alpha": 1.0}
+
+
+def steps(losses):
+    return [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
+
+
+def evaluations(losses):
+    return [Record(EVALUATION, 10 * number, loss, 0.0, split=VALIDATION) for number, loss in enumerate(losses, 1)]
+
+
+def said(losses, flags=None, data=None, answers=None):
+    settings = {"flags": FLAGS | (flags or {}), "steps": len(losses), "data": data or {}}
+    return "\n".join(verdict(settings, steps(losses), answers or {}))
+
+
+def test_fall_beyond_the_noise_is_clear_and_one_within_is_not():
+    assert fall_of(FALLING).is_clear
+    assert not fall_of(STILL).is_clear
+    assert not fall_of([2.5 - 0.0001 * step + NOISE[step] for step in range(100)]).is_clear
+
+
+def test_few_steps_say_nothing():
+    assert fall_of([2.0] * 9) is None
+    assert said([2.0] * 9) == ""
+
+
+def test_run_that_learned_gets_no_advice():
+    assert said(FALLING) == "The loss fell from 2.3100 to 0.7100 (the mean of the first 20 steps and of the last)."
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "part"),
+    [
+        ({}, {}, "100 of 100 steps had 5 % of --lr at most (5e-06), SAT's rule; try --auto_warmup_steps 0"),
+        ({}, {}, "--find_lr proposes a rate"),
+        ({}, {}, "alpha/rank = 0.1; try --lora_alpha 10"),
+        ({"layer_range": [0, 14]}, {}, "LoRA is in 2 layers only (--layer_range)"),
+        ({}, {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 17}}, "17 of 20 answers are cut off"),
+    ],
+)
+def test_run_that_stood_still_is_told_why_that_is_likely(flags, data, part):
+    text = said(STILL, flags, data)
+    assert text.startswith("The loss has hardly moved: 2.5000, then 2.5000")
+    assert part in text
+
+
+def test_reason_that_does_not_hold_is_not_named():
+    text = said(STILL, {"auto_warmup_steps": 0, "lr": 0.01, "lora_alpha": 10.0})
+    assert text.splitlines()[-1] == "Likely: more steps may be needed, or another rate: --find_lr proposes one."
+
+
+def answered(step, *answers):
+    return Answered(step, [Result("", "?", "yes", one, one == "yes", one == "yes", 0.0, 1.0, 1) for one in answers])
+
+
+def test_answers_before_and_after_are_counted_and_training_rows_called_so():
+    answers = {"held_out": False, "before": answered(0, "no", "no"), "after": answered(9, "yes", "no")}
+    assert "Of 2 training rows, answers right: before 0/2, after 1/2; ROUGE-L 0.000, then 0.000; 1 changed." in said(
+        FALLING, answers=answers
+    )
+    assert "no answer has changed" in said(STILL, answers=answers | {"after": answered(9, "no", "no")})
+
+
+def test_evaluation_that_rises_while_training_falls_is_told_with_its_best_step():
+    (line,) = overfitting(steps(FALLING), evaluations([2.0, 1.5, 1.6, 1.9]))
+    assert "lowest at step 20 (1.5000) and rose to 1.9000" in line
+    assert "--early_stopping" in line
+
+
+@pytest.mark.parametrize("losses", [[2.0, 1.5], [2.0, 1.5, 1.51], [2.0], []])
+def test_evaluation_that_falls_or_hardly_rises_is_not_told(losses):
+    assert overfitting(steps(FALLING), evaluations(losses)) == []
+
+
+def test_evaluation_that_rises_with_training_is_no_overfitting():
+    assert overfitting(steps(FALLING[::-1]), evaluations([2.0, 1.5, 1.9])) == []

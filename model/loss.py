@@ -60,6 +60,7 @@ class _HeadLoss(torch.autograd.Function):
                 if gradient is not None:
                     # d loss / d scores = softmax(scores) - one_hot(target), in the place of the scores
                     part.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
+                del log_p  # before the next ones are made
             if gradient is not None:
                 gradient[start : start + rows] = input_gradient(head, scores)
         ctx.save_for_backward(gradient)

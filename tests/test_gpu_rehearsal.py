@@ -31,6 +31,7 @@ from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
 from model.training import step as step_module
+from model.training.memory import activation_bytes, temporary_bytes
 from model.training.step import forward_step
 from model.visualglm import VisualGLMModel, without_memory
 from scripts.dev.benchmark import SHAPES
@@ -250,6 +251,41 @@ def test_6b_is_loaded_and_trained_within_the_memory_of_small_gpus(
         f"{method}: {loaded / GIB:.2f} GiB loaded, {while_loading / GIB:.2f} while loading, {gpu.peak / GIB:.2f} at most"
     )
     assert gpu.peak / GIB <= GIB_AT_MOST[method]
+
+
+LONG = ((1, 320, 280), (4, 320, 280))  # rows, tokens of each, of which so many are learned
+CASES = {
+    "lora": ({"use_lora": True, **RECIPE}, 0.0, ((1, 56, 13), (4, 56, 13), *LONG)),
+    "lora, dropout": ({"use_lora": True, **RECIPE}, 0.1, LONG[1:]),
+    "lora everywhere": ({**METHODS["lora everywhere"], "lora_rank": 10}, 0.0, LONG[1:]),
+    "qlora": ({"use_qlora": True, **RECIPE}, 0.0, LONG[1:]),
+    "ptuning": ({"use_ptuning": True, "pre_seq_len": 4}, 0.0, LONG[1:]),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case == "lora" else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
+def test_memory_that_fit_into_memory_expects_is_what_is_counted(gpu: Memory, of_the_6b: Checkpoint, case: str) -> None:
+    flags, dropout, batches = CASES[case]
+    of_the_6b.config["hidden_dropout"] = dropout
+    model, args = on_gpu(of_the_6b, "fp16", **flags)
+    for rows, tokens, learned in batches:
+        batch = step_module.on_device(with_features(of_the_6b.config, rows, tokens, learned), args)
+        gpu.reset()
+        before = gpu.now
+        loss = step_module.loss_sum(model, batch)
+        kept = gpu.now - before
+        loss.backward()
+        counted = {"kept": kept, "at most": gpu.peak - before}
+        kept_as_expected = activation_bytes(model, rows * tokens)
+        expected = {"kept": kept_as_expected, "at most": kept_as_expected + temporary_bytes(model, rows * tokens)}
+        assert expected["kept"] == pytest.approx(counted["kept"], rel=0.15)
+        if learned > tokens / 2:  # how many tokens are learned isn't known before
+            assert expected["at most"] == pytest.approx(counted["at most"], rel=0.15)
+        for parameter in model.parameters():
+            parameter.grad = None
+        del loss, batch
 
 
 # --- planted mistakes -------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.now = self.peak = 0
         self.refuses_waits = False  # whether a copy from "cuda" to the CPU is an error
         self._known: dict[int, Any] = {}
@@ -97,8 +98,13 @@ def refuse_two(what: str, function: Any, found: set[Any]) -> None:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Memory]:
-    """Let tensors in the block be fake ones, "cuda" be a device, and torch say that there is a GPU."""
+def fake_gpu(memory: Memory | None = None) -> Iterator[Memory]:
+    """Let tensors in the block be fake ones, "cuda" be a device, and torch say that there is a GPU.
+
+    Args:
+        memory: that of an earlier block, whose tensors can be used again.
+    """
+    memory = memory or Memory()
     import_bitsandbytes()  # where torch says that there is a GPU, it asks for the CUDA that this build lacks
     normalized, device = FakeTensor._normalize_fake_device, FakeTensor.device.fget
 
@@ -114,13 +120,13 @@ def fake_gpu() -> Iterator[Memory]:
         set_to(undo, FakeTensor, "device", property(seen))
         set_to(undo, FakeTensor, "is_cuda", property(lambda tensor: seen(tensor).type == "cuda"))
         set_to(undo, torch.nn.Module, "_apply", applied)
-        undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        undo.enter_context(memory.fake_mode)
         set_to(undo, torch.cuda, "is_available", lambda: True)
         set_to(undo, torch.cuda, "current_device", lambda: 0)
         set_to(undo, torch.cuda, "empty_cache", lambda: None)
         for name in ("whole_weights", "read_one_by_one"):  # what is asked of a file's numbers is asked on the CPU
             set_to(undo, weights, name, with_numbers(getattr(weights, name)))
-        yield undo.enter_context(Memory())
+        yield undo.enter_context(memory)
 
 
 def fake_tensor(tensor: torch.Tensor) -> torch.Tensor:

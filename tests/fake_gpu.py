@@ -42,12 +42,13 @@ OF_ONE_DTYPE = {
 
 
 class Memory(TorchDispatchMode):
-    """Adds up the storages on "cuda" that live, and refuses what a CUDA kernel refuses and a fake one takes."""
+    """Adds up the storages on "cuda" that live, and those on the CPU, and refuses what a CUDA kernel refuses and a fake one takes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.now = self.peak = 0
+        self.now = self.peak = 0  # bytes on "cuda"
+        self.host_now = self.host_peak = 0  # bytes of fake tensors on the CPU
         self.refuses_waits = False  # whether a copy from "cuda" to the CPU is an error
         self._known: dict[int, Any] = {}
 
@@ -58,8 +59,8 @@ class Memory(TorchDispatchMode):
         self._refuse(function, args, kwargs or {})
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, FakeTensor) and tensor.device.type in ("cuda", "cpu"):
+                self._count(tensor.untyped_storage(), tensor.device.type == "cuda")
         return result
 
     def _refuse(self, function: Any, args: Any, kwargs: Any) -> None:
@@ -72,19 +73,22 @@ class Memory(TorchDispatchMode):
             if target is not None and target.type == "cpu" and args[0].device.type == "cuda":
                 raise RuntimeError("a copy to the CPU waits for the device")
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: Any, on_gpu: bool) -> None:
         key = storage._cdata
         if key in self._known:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
 
         def forget(_: Any) -> None:
-            self.now -= size
+            self._add(-size, on_gpu)
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._add(size, on_gpu)
+
+    def _add(self, size: int, on_gpu: bool) -> None:
+        self.now, self.host_now = self.now + size * on_gpu, self.host_now + size * (not on_gpu)
+        self.peak, self.host_peak = max(self.peak, self.now), max(self.host_peak, self.host_now)
 
 
 def tensors_in(args: Any) -> list[torch.Tensor]:

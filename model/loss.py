@@ -70,6 +70,7 @@ class _HeadLoss(torch.autograd.Function):
                 if gradient is not None:
                     # d loss / d scores = softmax(scores) - one_hot(target), in the place of the scores
                     part.copy_(log_p.exp_().scatter_add_(1, target, -hit))
+                del log_p  # before the next ones are made
             if gradient is not None:
                 gradient[start : start + rows] = input_gradient(head, scores)
         if ranks > 1:  # the gradient is summed up by SAT, where hidden comes from

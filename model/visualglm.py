@@ -27,7 +27,7 @@ from model.checkpoints.weights import opened_for
 from model.cpu import gelu
 from model.data.prompt import AskedAs
 from model.distributed import has_gpu
-from model.frozen import FrozenLinear, make_plain
+from model.frozen import FrozenLinear, Nf4Linear, make_plain
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
 from model.sat_compat import import_sat, parallel_output_once, whole_on_every_process
@@ -306,7 +306,8 @@ class VisualGLMModel(ChatGLMModel):
         rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device, rotary.inv_freq.dtype)
         packed = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
         for linear in packed.values():
-            linear.to_empty(device=device, recurse=False)  # where it will pack its weight
+            if isinstance(linear, Nf4Linear):
+                linear.packed = torch.empty(0, dtype=torch.uint8, device=device)  # where it will pack its weight
         plain = {name.replace(".original.", ".") for name in packed}
         dtypes = {name.replace(".original.", "."): tensor.dtype for name, tensor in self.named_parameters()}
 

@@ -42,11 +42,13 @@ OF_ONE_DTYPE = {
 
 
 class Memory(TorchDispatchMode):
-    """Adds up the storages on "cuda" that live, and refuses what a CUDA kernel refuses and a fake one takes."""
+    """Adds up the storages on "cuda" that live, and those on the CPU, and refuses what a CUDA kernel refuses and a fake one takes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.now = self.peak = 0  # bytes on "cuda"
+        self.host_now = self.host_peak = 0  # bytes of fake tensors on the CPU
         self.refuses_waits = False  # whether a copy from "cuda" to the CPU is an error
         self._known: dict[int, Any] = {}
 
@@ -57,8 +59,8 @@ class Memory(TorchDispatchMode):
         self._refuse(function, args, kwargs or {})
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, FakeTensor) and tensor.device.type in ("cuda", "cpu"):
+                self._count(tensor.untyped_storage(), tensor.device.type == "cuda")
         return result
 
     def _refuse(self, function: Any, args: Any, kwargs: Any) -> None:
@@ -71,19 +73,22 @@ class Memory(TorchDispatchMode):
             if target is not None and target.type == "cpu" and args[0].device.type == "cuda":
                 raise RuntimeError("a copy to the CPU waits for the device")
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: Any, on_gpu: bool) -> None:
         key = storage._cdata
         if key in self._known:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
 
         def forget(_: Any) -> None:
-            self.now -= size
+            self._add(-size, on_gpu)
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._add(size, on_gpu)
+
+    def _add(self, size: int, on_gpu: bool) -> None:
+        self.now, self.host_now = self.now + size * on_gpu, self.host_now + size * (not on_gpu)
+        self.peak, self.host_peak = max(self.peak, self.now), max(self.host_peak, self.host_now)
 
 
 def tensors_in(args: Any) -> list[torch.Tensor]:
@@ -97,8 +102,13 @@ def refuse_two(what: str, function: Any, found: set[Any]) -> None:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Memory]:
-    """Let tensors in the block be fake ones, "cuda" be a device, and torch say that there is a GPU."""
+def fake_gpu(memory: Memory | None = None) -> Iterator[Memory]:
+    """Let tensors in the block be fake ones, "cuda" be a device, and torch say that there is a GPU.
+
+    Args:
+        memory: that of an earlier block, whose tensors can be used again.
+    """
+    memory = memory or Memory()
     import_bitsandbytes()  # where torch says that there is a GPU, it asks for the CUDA that this build lacks
     normalized, device = FakeTensor._normalize_fake_device, FakeTensor.device.fget
 
@@ -114,13 +124,13 @@ def fake_gpu() -> Iterator[Memory]:
         set_to(undo, FakeTensor, "device", property(seen))
         set_to(undo, FakeTensor, "is_cuda", property(lambda tensor: seen(tensor).type == "cuda"))
         set_to(undo, torch.nn.Module, "_apply", applied)
-        undo.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        undo.enter_context(memory.fake_mode)
         set_to(undo, torch.cuda, "is_available", lambda: True)
         set_to(undo, torch.cuda, "current_device", lambda: 0)
         set_to(undo, torch.cuda, "empty_cache", lambda: None)
         for name in ("whole_weights", "read_one_by_one"):  # what is asked of a file's numbers is asked on the CPU
             set_to(undo, weights, name, with_numbers(getattr(weights, name)))
-        yield undo.enter_context(Memory())
+        yield undo.enter_context(memory)
 
 
 def fake_tensor(tensor: torch.Tensor) -> torch.Tensor:

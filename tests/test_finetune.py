@@ -8,10 +8,54 @@ import torch
 from conftest import load_model
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import VISION, is_adapter_name
 from model.finetune import FineTuneVisualGLMModel, by_kind
 from model.lora import LoraLinear
 
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
+
+
+def loaded_later(checkpoint, **flags):
+    args = FineTuneVisualGLMModel.get_args(lora_rank=2, layer_range=[0], lr=1.0, **flags)
+    return FineTuneVisualGLMModel.from_pretrained(str(checkpoint), args, language_later=True)[0]
+
+
+@pytest.mark.parametrize("method", ["use_lora", "use_qlora", "use_ptuning"])
+def test_language_model_is_loaded_after_the_vision_part_and_is_that_of_the_file(upstream_checkpoint, method):
+    model = loaded_later(upstream_checkpoint, **{method: True})
+    of_vision = {name.startswith(VISION) for name, parameter in model.named_parameters() if not parameter.is_meta}
+    assert of_vision == {True}
+    assert not any(parameter.is_meta for parameter in model.get_mixin("eva").parameters())
+    model.finish_loading()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    expected = load_model(upstream_checkpoint, "FineTuneVisualGLMModel", lora_rank=2, layer_range=[0], **{method: True})
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert list(found) == list(wanted)
+    for name, tensor in found.items():
+        if is_adapter_name(name):  # drawn, but for B
+            assert tensor.any() == ("matrix_B" not in name), name
+        elif "inv_freq" not in name:
+            assert torch.equal(tensor, wanted[name]), name
+
+
+def test_frozen_tensors_loaded_into_no_memory_keep_what_sat_notes_of_them(upstream_checkpoint):
+    model = loaded_later(upstream_checkpoint, use_lora=True)
+    model.finish_loading()
+    expected = load_model(upstream_checkpoint, "FineTuneVisualGLMModel", use_lora=True, lora_rank=2, layer_range=[0])
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert vars(found) == vars(wanted), name
+
+
+def test_no_memory_while_a_model_is_loaded_is_an_error(upstream_checkpoint, monkeypatch):
+    def conversion(model, device):
+        def no_memory(name, tensor):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return no_memory
+
+    monkeypatch.setattr(FineTuneVisualGLMModel, "conversion", conversion)
+    with pytest.raises(torch.OutOfMemoryError):
+        loaded_later(upstream_checkpoint, use_lora=True)
 
 
 @pytest.fixture

@@ -460,9 +460,8 @@ def _put_into(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
         if on_meta:
-            for name in selected.keys() & of_sat.keys():
-                noted = vars(module.get_parameter(name))
-                noted.update(of_sat[name] | noted)
+            for name, parameter in module.named_parameters():
+                vars(parameter).update(of_sat.get(name, {}) | vars(parameter))
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here

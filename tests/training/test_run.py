@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 from conftest import write_rows
@@ -26,6 +27,16 @@ def parts(upstream_checkpoint, tmp_path):
 def saves():
     """SAT's own function, or what a run has put in its place."""
     return importlib.import_module("sat.training.deepspeed_training").save_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wait"), [("20", timedelta(hours=1, seconds=20)), ("inf", timedelta(days=7, hours=1))]
+)
+def test_processes_wait_for_one_that_checks_pictures_longer(parts, seconds, wait):
+    line, inputs = parts
+    line.options.check_seconds = float(seconds)
+    with guarded_run(line, inputs) as run:
+        assert run.hooks.longest_wait == wait
 
 
 def out_of_memory():

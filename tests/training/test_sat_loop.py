@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,6 +277,15 @@ def test_every_replacement_has_a_reason_and_an_owner_that_has_the_attribute():
         assert reason, name
         assert hasattr(owner, name) or name in ("__dynamo_disable", "exit"), (owner, name)  # exit is Python's own
         assert getattr(owner, name, None) is not value, name
+
+
+def test_processes_of_a_run_wait_as_long_as_its_hooks_say_and_torchs_limit_is_as_before_afterwards():
+    limit = torch.distributed.distributed_c10d._get_default_timeout
+    before = [limit(backend) for backend in ("nccl", "gloo")]
+    hooks = sat_loop.Hooks(lambda *_: 0, lambda *_: None, TrainingReport(), longest_wait=timedelta(days=7))
+    with sat_loop.adapted(hooks):
+        assert [limit(backend) for backend in ("nccl", "gloo")] == [timedelta(days=7)] * 2
+    assert [limit(backend) for backend in ("nccl", "gloo")] == before
 
 
 def test_what_is_replaced_for_a_run_is_as_before_afterwards():

@@ -135,7 +135,6 @@ def in_fp16(runs, *flags):
 
 
 @pytest.mark.run
-@pytest.mark.long
 def test_fp16_learns_as_fast_as_float32_at_every_zero_stage():
     zero = [f"--zero-stage,{stage}" for stage in (0, 1, 2)]
     found, _ = in_fp16([*zero[:2], *(f"--fp16,{stage}" for stage in zero)], "--train-iters", "8")

@@ -69,18 +69,16 @@ def create_dataset_function(
     return FewShotDataset(path, processor, get_tokenizer(args), args, rows, chosen, note_bad_images=rows is not None)
 
 
-def load_model(args: argparse.Namespace, options: Options, inputs: Inputs) -> tuple[Any, argparse.Namespace]:
-    """The checkpoint's model, frozen but for what is trained, and args with the checkpoint's sizes."""
+def load_vision(args: argparse.Namespace, options: Options, inputs: Inputs) -> tuple[Any, argparse.Namespace]:
+    """The checkpoint's model with only its vision part loaded, and args with the checkpoint's sizes."""
     from model.finetune import FineTuneVisualGLMModel
-    from model.training.memory import fit_into_memory
 
     args.max_source_length, args.max_target_length = inputs.lengths.max_source_length, inputs.lengths.max_target_length
     sat_compat.import_sat().get_tokenizer(outer_tokenizer=inputs.tokenizer)
-    model, args = FineTuneVisualGLMModel.from_pretrained(inputs.checkpoint, args)
+    model, args = FineTuneVisualGLMModel.from_pretrained(inputs.checkpoint, args, language_later=True)
     if options.image_size:
         model.set_image_size(options.image_size, args)
     model.freeze()
-    fit_into_memory(model, args.batch_size * (args.max_source_length + args.max_target_length))
     return model, args
 
 
@@ -99,11 +97,11 @@ def train(line: CommandLine, inputs: Inputs) -> None:
         if run.sweep is not None:
             run.sweep.prepare(args)
         run.watchdog.start(options, inputs)
-        model, args = load_model(args, options, inputs)
+        model, args = load_vision(args, options, inputs)
         run.begin(model, args)
         sat_loop.training_main()(
             args,
-            model_cls=model,
+            model_cls=type(model),  # SAT asks for the model when its pictures have been looked at: see `begin`
             forward_step_function=step,
             forward_step_eval=run.stop.watching(evaluation_step),
             handle_metrics_function=mean_over_tokens,

@@ -6,18 +6,24 @@ every layer, and once more in its rotary embedding. Here nothing waits, and the 
 Shapes: batch, heads, seq, head_dim. keys is seq, plus what a cache or a prefix adds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from model.sat_compat import import_sat
+from model.sat_compat import import_sat, model_parallel
 
 import_sat()
 
 from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model.base_model import non_conflict  # noqa: E402
+from sat.model.finetune import PTuningV2Mixin  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # noqa: E402
 
+ROTARY_BASE = 10_000.0  # SAT's ChatGLMAttnMixin
+PREFIX_SCALE = 0.01  # SAT's PrefixTuningMixin
 SHORT_ON_CPU = 256  # keys; up to so many, torch's fused CPU kernel is several times slower than its parts (torch 2.13)
 INVISIBLE = (
     -10_000.0
@@ -27,6 +33,21 @@ INVISIBLE = (
 def score_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the scores: 0 where mask holds 1, and the key is seen; INVISIBLE where it holds 0."""
     return ((mask - 1) * -INVISIBLE).to(dtype)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let torch take no attention of cuDNN's inside the block.
+
+    On H100 and newer it is torch's first choice. With a mask its gradients are reported NaN at lengths of 64, 192, 320
+    (pytorch issue 196678), and each new batch and length costs it a plan of 23 to 37 ms. Here nearly every batch is new.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def attention(
@@ -43,7 +64,8 @@ def attention(
         scores = (key @ query.mT).mT if is_one_token else query @ key.mT
         weights = (scores * scale if bias is None else torch.add(bias, scores, alpha=scale)).softmax(dim=-1)
         return F.dropout(weights, dropped, training=dropped > 0) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
+    with without_cudnn():  # the kernel that is chosen here makes the gradient too
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropped)
 
 
 class FusedAttentionMixin(BaseMixin):
@@ -73,6 +95,61 @@ class FusedAttentionMixin(BaseMixin):
         """Context [batch, heads, seq, head_dim]; mask [batch, 1, seq, keys] holds 1 where a key is seen, or is one 1."""
         dropped = dropout.p if dropout is not None and dropout.training else 0.0
         return attention(query, key, value, self.bias(mask, query.dtype), dropped)
+
+
+class PrefixMixin(PTuningV2Mixin):
+    """P-Tuning v2 (Liu et al. 2021): in every layer, trained keys and values that each token sees.
+
+    A prefix is [2, heads, length, head_dim], of this model-parallel process's heads.
+    SAT's makes another mask in each layer, and `FusedAttentionMixin` another bias for each of them. Here all layers have
+    one of both.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.last: tuple[Any, Any] = (None, None)  # a mask, and the same one with the prefix
+        for layer, whole in enumerate(self.prefix):
+            self.prefix[layer] = self._own_heads(whole)
+
+    def _own_heads(self, whole: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
+        rank, ranks, _ = model_parallel()
+        own: Any = torch.nn.Parameter(whole.chunk(ranks, 1)[rank].clone(), requires_grad=requires_grad)
+        own.model_parallel = ranks > 1  # SAT's mark of a part
+        return own
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> None:
+        """Put a fresh prefix on the device, in place of the one that is there, drawn as SAT draws it."""
+        for layer, old in enumerate(self.prefix):
+            kinds, heads, *sizes = old.shape
+            whole = torch.randn(kinds, heads * model_parallel().ranks, *sizes) * PREFIX_SCALE
+            self.prefix[layer] = self._own_heads(whole.to(device, old.dtype), old.requires_grad)
+
+    def with_prefix(self, mask: torch.Tensor) -> torch.Tensor:
+        """mask [batch, 1, seq, seq], in which the prefix is seen too: [batch, 1, seq, seq + prefix]."""
+        if self.last[0] is not mask:
+            self.last = mask, F.pad(mask, (0, self.prefix_len), value=1)
+        return self.last[1]
+
+    @non_conflict
+    def attention_fn(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        *rest: Any,
+        layer_id: Any,
+        old_impl: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """SAT's hook: what stood here before, with this layer's prefix behind keys and values."""
+        prefix = (
+            self.prefix[layer_id].unsqueeze(1).expand(-1, len(key), -1, -1, -1)
+        )  # [2, batch, heads, prefix, head_dim]
+        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), prefix, strict=True))
+        mask = self.with_prefix(mask) if mask.numel() > 1 else mask
+        return old_impl(query, key, value, mask, *rest, layer_id=layer_id, **kwargs)
 
 
 def rotary_rows(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,9 +188,9 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse:
 
 
 def _rotated(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    parts = stacked.permute(2, 0, 3, 1, 4).contiguous()  # [3, batch, heads, seq, head_dim]
+    parts = stacked.permute(2, 0, 3, 1, 4)  # [3, batch, heads, seq, head_dim]
     query, key = apply_rotary(parts[:2].flatten(-2), cos, sin).view_as(parts[:2])
-    return query, key, parts[2]
+    return query, key, parts[2].contiguous()  # by itself: attention keeps it, and would keep all three
 
 
 class _RotatedQueryKeyValue(torch.autograd.Function):
@@ -153,14 +230,17 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
     def __init__(self, hidden_size: int, num_heads: int, max_sequence_length: int) -> None:
         super().__init__(hidden_size, num_heads)
         self.max_sequence_length = max_sequence_length
+        self.rotary_dim = hidden_size // (num_heads * 2)  # half of a head's numbers, for each of the two positions
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.last: tuple[Any, Any] = (None, None)  # position_ids and their rows; every layer has the same positions
 
     def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`rotary_rows` of position_ids, int64[batch, 2, seq], all below max_sequence_length."""
         if self.table is None or self.table[0].dtype != dtype or self.table[0].device != position_ids.device:
-            frequencies = self.rotary_emb.inv_freq.to(position_ids.device)
-            positions = torch.arange(self.max_sequence_length, device=position_ids.device, dtype=torch.float32)
+            device = position_ids.device
+            # Not the buffer inv_freq: in bfloat16 it is rounded, and far positions would be off by a tenth of a radian.
+            frequencies = 1 / ROTARY_BASE ** (torch.arange(0, self.rotary_dim, 2, device=device) / self.rotary_dim)
+            positions = torch.arange(self.max_sequence_length, device=device, dtype=torch.float32)
             angles = (positions[:, None] * frequencies).repeat(1, 2)
             self.table = angles.cos().to(dtype), angles.sin().to(dtype)
             self.last = None, None

@@ -13,12 +13,23 @@ import torch
 
 from model.attention import FusedAttentionMixin
 from model.data.image_processor import BlipImageEvalProcessor  # noqa: F401  (where scripts of 2023 import it from)
-from model.sat_compat import import_sat
+from model.sat_compat import import_sat, model_parallel
 
 import_sat()
 
 from sat.model import BaseMixin, BaseModel, ViTModel  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.official.vit_model import ViTProperty  # noqa: E402
+
+
+def with_gradient_of_one(logits: torch.Tensor) -> torch.Tensor:
+    """logits, of whose gradient each model-parallel process hands on its share.
+
+    The vision part is whole on each, with the same gradient. SAT's transformer adds them up all the same.
+    """
+    ranks = model_parallel().ranks
+    if ranks > 1 and logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient / ranks)
+    return logits
 
 
 class FinalLayerNormMixin(BaseMixin):
@@ -30,7 +41,7 @@ class FinalLayerNormMixin(BaseMixin):
         self.ln_vision = torch.nn.LayerNorm(hidden_size)
 
     def final_forward(self, logits: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.ln_vision(logits)
+        return self.ln_vision(with_gradient_of_one(logits))
 
 
 class EVAViT(ViTModel):
@@ -77,7 +88,7 @@ class QFormer(BaseModel):
         return None
 
     def final_forward(self, logits: torch.Tensor, **_: Any) -> torch.Tensor:
-        return logits
+        return with_gradient_of_one(logits)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """The queries' hidden states [batch, queries, hidden] after attending to features [batch, positions, vit hidden]."""
@@ -104,6 +115,7 @@ class BLIP2(torch.nn.Module):
         self.vit = EVAViT(EVAViT.get_args(**eva_args), **kwargs)
         self.qformer = QFormer(QFormer.get_args(**qformer_args), **kwargs)
         self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)
+        self.is_away = False
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The Q-Former's output [batch, queries, width] for image [batch, 3, H, W]; see `has_fixed_features`."""
@@ -112,6 +124,18 @@ class BLIP2(torch.nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Embeddings [batch, image_length, hidden] of image [batch, 3, H, W]."""
         return self.glm_proj(self.features(image))
+
+    def send_away(self, is_kept: bool) -> None:
+        """Move ViT and Q-Former to host memory, or forget their weights. Moving the model leaves them where they are."""
+        self.is_away = True
+        for part in (self.vit, self.qformer):
+            part.cpu() if is_kept else part.to("meta")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if not self.is_away:
+            return super()._apply(fn, recurse)
+        self.glm_proj._apply(fn)
+        return self
 
     def is_trained(self) -> bool:
         """Whether any weight here is trained."""

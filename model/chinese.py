@@ -132,6 +132,28 @@ SENTENCES = {
     "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",
     "Saved {folder} (iteration {iteration:d}).": "已保存 {folder}（第 {iteration} 步）。",
     "Merged into {folder}.": "已合并到 {folder}。",
+    # predict.py
+    "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
+    "Answering: {done:d} of {total:d}, {left} left": "正在回答：{done}/{total}，剩余 {left}",
+    "{file}: {done:d} of {rows:d} rows are done already.": "{file}：{rows} 条中已有 {done} 条处理完毕。",
+    "{file}: {answers:d} of {rows:d} rows answered.": "{file}：共 {rows} 条，已回答 {answers} 条。",
+    # cli_demo.py
+    "there is no file {name}; the path or the address of a picture is needed.": "没有文件 {name}；需要一张图片的路径或网址。",
+    f"{{name}} is a folder; {_PICTURE_NEEDED}.": f"{{name}} 是目录；{_PICTURE_NEEDED_ZH}。",
+    "{url}: can't be fetched ({reason}); the address of a picture is needed.": (
+        "{url}：无法下载（{reason}）；需要一张图片的网址。"
+    ),
+    "the question and its history take {tokens:d} tokens; --max_length must be more, not {length:d}.": (
+        "问题和对话历史共 {tokens} 个 token，超过了 --max_length {length}；输入 clear 重新开始，或增大 --max_length。"
+    ),
+    "--max_length {asked:d}: this model takes {positions:d} tokens (max_sequence_length), so less is needed.": (
+        "--max_length {asked}：这个模型最多接受 {positions} 个 token（max_sequence_length），请减小。"
+    ),
+    "{flag} {value}: 0 or more is needed.": "{flag} {value}：需要大于或等于 0 的值。",
+    "{flag} {value}: a number above 0, up to 1, is needed.": "{flag} {value}：需要大于 0、不超过 1 的数。",
+    "{flag} {value}: the same as --from_pretrained; another checkpoint is needed.": (
+        "{flag} {value}：与 --from_pretrained 相同；需要另一个模型。"
+    ),
     # evaluate.py and check_data.py
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (
         "完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}，每 token 损失 {loss}"

@@ -1,4 +1,7 @@
-"""What oneDNN computes faster on a CPU than torch's own kernels: products with frozen weights, and GELU in bfloat16.
+"""What a CPU computes faster than by torch's public operations: products with frozen weights, and GELU in bfloat16.
+
+With oneDNN they are in full width, for training and answering; torch's own kernels for weights in 8 and 4 bits are for
+answering only (`model.inference.quantize`, which has the plain product beside them).
 
 torch has these operations for its compiler, under private names that a release may change. Its public mkldnn modules
 copy every input and output. So the private names are used, in this file only, and `can_pack` is asked first. Where it
@@ -16,6 +19,7 @@ import torch
 from model.frozen import FrozenLinear, plain_linears
 
 PRIVATE_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+LOW_BIT_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured, packing for 64 or 1024 is as fast
 IDENTITY_WIDTH = 32  # numbers in a row that `gelu` multiplies by the identity
 
@@ -64,7 +68,7 @@ class PrepackedLinear(FrozenLinear):
     @classmethod
     def of(cls, linear: Any) -> "PrepackedLinear":
         """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
-        packed = cls(*reversed(linear.weight.shape), linear.bias, linear.weight.dtype)
+        packed = cls.like(linear)
         packed.pack(linear.weight.detach())
         linear.weight.data = linear.weight.data.new_empty(0)
         return packed
@@ -76,7 +80,7 @@ class PrepackedLinear(FrozenLinear):
         return self.packed.to_dense()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return onednn_linear(x, self.packed, self.bias)
+        return onednn_linear(x, self.packed, self.own_bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.packed_transposed is None:
@@ -124,3 +128,32 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and can_pack(x):
         return _OnednnGelu.apply(x) if torch.is_grad_enabled() else _onednn_gelu(x)
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+# --- weights in 8 and 4 bits ------------------------------------------------------------------------------------------
+
+
+def has_low_bit_kernels() -> bool:
+    """Whether this torch has the private operations for weights in 8 and 4 bits."""
+    return all(hasattr(torch.ops.aten, name) for name in LOW_BIT_OPERATIONS)
+
+
+def int8_linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`F.linear(x, codes * scales[:, None])`, [rows, in] → [rows, out], of codes int8[out, in]; it has no gradient."""
+    return torch.ops.aten._weight_int8pack_mm(x, codes, scales.to(x.dtype))
+
+
+def in_int4_order(codes: torch.Tensor) -> torch.Tensor:
+    """codes int32[out, in] of 0 to 15 as `int4_linear` reads them: uint8[out, in / 2]."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def int4_linear(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """`F.linear(x, weight)`, [rows, in] → [rows, out], of weight = (code - 8) · scale + zero; it has no gradient.
+
+    Args:
+        packed: the codes, `in_int4_order`.
+        group: how many numbers of an output share a scale and a zero.
+        scales: bfloat16[in / group, out, 2], scale and zero.
+    """
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales)

@@ -5,12 +5,14 @@ Only the standard library is imported; torch where it is needed.
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS_TO_TRY = 5
+GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each, with a file "information"
 
 Result = TypeVar("Result")
 
@@ -20,11 +22,43 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def has_gpu() -> bool:
     """Whether torch can use a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
+
+
+def unusable_gpu() -> str:
+    """A sentence on a GPU of this machine that torch can't use, so that the CPU is taken; "" where there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
+    names = _gpus_of_the_driver()
+    if hidden or not names or has_gpu():
+        return ""
+    import torch
+
+    build = torch.version.cuda
+    if build is None:
+        reason, needed = "it was built for CPUs alone", "a build of torch for CUDA"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "it finds none"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+        needed = f"a driver for CUDA {build} (its newest, to be safe), or a torch for the CUDA that nvidia-smi shows"
+    return f"GPU found ({names[0]}), but torch {torch.__version__} can't use it: {reason}. Needed is {needed}."
+
+
+def _gpus_of_the_driver() -> list[str]:
+    """The GPUs that NVIDIA's driver has, by name."""
+    texts = [path.read_text(errors="replace") for path in sorted(GPUS_OF_THE_DRIVER.glob("*/information"))]
+    return [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")]
 
 
 @contextmanager
@@ -116,6 +150,23 @@ def store_of_run() -> Any:
     return store or TCPStore(address, port, is_master=False, wait_for_workers=False)
 
 
+@contextmanager
+def whole_parameters(parameters: Iterable[Any], writer: int | None = None) -> Iterator[None]:
+    """Inside the block, parameters of which ZeRO 3 keeps a part on each process are whole on all of them.
+
+    Args:
+        writer: the process, of those that share these parameters, whose changes in the block are kept.
+    """
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(split, modifier_rank=writer):
+        yield
+
+
 def from_first_process(value: Any) -> Any:
     """The first process's value, on every process."""
     import torch
@@ -125,14 +176,39 @@ def from_first_process(value: Any) -> Any:
     return values[0]
 
 
+def done_by_first_process(act: Callable[[], Any]) -> Any:
+    """What act() gives, or the exception that it raises, on every process; the first one alone calls it."""
+    import torch
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return act()
+    result: Any = None
+    if is_first_process():
+        try:
+            result = act()
+        except Exception as error:
+            result = error
+    result = from_first_process(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def from_processes_here(value: Any) -> list[Any]:
     """The value of each of the run's processes on this machine, in their order; all processes wait for each other."""
     import torch
 
+    process, processes = processes_here()
+    first = torch.distributed.get_rank() - process if torch.distributed.is_initialized() else 0
+    return from_all_processes(value)[first : first + processes]
+
+
+def from_all_processes(value: Any) -> list[Any]:
+    """The value of each process of the run, in their order; all wait for each other."""
+    import torch
+
     if not torch.distributed.is_initialized():
         return [value]
-    process, processes = processes_here()
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    first = torch.distributed.get_rank() - process
-    return values[first : first + processes]
+    return values

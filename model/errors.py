@@ -106,6 +106,11 @@ def _end_before_torch_does(status: object) -> None:
     torch = sys.modules.get("torch")
     if not _is_a_program or torch is None or not torch.distributed.is_initialized() or not isinstance(status, int):
         return
+    # A worker of a step that failed is still there. It takes no SIGTERM, so that Python would wait for it without end.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an error of a killed worker
+    for child in multiprocessing.active_children():
+        child.kill()
     atexit._run_exitfuncs()
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()

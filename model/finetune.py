@@ -9,18 +9,14 @@ from typing import Any
 import torch
 
 from model.adapter_config import AdapterConfig
+from model.attention import PrefixMixin
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
 from model.frozen import keep_in_4_bits
-from model.lora import LoraMixin
+from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
-from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
-
-import_sat()
-
-from sat.model.finetune import PTuningV2Mixin  # noqa: E402  (sat can be imported only after import_sat)
 
 
 class FineTuneVisualGLMModel(VisualGLMModel):
@@ -45,7 +41,7 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         if self.adapters.has_ptuning:
             heads = args.num_attention_heads
             head_size = args.hidden_size // heads
-            self.add_mixin("ptuning", PTuningV2Mixin(args.num_layers, head_size, heads, self.adapters.prefix_length))
+            self.add_mixin("ptuning", PrefixMixin(args.num_layers, head_size, heads, self.adapters.prefix_length))
         if self.adapters.has_lora:
             self.add_mixin("lora", LoraMixin(args.num_layers, self.adapters), reinit=True)
         if "qlora" in self.adapters.methods:
@@ -93,10 +89,13 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
         adapters = asked.resumed_from(checkpoint.config)
         overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
-        if "qlora" in adapters.methods:
-            # The quantised linears get their weights from the file; until then full ones would fill the memory.
-            overwrite_args["skip_init"] = True
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
+
+    def make_fresh_adapters(self, device: torch.device) -> None:
+        """Draw the adapters that no checkpoint had, on the device."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear | PrefixMixin) and any(p.is_meta for p in module.parameters()):
+                module.draw(device)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from model.adapter_config import AdapterConfig
-from model.frozen import FrozenLinear
+from model.frozen import FrozenLinear, split_of_linear
 from model.sat_compat import import_sat
 
 import_sat()
 
-from sat.model import BaseMixin  # noqa: E402  (sat can be imported only after import_sat)
+from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model import BaseMixin  # noqa: E402
 
 PART_OF_TARGET = {  # where SAT's layers keep the linears of --lora_target
     "query_key_value": "attention",
@@ -49,6 +50,7 @@ class LoraLinear(torch.nn.Module):
             raise ValueError(f"LoRA on a linear of {out_features} outputs in {parts} parts; they must be equal parts.")
         self.original = original
         self.scale = alpha / rank
+        self.split = split_of_linear(original)
         self.dropout = torch.nn.Dropout(dropout)
         self.matrix_A = torch.nn.ParameterList(
             torch.nn.Parameter(weight.new_empty(rank, in_features)) for _ in range(parts)
@@ -56,14 +58,29 @@ class LoraLinear(torch.nn.Module):
         self.matrix_B = torch.nn.ParameterList(
             torch.nn.Parameter(weight.new_zeros(out_features // parts, rank)) for _ in range(parts)
         )
-        for factor in self.matrix_A:
-            torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.draw(self.matrix_A[0].device)
         self.register_load_state_dict_pre_hook(_plain_linear_as_original)
+
+    @torch.no_grad()
+    def draw(self, device: torch.device) -> None:
+        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device."""
+        where = device if device.type == "meta" else torch.device("cpu")
+        for factors, split in ((self.matrix_A, "columns"), (self.matrix_B, "rows")):
+            for part, old in enumerate(factors):
+                new = torch.zeros_like(old, device=where)
+                if factors is self.matrix_A:
+                    new = first_factor(new, self.split)
+                factors[part] = torch.nn.Parameter(new.to(device), requires_grad=old.requires_grad)
+                factors[part].model_parallel = self.split == split
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The original's output plus scale · B A x, [..., in] → [..., out]."""
         # Two products, however many parts there are: all A below each other, then all B on a block diagonal.
         low_rank = (self.dropout(hidden_states) @ torch.cat(tuple(self.matrix_A)).T) * self.scale
+        if self.split == "columns":
+            low_rank = mpu.reduce_from_model_parallel_region(low_rank)
+        elif self.split == "rows":
+            low_rank = mpu.copy_to_model_parallel_region(low_rank)
         return self.original(hidden_states) + low_rank @ torch.block_diag(*self.matrix_B).T
 
     @torch.no_grad()
@@ -72,6 +89,13 @@ class LoraLinear(torch.nn.Module):
         plain = self.original.plain() if isinstance(self.original, FrozenLinear) else self.original
         plain.weight.copy_(folded(plain.weight, list(self.matrix_A), list(self.matrix_B), self.scale))
         return plain
+
+
+def first_factor(like: torch.Tensor, split: str | None) -> torch.Tensor:
+    """A random A [rank, in]: this process's columns of the one that every process draws, if it has a part."""
+    processes = mpu.get_model_parallel_world_size() if split == "columns" else 1
+    factor = torch.nn.init.kaiming_uniform_(like.repeat(1, processes), a=math.sqrt(5))
+    return factor.chunk(processes, 1)[mpu.get_model_parallel_rank()].clone() if processes > 1 else factor
 
 
 def folded(

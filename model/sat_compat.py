@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from model.distributed import has_gpu
 from model.errors import InputError
@@ -117,6 +117,45 @@ def parallel_output_once(args: argparse.Namespace, kwargs: dict[str, Any]) -> di
     remaining = dict(kwargs)
     args.parallel_output = remaining.pop("parallel_output")
     return remaining
+
+
+# --- model parallelism ---------------------------------------------------------------------------------------------
+
+
+class ModelParallel(NamedTuple):
+    """This process among those that share a model."""
+
+    rank: int = 0
+    ranks: int = 1
+    group: Any = None  # for torch's collectives
+
+
+def model_parallel() -> ModelParallel:
+    """This process among those that share a model; alone where SAT has made no groups."""
+    from sat import mpu
+
+    if not mpu.model_parallel_is_initialized():
+        return ModelParallel()
+    group = mpu.get_model_parallel_group()
+    return ModelParallel(mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size(), group)
+
+
+@contextmanager
+def whole_on_every_process(model_parallel_size: int) -> Iterator[None]:
+    """Let SAT build models inside the block that are not split among model-parallel processes.
+
+    SAT asks its groups how many parts there are, when a model is built and in every product.
+    """
+    from sat import mpu
+
+    if model_parallel_size == 1:
+        yield
+        return
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(1)
+    yield
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(model_parallel_size)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

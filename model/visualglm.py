@@ -9,29 +9,51 @@ Shapes: batch = samples, seq = tokens of the longest one, hidden = the language 
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.weights import load_checkpoint
+from model.checkpoints.metadata import VISION
+from model.checkpoints.tensors import LazyTensor, LazyTensors
+from model.checkpoints.weights import opened_for
 from model.cpu import gelu
 from model.data.prompt import AskedAs
-from model.frozen import FrozenLinear
+from model.distributed import has_gpu
+from model.frozen import FrozenLinear, make_plain
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
-from model.sat_compat import import_sat, parallel_output_once
+from model.sat_compat import import_sat, parallel_output_once, whole_on_every_process
 
 import_sat()
 
 from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
 from sat.model.base_model import get_model  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+            kwargs["device"] = torch.device("meta")
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Build models inside the block on the meta device, whatever device SAT names; no weight takes memory or time."""
+    with torch.device("meta"), _WithoutMemory():
+        yield
 
 
 def residual_layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
@@ -90,10 +112,13 @@ class ImageMixin(BaseMixin):
     def __init__(self, args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.image_length = args.image_length
-        sat_flags = {"skip_init": args.skip_init, "model_parallel_size": args.model_parallel_size}
-        self.model = BLIP2(
-            {**args.eva_args, **sat_flags}, {**args.qformer_args, **sat_flags}, args.hidden_size, **kwargs
-        )
+        sat_flags = {"skip_init": args.skip_init, "model_parallel_size": 1}
+        with whole_on_every_process(args.model_parallel_size):
+            self.model = BLIP2(
+                {**args.eva_args, **sat_flags}, {**args.qformer_args, **sat_flags}, args.hidden_size, **kwargs
+            )
+        if args.model_parallel_size > 1:
+            make_plain(self.model)
 
     def train(self, mode: bool = True) -> "ImageMixin":
         """Switch the trained parts to train mode, and only them: dropout in a frozen part would only add noise."""
@@ -122,10 +147,10 @@ class ImageMixin(BaseMixin):
             pre_image: where the slots begin in every row, with one image a row.
         """
         embeddings = self.transformer.word_embeddings
-        if isinstance(embeddings, FrozenLinear):  # kept in another form, see `model.inference.quantize`
+        is_packed = isinstance(embeddings, FrozenLinear)  # see `model.inference.quantize`
+        if is_packed or is_split(embeddings):
             words = embeddings(input_ids)
-        else:
-            # SAT's own forward masks the other ranks' parts of a split vocabulary, and waits for the device to do so.
+        else:  # SAT's own forward would wait for the device, to mask other processes' words
             words = torch.nn.functional.embedding(input_ids, embeddings.weight)
         if input_ids.shape[1] < pre_image + self.image_length:
             return words
@@ -143,6 +168,13 @@ class ImageMixin(BaseMixin):
         return words.flatten(0, 1).index_copy(0, slots, embedded.flatten(0, 1)).view_as(words)
 
 
+def is_split(embeddings: Any) -> bool:
+    """Whether other model-parallel processes have a part of the vocabulary."""
+    return bool(
+        getattr(embeddings, "num_embeddings_per_partition", embeddings.num_embeddings) < embeddings.num_embeddings
+    )
+
+
 class VisualGLMModel(ChatGLMModel):
     """ChatGLM, of any size, with a vision part. Parameter names are those of the released checkpoints."""
 
@@ -150,6 +182,7 @@ class VisualGLMModel(ChatGLMModel):
 
     def __init__(self, args: Any, transformer: torch.nn.Module | None = None, **kwargs: Any) -> None:
         """Build the model that args, SAT's namespace, describes. kwargs are SAT's (params_dtype, parallel_output, …)."""
+        self.finish_loading: Callable[[], None] = lambda: None  # see `from_pretrained`
         kwargs = parallel_output_once(args, kwargs)
         super().__init__(args, transformer=transformer, **kwargs)
         self.image_length = args.image_length
@@ -186,6 +219,18 @@ class VisualGLMModel(ChatGLMModel):
             position_ids = glm_position_ids(context_length, mask_position, pad_length, seq_length)
         return attention_mask, position_ids
 
+    def tensors(self) -> LazyTensors:
+        """All tensors, by their names in a checkpoint. `state_dict` unpacks every weight at once; this one at a time."""
+        entries: dict[str, LazyTensor] = {}
+        for name, module in self.named_modules():
+            prefix, own = f"{name}." if name else "", dict[str, torch.Tensor]()
+            torch.nn.Module._save_to_state_dict(module, own, prefix, keep_vars=False)  # its own, and none of its parts'
+            if isinstance(module, FrozenLinear) and module.has_weight:
+                shape = module.out_features, module.in_features
+                entries[f"{prefix}weight"] = LazyTensor(shape, module.dtype, module.weight_in_full)
+            entries |= {key: LazyTensor.of(tensor) for key, tensor in own.items()}
+        return LazyTensors(entries)
+
     def set_image_size(self, edge: int, args: Any) -> None:
         """Take images of edge × edge pixels from now on, and note that in args, SAT's namespace, for checkpoints.
 
@@ -203,18 +248,22 @@ class VisualGLMModel(ChatGLMModel):
         args: Any = None,
         *,
         build_only: bool = False,
+        language_later: bool = False,
         prefix: str = "",
         overwrite_args: Mapping[str, Any] = MappingProxyType({}),
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """The model of a checkpoint, and SAT's namespace with its config.
 
-        SAT's own loader takes a folder only, reads the config anew, and runs code that a weights file may hold.
+        SAT's own loader takes a folder only, reads the config anew, and runs code that a weights file may hold. It fills
+        the memory twice; here the model is built without any, and each tensor goes from its file straight to its device.
 
         Args:
             name: a folder, one of its parts, or a name in $SAT_HOME.
             args: SAT's namespace; what it lacks has its default.
-            build_only: leave the weights as they are. prefix: of the tensors' names, as for `load_checkpoint`.
+            build_only: make no use of the weights: they are drawn by chance, as SAT does.
+            language_later: load the vision part only. `finish_loading()` of the model loads the rest.
+            prefix: of the tensors' names, as for `load_checkpoint`.
             overwrite_args: what the namespace holds in place of the config's values.
             kwargs: for the constructor.
 
@@ -224,13 +273,52 @@ class VisualGLMModel(ChatGLMModel):
         checkpoint = Checkpoint.find(name)
         given = {} if args is None else vars(args)
         config = copy.deepcopy(checkpoint.config)
+        config["model_parallel_size"] = given.get("model_parallel_size", 1)  # not that of the checkpoint's files
         args = argparse.Namespace(**{**vars(cls.get_args()), **given, **config, **overwrite_args})
         args.checkpoint_folder = str(checkpoint.folder)  # where its tokenizer is looked for
-        model = get_model(args, cls, **kwargs)
-        model.to(args.device)  # SAT moves it too, but goes on after an error, such as no memory
-        if not build_only:
-            load_checkpoint(model, args, load_path=checkpoint, prefix=prefix)
+        if build_only:
+            model = get_model(args, cls, **kwargs)
+            return model.to(args.device), args  # SAT moves it too, but goes on after an error, such as no memory
+        dtype = torch.half if getattr(args, "fp16", False) else torch.bfloat16 if getattr(args, "bf16", False) else None
+        with without_memory():
+            model = cls(args, params_dtype=dtype or torch.float32, **kwargs)
+        model.to(dtype)
+        args.device = getattr(args, "device", torch.cuda.current_device() if has_gpu() else "cpu")  # as SAT
+        device = torch.device(args.device)
+        put_into = opened_for(model, checkpoint, args, prefix, model.conversion(device))
+
+        def finish_loading() -> None:
+            put_into(lambda name: not name.startswith(VISION))
+            model.make_fresh_adapters(device)
+            model.finish_loading = lambda: None
+
+        put_into(lambda name: name.startswith(VISION))
+        model.finish_loading = finish_loading
+        if not language_later:
+            model.finish_loading()
+        if getattr(args, "mode", "inference") == "inference":
+            model.eval()
         return model, args
+
+    def conversion(self, device: torch.device) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        """What the tensors of a checkpoint become for this model, which has no memory yet, to be on the device."""
+        rotary = self.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies
+        rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device, rotary.inv_freq.dtype)
+        packed = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
+        for linear in packed.values():
+            linear.to_empty(device=device, recurse=False)  # where it will pack its weight
+        plain = {name.replace(".original.", ".") for name in packed}
+        dtypes = {name.replace(".original.", "."): tensor.dtype for name, tensor in self.named_parameters()}
+
+        def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            name = name.replace(".original.", ".")
+            # A weight goes to the device when it is packed, one at a time; other tensors let go of what they were read into.
+            return tensor if name in plain else tensor.to(device, dtypes.get(name), copy=True)
+
+        return converted
+
+    def make_fresh_adapters(self, device: torch.device) -> None:
+        """Draw the adapters that no checkpoint had, on the device. This model has none."""
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -2,12 +2,17 @@
 
 python scripts/cli_demo.py --from_pretrained model/tiny
 python scripts/cli_demo.py --from_pretrained model/tiny --image fewshot-data/images/train00.png --query 描述这张图片。
+torchrun --nproc-per-node 2 scripts/cli_demo.py --from_pretrained visualglm-6b        one model, split between two GPUs
+
+At a terminal lines can be edited, and earlier ones come back with the up key, also those of the last time. Ctrl-D, Ctrl-C
+and `stop` leave, the second at any moment.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,17 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
+from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
 from model.data.images import is_url, open_image
-from model.hub import at_revision
-from model.inference.flags import add_number_format_flags
-from model.inference.sampling import Sampling
+from model.distributed import done_by_first_process, is_first_process, world_size
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_number_format_flags,
+    add_sampling_flags,
+    found_checkpoint,
+    sampling_of,
+)
+from model.inference.keyboard import line_editing, typed_path
 from model.progress import printable, say
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
@@ -37,6 +49,7 @@ class Words:
     ask_picture: str
     ask: str
     answer: str
+    answer_of: str
     hint: str
 
 
@@ -44,36 +57,25 @@ CHINESE = Words(
     "图片的路径或网址（回车：不用图片；stop：退出）：",
     "问：",
     "答：",
+    "答（{name}）：",
     "输入 clear 重新开始，stop 退出。",
 )
 ENGLISH = Words(
     "Picture, a path or a URL (Enter: none; stop: leave): ",
     "Q: ",
     "A: ",
+    "A ({name}): ",
     "clear starts over, stop ends.",
 )
-
-
-@dataclass
-class Conversation:
-    """One picture, or none, and what has been said about it."""
-
-    image: Any = None  # [1, 3, H, W] on the model's device
-    history: list[tuple[str, str]] = field(default_factory=list)
 
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser, default="visualglm-6b")
     add = parser.add_argument
     # fmt: off
-    add("--from_pretrained", default="visualglm-6b", metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub "
-             "(default %(default)s)")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
-    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
-    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
-    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
+    add("--compare", metavar="OTHER", help="a second checkpoint, which answers the same questions after the first")
     add("--image", metavar="PATH_OR_URL", help="ask about this picture once, and leave")
     add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
@@ -81,125 +83,201 @@ def command_line() -> argparse.ArgumentParser:
     add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
     add("--max_length", type=int, metavar="N",
         help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
-    add("--top_p", type=float, default=0.4, metavar="P",
-        help="sample from the likeliest tokens of this total probability (default %(default)s)")
-    add("--top_k", type=int, default=100, metavar="N", help="sample from this many likeliest tokens (default %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="X",
-        help="of sampling; 0 always takes the likeliest token (default %(default)s)")
-    add("--seed", type=int, metavar="N", help="random seed: the same one gives the same answers")
+    add("--ui_lang", default="auto", choices=UI_LANGUAGES,
+        help="language of what the demo itself says, problems included; auto is the language of the answers "
+             "(default %(default)s)")
     # fmt: on
+    add_sampling_flags(parser, temperature=0.8)
     add_number_format_flags(parser)
     return parser
 
 
-def check(options: argparse.Namespace) -> Checkpoint:
-    """Check the numbers and the picture, and find the checkpoint, before torch is loaded.
+def choose_language(options: argparse.Namespace) -> None:
+    """Say everything in the demo's language, unless --ui_lang or VISUALGLM_UI_LANG asks for another one."""
+    language = options.ui_lang
+    if language == "auto" and not os.environ.get(LANGUAGE_VARIABLES[0]):
+        language = "en" if options.english else "zh"
+    choose_ui_language(language)
+
+
+def words_of(options: argparse.Namespace) -> Words:
+    """What the demo says: in the language of --ui_lang, else in the one that it answers in."""
+    if options.ui_lang != "auto":
+        return CHINESE if options.ui_lang == "zh" else ENGLISH
+    return ENGLISH if options.english else CHINESE
+
+
+def check(options: argparse.Namespace) -> list[Checkpoint]:
+    """Check the numbers and the picture, and find the checkpoints, before torch is loaded.
 
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
-    options.sampling = sampling_of(options)
-    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
-    options.max_length = answer_length(
-        checkpoint.config.get("max_sequence_length", RELEASED_LENGTH), options.max_length, RELEASED_LENGTH
-    )
-    if options.image and not is_url(options.image):
-        open_image(options.image)
-    return checkpoint
+    options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
+    checkpoints = [found_checkpoint(options)]
+    if options.compare == options.from_pretrained:
+        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
+    if options.compare:
+        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
+    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    if options.image:
+        options.image = picture_path(options.image)
+    return checkpoints
 
 
-def sampling_of(options: argparse.Namespace) -> Sampling:
-    """How the flags ask for tokens to be chosen.
+def picture_path(text: str) -> str:
+    """The path or URL of a picture, as it was typed; a file can be opened.
 
     Raises:
-        InputError: a number is out of bounds.
+        InputError: there is no such file, or it is no picture.
     """
-    if options.top_k < 1:
-        raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
-    return Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=1.0 if options.temperature == 0 else 1.2,
-        invalid_slices=(CHINESE_TOKENS,) if options.english else (),
-    )
+    path = typed_path(text)
+    if not is_url(path):
+        if not os.path.lexists(path):
+            raise InputError(f"there is no file {path}; the path or the address of a picture is needed.")
+        open_image(path)
+    return path
+
+
+def line_typed(prompt: str) -> str:
+    """A line from the keyboard of the first process, without the blanks around it, on every process.
+
+    Raises:
+        EOFError: there is no more.
+    """
+
+    def line() -> str:
+        if sys.stdin is None:
+            raise EOFError
+        return input(prompt)
+
+    return typed(done_by_first_process(line)).strip()
 
 
 def typed(text: str) -> str:
-    """Text as it was typed, also where Python takes the terminal for one without UTF-8."""
+    """Text as it was typed, also where Python takes the terminal for one without UTF-8; what isn't text is a � there."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-class Demo:
-    """A loaded model and how it is to answer."""
+def show(text: str, end: str = "") -> None:
+    """Print text as it is, and not as a message that may have a translation, on the first process."""
+    if is_first_process():
+        print(printable(text), end=end, flush=True)
+
+
+class Speaker:
+    """A loaded checkpoint, the picture that it sees, if any, and what was said about it."""
 
     def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
-        import torch
-
         from model.inference.load import load_for_answering
 
-        self.options = options
-        self.words = ENGLISH if options.english else CHINESE
+        self.name, self.options = checkpoint.name, options
         self.model, self.tokenizer = load_for_answering(
-            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+            checkpoint,
+            options.tokenizer,
+            options.base,
+            options.force_base,
+            options.quant,
+            options.dtype,
+            model_parallel_size=world_size(),  # one person talks with all processes: each has a part of the model
         )
-        if options.seed is not None:
-            torch.manual_seed(options.seed)  # after loading, which sets SAT's own
+        self.image: Any = None  # [1, 3, H, W] on the model's device
+        self.history: list[tuple[str, str]] = []
 
-    def look(self, picture: str) -> Conversation:
-        """A new conversation about a picture, or about none if it is empty."""
+    def look(self, picture: str) -> None:
+        """Begin a new conversation about a picture, or about none if it is empty."""
         from model.inference.chat import image_tensor
 
-        return Conversation(image_tensor(picture, self.model) if picture else None)
+        self.image, self.history = None, []
+        if picture:
+            image = done_by_first_process(lambda: image_tensor(picture, self.model).cpu())
+            self.image = image.to(self.model.transformer.word_embeddings.weight.device)
 
-    def answer(self, conversation: Conversation, query: str) -> None:
+    def answer(self, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
         from model.inference.chat import answer_so_far
         from model.inference.text import new_text
 
-        options, printed, response = self.options, "", ""
+        printed = response = ""
         for response in answer_so_far(
-            conversation.image,
+            self.image,
             self.model,
             self.tokenizer,
             query,
-            conversation.history,
-            max_length=options.max_length,
-            sampling=options.sampling,
-            english=options.english,
+            self.history,
+            max_length=self.options.max_length,
+            sampling=self.options.sampling,
+            english=self.options.english,
         ):
             piece = new_text(response, printed)
-            print(printable(piece), end="", flush=True)
+            show(piece)
             printed += piece
-        say(new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}")
-        conversation.history.append((query, response))
+        rest = new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}"
+        show(rest, "\n")
+        self.history.append((query, response))
+
+
+class Demo:
+    """The checkpoints that answer, and a person at the keyboard."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], options: argparse.Namespace) -> None:
+        import torch
+
+        self.options = options
+        self.words = words_of(options)
+        self.speakers = [Speaker(checkpoint, options) for checkpoint in checkpoints]
+        if options.seed is not None:
+            torch.manual_seed(options.seed)  # after loading, which sets SAT's own
+
+    @property
+    def first_question(self) -> str:
+        """What is asked of a new picture."""
+        return self.options.prompt_en if self.options.english else self.options.prompt_zh
+
+    def ask_once(self) -> None:
+        """Answer --query about --image: the answer alone, or one of each checkpoint after its name."""
+        self.look(self.options.image or "")
+        self.answer(typed(self.options.query or self.first_question), "", "{name}: ")
+
+    def look(self, picture: str) -> None:
+        """Begin a new conversation about a picture, or about none if it is empty."""
+        for speaker in self.speakers:
+            speaker.look(picture)
+
+    def answer(self, query: str, label: str, label_of: str) -> None:
+        """Print every checkpoint's answer, each after its label."""
+        for speaker in self.speakers:
+            show((label_of if len(self.speakers) > 1 else label).format(name=speaker.name))
+            speaker.answer(query)
 
     def talk(self) -> None:
         """Pictures and questions from the keyboard, until `stop` or the end of input."""
-        print(self.words.hint)
-        while self._talk_about_one_picture():
-            pass
+        show(self.words.hint, "\n")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # see `typed`
+        with line_editing():
+            while self._talk_about_one_picture():
+                pass
 
     def _talk_about_one_picture(self) -> bool:
         """Whether the user wants another picture."""
-        picture = input(self.words.ask_picture).strip()
+        picture = line_typed(self.words.ask_picture)
         if picture in ("stop", "clear"):
             return picture == "clear"
         try:
-            conversation = self.look(picture)
+            self.look(picture_path(picture) if picture else "")
         except InputError as problem:
             say(str(problem))
             return True
-        prompt = self.options.prompt_en if self.options.english else self.options.prompt_zh
-        query = typed(prompt) if picture else ""
+        query = typed(self.first_question) if picture else ""
         while True:
-            query = query or typed(input(self.words.ask)).strip()
+            query = query or line_typed(self.words.ask)
             if query in ("stop", "clear"):
                 return query == "clear"
             try:
                 if query:
-                    print(self.words.answer, end="", flush=True)
-                    self.answer(conversation, query)
+                    self.answer(query, self.words.answer, self.words.answer_of)
             except InputError as problem:
                 say(str(problem))
             query = ""
@@ -209,15 +287,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; Ctrl-D ends it with a line's end, and `model.errors` lists the statuses that it may end with."""
     with command("cli_demo.py"):
         options = command_line().parse_args(argv)
+        choose_language(options)
+        demo = Demo(check(options), options)
         try:
-            demo = Demo(check(options), options)
             if options.image or options.query:
-                prompt = options.prompt_en if options.english else options.prompt_zh
-                demo.answer(demo.look(options.image or ""), typed(options.query or prompt))
+                demo.ask_once()
             else:
                 demo.talk()
         except EOFError:
-            print()
+            show("", "\n")
+        except SystemExit:  # a signal: what comes next on the screen begins on a line of its own
+            show("", "\n")
+            raise
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Ask a checkpoint the questions of a JSON file, and measure its answers against the labels.
 
 python scripts/evaluate.py --from_pretrained model/tiny --data fewshot-data/heldout.json
+torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out between two processes
 """
 
 import argparse
@@ -27,8 +28,8 @@ from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import write_whole
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
-from model.hub import at_revision
-from model.inference.flags import add_number_format_flags
+from model.distributed import from_all_processes, world_size
+from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
 
@@ -50,29 +51,35 @@ SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --h
 
 
 def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
-    """Answer every row with a checkpoint, --batch-size of them at once."""
+    """Answer every row with a checkpoint, --batch-size of them at once. The processes of a launcher share the rows out."""
     from tqdm import tqdm
 
     from model.inference.batch import answers_as_they_finish
     from model.inference.load import load_for_answering
     from model.inference.text import answer_text
 
+    parts = options.model_parallel_size
     model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype, parts
     )
+    process, processes = int(os.environ.get("RANK", "0")) // parts, world_size() // parts
+    mine = rows[process::processes]
     losses: list[tuple[float, int]] = []
     rooms: list[int] = []
-    questions = asked(rows, model, tokenizer, options, losses, rooms)
+    questions = asked(mine, model, tokenizer, options, losses, rooms)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
     out = Output(options.out, len(rows))
-    with tqdm(total=len(rows), desc="answering", unit="row", disable=not sys.stderr.isatty()) as bar:
-        for number, ids in answers:
-            row = rows[number]
+    silent = not (is_first_process() and sys.stderr.isatty())
+    with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
+        for place, ids in answers:
+            row = mine[place]
             answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
-            results[number] = result_of(row, answer, *losses[number], len(ids) >= rooms[number])
+            results[process + place * processes] = result_of(row, answer, *losses[place], len(ids) >= rooms[place])
             bar.update()
             out.note(checkpoint.name, results)
+    for of_others in from_all_processes(results):
+        results |= of_others
     return [results[number] for number in range(len(rows))]
 
 
@@ -200,11 +207,9 @@ def worst_places(results: Sequence[Result]) -> list[int]:
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off
-    add("--from_pretrained", required=True, metavar="CHECKPOINT",
-        help="a checkpoint of any kind: a folder, a part of it, a name in $SAT_HOME, or OWNER/NAME of the Hugging Face hub")
-    add("--revision", metavar="NAME", help="branch, tag or commit of the hub's checkpoint")
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
     add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
     add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
@@ -212,13 +217,12 @@ def command_line() -> argparse.ArgumentParser:
         help="what to do about rows that can't be used: name them and stop, or leave them out (default %(default)s)")
     add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there, what is known as it goes")
     add("--html", metavar="PAGE.html", help="write a page with every row, its picture and its answers, the worst first")
-    add("--base", metavar="NAME_OR_FOLDER", help="an adapter's base, if it has been moved")
-    add("--force_base", action="store_true", help="take --base although the adapter was trained on other weights")
-    add("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
     add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
+    add("--model-parallel-size", type=int, default=1, metavar="N",
+        help="processes that share a model, of those that a launcher started (default %(default)s)")
     # fmt: on
     add_number_format_flags(parser)
     return parser
@@ -233,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
     check(options)
-    checkpoints = [Checkpoint.find(at_revision(options.from_pretrained, options.revision))]
+    checkpoints = [found_checkpoint(options)]
     if options.compare:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
@@ -288,6 +292,9 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.full_width and (options.compare or not is_narrow(options)):
         raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
+    parts = options.model_parallel_size
+    if parts < 1 or world_size() % parts:
+        raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
     raise_problems(place_problems(options))
 
 

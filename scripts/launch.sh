@@ -2,8 +2,11 @@
 #
 #   "${launch[@]}" "$project/finetune_visualglm.py" "${held_out[@]}" $numbers … "$@"
 #
-# $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. HOSTFILE names a
-#            DeepSpeed hostfile, to use the GPUs of other machines too. Without a GPU: one plain process.
+# $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. Where that has names (GPU-…,
+#            MIG-…), which the launcher can't read: torchrun. Without a GPU, or with CUDA_VISIBLE_DEVICES empty or -1: one
+#            plain process. HOSTFILE names a DeepSpeed hostfile, to use other machines too. deepspeed reaches them by pdsh
+#            and ssh. Where it can't, start the same command on each machine, with NODE_RANK, its line in the file counted
+#            from 0, and MASTER_ADDR, the address of the first; also MASTER_PORT if 29500 is in use there.
 # $held_out  A tenth of the rows to evaluate on, unless the user's flags say what to evaluate on.
 # $numbers   --fp16. Without a GPU --bf16, if the CPU has instructions for bfloat16: it is then several times faster
 #            than float32.
@@ -17,14 +20,26 @@ held_out=(--holdout 0.1)
 case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-if nvidia-smi -L > /dev/null 2>&1 && [ "${CUDA_VISIBLE_DEVICES-all}" != "" ]; then
+first=${CUDA_VISIBLE_DEVICES-all}
+first=${first%%,*}
+if nvidia-smi -L > /dev/null 2>&1 && [ "$first" != "" ] && [ "$first" != "-1" ]; then
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    launch=(deepspeed --log_level warning --master_port "$port")
-    if [ -n "${HOSTFILE:-}" ]; then launch+=(--hostfile "$HOSTFILE"); fi
+    case $first in
+        all | [0-9]*) launch=(deepspeed --log_level warning --master_port "$port") ;;
+        MIG-*) launch=(torchrun --nproc-per-node 1 --master-port "$port") ;; # CUDA shows a process one part of a GPU
+        *)
+            commas=${CUDA_VISIBLE_DEVICES//[!,]/}
+            launch=(torchrun --nproc-per-node $((${#commas} + 1)) --master-port "$port")
+            ;;
+    esac
 else
     launch=(python)
     if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then
         numbers=--bf16
         echo "No GPU found: training on the CPU in bfloat16, for which it has instructions."
     fi
+fi
+if [ -n "${HOSTFILE:-}" ]; then
+    launch=(deepspeed --log_level warning --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+    if [ -n "${NODE_RANK:-}" ]; then launch+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"); fi
 fi

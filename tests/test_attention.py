@@ -5,10 +5,11 @@ import torch
 from conftest import golden_values, load_model
 
 from model import attention
-from model.attention import FusedAttentionMixin, apply_rotary, rotary_rows, rotated_query_key_value
+from model.attention import FusedAttentionMixin, PrefixMixin, apply_rotary, rotary_rows, rotated_query_key_value
 from model.masks import prefix_mask
 
 # sat can be imported only after the model's modules have done so.
+from sat.model.finetune import PTuningV2Mixin  # isort: skip
 from sat.model.official.chatglm_model import ChatGLMAttnMixin  # isort: skip
 from sat.transformer_defaults import standard_attention  # isort: skip
 
@@ -108,3 +109,70 @@ def test_rotary_table_when_the_numbers_change_is_made_anew(upstream_checkpoint) 
     position_ids = torch.zeros(1, 2, 3, dtype=torch.int64)
     assert mixin.cos_sin(position_ids, torch.float32)[0].dtype == torch.float32
     assert mixin.cos_sin(position_ids, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotary_angles_of_a_model_in_half_width_are_those_of_float32(upstream_checkpoint, dtype: torch.dtype) -> None:
+    position_ids = torch.full((1, 2, 1), 300)
+    (model, narrow) = (load_model(upstream_checkpoint).get_mixin("chatglm-attn") for _ in range(2))
+    narrow.to(dtype)
+    assert narrow.rotary_emb.inv_freq.dtype == dtype
+    for found, exact in zip(
+        narrow.cos_sin(position_ids, dtype), model.cos_sin(position_ids, torch.float32), strict=True
+    ):
+        assert torch.equal(found, exact.to(dtype))
+
+
+def test_no_attention_is_left_to_cudnn_and_torchs_choice_is_as_before_afterwards(monkeypatch) -> None:
+    enabled = []
+
+    def recorded(*args, **named):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*args, **named)
+
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    long = attention.SHORT_ON_CPU + 1
+    for before in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        attention.attention(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, long, 8), torch.zeros(1, 1, long, 8), None)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert enabled == [False, False]
+
+
+def test_value_is_kept_without_the_query_and_key_as_they_were_before_the_rotation() -> None:
+    stacked = torch.randn(2, 6, 3, 2, 8, requires_grad=True)
+    rows = rotary_rows(torch.randn(2, 6, 8), torch.randn(2, 6, 8))
+    query, key, value = rotated_query_key_value(stacked, *rows)
+    kept = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in (query, key, value)}
+    assert sum(kept.values()) == stacked.nbytes
+
+
+def prefix_mixin(mixin: type) -> torch.nn.Module:
+    made = mixin(2, 8, 3, 4)
+    for layer, parameter in enumerate(made.prefix):
+        parameter.data = torch.from_numpy(golden_values(f"prefix {layer}", [2, 3, 4, 8]))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["prefix mask", "one 1"])
+def test_prefix_is_seen_as_with_sats_mixin(kind: str) -> None:
+    mask = prefix_mask(lengths(3, 5), lengths(1, 0), 6).float() if kind == "prefix mask" else torch.ones(1, 1)
+    parts = heads("q"), heads("k"), heads("v")
+    named = {"layer_id": 1, "old_impl": FusedAttentionMixin().attention_fn}
+    found, expected = (
+        prefix_mixin(mixin).attention_fn(*parts, mask, None, **named) for mixin in (PrefixMixin, PTuningV2Mixin)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_mask_of_a_prefix_and_its_bias_are_made_once_for_all_layers(monkeypatch) -> None:
+    biases = []
+    monkeypatch.setattr(attention, "score_bias", lambda mask, dtype: biases.append(mask) or torch.zeros_like(mask))
+    mixin, fused = prefix_mixin(PrefixMixin), FusedAttentionMixin()
+    mask = prefix_mask(lengths(3, 5), lengths(0, 0), 6).float()
+    for layer in range(2):
+        mixin.attention_fn(heads("q"), heads("k"), heads("v"), mask, None, layer_id=layer, old_impl=fused.attention_fn)
+    assert len(biases) == 1
+    assert mixin.with_prefix(mask) is biases[0]

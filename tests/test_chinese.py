@@ -19,7 +19,7 @@ from model.data.image_check import check_rows
 from model.data.rows import read_rows
 from model.errors import exit_on_input_error
 from model.progress import say
-from scripts import check_data
+from scripts import check_data, cli_demo, predict
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
@@ -224,6 +224,22 @@ def checked(data: Path) -> list[str]:
             text += printed_by(check, words)
         text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
         text += printed_by(check_data.main, [str(data / "bad.json")])
+        asked = [
+            "--from_pretrained",
+            "model/tiny",
+            "--data",
+            str(data / "bad.json"),
+            "--out",
+            str(data / "answers.jsonl"),
+        ]
+        text += printed_by(predict.main, asked)
+        text += printed_by(predict.main, asked)
+        demo = ["--from_pretrained", "model/tiny", "--image"]
+        for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
+            text += printed_by(cli_demo.main, [*demo[:2], *words])
+        text += printed_by(cli_demo.main, [*demo, "gone.png"]) + printed_by(cli_demo.main, [*demo, "model"])
+        text += printed_by(cli_demo.main, [*demo, "http://127.0.0.1:9/a.png"])
+        text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])

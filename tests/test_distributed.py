@@ -3,6 +3,7 @@
 import importlib
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import GOLDEN, LAUNCHER, PROJECT, load_model, printed_losses, run_
 
 from model import distributed
 from model.errors import InputError
+from model.inference.load import load_for_answering
 from model.training.deepspeed_config import deepspeed_settings
 
 
@@ -114,3 +116,55 @@ def test_plain_run_whose_port_is_in_use_trains(taken_port, upstream_checkpoint, 
         "dataset.json", "--train-iters", "1", "--save", tmp_path, "--summary-dir", tmp_path, cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert (done.returncode, len(printed_losses(done.stdout))) == (0, 1), done.stderr
+
+
+@pytest.fixture
+def driver_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose driver has a GPU."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0/information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 18\n")
+    monkeypatch.setattr(distributed, "GPUS_OF_THE_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("driver_with_a_gpu")
+@pytest.mark.parametrize(
+    ("cuda", "reason", "needed"),
+    [
+        (None, "it was built for CPUs alone. ", "a build of torch for CUDA."),
+        ("13.0", "The driver is too old (found version 12040). ", "a driver for CUDA 13.0 "),
+    ],
+)
+def test_gpu_that_torch_cant_use_is_told_with_what_is_needed(
+    cuda: str | None, reason: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        raise RuntimeError("The driver is too old (found version 12040). Please update it.\nMore.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = distributed.unusable_gpu()
+    assert found.startswith(f"GPU found (NVIDIA H100 80GB HBM3), but torch {torch.__version__} can't use it: ")
+    assert reason.rstrip(". ").split(" Please")[0] in found
+    assert needed in found
+
+
+@pytest.mark.usefixtures("driver_with_a_gpu")
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpu_that_is_hidden_or_used_is_not_told(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert distributed.unusable_gpu() == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert distributed.unusable_gpu() == ""
+
+
+@pytest.mark.usefixtures("driver_with_a_gpu")
+def test_commands_that_would_use_the_cpu_silently_say_why(
+    upstream_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch can use it here")
+    load_for_answering(upstream_checkpoint)
+    assert "GPU found (NVIDIA H100 80GB HBM3), but torch" in capsys.readouterr().err

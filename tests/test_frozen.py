@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.frozen import Nf4Linear, dequantized, quantized
+from model.frozen import NF4_BLOCK, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.lora import LoraLinear
 
 
@@ -30,6 +30,29 @@ def test_packed_weight_is_near_the_original_and_takes_an_eighth_of_its_bytes(wei
     # The widest gap of NF4's 16 levels, 0.3 of a block's largest number (Dettmers et al. 2023, appendix E), halved.
     assert (linear.weight_in_full() - weight).abs().max() <= 0.16 * weight.abs().max()
     assert linear.packed.numel() * 8 == weight.numel() * weight.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["drawn", "a block of zeros", "every bound, and its neighbours", "an infinite number"])
+def test_packing_on_a_cpu_gives_what_bitsandbytes_gives_to_the_last_bit(dtype: torch.dtype, kind: str) -> None:
+    weight = torch.randn(300, 4 * NF4_BLOCK, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if kind == "a block of zeros":
+        weight[7, :NF4_BLOCK] = 0
+    elif kind == "every bound, and its neighbours":
+        levels = import_bitsandbytes().get_4bit_type("nf4", device="cpu")
+        bounds = (levels[1:] + levels[:-1]) / 2
+        near = [torch.nextafter(bounds, torch.tensor(to)) for to in (-9.0, 9.0)]
+        weight[0, : 4 * NF4_BLOCK : 4] = 1.0
+        weight[0, 1:46] = torch.cat([bounds, *near])
+    elif kind == "an infinite number":
+        weight[0, 0] = torch.inf
+    packed, state = quantized(weight)
+    expected, expected_state = import_bitsandbytes().quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
+    finite = slice(NF4_BLOCK // 2, None) if kind == "an infinite number" else slice(None)  # 0 · inf has no code
+    assert torch.equal(packed[finite], expected[finite])
+    assert torch.equal(state.absmax, expected_state.absmax)
+    assert torch.equal(dequantized(packed, state, dtype)[1:], dequantized(expected, expected_state, dtype)[1:])
+    assert (state.shape, state.blocksize, state.quant_type) == (weight.shape, 64, "nf4")
 
 
 def test_packing_what_was_unpacked_changes_nothing(weight):

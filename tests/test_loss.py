@@ -7,7 +7,7 @@ import torch
 
 from model import frozen
 from model import loss as loss_module
-from model.loss import answer_loss, head_loss, losses_by_row
+from model.loss import answer_loss, head_loss, head_losses, losses_by_row
 
 # answer_loss
 
@@ -90,6 +90,17 @@ def test_head_loss_holds_no_more_scores_at_once_than_a_chunk(monkeypatch):
     monkeypatch.setattr(loss_module, "product", lambda head, x: asked.append(len(x)) or plain_product(head, x))
     head_loss(torch.randn(7, 5), torch.nn.Linear(5, 11, bias=False), torch.zeros(7, dtype=torch.int64))
     assert asked == [2, 2, 2, 1]
+
+
+def test_head_losses_of_an_evaluation_hold_no_more_scores_at_once_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2 * 11)
+    head, asked = torch.nn.Linear(5, 11, bias=False), []
+    head.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    hidden, targets = torch.randn(7, 5), torch.arange(7)
+    found = head_losses(hidden, head, targets)
+    assert asked == [2, 2, 2, 1]
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(found, expected)
 
 
 def test_head_loss_in_fp16_takes_a_gradient_above_the_largest_fp16_number():

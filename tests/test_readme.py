@@ -45,7 +45,9 @@ HELP_ONLY = (
     "python scripts/dev/benchmark_answers.py",  # 20 seconds at its smallest
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
+    "python scripts/dev/layouts.py",  # 25 seconds at its smallest
     "python scripts/dev/torture.py",  # 15 seconds at its smallest
+    "python scripts/dev/two_hosts.py",  # a minute
 )
 CONVERTER = "scripts/convert_checkpoint.py"
 HUB_NAME = "THUDM/visualglm-6b"  # here the folder of a small checkpoint in Hugging Face's layout
@@ -175,7 +177,7 @@ def test_benchmark_of_a_gpu_has_only_flags_of_the_benchmark(tmp_path: Path) -> N
     done = subprocess.run(
         ["bash", PROJECT / "scripts/dev/benchmark_gpu.sh", "figures"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)},
         capture_output=True,
         text=True,
     )
@@ -186,6 +188,53 @@ def test_benchmark_of_a_gpu_has_only_flags_of_the_benchmark(tmp_path: Path) -> N
         script, *words = row.split()
         assert script.endswith("scripts/dev/benchmark.py")
         assert benchmark.command_line().parse_args(words).shape == "6b"
+
+
+def test_benchmark_of_a_gpu_without_an_active_environment_uses_the_projects(tmp_path: Path) -> None:
+    (tmp_path / "scripts/dev").mkdir(parents=True)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(PROJECT / "scripts/dev/benchmark_gpu.sh", tmp_path / "scripts/dev")
+    for name, script in (("nvidia-smi", "true"), ("python", f"echo used >> {tmp_path}/rows")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    done = subprocess.run(["bash", "scripts/dev/benchmark_gpu.sh"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rows").read_text() == 7 * "used\n"
+
+
+@pytest.mark.parametrize(
+    ("devices", "launcher"),
+    [
+        (None, "deepspeed --log_level warning --master_port"),
+        ("0", "deepspeed --log_level warning --master_port"),
+        ("2,3", "deepspeed --log_level warning --master_port"),
+        ("GPU-8932f937-d72c,GPU-2ab1", "torchrun --nproc-per-node 2 --master-port"),
+        ("MIG-8932f937-d72c,MIG-2ab1", "torchrun --nproc-per-node 1 --master-port"),
+        ("", "python"),
+        ("-1", "python"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["finetune_visualglm.sh", "finetune_visualglm_qlora.sh"])
+def test_recipe_takes_every_form_of_cuda_visible_devices(
+    devices: str | None, launcher: str, recipe: str, tmp_path: Path
+) -> None:
+    """What is started, written down by launchers of ours: there may be no GPU here."""
+    for name in ("deepspeed", "torchrun", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\ncase "$1" in -c) echo 29501;; *) echo "{name} $@";; esac\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "nvidia-smi").symlink_to("/bin/true")
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+    command = ["bash", PROJECT / "scripts" / recipe]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    started = done.stdout.splitlines()[-1]
+    if "qlora" in recipe:  # it takes the first of several
+        launcher = launcher.replace("--nproc-per-node 2", "--nproc-per-node 1")
+    assert started.startswith(launcher + " "), started
+    assert ("No GPU found" in done.stdout) <= (launcher == "python")
 
 
 def test_scripts_readme_names_every_script() -> None:

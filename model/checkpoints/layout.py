@@ -74,6 +74,7 @@ class ModelConfig(AdapterKeys, total=False):
     hidden_size: int
     inner_hidden_size: int
     num_attention_heads: int
+    model_parallel_size: int  # in how many files the weights are
     vocab_size: int
     max_sequence_length: int
     layernorm_order: str
@@ -168,6 +169,16 @@ class Checkpoint:
     def weights_size(self) -> int:
         """How many bytes the files with weights take."""
         return sum(file.stat().st_size for file in self.weights_files())
+
+
+def split_problems(parts: int, config: ModelConfig, flag: str = "--model-parallel-size") -> list[str]:
+    """Why a model with this config can't be split among so many model-parallel processes, if it can't."""
+    sizes = {**config}
+    return [
+        f"{flag} {parts}: {key} {size} of this checkpoint can't be divided by it; a divisor is needed."
+        for key in ("num_attention_heads", "inner_hidden_size", "vocab_size")
+        if isinstance(size := sizes.get(key), int) and size % max(1, parts)
+    ]
 
 
 def weights_path(folder: Path, iteration: str | int, rank: int = 0) -> Path:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model.checkpoints.broken_files import what_it_is_instead
 from model.checkpoints.huggingface import is_reordered, rows_for_sat, sat_name, weights_files
 from model.errors import InputError
+from model.progress import with_progress
 
 DTYPES = {  # of the safetensors format
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -215,6 +216,32 @@ def _from_file(path: Path, offset: int, like: torch.Tensor) -> torch.Tensor:
         file.seek(offset)
         file.readinto(numbers)
     return torch.frombuffer(numbers, dtype=like.dtype).reshape(tuple(like.shape))
+
+
+def write_weights(
+    path: Path, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor], iteration: int = 1
+) -> None:
+    """Write a weights file of SAT's layout, with value(name) for each tensor, one after another.
+
+    torch.save needs every tensor at once. So it writes the file without their numbers first, and those are put into
+    their places.
+
+    Args:
+        like: tensors of the same names, shapes and dtypes.
+    """
+    with FakeTensorMode():
+        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({"module": empty, "iteration": iteration}, path)
+    with FakeTensorMode():
+        places = load_tensors(path)["module"]
+    with open(path, "r+b") as file:
+        for name in with_progress(list(places), len(places), "Tensors written"):
+            offset, size = place_in_file(places[name])
+            numbers = value(name).detach().to("cpu", places[name].dtype).contiguous().reshape(-1).view(torch.uint8)
+            assert len(numbers) == size, name
+            file.seek(offset)
+            file.write(numbers.numpy().data)
 
 
 def load_tensors(path: Path) -> Any:

@@ -38,6 +38,7 @@ from model.checkpoints.metadata import (
     is_adapter_name,
     with_base,
 )
+from model.checkpoints.model_parallel import gathered, joined, own_parts
 from model.checkpoints.sizes import free_bytes, size_text, state_size
 from model.checkpoints.tensors import (
     LazyTensor,
@@ -48,7 +49,9 @@ from model.checkpoints.tensors import (
     looks_old,
     one_by_one,
     open_huggingface,
+    shapes,
     size_in_bytes,
+    write_weights,
 )
 from model.checkpoints.whole import (
     CONFIG_FILE,
@@ -61,6 +64,7 @@ from model.checkpoints.whole import (
     write_whole,
 )
 from model.data.prompt import AskedAs
+from model.distributed import is_first_process, whole_parameters
 from model.errors import InputError
 from model.progress import say, warn, with_progress
 from model.sat_compat import import_sat
@@ -117,14 +121,12 @@ def write_unfinished(
     """
     module: Any = getattr(model, "module", model)
     full = getattr(args, "save_full_model", False) or not hasattr(module, "is_trained_name")
-    weights: Mapping[str, torch.Tensor] = {}
-    if mpu.get_data_parallel_rank() == 0:
-        weights = module.state_dict() if full else trained_weights(module)
+    weights = weights_to_save(module, full)
     adapters, is_first = AdapterConfig.from_options(args), torch.distributed.get_rank() == 0
     learned = _learned(weights, adapters) if full else weights
     saving = _Saving(iteration, Path(args.save), weights, extra_files, getattr(args, "save_total_limit", None))
     if extra_files:
-        saving.needed += state_size(sum(tensor.numel() for tensor in learned.values()))
+        saving.needed += state_size(sum(tensor.numel() for tensor in shapes(learned).values()))
 
     def begin() -> None:
         refuse_unless_finite(learned, f"iteration {iteration}")
@@ -141,6 +143,7 @@ def write_unfinished(
     if not is_first:
         return lambda: None
     config = extract_model_specific_args_to_dump(args, module)
+    config["model_parallel_size"] = 1  # the files are whole, however the run is split
     config[KEY] = description(adapters, module.base, args.num_layers, full)
     asked_as = AskedAs.from_options(args)
     if asked_as != AskedAs():  # a script of 2023 may know of none of it
@@ -176,8 +179,11 @@ class _Saving:
         """Write this process's files."""
         with told_as_a_sentence(self.iteration, self.folder, self.needed):
             if self.weights:
-                path = weights_path(self.folder, self.unfinished.name, mpu.get_model_parallel_rank())
-                torch.save({"module": self.weights, "iteration": self.iteration}, path)
+                path = weights_path(self.folder, self.unfinished.name)
+                if isinstance(self.weights, LazyTensors):
+                    write_weights(path, shapes(self.weights), self.weights.__getitem__, self.iteration)
+                else:
+                    torch.save({"module": self.weights, "iteration": self.iteration}, path)
             for name, write_file in self.extra_files.items():
                 write_file(self.unfinished / name)
 
@@ -250,7 +256,7 @@ def _make_room(folder: Path, iteration: int, needed: int) -> None:
 
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """How many bytes torch.save takes for these tensors; a few more, for their names and what stands beside them."""
-    return sum(tensor.numel() * tensor.element_size() + BYTES_BESIDE_A_TENSOR for tensor in weights.values())
+    return size_in_bytes(weights) + BYTES_BESIDE_A_TENSOR * len(weights)
 
 
 def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -303,13 +309,35 @@ def remove_older_iterations(folder: Path, iteration: int, limit: int | None) -> 
         remove(unwanted)
 
 
-def trained_weights(module: Any) -> dict[str, torch.Tensor]:
-    """The tensors of module that differ from its base's: those trained now, and those that were trained before."""
-    return {
-        name: parameter.detach().cpu().clone()  # ZeRO keeps them as views of one long tensor
-        for name, parameter in module.named_parameters()
-        if module.is_trained_name(name) or name in module.tuned_names
-    }
+def weights_to_save(module: Any, full: bool) -> Mapping[str, torch.Tensor]:
+    """The tensors of module, whole, on the first process; nothing on the others. Every process calls this.
+
+    Not all of them, unless full: those that differ from its base's, trained now or before.
+    """
+    parameters = dict(module.named_parameters())
+    tensors = module.state_dict() if full else {n: p for n, p in parameters.items() if is_to_be_saved(module, n)}
+    is_split = mpu.get_model_parallel_world_size() > 1 or any(hasattr(one, "ds_id") for one in parameters.values())
+    is_first = is_first_process()
+    if full and not is_split:
+        return module.tensors() if is_first else {}
+    weights = {}
+    for name, tensor in tensors.items():
+        with whole_parameters([parameters[name]] if name in parameters else []):
+            whole = gathered(name, parameters.get(name, tensor).detach(), is_split_here(module, name))
+            if is_first:
+                weights[name] = whole.cpu().clone()  # ZeRO keeps them as views of one long tensor
+    return weights
+
+
+def is_to_be_saved(module: Any, name: str) -> bool:
+    """Whether a tensor of module differs from its base's."""
+    return module.is_trained_name(name) or name in module.tuned_names
+
+
+def is_split_here(module: Any, name: str) -> bool:
+    """Whether model parallelism splits a tensor of this name in module, if it does at all: not a small vocabulary."""
+    words = module.transformer.word_embeddings
+    return not name.endswith("word_embeddings.weight") or isinstance(words, mpu.VocabParallelEmbedding)
 
 
 def description(adapters: AdapterConfig, base: Base, num_layers: int, full: bool) -> dict[str, Any]:
@@ -362,30 +390,67 @@ def load_checkpoint(
     """
     place = load_path or args.load
     checkpoint = place if isinstance(place, Checkpoint) else Checkpoint.at(place, specific_iteration)
-    checkpoint = with_base(checkpoint, getattr(args, "base", None))
-    weights, base, tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
     module = getattr(model, "module", model)
-    if convert is not None:
-        weights = read_one_by_one(weights, checkpoint, tuned_names).converted(convert)
-    _put_into(module, weights, prefix, checkpoint)
-    module.base, module.tuned_names = base, tuned_names
+    put_into = opened_for(module, checkpoint, args, prefix, convert)
+    put_into(lambda name: True)
     mode = getattr(args, "mode", "inference")
     if mode == "inference":
         module.eval()
     return int(checkpoint.iteration) if mode == "pretrain" and checkpoint.iteration.isdigit() else 0
 
 
+def opened_for(
+    module: Any,
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    prefix: str = "",
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> Callable[[Callable[[str], bool]], None]:
+    """Open a checkpoint for a module; the function that is returned loads the tensors whose names it is asked for.
+
+    Args, Raises:
+        As for `load_checkpoint`; what is returned raises InputError too.
+    """
+    checkpoint = with_base(checkpoint, getattr(args, "base", None))
+    weights, module.base, module.tuned_names = whole_weights(checkpoint, getattr(args, "force_base", False))
+    if convert is not None:
+        weights = read_one_by_one(weights, checkpoint, module.tuned_names)
+    weights = own_parts(weights, mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size())
+    if convert is not None:
+        assert isinstance(weights, LazyTensors)
+        weights = weights.converted(convert)
+
+    def put_into(is_asked_for: Callable[[str], bool]) -> None:
+        _put_into(module, _chosen(weights, is_asked_for), prefix, checkpoint, is_asked_for)
+
+    return put_into
+
+
+def _chosen(weights: Mapping[str, torch.Tensor], is_asked_for: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
+    if isinstance(weights, LazyTensors):
+        return weights.renamed(lambda name: name if is_asked_for(name) else None)
+    return {name: weights[name] for name in weights if is_asked_for(name)}
+
+
 def _put_into(
-    module: torch.nn.Module, weights: Mapping[str, torch.Tensor], prefix: str, checkpoint: Checkpoint
+    module: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    prefix: str,
+    checkpoint: Checkpoint,
+    is_asked_for: Callable[[str], bool],
 ) -> None:
     """Copy the tensors under prefix into module; into one on the meta device, put them themselves.
+
+    Args:
+        is_asked_for: names of the tensors that must not be missing.
 
     Raises:
         InputError: they are of another model, or some are missing.
     """
-    path = checkpoint.weights_file(mpu.get_model_parallel_rank())
+    path = checkpoint.weights_file()
     missing, unexpected = None, []
     on_meta = any(parameter.is_meta for parameter in module.parameters())
+    of_sat = {name: vars(parameter) for name, parameter in module.named_parameters()}  # such as `model_parallel`
     for group in _with_progress_if_large(weights):
         selected = {name[len(prefix) :]: tensor for name, tensor in group.items() if name.startswith(prefix)}
         try:
@@ -394,10 +459,14 @@ def _put_into(
             raise InputError(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
+        if on_meta:
+            for name in selected.keys() & of_sat.keys():
+                noted = vars(module.get_parameter(name))
+                noted.update(of_sat[name] | noted)
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
-    needed = [name for name in missing or () if not is_adapter_name(name)]
+    needed = [name for name in missing or () if is_asked_for(prefix + name) and not is_adapter_name(name)]
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "
@@ -424,8 +493,8 @@ def read_one_by_one(
     """
     source = checkpoint.base or checkpoint
     lazy = weights
-    if source.layout == "sat":
-        path = source.weights_file(mpu.get_model_parallel_rank())
+    if source.layout == "sat" and len(source.weights_files()) < 2:
+        path = source.weights_file()
         lazy = one_by_one(path, read_weights(path))
     if checkpoint.base is not None:
         lazy = without_adapters(lazy)
@@ -435,15 +504,16 @@ def read_one_by_one(
     return LazyTensors(dict(sorted(entries.items(), key=lambda entry: -math.prod(entry[1].shape))))
 
 
-def open_weights(checkpoint: Checkpoint, rank: int = 0) -> Mapping[str, torch.Tensor]:
-    """The tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
+def open_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """The whole tensors in a checkpoint's own files, in either layout, under SAT's names: mapped or read when asked for.
 
     Raises:
         InputError: a file is missing or broken, or holds something else than weights.
     """
     if checkpoint.layout == "hf":
         return open_huggingface(checkpoint.folder, checkpoint.config["num_attention_heads"])
-    return read_weights(checkpoint.weights_file(rank))
+    parts = [read_weights(file) for file in checkpoint.weights_files() or [checkpoint.weights_file()]]
+    return joined(parts, checkpoint.config) if len(parts) > 1 else parts[0]
 
 
 def whole_weights(
@@ -461,17 +531,16 @@ def whole_weights(
     Raises:
         InputError: a file can't be read, the adapters in it are not whole, or the base is another one.
     """
-    rank = mpu.get_model_parallel_rank() if mpu.model_parallel_is_initialized() else 0
-    path = checkpoint.weights_file(rank)
-    weights = open_weights(checkpoint, rank)
+    path = checkpoint.weights_file()
+    weights = open_weights(checkpoint)
     refuse_unless_whole(weights, checkpoint.config, path)
     _warn_of_old_rows(checkpoint, weights)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
     recorded = base_of(checkpoint.config)
-    base_path = checkpoint.base.weights_file(rank)
-    base_weights = without_adapters(open_weights(checkpoint.base, rank))
+    base_path = checkpoint.base.weights_file()
+    base_weights = without_adapters(open_weights(checkpoint.base))
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
     _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
     found = fingerprint(base_weights)

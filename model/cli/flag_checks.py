@@ -24,13 +24,14 @@ from model.checkpoints.config_types import (
     or_auto,
     problems_of_kind,
 )
-from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem
+from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem, split_problems
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.whole import CONFIG_FILE
 from model.cli.options import Options, flag_names, flag_with_value, shown
 from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length
 from model.data.tokenizer import ChatGLMTokenizer
+from model.distributed import world_size
 
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.
 _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
@@ -129,8 +130,6 @@ def _choice_problems(options: Options) -> list[str]:
         problems.append("--fp16 and --bf16: only one is needed.")
     if options.mode == "inference":
         problems.append("--mode inference: this script trains; --mode finetune is needed.")
-    if options.zero_stage == 3:
-        problems.append("--zero-stage 3: SAT builds this model in a way ZeRO-3 can't partition; 0, 1 or 2 is needed.")
     return problems
 
 
@@ -279,10 +278,11 @@ def _machine_problems(options: Options) -> list[str]:
             f"--device {options.device}: process {local_rank} can train on GPU {local_rank} only; "
             f"CUDA_VISIBLE_DEVICES={options.device} in place of --device is needed."
         )
-    if options.model_parallel_size != 1:
+    processes = world_size()
+    if options.model_parallel_size > 1 and processes % options.model_parallel_size:
         problems.append(
-            f"--model-parallel-size {options.model_parallel_size}: every process holds the whole model here, and several "
-            "share the batch; 1 is needed."
+            f"--model-parallel-size {options.model_parallel_size}: {processes} processes found; a multiple of "
+            f"{options.model_parallel_size} is needed: deepspeed's flag is --num_gpus, torchrun's --nproc-per-node."
         )
     if options.load is not None:
         problem = checkpoint_problem(Path(options.load).expanduser(), ("latest",))
@@ -312,6 +312,7 @@ def config_problems(options: Options, config: ModelConfig) -> list[str]:
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_length_problems(options, config),
         *_image_size_problems(options, config["eva_args"]),
+        *split_problems(options.model_parallel_size, config),
     ]
 
 
@@ -480,7 +481,7 @@ _DEEPSPEED_KINDS: Mapping[tuple[str, ...], Kind] = {
     ("optimizer", "params", "eps"): or_auto(RATE),
     ("optimizer", "params", "betas"): or_auto(BETAS),
     ("zero_optimization",): OBJECT,
-    ("zero_optimization", "stage"): Kind(lambda value: type(value) is int and 0 <= value <= 3, "0, 1 or 2"),
+    ("zero_optimization", "stage"): Kind(lambda value: type(value) is int and 0 <= value <= 3, "0, 1, 2 or 3"),
     ("zero_optimization", "reduce_bucket_size"): or_auto(COUNT),
     ("zero_optimization", "allgather_bucket_size"): or_auto(COUNT),
 }
@@ -495,6 +496,4 @@ def deepspeed_problems(settings: Mapping[str, object], path: Path | str) -> list
             problems.append(f'{path}: no "enabled" in "{section}"; true or false is needed.')
     if _setting(settings, "fp16.enabled", False) and _setting(settings, "bf16.enabled", False):
         problems.append(f"{path}: fp16 and bf16 are both enabled; only one is needed.")
-    if _setting(settings, "zero_optimization.stage", 0) == 3:
-        problems.append(f"{path}: ZeRO stage 3 can't partition this model as SAT builds it; 0, 1 or 2 is needed.")
     return problems

@@ -39,7 +39,7 @@ from model.data.prompt import Lengths
 from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.data.workers import run_in_subprocess
-from model.distributed import is_first_process
+from model.distributed import is_first_process, world_size
 from model.errors import raise_problems
 from model.hub import at_revision
 from model.progress import count_of
@@ -226,7 +226,7 @@ def data_notes(
 
 def samples_per_step(options: Options) -> int:
     """Samples of one optimizer step, over all processes."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size() // options.model_parallel_size
     return options.batch_size * options.gradient_accumulation_steps * processes
 
 

@@ -17,6 +17,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Resumed, digest, newest_run, resumed_from
 from model.cli.config_file import with_config_files
 from model.cli.options import Options, flag_names, flag_with_value, parse, shown
+from model.distributed import world_size
 from model.errors import InputError, raise_problems
 
 AUTO = "auto"
@@ -28,7 +29,7 @@ FREE = {
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
     "bad_rows", "image_folder", "feature_cache", "keep_best", "early_stopping", "answers", "eval_answers", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
-    "checkpoint_skip_layers", "rank_timeout",
+    "checkpoint_skip_layers", "rank_timeout", "model_parallel_size",
 }  # fmt: skip
 # Flags that stay the run's, each with the reason.
 _ADAPTERS = "the adapters are the checkpoint's"
@@ -78,11 +79,41 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     home = resumed.checkpoint.folder.parent  # which may have been moved since
     if "save" not in options.user_set or Path(options.save or "").expanduser().resolve() == home.resolve():
         before.save = joined.save = str(home)
+    more, more_notes = for_these_processes(resumed.record.processes // before.model_parallel_size, before, joined)
     raise_problems([*fixed_problems(before, joined), *data_problems(resumed)])
+    changed = change_notes(before, joined)
+    words, save = [*words, *more], joined.save
+    joined = parse([*resumed.record.words, *argv, *more])
+    joined.save = save
     changes = differing(before, joined)
     joined.load = None  # what it loaded is in the checkpoint
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
-    return CommandLine(joined_words, joined, resumed, [*notes, *change_notes(before, joined)])
+    return CommandLine(joined_words, joined, resumed, [*notes, *more_notes, *changed])
+
+
+def for_these_processes(ranks_before: int, before: Options, joined: Options) -> tuple[list[str], list[str]]:
+    """Flags that let a step take as many samples as before, on another number of data-parallel processes; and a note.
+
+    Then every row of the rest of the run comes once, and in the same step as it would have. Nothing is added where the
+    person says how many samples a process takes.
+
+    Raises:
+        InputError: accumulation alone can't do that.
+    """
+    ranks = world_size() // joined.model_parallel_size
+    if ranks in (0, ranks_before) or {"batch_size", "gradient_accumulation_steps"} & {*differing(before, joined)}:
+        return [], []
+    steps, rest = divmod(before.gradient_accumulation_steps * ranks_before, ranks)
+    if rest or joined.group_by_length:  # which sorts what a micro-batch of all processes takes
+        needed = before.batch_size * ranks_before / ranks
+        raise InputError(
+            f"--resume: {ranks} data-parallel processes found, the run had {ranks_before}; --batch-size {needed:g} is needed, "
+            f"so that a step takes the same samples, or as many processes as before."
+        )
+    note = (
+        f"{ranks} data-parallel processes go on where {ranks_before} were: each takes {steps} micro-batches for a step."
+    )
+    return ["--gradient-accumulation-steps", str(steps)], [note]
 
 
 def _loading(words: list[str], options: Options) -> CommandLine:
@@ -228,7 +259,9 @@ def change_notes(before: Options, joined: Options) -> list[str]:
         f"{flag_with_value(name, getattr(joined, name))} from here on; the run had {_value(before, name)}, and with it would "
         f"go on otherwise{_SCHEDULE if name in ('train_iters', 'epochs') else ''}."
         for name in differing(before, joined)
-        if name not in FREE and name not in FIXED
+        if name not in FREE
+        and name not in FIXED
+        and not (name == "zero_stage" and before.zero_stage and joined.zero_stage)
     ]
 
 

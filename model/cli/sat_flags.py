@@ -141,7 +141,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="Random seed, 1 or more: of fresh weights, dropout, held-out rows and the order of rows, which for 1234 is "
              "the released script's (default %(default)s).")
     add("--zero-stage", type=int, default=0, choices=[0, 1, 2, 3],
-        help="DeepSpeed ZeRO: 0 none, 1 splits optimizer states over the GPUs, 2 gradients too; 3 is refused "
+        help="DeepSpeed ZeRO: 0 none, 1 splits optimizer states over the GPUs, 2 gradients too, 3 the model's weights too "
              "(default %(default)s).")
     add("--checkpoint-activations", action="store_true",
         help="Compute activations a second time in the backward pass: less memory, more time.")
@@ -243,7 +243,7 @@ def _add_model_config_flags(parser: argparse.ArgumentParser) -> None:
     add("--hidden-size-per-attention-head", type=int, metavar="N",
         help="Width of one attention head (default: --hidden-size divided by the heads).")
     add("--model-parallel-size", type=int, default=1, metavar="N",
-        help="GPUs that share one copy of the model (default %(default)s).")
+        help="GPUs that share one copy of the model; checkpoints are whole all the same (default %(default)s).")
     add("--skip-init", action="store_true", help="Leave weights uninitialised until the checkpoint fills them: faster.")
     add("--use-gpu-initialization", action="store_true", help="Build the model on the GPU.")
     add("--num-multi-query-heads", type=int, default=0, metavar="N",

@@ -31,12 +31,21 @@ from model.checkpoints.huggingface import (
 )
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import is_adapter
+from model.checkpoints.model_parallel import joined
 from model.checkpoints.sizes import folder_problems
-from model.checkpoints.tensors import DTYPES, LazyTensor, LazyTensors, looks_old, one_by_one, shapes, size_in_bytes
+from model.checkpoints.tensors import (
+    DTYPES,
+    LazyTensor,
+    LazyTensors,
+    looks_old,
+    one_by_one,
+    shapes,
+    size_in_bytes,
+    write_weights,
+)
 from model.checkpoints.weights import open_weights, read_weights
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place, sync
-from model.convert.merge_lora import ITERATION, write_weights
-from model.convert.model_parallel import joined
+from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError, raise_problems
 from model.progress import say, with_progress
@@ -175,7 +184,7 @@ def _write_sat(
 ) -> None:
     unfinished = folder / f"{ITERATION}{UNFINISHED}"
     unfinished.mkdir()
-    write_weights(weights_path(folder, unfinished.name), shapes(weights), weights.__getitem__)
+    write_weights(weights_path(folder, unfinished.name), shapes(weights), weights.__getitem__, int(ITERATION))
     _write_json(folder / CONFIG_FILE, {**config, "model_parallel_size": 1})
     tokenizer.save_vocabulary(folder)
     put_in_place(unfinished, folder / ITERATION, (folder / name for name in SHARED_FILES))

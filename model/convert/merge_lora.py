@@ -3,24 +3,22 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes, size_text
-from model.checkpoints.tensors import load_tensors, place_in_file, shapes
+from model.checkpoints.tensors import shapes, write_weights
 from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weights, without_adapters
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.lora import folded
-from model.progress import with_progress
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
@@ -58,7 +56,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     unfinished = folder / f"{ITERATION}{UNFINISHED}"
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        write_weights(weights_path(folder, unfinished.name), shapes(plain), merged)
+        write_weights(weights_path(folder, unfinished.name), shapes(plain), merged, int(ITERATION))
         put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint))
         write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
     except OSError as error:
@@ -121,30 +119,6 @@ def _factors(weights: Mapping[str, torch.Tensor], prefix: str) -> list[torch.Ten
     return [weights[f"{prefix}{part}"] for part in range(count)]
 
 
-def write_weights(path: Path, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]) -> None:
-    """Write a weights file of SAT's layout, with value(name) for each tensor, one after another.
-
-    torch.save needs every tensor at once. So it writes the file without their numbers first, and those are put into
-    their places.
-
-    Args:
-        like: tensors of the same names, shapes and dtypes.
-    """
-    with FakeTensorMode():
-        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({"module": empty, "iteration": int(ITERATION)}, path)
-    with FakeTensorMode():
-        places = load_tensors(path)["module"]
-    with open(path, "r+b") as file:
-        for name in with_progress(list(places), len(places), "Tensors written"):
-            offset, size = place_in_file(places[name])
-            numbers = value(name).to(places[name].dtype).contiguous().reshape(-1).view(torch.uint8)
-            assert len(numbers) == size, name
-            file.seek(offset)
-            file.write(numbers.numpy().data)
-
-
 def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
     """The config of an ordinary VisualGLM checkpoint, with a word on where it comes from."""
     config = checkpoint.config
@@ -153,5 +127,6 @@ def _plain_config(checkpoint: Checkpoint) -> dict[str, object]:
     return {
         **plain,
         "model_class": "VisualGLMModel",
+        "model_parallel_size": 1,
         KEY: {"contents": "merged", "checkpoint": checkpoint.name, **merged_from},
     }

@@ -22,6 +22,7 @@ from model.errors import InputError, raise_problems
 
 LANGUAGES = ("zh", "en")
 ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
+QUESTION_NEEDS = 'every row is an object with the text "prompt", and "img" unless it has no picture'
 
 _OTHER_NAMES_OF_IMG = ("image", "images", "picture")
 _AFTER_VALUE = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(?=\]))")  # of a JSON list: up to the next value, or to its end
@@ -56,7 +57,7 @@ class Rows(Sequence[Row]):
         self.path = str(path)
         self._texts = bytearray()
         self._ends = array("Q")
-        self._numbers = array("L")
+        self.numbers = array("L")  # of each row in its file, counted from 1
         self.turns = array("L")  # how many turns each row has, its own question included
 
     def append(self, row: Row, number: int) -> None:
@@ -64,7 +65,7 @@ class Rows(Sequence[Row]):
         img, prompt, label, _, history, lang = row
         self._texts += marshal.dumps((img, prompt, label, history, lang))
         self._ends.append(len(self._texts))
-        self._numbers.append(number)
+        self.numbers.append(number)
         self.turns.append(1 + len(history))
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class Rows(Sequence[Row]):
     def _from_to(self, start: int, stop: int) -> Iterator[Row]:
         path, begin = self.path, self._ends[start - 1] if start else 0
         with memoryview(self._texts) as texts:
-            for end, number in zip(self._ends[start:stop], self._numbers[start:stop], strict=True):
+            for end, number in zip(self._ends[start:stop], self.numbers[start:stop], strict=True):
                 img, prompt, label, history, lang = marshal.loads(texts[begin:end])
                 yield Row(img, prompt, label, f"{path} row {number}", history, lang)
                 begin = end
@@ -117,21 +118,37 @@ def scan_rows(path: str | os.PathLike[str], image_folder: str | None = None) -> 
         InputError: the file can't be read, isn't one of these, or holds no row at all.
     """
     rows, problems = Rows(path), []
+    for number, row in enumerate(rows_in_place(path, image_folder), 1):
+        if isinstance(row, InputError):
+            problems.append(str(row))
+        else:
+            rows.append(row, number)
+    return rows, problems
+
+
+def rows_in_place(
+    path: str | os.PathLike[str], image_folder: str | None = None, needs_label: bool = True
+) -> Iterator[Row | InputError]:
+    """The rows of a data file in its order, and what is wrong with a bad one in its place; as `scan_rows`.
+
+    Args:
+        needs_label: rows without a label are bad; else a row's label is "" if it has none, or none of use.
+
+    Raises:
+        InputError: the file can't be read, isn't a data file, or holds no row at all.
+    """
     file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}
     count = 0
     for count, entry in enumerate(values_of(path), 1):
         where = f"{file} row {count}"
         try:
-            row = released_row(entry, where) or row_from_json(entry, where)
-            row = _with_found_image(row, places, known_folders)
+            row = released_row(entry, where) or row_from_json(entry, where, needs_label)
+            yield _with_found_image(row, places, known_folders)
         except InputError as problem:
-            problems.append(str(problem))
-            continue
-        rows.append(row, count)
+            yield problem
     if not count:
         raise InputError(f"{path}: the list is empty; at least one row is needed.")
-    return rows, problems
 
 
 def _with_found_image(row: Row, places: Sequence[str], known_folders: dict[str, bool]) -> Row:
@@ -222,7 +239,7 @@ def _entries_of_list(path: Path, text: str, start: int) -> Iterator[object]:
         raise InputError(f"{path}: JSON that can't be read ({error}); a list of rows is needed.") from error
 
 
-def row_from_json(entry: object, where: str) -> Row:
+def row_from_json(entry: object, where: str, needs_label: bool = True) -> Row:
     """Row of one entry of a data file.
 
         {"img": path, "prompt": text, "label": text, "history": [[question, answer], …], "lang": "zh" or "en"}
@@ -232,25 +249,27 @@ def row_from_json(entry: object, where: str) -> Row:
 
     Args:
         entry: a value of the file, or the error that `values_of` gives in place of a line that is no JSON.
+        needs_label: else the entry's label isn't looked at, and the row's is "".
 
     Raises:
         InputError: entry is no object, lacks a key, holds a value of another kind, or its label is empty.
     """
+    texts, needs = (("prompt", "label"), ROW_NEEDS) if needs_label else (("prompt",), QUESTION_NEEDS)
     if isinstance(entry, InputError):
         raise entry
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: {_json_kind(entry)} instead of an object; {ROW_NEEDS}.")
-    missing = [key for key in ("prompt", "label") if key not in entry]
+        raise InputError(f"{where}: {_json_kind(entry)} instead of an object; {needs}.")
+    missing = [key for key in texts if key not in entry]
     if missing:
-        raise InputError(f"{where}: no {_quoted(missing)}; {ROW_NEEDS}.")
-    img, prompt, label = entry.get("img"), entry["prompt"], entry["label"]
+        raise InputError(f"{where}: no {_quoted(missing)}; {needs}.")
+    img, prompt, label = entry.get("img"), entry["prompt"], entry["label"] if needs_label else ""
     if img is None and (other_name := next((key for key in _OTHER_NAMES_OF_IMG if key in entry), None)):
         raise InputError(f'{where}: no "img", but "{other_name}"; rename it, or convert the file (convert_data.py).')
     for key, value in (("img", "" if img is None else img), ("prompt", prompt), ("label", label)):
-        _check_text(key, value, where)
+        _check_text(key, value, where, needs)
     if img is not None and not img.strip():
         raise InputError(f'{where}: "img" is empty; it is the path of a picture, or left out in a row of text only.')
-    if not label.strip():
+    if needs_label and not label.strip():
         raise InputError(f'{where}: "label" is empty; it is the answer to learn.')
     lang = entry.get("lang")
     if lang is not None and lang not in LANGUAGES:
@@ -258,9 +277,9 @@ def row_from_json(entry: object, where: str) -> Row:
     return Row(img, prompt, label, where, _history(entry.get("history"), where), lang)
 
 
-def _check_text(key: str, value: object, where: str) -> None:
+def _check_text(key: str, value: object, where: str, needs: str) -> None:
     if not isinstance(value, str):
-        raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {ROW_NEEDS}.')
+        raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {needs}.')
     if not _is_unicode(value):
         raise InputError(f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.')
 

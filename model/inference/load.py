@@ -6,29 +6,28 @@
 The model is built without memory. Its weights are read one layer at a time, each straight into its number format.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.overrides import TorchFunctionMode
 
-from model.checkpoints.layout import Checkpoint
+from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
-from model.cpu import has_onednn, pack_linears
+from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
 from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.errors import InputError
+from model.distributed import done_by_first_process, processes_here, unusable_gpu
+from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
-from model.inference.quantize import bytes_of, has_kernels, nf4_linears, quantize_linears
+from model.inference.quantize import bytes_of, nf4_linears, quantize_linears
 from model.progress import warn
 from model.sat_compat import model_only, quieten
-from model.visualglm import VisualGLMModel
+from model.visualglm import VisualGLMModel, without_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = 4 * 2**30  # bytes in float32 of a model that --dtype auto leaves in float32 on a CPU
@@ -53,6 +52,7 @@ def load_for_answering(
     force_base: bool = False,
     quant: int | None = None,
     dtype: str = "auto",
+    model_parallel_size: int = 1,
 ) -> tuple[VisualGLMModel, ChatGLMTokenizer]:
     """A checkpoint's model, in eval mode, and its tokenizer: a base, full, adapter or merged one.
 
@@ -65,20 +65,24 @@ def load_for_answering(
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
         quant: 8 or 4, to keep the weights of linears and embeddings in that many bits.
         dtype: "fp32", "bf16" or "fp16", of all that isn't kept in quant bits; "auto": what is fast and fits.
+        model_parallel_size: how many of the processes that a launcher started share a model.
 
     Raises:
         InputError: no such checkpoint, or one that can't be used; a number format that can't be had here, or, with
-            "auto", no memory for any.
+            "auto", no memory for any; a model that can't be split.
     """
     quieten()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if unusable_gpu():
+        warn(f"{unusable_gpu()} The CPU answers.")
     refuse_quant(quant, device)
     checkpoint = Checkpoint.find(checkpoint)
+    raise_problems(split_problems(model_parallel_size, checkpoint.config))
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, tokenizer_path))
     check_special_ids(tokenizer, checkpoint.config)
     with model_only():
-        model, args = empty_model(checkpoint, base, force_base)
-        chosen = chosen_format(model, dtype, quant, device)
+        model, args = empty_model(checkpoint, base, force_base, model_parallel_size)
+        chosen = done_by_first_process(lambda: chosen_format(model, dtype, quant, device))
         model.to(DTYPES[chosen.dtype])
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
@@ -95,7 +99,7 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
     """
     if quant is None:
         return
-    if device.type == "cpu" and not has_kernels():
+    if device.type == "cpu" and not has_low_bit_kernels():
         raise InputError(
             f"--quant {quant}: torch {torch.__version__} lacks the kernels for it; torch 2.13.0 is needed, or no --quant."
         )
@@ -108,29 +112,16 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
             ) from None
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
-            kwargs["device"] = torch.device("meta")
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Build models inside the block on the meta device, whatever device SAT names; no weight takes memory or time."""
-    with torch.device("meta"), _WithoutMemory():
-        yield
-
-
-def empty_model(checkpoint: Checkpoint, base: str | None, force_base: bool) -> tuple[Any, Any]:
+def empty_model(
+    checkpoint: Checkpoint, base: str | None, force_base: bool, model_parallel_size: int = 1
+) -> tuple[Any, Any]:
     """The model that a checkpoint describes, on the meta device in float32, and SAT's namespace."""
     from model.finetune import FineTuneVisualGLMModel
 
     model_class = FineTuneVisualGLMModel if is_finetuned(checkpoint.config) else VisualGLMModel
-    args = model_class.get_args(skip_init=True, device="meta", base=base, force_base=force_base)
+    args = model_class.get_args(
+        skip_init=True, device="meta", base=base, force_base=force_base, model_parallel_size=model_parallel_size
+    )
     with without_memory():
         return model_class.from_pretrained(checkpoint, args, build_only=True)
 
@@ -155,7 +146,8 @@ def chosen_format(model: Any, dtype: str, quant: int | None, device: torch.devic
 
 
 def _first_that_fits(model: Any, candidates: list[NumberFormat], device: torch.device) -> NumberFormat:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    on_cpu = psutil.virtual_memory().available // processes_here()[1]  # each process has its share
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     needed = [bytes_of(model, DTYPES[found.dtype], found.bits) + BESIDE_WEIGHTS for found in candidates]
     for found, size in zip(candidates, needed, strict=True):
         if size <= free:
@@ -177,8 +169,6 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     trained_in_nf4 = _weight_names(model, Nf4Linear) if chosen.bits else set()
     if chosen.bits:
         quantize_linears(model, chosen.bits, device)
-    for _, _, linear in nf4_linears(model):
-        linear.packed = torch.empty(0, dtype=torch.uint8, device=device)
     packed = _weight_names(model, FrozenLinear)
     rotary = model.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies; float32 in every format
     rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device)

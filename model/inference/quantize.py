@@ -5,10 +5,9 @@
     Int4Linear        a scale and a zero point for each 64 inputs of an output: 0.5625 byte a number. CPU only
     Nf4Linear         in `model.frozen`: 4 bits on a GPU, and what QLoRA was trained on
 
-torch has the CPU kernels under private names that a release may change: `PRIVATE_OPERATIONS`, as they are in torch
-2.13.0, which requirements.txt pins. They are fast in bfloat16 alone (in float32 ten times slower than a plain product),
-so that an input of another dtype is rounded to it. They read the weights again for every row of the input. From
-`KERNEL_ROWS` on, some of the weights at a time are put in full width for a plain product.
+torch's CPU kernels (`model.cpu`) are fast in bfloat16 alone (in float32 ten times slower than a plain product), so that
+an input of another dtype is rounded to it. They read the weights again for every row of the input. From `KERNEL_ROWS`
+on, some of the weights at a time are put in full width for a plain product.
 
 Traded away: a search for better scales, which would make loading several times longer; and 4 bits for the head, the
 embeddings and the vision part, which are a quarter of the 6B's weights and lose more than the layers do.
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.cpu import has_onednn
+from model.cpu import has_onednn, in_int4_order, int4_linear, int8_linear
 from model.frozen import FrozenLinear, Nf4Linear, plain_linears
+from model.sat_compat import model_parallel
 
-PRIVATE_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 # From so many rows of the input on, a plain product with weights put in full width for it is faster: measured with
 # avx512_bf16, 4096 × 4096, by the CPU time of one thread.
 KERNEL_ROWS = {8: 24, 4: 128}
@@ -32,11 +31,6 @@ GROUP = 64  # numbers that share a scale in 4 bits; 32 is as fast and its error 
 BLOCK = 64  # outputs that torch's 4-bit kernel takes at a time; a weight is filled up to a multiple of them
 BYTES_IN_4_BITS = 0.5 + 4 / GROUP  # of a number, with its share of scale and zero; about the same in NF4
 ROWS_AT_A_TIME = 512  # of a weight: what is kept of them in full width fits into a core's cache
-
-
-def has_kernels() -> bool:
-    """Whether this torch has the private operations."""
-    return all(hasattr(torch.ops.aten, name) for name in PRIVATE_OPERATIONS)
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -54,13 +48,12 @@ def quantize_linears(model: Any, bits: int, device: torch.device) -> None:
         device: where the model is going to be.
     """
     transformer = model.transformer
-    dtype = transformer.word_embeddings.weight.dtype
     in_4_bits = Nf4Linear if device.type == "cuda" else Int4Linear
     for part in (transformer.layers, model.get_mixin("chatglm-final"), model.get_mixin("eva")):
         made = in_4_bits if bits == 4 and part is transformer.layers else Int8Linear
         for parent, name, linear in [*plain_linears(part), *nf4_linears(part)]:
-            setattr(parent, name, made(*sizes_of(linear), linear.bias, dtype))
-    transformer.word_embeddings = Int8Embedding(*sizes_of(transformer.word_embeddings), None, dtype)
+            setattr(parent, name, made.like(linear))
+    transformer.word_embeddings = Int8Embedding.like(transformer.word_embeddings)
 
 
 def nf4_linears(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
@@ -101,7 +94,8 @@ class QuantizedLinear(FrozenLinear):
             starts = range(0, self.out_features, ROWS_AT_A_TIME)
             output = torch.cat([self._wide_product(wide, slice(start, start + ROWS_AT_A_TIME)) for start in starts], 1)
         output = output.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() > 1 else output[0].to(x.dtype)
-        return output if self.bias is None else output + self.bias.to(x.dtype)
+        bias = self.own_bias
+        return output if bias is None else output + bias.to(x.dtype)
 
     def _takes_kernel(self, rows: int) -> bool:
         """Whether torch's kernel is right for an input of so many rows, or else the plain product."""
@@ -151,7 +145,7 @@ class Int8Linear(QuantizedLinear):
         return rows < KERNEL_ROWS[8] and self.in_features % 16 == 0
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales.to(x.dtype))
+        return int8_linear(x, self.codes, self.scales)
 
     def _rows(self, some: slice, dtype: torch.dtype) -> torch.Tensor:
         return (self.codes[some] * self.scales[some, None]).to(dtype)
@@ -166,6 +160,7 @@ class Int8Embedding(Int8Linear):
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
+        self.first_word = 0  # that this model-parallel process has
         self.weight: torch.Tensor
         self.register_buffer("weight", torch.empty(0, self.in_features, dtype=self.dtype), persistent=False)
 
@@ -175,8 +170,25 @@ class Int8Embedding(Int8Linear):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The rows of input_ids int64[…], in full width: [..., hidden]."""
-        rows = self.codes[input_ids] * self.scales[input_ids].unsqueeze(-1)
-        return rows.to(self.weight.dtype)
+        if self.split is None:
+            return self._looked_up(input_ids)
+        places = input_ids - self.first_word
+        is_own = (places >= 0) & (places < self.out_features)
+        rows = self._looked_up(places.where(is_own, 0)) * is_own.unsqueeze(-1)
+        torch.distributed.all_reduce(rows, group=model_parallel().group)
+        return rows
+
+    def _looked_up(self, places: torch.Tensor) -> torch.Tensor:
+        return (self.codes[places] * self.scales[places].unsqueeze(-1)).to(self.weight.dtype)
+
+    @classmethod
+    def like(cls, embeddings: Any) -> Any:
+        """Some without a weight yet, in the place of plain embeddings."""
+        count, width = embeddings.weight.shape
+        packed = cls(width, count, None, embeddings.weight.dtype)
+        if count < embeddings.num_embeddings:  # the others' words are on other model-parallel processes
+            packed.split, packed.first_word = "rows", embeddings.vocab_start_index
+        return packed
 
 
 class Int4Linear(QuantizedLinear):
@@ -200,12 +212,12 @@ class Int4Linear(QuantizedLinear):
             rows = weight[some].to("cpu", torch.float32)
             rows = F.pad(rows, (0, self.width - self.in_features, 0, some.stop - some.start - len(rows)))
             codes, scales, zeros = grouped_codes(rows)
-            self.packed[some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.packed[some] = in_int4_order(codes)
             self.scales[:, some, 0], self.scales[:, some, 1] = scales.T, zeros.T
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x, (0, self.width - self.in_features)) if self.width > self.in_features else x
-        output = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales)
+        output = int4_linear(x, self.packed, GROUP, self.scales)
         return output[:, : self.out_features]
 
     def _takes_kernel(self, rows: int) -> bool:
@@ -252,7 +264,7 @@ def lies_in_halves() -> bool:
     rows = torch.arange(BLOCK, dtype=torch.int32)[:, None].expand(BLOCK, GROUP)
     expected = torch.arange(BLOCK // 2)
     for codes in (rows % 16, rows // 16):
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1).view(GROUP, BLOCK // 2)
+        packed = in_int4_order(codes.contiguous()).view(GROUP, BLOCK // 2)
         lower, upper = codes[expected, 0], codes[expected + BLOCK // 2, 0]
         if not torch.equal(packed, (lower + 16 * upper).to(torch.uint8).expand_as(packed)):
             return False

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.distributed import has_gpu
 from model.errors import InputError
 
 MOST_OF_A_REASON = 400  # characters
@@ -67,6 +66,11 @@ def deepspeed_settings(
     return settings
 
 
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's settings."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
 def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A user's DeepSpeed settings with what SAT needs and they leave out filled in from defaults.
 
@@ -74,7 +78,8 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
     is silent. `min_loss_scale` below 1, as in the files of SAT, is raised to the 1 that DeepSpeed needs.
 
     A gradient that isn't finite is always looked for, by its norm. Without ZeRO DeepSpeed takes the norm only where it
-    clips: no clipping becomes clipping at NO_CLIPPING.
+    clips: no clipping becomes clipping at NO_CLIPPING. Adam is torch's own, unless the file says `torch_adam: false`:
+    DeepSpeed's needs nvcc, or g++ without a GPU.
     """
     settings = copy.deepcopy(dict(own))
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print",
@@ -93,7 +98,7 @@ def completed_settings(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
         params[key] = defaults["optimizer"]["params"].get(key)
         if params[key] is None:
             del params[key]
-    if optimizer.get("type", "").lower() in ("adam", "adamw") and not has_gpu():
+    if optimizer.get("type", "").lower() in ("adam", "adamw"):
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     return settings
 
@@ -135,6 +140,7 @@ def clip_or_skip(engine: Any) -> None:
     from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
 
     norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+    engine.optimizer._global_grad_norm = float(norm)  # where the engine looks for it, as in its other optimizers
     engine.optimizer.overflow = is_invalid_grad_norm(norm)
     if engine.optimizer.overflow:
         engine.zero_grad()

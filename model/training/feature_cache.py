@@ -187,10 +187,13 @@ class FeatureCache:
             self.vision_is_needed = True
         return dataset
 
-    def offload_vision(self) -> None:
-        """Move the vision tower and the Q-Former to host memory, if every data set has its features."""
+    def offload_vision(self, is_saved: bool = True) -> None:
+        """Let the vision tower and the Q-Former leave the device, if every data set has its features.
+
+        Args:
+            is_saved: whether their weights will be saved. They are kept in host memory then, and else forgotten.
+        """
         if not self.vision_is_needed:
-            self.vision.vit.cpu()
-            self.vision.qformer.cpu()
+            self.vision.send_away(is_kept=is_saved)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -96,7 +96,8 @@ class Loader:
         self._taken = self.batch_sampler.start
         random_state = torch.get_rng_state()
         batches = started(self._batches)  # torch draws a seed for the worker processes
-        if self._taken:  # the run that goes on here has drawn it at its beginning
+        # The run that goes on here has drawn it at its beginning; and of model-parallel processes only one draws it.
+        if self._taken or mpu.get_model_parallel_world_size() > 1:
             torch.set_rng_state(random_state)
         for handed_over in batches:
             batch = received(handed_over)

@@ -29,8 +29,8 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // processes_here()[1]
 
 
-def fit_into_memory(model: Any, tokens: int) -> None:
-    """Choose what is kept for a micro-batch of so many tokens, by the memory that is free.
+def fit_into_memory(model: Any, tokens: int, zero_stage: int = 0) -> None:
+    """Choose what is kept for a micro-batch of so many tokens, by the memory that is free, and by DeepSpeed's zero_stage.
 
     If the activations don't fit, they are checkpointed, and that is said. If they do on a CPU, the language model's
     frozen linears are prepacked (`model.cpu`), provided that there is room for their weights a second time: the gradient
@@ -48,7 +48,7 @@ def fit_into_memory(model: Any, tokens: int) -> None:
             "are computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
         )
         return
-    if not can_pack(weight):
+    if not can_pack(weight) or zero_stage == 3:  # ZeRO 3 keeps a part of each weight, in torch's order
         return
     networks = (transformer.layers, model.get_mixin("chatglm-final"))
     weights = [linear.weight for network in networks for _, _, linear in plain_linears(network)]

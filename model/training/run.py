@@ -14,18 +14,22 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from model.checkpoints.metadata import VISION
 from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
 from model.distributed import from_first_process, launcher_environment
 from model.training.answers import RowAnswers
 from model.training.best_checkpoint import BestEvaluation
+from model.training.deepspeed_config import zero_stage
 from model.training.feature_cache import FeatureCache
 from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
+from model.training.memory import fit_into_memory
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
 from model.training.run_state import RunState
@@ -35,6 +39,8 @@ from model.training.signals import StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, told_in_a_sentence, watched
 from model.training.watchdog import Watchdog
+
+A_WEEK = 7 * 24 * 3600  # seconds, for --check_seconds inf
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Run:
         selection.left_out = from_first_process(selection.left_out)
         self.state.watch(hooks, self.line, self.inputs)
         hooks.make_loaders = partial(make_loaders, selection=selection, features=features, batches=self.batches)
-        hooks.when_ready = features.offload_vision
+        hooks.get_model = partial(self._complete, model, args, features)
         if options.keep_best or options.early_stopping:
             save = self.saver.save if options.keep_best else None
             self.state.watch_for_the_best(BestEvaluation(save, options.keep_best or "loss", options.early_stopping))
@@ -81,6 +87,16 @@ class Run:
         with suppress(EvaluationGivenUp), self.hooks.while_evaluating("val"):
             self.answers.finish(state.model, state.args)
 
+    def _complete(self, model: Any, args: argparse.Namespace, features: FeatureCache) -> Any:
+        """The whole model. All pictures have been looked at, so the vision part makes room for the language model first."""
+        is_saved = args.save_full_model or args.load or any(name.startswith(VISION) for name in model.tuned_names)
+        features.offload_vision(bool(is_saved))
+        model.finish_loading()
+        model.freeze()
+        tokens = args.batch_size * (args.max_source_length + args.max_target_length)
+        fit_into_memory(model, tokens, zero_stage(args.deepspeed_config))
+        return model
+
 
 @contextmanager
 def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
@@ -95,6 +111,8 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     hooks = Hooks(load_checkpoint, state.saving(saver.save), state.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
     batches = watched(hooks, options, saver.wait)
+    # Pictures are checked before the processes meet, on each machine for so long at most, and in no time where they are known.
+    hooks.longest_wait += timedelta(seconds=min(options.check_seconds, A_WEEK))
     stop = StopAtSignal(hooks)
     sweep = RateSweep(options, hooks) if options.find_lr else None
     answers = RowAnswers(options, inputs.tokenizer)

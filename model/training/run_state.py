@@ -13,6 +13,9 @@ Which classes of DeepSpeed 0.19 hold that:
     fp16 or bf16, ZeRO 0       FP16_UnfusedOptimizer: a float32 copy of each parameter, over which torch's optimizer works
     ZeRO 1 and 2               a long float32 tensor for each parameter group and process; `deepspeed.utils` reads and
                                writes a parameter's part of it
+    ZeRO 3                     the same, and of the parameter itself a part too
+
+With model parallelism a process has a part of some tensors: `model.checkpoints.model_parallel` makes them whole.
 """
 
 import argparse
@@ -27,12 +30,14 @@ import numpy
 import torch
 
 from model.checkpoints.metadata import base_of
+from model.checkpoints.model_parallel import gathered, own_part
 from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Resumed, RunRecord, digests, read_state, write_state
 from model.checkpoints.weights import load_checkpoint
 from model.cli.preflight import Inputs, training_samples
 from model.cli.resuming import CommandLine
-from model.distributed import is_first_process
+from model.distributed import is_first_process, whole_parameters
 from model.progress import say, warn
+from model.sat_compat import model_parallel
 from model.training.best_checkpoint import BestEvaluation
 from model.training.metrics import TrainingReport
 from model.training.records import STEP as STEP_RECORD
@@ -169,6 +174,9 @@ class RunState:
                 "draws other numbers from here on."
             )
             return
+        if self._stored.get("model_parallel_size", 1) != model_parallel().ranks:
+            warn("--model-parallel-size is another one than it was: dropout draws other numbers from here on.")
+            return
         put_back_random_state(states[torch.distributed.get_rank()])
 
     def saving(self, save_checkpoint: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +195,9 @@ class RunState:
                 self._record, saved_at=time.time(), iteration=iteration, steps=self.report.last_step or args.train_iters
             )
             files = {STATE_FILE: lambda path: write_state(state, path), RECORD_FILE: record.write}
-            save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=files)
+            # The first process reads rows, whatever the layout: its place in them is the run's.
+            mine = files if is_first_process() else {}
+            save_checkpoint(iteration, model, optimizer, scheduler, args, extra_files=mine)
 
         return save
 
@@ -208,6 +218,7 @@ class RunState:
             "engine": _get_fields(state.model, ENGINE_COUNTERS),
             "schedule": {"num_iters": state.scheduler.num_iters, "init_step": state.scheduler.init_step},
             "random": [] if state.args.no_save_rng else random_states,
+            "model_parallel_size": model_parallel().ranks,
             "samples": self._loader.samples_taken,
             "report": self.report.state_dict(),
             "evaluated_at": self._evaluated_at,
@@ -245,12 +256,11 @@ def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.T
     """For each trained tensor by name: its float32 weight, and what the optimizer keeps for it, on the CPU.
 
     Args:
-        engine, optimizer: DeepSpeed's. Every process calls this: at ZeRO 1 and 2 each has a part.
+        engine, optimizer: DeepSpeed's. Every process calls this: each may have a part.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     flat, masters = _flat_masters(optimizer), _own_masters(optimizer)
-    if flat:
-        _link_flat_states(optimizer)
+    _link_flat_states(optimizer)
     states = {}
     for name, parameter in _trained(engine):
         if flat:
@@ -258,7 +268,10 @@ def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.T
         else:
             master = masters.get(parameter, parameter)
             state = {MASTER: master, **inner.state.get(master, {})}
-        states[name] = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state.items()}
+        tensors = {key: torch.as_tensor(value).detach() for key, value in state.items()}
+        states[name] = {
+            key: (gathered(name, value) if value.dim() else value).cpu().clone() for key, value in tensors.items()
+        }
     return states
 
 
@@ -270,12 +283,14 @@ def put_back_parameters(engine: Any, optimizer: Any, states: Mapping[str, Mappin
     if flat:
         _make_flat_states(engine, optimizer, flat, states)
         _link_flat_states(optimizer)
+    rank, ranks, _ = model_parallel()
     for name, parameter in _trained(engine):
-        state = dict(states[name])
+        state = {key: own_part(name, value, rank, ranks) for key, value in states[name].items()}
         weight = state.pop(MASTER).to(parameter.device)
-        parameter.copy_(weight)
+        with whole_parameters([parameter], writer=rank):  # the first of the data-parallel processes
+            parameter.copy_(weight)
         if flat:
-            _put_into_flat(parameter, weight, state)
+            _put_into_flat(parameter, {MASTER: weight, **state})
             continue
         master = masters.get(parameter, parameter)
         master.copy_(weight)
@@ -302,15 +317,16 @@ def _own_masters(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
 
 
 def _flat_masters(optimizer: Any) -> list[torch.Tensor]:
-    """Of ZeRO 1 and 2, and of BF16_Optimizer: this process's part of all weights, float32[numbers], for each group."""
-    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+    """Of ZeRO, and of BF16_Optimizer: this process's part of all weights, float32[numbers], for each group."""
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return []
 
 
 def _groups(optimizer: Any) -> list[list[torch.nn.Parameter]]:
-    return getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", [])
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")  # the last at ZeRO 3
+    return next((groups for name in names if (groups := getattr(optimizer, name, None))), [])
 
 
 def _group_of(parameter: torch.nn.Parameter, optimizer: Any) -> int:
@@ -347,17 +363,31 @@ def _link_flat_states(optimizer: Any) -> None:
 
     DeepSpeed does so after its first step, with the first parameter group only: the others have no state yet by then.
     """
-    optimizer._hp_optimizer_states_linked = False
-    optimizer._lazy_init_hp_params_optimizer_state()
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _put_into_flat(parameter: torch.nn.Parameter, weight: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+def _put_into_flat(parameter: Any, state: Mapping[str, torch.Tensor]) -> None:
+    from deepspeed import utils
 
-    safe_set_full_fp32_param(parameter, weight)
+    at_zero_3 = hasattr(parameter, "ds_id")  # whose setters of whole tensors forget the padding of the last part
     for key, value in state.items():
-        if value.dim():
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        own = _part_at_zero_3(parameter, value) if at_zero_3 else value
+        own = own.to(parameter.device)
+        if key == MASTER:
+            (utils.safe_set_local_fp32_param if at_zero_3 else utils.safe_set_full_fp32_param)(parameter, own)
+        elif value.dim():
+            put = utils.safe_set_local_optimizer_state if at_zero_3 else utils.safe_set_full_optimizer_state
+            put(parameter, own, key)
+
+
+def _part_at_zero_3(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """The numbers of a whole tensor that this process has, zeros where the last part is padded."""
+    size = parameter.partition_numel()
+    start = size * torch.distributed.get_rank(parameter.ds_process_group)
+    own = value.flatten()[start : start + size]
+    return torch.nn.functional.pad(own, (0, size - len(own)))
 
 
 # --- random states ----------------------------------------------------------------------------------------------------

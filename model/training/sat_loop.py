@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ from model.distributed import (
     launcher_environment,
     on_a_free_port,
     start_gloo,
+    unusable_gpu,
 )
 from model.errors import InputError
-from model.progress import say
+from model.progress import say, warn
 from model.sat_compat import broadcast_data, import_sat, quieten
 from model.training.deepspeed_config import (
     clip_or_skip,
@@ -58,6 +60,9 @@ from model.training.metrics import TensorBoardFile, TrainingReport
 AUTO_WARMUP_STEPS = 100  # SAT's default
 SAT_AUTO_WARMUP_RATE = 0.05  # of --lr: SAT's get_learning_rate_scheduler, `auto_warmup_rate`
 
+# torch lets a process wait ten minutes (NCCL) or half an hour (gloo) for another one. One that lives may well take longer:
+# it opens pictures on a slow disk. One that died is found by `model.training.watchdog`.
+LONGEST_WAIT = timedelta(hours=1)
 NEVER = sys.maxsize  # steps; SAT divides by it
 ABSENT = object()  # the old value of an attribute that was not there
 
@@ -104,9 +109,10 @@ class Hooks:
     report: TrainingReport
     auto_warmup_steps: int = AUTO_WARMUP_STEPS  # optimizer steps at 5 % of --lr at most, when fine-tuning
     make_loaders: Callable[..., tuple[Any, Any, Any]] | None = None
-    when_ready: Callable[[], None] = lambda: None  # the model is on its device, the first step comes next
+    get_model: Callable[[], Any] | None = None  # the model, asked for once the loaders have been made
     after_evaluation: Callable[..., None] | None = None  # (model, args, iteration, measures), on every process
     while_evaluating: Callable[[str], AbstractContextManager[None]] = lambda split: nullcontext()  # "val" or "test"
+    longest_wait: timedelta = LONGEST_WAIT  # of one process for another, in torch.distributed
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
     before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
@@ -133,12 +139,18 @@ class Replacement(NamedTuple):
 
 def replacements(hooks: Hooks) -> list[Replacement]:
     """Everything that is replaced for a run in SAT, DeepSpeed and torch."""
+    import torch
+
     sat = import_sat(training=True)
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
+    helpers: Any = importlib.import_module("sat.helpers")
     engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
+        Replacement(
+            helpers, "check_if_zero3", lambda args: False, "SAT can't build the model in parts; DeepSpeed can cut it up"
+        ),
         Replacement(loop, "load_checkpoint", hooks.load_checkpoint, "SAT's refuses old files of --load, and asks CUDA"),
         Replacement(loop, "save_checkpoint", hooks.save_checkpoint, "SAT's fails at ZeRO stage 0, and asks CUDA"),
         Replacement(loop, "report_iteration_metrics", hooks.report.step, "a record a step, with the time left"),
@@ -149,10 +161,12 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(
             loop, "get_learning_rate_scheduler", _scheduler(loop, hooks), "--auto_warmup_steps; the rate shown"
         ),
+        Replacement(loop, "get_model", _model(loop, hooks), "SAT's goes on where there is no memory for the model"),
         Replacement(loop, "make_loaders", _loaders(loop, hooks), "the order of rows: see model.training.loaders"),
         Replacement(loop, "evaluate_and_print_results", _evaluation(loop, hooks), "SAT has no hook after evaluating"),
         Replacement(loop, "train_step", _train_step(hooks), "SAT's mixes steps up after a NaN, and has no hooks"),
         Replacement(engine, "clip_fp32_gradients", clip_or_skip, "DeepSpeed's lets NaN through"),
+        Replacement(engine, "_broadcast_model", lambda _: None, "it sends frozen weights that all have read, 15 GB"),
         Replacement(engine, "backward", scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"),
         *(
             Replacement(
@@ -162,6 +176,13 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         ),
         Replacement(loop, "train", _train(loop, hooks), "SAT seeds everything anew just before; a run may go on"),
         Replacement(loop, "exit", _exit(hooks), "--exit-interval leaves without saving"),
+        Replacement(loop, "Timers", timers_without_waiting(loop.Timers), "SAT's wait for CUDA at each start and stop"),
+        *(
+            Replacement(
+                torch.distributed.distributed_c10d, name, hooks.longest_wait, "too short for --check_seconds inf"
+            )
+            for name in ("default_pg_timeout", "default_pg_nccl_timeout")
+        ),
         *without_torchs_compiler(),
     ]
     return table if has_gpu() else table + _without_gpu(loop)
@@ -178,7 +199,6 @@ def _without_gpu(loop: Any) -> list[Replacement]:
         return broadcast_data(keys, data, datatype, "cpu")
 
     return [
-        Replacement(loop, "Timers", timers_without_gpu(loop.Timers), "SAT's wait for CUDA at each start and stop"),
         Replacement(mpu, "broadcast_data", broadcast, "SAT's sends through CUDA memory"),
         Replacement(transformer, "checkpoint", checkpointed, "SAT's leaves out use_reentrant, which torch warns of"),
         Replacement(communication, "build_shm_op", lambda: None, "DeepSpeed compiles it with g++ for half a minute"),
@@ -265,10 +285,19 @@ def _scheduler(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         rate = schedule.get_lr
         schedule.get_lr = lambda: max(0.0, rate())  # SAT's line goes on below 0 after --lr-decay-iters
         hooks.report.watch(schedule, optimizer)
-        hooks.when_ready()
         return schedule
 
     return scheduler
+
+
+def _model(loop: Any, hooks: Hooks) -> Callable[..., Any]:
+    """The model of a run. SAT asks for it, given its class, when the loaders are there; a script's own is SAT's, moved."""
+    model_of_sat = loop.get_model
+
+    def model(args: argparse.Namespace, model_class: Any) -> Any:
+        return hooks.get_model() if hooks.get_model else model_of_sat(args, model_class).to(args.device)
+
+    return model
 
 
 def _summary_writer(hooks: Hooks) -> Callable[..., TensorBoardFile | None]:
@@ -378,8 +407,10 @@ def _exit(hooks: Hooks) -> Callable[[], None]:
     return leave
 
 
-def timers_without_gpu(timers_of_sat: Any) -> Any:
-    """SAT's timers without their `torch.cuda.synchronize()`."""
+def timers_without_waiting(timers_of_sat: Any) -> Any:
+    """SAT's timers without their `torch.cuda.synchronize()`, of which a step has ten. On a GPU they time what is asked of
+    it; a whole step comes out right, for it ends with a look at the gradient's norm.
+    """
 
     class Timer(timers_of_sat.Timer):
         def start(self) -> None:
@@ -533,6 +564,8 @@ def _sat_args_on_this_port(
 ) -> argparse.Namespace:
     words = list(words)
     if not has_gpu():
+        if unusable_gpu():
+            warn(unusable_gpu())
         instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
         if instead:
             numbers = "bfloat16" if options.bf16 else "float32"

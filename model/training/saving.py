@@ -23,7 +23,7 @@ import torch
 
 from model.checkpoints.weights import NO_FILES, on_every_process
 from model.cli.options import Options
-from model.distributed import is_first_process
+from model.distributed import is_first_process, store_of_run
 from model.training.sat_loop import Hooks, LoopState, StepWatcher, save_beside_earlier_runs
 
 SECONDS_BETWEEN_SAVES = 300.0
@@ -118,13 +118,18 @@ class CheckpointSaver:
 
 
 class TimedSaves(StepWatcher):
-    """Saves when so many seconds have passed since the run, or the last such save, began; and before --exit-interval."""
+    """Saves when so many seconds have passed since the run, or the last such save, began; and before --exit-interval.
+
+    With several processes the first one's clock decides, for clocks differ. It writes into a store that all save before the
+    next step; they look there before each. A step ends with an exchange that all take part in, so that all find it.
+    """
 
     def __init__(self, hooks: Hooks, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         """hooks.save_checkpoint saves. seconds is None where SAT's loop counts steps or epochs."""
         self.hooks, self.seconds, self.clock = hooks, seconds, clock
         self.last: float | None = None
         self.state: LoopState | None = None
+        self.store: Any = None  # that several processes share
         hooks.before_exit = hooks.before_last_evaluation = self.save_what_is_there
 
     @classmethod
@@ -138,10 +143,22 @@ class TimedSaves(StepWatcher):
         if self.seconds is None or not state.args.save:
             return
         now = self.clock()
-        self.last = now if self.last is None else self.last
-        if of_first_process(now - self.last >= self.seconds, state.args.device):
+        if self.last is None:
+            self.last = now
+            self.store = store_of_run() if torch.distributed.get_world_size() > 1 else None
+        if self._all_save(state.args.iteration, now - self.last >= self.seconds):
             self.hooks.save_checkpoint(state.args.iteration, *state[:3], state.args)
             self.last = self.clock()
+
+    def _all_save(self, step: int, is_time: bool) -> bool:
+        """Whether all processes save before this step."""
+        if self.store is None:
+            return is_time
+        saves = bool(self.store.check([f"save before {step}"]))
+        if is_first_process() and is_time and not saves:
+            self.store.set(f"save before {step + 1}", "")
+            self.store.check([f"save before {step + 1}"])  # the answer tells that it is there
+        return saves
 
     def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
         """Remember what there is to save."""
@@ -151,12 +168,3 @@ class TimedSaves(StepWatcher):
         """Save, for SAT's loop is about to leave, or to evaluate for long after the last step."""
         if self.state is not None and self.state.args.save:
             self.hooks.save_checkpoint(self.state.args.iteration, *self.state[:3], self.state.args)
-
-
-def of_first_process(answer: bool, device: Any) -> bool:
-    """The first process's answer, on every process: their clocks differ. One number, for this is asked at every step."""
-    if torch.distributed.get_world_size() == 1:
-        return answer
-    shared = torch.tensor([answer], dtype=torch.int32, device=device)
-    torch.distributed.broadcast(shared, src=0)
-    return bool(shared.item())

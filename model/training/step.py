@@ -66,7 +66,6 @@ def next_batch(data_iterator: Iterator[dict[str, Any]] | None, args: argparse.Na
     is_reader = mpu.get_model_parallel_rank() == 0
     batch = next(data_iterator) if is_reader and data_iterator is not None else {}
     timers("data loader").stop()
-    handle_bad_rows(batch, getattr(args, "bad_rows", "error"))
     if "labels" in batch and "answers" not in batch:
         positions, answers = supervised_positions(batch["labels"], IGNORE_INDEX)
         batch = {**batch, "answer_positions": positions, "answers": answers}
@@ -77,6 +76,9 @@ def on_device(batch: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]
     """The batch with its tensors on args.device, and those of floating-point numbers in the model's dtype.
 
     With model parallelism only the first rank of a group has a batch to give. The others get theirs from it.
+
+    Raises:
+        RowError: a row's picture can't be opened, and args.bad_rows isn't "skip".
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in batch.items() if name not in tensors}
@@ -85,6 +87,7 @@ def on_device(batch: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]
         source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
         torch.distributed.broadcast_object_list(described, source, group=group)
     dtypes, plain = described[0]
+    handle_bad_rows(plain, getattr(args, "bad_rows", "error"))  # on all ranks alike
     moved: dict[str, Any] = dict(plain)
     for name, dtype in dtypes.items():
         moved |= broadcast_data((name,), tensors, dtype, args.device)
@@ -177,9 +180,7 @@ def optimizer_step(
         result = forward(data_iterator, model, args, timers, **kwargs)
         timers("forward").stop()
         loss = result[0] if isinstance(result, tuple) else result
-        mean_loss = loss.detach().clone()
-        torch.distributed.all_reduce(mean_loss)
-        losses.append(mean_loss / args.world_size)
+        losses.append(loss.detach().clone())
         timers("backward").start()
         model.backward(loss * (1 + 0 * loss.detach()))  # times 1, or NaN: an infinite loss may have a finite gradient
         timers("backward").stop()
@@ -190,4 +191,6 @@ def optimizer_step(
     skipped = not model.was_step_applied()
     if not skipped:
         scheduler.step()
-    return sum(losses[1:], losses[0]) / len(losses), int(skipped), {}
+    mean_loss = sum(losses[1:], losses[0]) / len(losses)
+    torch.distributed.all_reduce(mean_loss)
+    return mean_loss / args.world_size, int(skipped), {}

@@ -25,18 +25,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
-from model.errors import command, interrupt_ends_quietly
+from model.errors import InputError, command, interrupt_ends_quietly
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import read_json_object
 from model.distributed import has_gpu
-from model.progress import say
+from model.progress import count_of, say
 
 TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}
 TINY_IDS = {"bos_token_id": 89, "mask_token_id": 85, "gmask_token_id": 86, "pad_token_id": 3}
@@ -77,7 +77,8 @@ SHAPES = {
     "6b": shape_config(4096, 28, 32, 130528, (1408, 39, 16, 6144), (768, 12, 12), TOKENIZER_IDS),
 }
 ADAPTED_LAYERS = {"mini": [0, 3], "6b": [0, 14]}
-MEASURED_SECONDS = 3.0
+PROFILED = 20  # lines of the table of operations
+MEASURED_SECONDS = 3.0  # at least, of each way in all its turns
 
 
 # --- the released way ---------------------------------------------------------------------------------------------
@@ -353,20 +354,35 @@ def random_model(config: dict[str, Any], options: argparse.Namespace, dtype: Any
     return model.train()
 
 
-def matrix_rate(dtype: Any, device: Any) -> float:
-    """Floating-point operations per second of a large matrix product, the best of several."""
+def matrix_products(dtype: Any, device: Any) -> dict[str, Callable[[], Any]]:
+    """The kernels at hand for a large matrix product. Which one is the fastest depends on the processor."""
     import torch
 
-    size = 8192 if device.type == "cuda" else 2048
+    from model.cpu import can_pack, in_onednn_order, onednn_linear
+
+    size = matrix_size(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    products = {"a · b": lambda: a @ b, "a · bᵀ": lambda: a @ b.T, "aᵀ · b": lambda: a.T @ b}
+    if can_pack(b):
+        packed = in_onednn_order(b)
+        products["b packed by oneDNN"] = lambda: onednn_linear(a, packed, None)
+    return products
+
+
+def matrix_size(device: Any) -> int:
+    """Rows and columns of the matrices that are multiplied to measure the machine."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def product_rate(product: Callable[[], Any], device: Any, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Floating-point operations per second of a product of two square matrices, the best of four times."""
     best = 0.0
-    for _ in range(8):
+    for _ in range(4):
         synchronize(device)
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ b
+        start = clock()
+        product()
         synchronize(device)
-        best = max(best, 3 * 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * matrix_size(device) ** 3 / (clock() - start))
     return best
 
 
@@ -404,6 +420,14 @@ def trained_parameters(model: Any) -> list[Any]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+class Side(NamedTuple):
+    """A way, the model that it is measured on, and the numbers that it computes in."""
+
+    way: Way
+    model: Any
+    dtype: Any
+
+
 class Bench:
     """A model, its rows, and the two ways of working on them."""
 
@@ -437,9 +461,14 @@ class Bench:
         self.features = self._features(samples)
 
     @functools.cached_property
+    def fastest_product(self) -> tuple[str, Callable[[], Any]]:
+        """The name of the fastest kernel for matrix products in our way's numbers, and a large product of it."""
+        products = matrix_products(self.dtype, self.device)
+        return max(products.items(), key=lambda named: product_rate(named[1], self.device))
+
     def rate(self) -> float:
-        """The machine's measured matrix rate in our way's numbers, in operations per second."""
-        return matrix_rate(self.dtype, self.device)
+        """The machine's matrix rate at this moment, in operations per second: other programs slow it as they slow a step."""
+        return 2 * matrix_size(self.device) ** 3 / self.median_seconds(self.fastest_product[1])
 
     def _features(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
@@ -467,43 +496,48 @@ class Bench:
 
         return torch.cat([parameter.grad.flatten().float() for parameter in trained_parameters(model)])
 
-    def timed(self, way: Way, model: Any, dtype: Any) -> tuple[float, list[tuple[float, Any]]]:
-        """Median seconds of a step, and the loss and gradient of each of --steps steps.
+    def learned(self, side: Side) -> list[tuple[float, Any]]:
+        """The loss and the gradient of each of --steps steps, which warm up too."""
+        with side.way.of(side.model):
+            return [(self.step(*side, samples), self.gradient(side.model)) for samples in self.batches]
 
-        These come first, to warm up. Then the same rows are gone through again, --steps steps and MEASURED_SECONDS at
-        least: a few steps of a tenth of a second would tell more of what else the machine does.
-        """
-        with way.of(model):
-            learned = [(self.step(way, model, dtype, samples), self.gradient(model)) for samples in self.batches]
-            times: list[float] = []
-            rows_again = itertools.cycle(self.batches)
-            while len(times) < self.options.steps or sum(times) < MEASURED_SECONDS:
-                samples = next(rows_again)
-                synchronize(self.device)
-                start = time.perf_counter()
-                self.step(way, model, dtype, samples)
-                synchronize(self.device)
-                times.append(time.perf_counter() - start)
-        return statistics.median(times), learned
+    def seconds(self, side: Side) -> float:
+        """Median seconds of a step."""
+        rows_again = itertools.cycle(self.batches)
+        with side.way.of(side.model):
+            return self.median_seconds(lambda: self.step(*side, next(rows_again)))
 
-    def measured(self, way: Way, model: Any, dtype: Any) -> tuple[dict[str, float], list[tuple[float, Any]]]:
-        """Time, rates and memory of a step this way; and the loss and gradient of each of --steps steps."""
+    def median_seconds(self, once: Callable[[], Any]) -> float:
+        """Median seconds of what is done again and again for a turn's share of MEASURED_SECONDS, and once at least."""
+        times: list[float] = []
+        while not times or sum(times) < MEASURED_SECONDS / self.options.steps:
+            synchronize(self.device)
+            start = time.perf_counter()
+            once()
+            synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def figures(self, side: Side, rate: float) -> dict[str, float]:
+        """Time and rates of a step; its matrix-rate share is of the rate that the machine had at that time."""
+        seconds = self.seconds(side)
+        batch = side.way.batch(self.batches[0], self.features, self.device, side.dtype)
+        return {
+            "seconds per step": seconds,
+            "samples/s": self.options.batch_size / seconds,
+            "tokens/s": batch["input_ids"].numel() / seconds,
+            "matrix-rate share": step_operations(self.config, batch) / seconds / rate,
+        }
+
+    def memory(self, side: Side) -> tuple[dict[str, float], list[tuple[float, Any]]]:
+        """The memory that steps take, and what they learn."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with peak_host_memory() as host:
-            seconds, learned = self.timed(way, model, dtype)
-        batch = way.batch(self.batches[0], self.features, self.device, dtype)
-        figures = {
-            "seconds per step": seconds,
-            "samples/s": self.options.batch_size / seconds,
-            "tokens/s": batch["input_ids"].numel() / seconds,
-            "matrix-rate share": step_operations(self.config, batch) / seconds / self.rate,
-            "host GiB": host[0],
-            "GPU GiB": peak_gpu_memory(self.device),
-        }
-        return figures, learned
+            learned = self.learned(side)
+        return {"host GiB": host[0], "GPU GiB": peak_gpu_memory(self.device)}, learned
 
 
 @contextlib.contextmanager
@@ -520,29 +554,130 @@ def peak_host_memory() -> Iterator[list[float]]:
 
 
 def compare(bench: Bench) -> dict[str, Any]:
-    """Both ways on the same rows: what they take, and how far loss and gradients are apart, in the worst of the steps."""
-    released_way, our_way = Way([], bench.options), Way(list(SAVINGS), bench.options)
-    released, expected = bench.measured(released_way, bench.released_model, bench.released_dtype)
-    ours, found = bench.measured(our_way, bench.model, bench.dtype)
-    results: dict[str, Any] = {"released": released, "ours": ours}
-    results["ratio"] = released["seconds per step"] / ours["seconds per step"]
+    """Both ways on the same rows: what they take, and how far loss and gradients are apart, in the worst of the steps.
+
+    They are measured in turns, --steps pairs, so that whatever else the machine does slows both down.
+    """
+    released = Side(Way([], bench.options), bench.released_model, bench.released_dtype)
+    ours = Side(Way(list(SAVINGS), bench.options), bench.model, bench.dtype)
+    released_memory, expected = bench.memory(released)
+    memory, found = bench.memory(ours)
+    pairs, rates = [], []
+    for _ in range(bench.options.steps):
+        rates.append(bench.rate())
+        pairs.append((bench.figures(released, rates[-1]), bench.figures(ours, rates[-1])))
+    names = pairs[0][0]
     steps = list(zip(found, expected, strict=True))
-    results["loss difference"] = max(abs(loss - other) / abs(other) for (loss, _), (other, _) in steps)
-    results["gradient difference"] = max(
-        ((gradient - other).norm() / other.norm()).item() for (_, gradient), (_, other) in steps
+    ratios = [one["seconds per step"] / other["seconds per step"] for one, other in pairs]
+    return {
+        "released": {name: statistics.median(one[name] for one, _ in pairs) for name in names} | released_memory,
+        "ours": {name: statistics.median(other[name] for _, other in pairs) for name in names} | memory,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "loss difference": max(abs(loss - other) / abs(other) for (loss, _), (other, _) in steps),
+        "gradient difference": max(
+            ((gradient - other).norm() / other.norm()).item() for (_, gradient), (_, other) in steps
+        ),
+        "matrix rate": statistics.median(rates),
+        "matrix rates": rates,
+        "fastest product": bench.fastest_product[0],
+    }
+
+
+def ablate(bench: Bench) -> dict[str, list[float]]:
+    """Seconds per step without each saving alone, measured in turns: a list of --steps each."""
+    sides = {
+        name: Side(Way([saving for saving in SAVINGS if saving != name], bench.options), bench.model, bench.dtype)
+        for name in ("all savings", *SAVINGS)
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        bench.learned(side)
+    for _ in range(bench.options.steps):
+        for name, side in sides.items():
+            seconds[name].append(bench.seconds(side))
+    return seconds
+
+
+# --- where the time is ----------------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """What one kind of operation takes in a step: processor seconds, calls, and floating-point operations in products."""
+
+    seconds: float
+    calls: float
+    operations: float
+
+
+def profile(bench: Bench) -> tuple[dict[str, Operation], float]:
+    """Where a step of ours spends the processor's time, and the matrix rate; on one thread, without other programs' time.
+
+    Taking the time takes some itself, at each of some thousand calls.
+
+    Raises:
+        InputError: there is a GPU.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if bench.device.type != "cpu":
+        raise InputError("--profile: this is about a CPU; CUDA_VISIBLE_DEVICES= is needed to measure it here.")
+    found: dict[str, Operation] = {}
+
+    class Clock(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            start = time.thread_time()
+            output = function(*args, **(kwargs or {}))
+            seconds = time.thread_time() - start
+            name, operations = described(str(function), args, output)
+            before = found.get(name, Operation(0.0, 0.0, 0.0))
+            added = (seconds / steps, 1 / steps, operations / steps)
+            found[name] = Operation(*(one + other for one, other in zip(before, added, strict=True)))
+            return output
+
+    steps, threads = bench.options.steps, torch.get_num_threads()
+    ours = Side(Way(list(SAVINGS), bench.options), bench.model, bench.dtype)
+    torch.set_num_threads(1)
+    try:
+        bench.learned(ours)
+        with Clock():
+            bench.learned(ours)
+        products = matrix_products(bench.dtype, bench.device).values()
+        rate = max(product_rate(product, bench.device, time.thread_time) for product in products)
+    finally:
+        torch.set_num_threads(threads)
+    return found, rate
+
+
+def described(name: str, args: Sequence[Any], output: Any) -> tuple[str, float]:
+    """An operation's name, that of a product with its sizes, and how many floating-point operations it is."""
+    from model.cpu import IDENTITY_WIDTH
+
+    name = name.removeprefix("aten.").removesuffix(".default")
+    if not name.endswith(("mm", "linear_pointwise")):
+        return name, 0.0
+    inner, outer = args[0].shape[-1], output.shape[-1]
+    rows = output.numel() // outer
+    if name.endswith("linear_pointwise") and inner == outer == IDENTITY_WIDTH:
+        return "gelu", 0.0  # `model.cpu.gelu` has it as a product with the identity
+    return f"{name} {rows} × {inner} → {outer}", 2.0 * rows * inner * outer
+
+
+def profile_table(found: dict[str, Operation], rate: float) -> dict[str, Operation]:
+    """Print what takes most, and the last line: how much of the time products take, and at which share of the rate."""
+    total = sum(one.seconds for one in found.values())
+    say(f"{'ms':>8}{'share':>8}{'calls':>8}{'GFLOP/s':>9}  operation")
+    for name, one in sorted(found.items(), key=lambda item: -item[1].seconds)[:PROFILED]:
+        speed = f"{one.operations / one.seconds / 1e9:9.0f}" if one.operations else " " * 9
+        say(f"{1000 * one.seconds:8.2f}{one.seconds / total:8.1%}{one.calls:8.1f}{speed}  {name}")
+    products = [one for one in found.values() if one.operations]
+    seconds, operations = sum(one.seconds for one in products), sum(one.operations for one in products)
+    say(
+        f"products {seconds / total:.0%} of {total:.3f} s, at {operations / seconds / rate:.2f} of the measured matrix rate "
+        f"of a core ({rate / 1e9:.0f} GFLOP/s)"
     )
-    results["matrix rate"] = bench.rate
-    return results
-
-
-def ablate(bench: Bench) -> dict[str, float]:
-    """Seconds per step without each saving alone."""
-
-    def seconds(*left_out: str) -> float:
-        way = Way([name for name in SAVINGS if name not in left_out], bench.options)
-        return bench.timed(way, bench.model, bench.dtype)[0]
-
-    return {"all savings": seconds()} | {name: seconds(name) for name in SAVINGS}
+    return found
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -561,7 +696,7 @@ def command_line() -> argparse.ArgumentParser:
         type=int,
         default=5,
         metavar="N",
-        help="steps measured each way, or more if they take less than 3 s, after as many to warm up (default 5)",
+        help="how often both ways are measured, in turns, 3 s in all at least, after as many steps to warm up (default 5)",
     )
     add("--data", metavar="ROWS.json", help="take these rows in place of drawn ones")
     add("--seq", type=int, metavar="N", help="draw rows of exactly N tokens in place of short few-shot ones")
@@ -569,13 +704,20 @@ def command_line() -> argparse.ArgumentParser:
     add("--max_source_length", type=int, default=64, metavar="N", help="what the released way pads to (default 64)")
     add("--max_target_length", type=int, default=256, metavar="N", help="and the answer's part of it (default 256)")
     add("--ablate", action="store_true", help="measure our way without each saving alone, instead of comparing")
+    add("--profile", action="store_true", help="show where our way spends its time on one core of a CPU, instead")
     add("--json", metavar="FILE", help="write the figures there too")
     return parser
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command line."""
+    """The options of a command line.
+
+    Raises:
+        InputError: no step is asked for.
+    """
     options = command_line().parse_args(argv)
+    if options.steps < 1:
+        raise InputError(f"--steps {options.steps}: 1 or more is needed.")
     options.image_length = 32
     options.layer_range = options.layer_range or ADAPTED_LAYERS.get(options.shape)
     return options
@@ -587,7 +729,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parsed(argv)
         bench = Bench(options)
         say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
-        figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
+        figures: dict[str, Any]
+        if options.profile:
+            figures = profile_table(*profile(bench))
+        else:
+            figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
         if options.json:
             Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -600,23 +746,35 @@ def machine(device: Any) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def ablation_table(seconds: dict[str, float]) -> dict[str, float]:
-    everything = seconds["all savings"]
-    for name, value in seconds.items():
-        say(f"{'without ' if name in SAVINGS else '':8}{name:38} {value:8.3f} s  {value / everything:6.2f} ×")
-    return seconds
+def ablation_table(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Print how many times as long a step takes without each saving, and give the median seconds."""
+    for name, times in seconds.items():
+        ratios = [without / everything for without, everything in zip(times, seconds["all savings"], strict=True)]
+        say(f"{'without ' if name in SAVINGS else '':8}{name:50}{statistics.median(times):9.3f} s {spread(ratios)} ×")
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median of values, and how far they lie apart."""
+    return f"{statistics.median(values):9.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def comparison_table(results: dict[str, Any]) -> dict[str, Any]:
-    released, ours = results["released"], results["ours"]
+    """Print both ways beside each other; the last line has the figures to quote."""
+    released, ours, ratios = results["released"], results["ours"], results["ratios"]
     say(f"{'':20} {'released':>12} {'ours':>12} {'ratio':>8}")
     for name in ours:
         ratio = f"{released[name] / ours[name]:8.2f}" if ours[name] else ""
         say(f"{name:20} {released[name]:12.4f} {ours[name]:12.4f} {ratio}")
-    say(f"measured matrix rate {results['matrix rate'] / 1e9:.0f} GFLOP/s")
+    rates = [rate / 1e9 for rate in results["matrix rates"]]
+    say(
+        f"measured matrix rate {results['matrix rate'] / 1e9:.0f} GFLOP/s ({min(rates):.0f} to {max(rates):.0f}; the fastest "
+        f"kernel: {results['fastest product']})"
+    )
     say(
         f"ratio {results['ratio']:.1f}, loss difference {results['loss difference']:.1e}, "
-        f"gradient difference {results['gradient difference']:.1e}, matrix-rate share {ours['matrix-rate share']:.2f}"
+        f"gradient difference {results['gradient difference']:.1e}, matrix-rate share {ours['matrix-rate share']:.2f}, "
+        f"ratios of {count_of(len(ratios), 'pair')} {min(ratios):.1f} to {max(ratios):.1f}"
     )
     return results
 

@@ -2,8 +2,9 @@
 
 python scripts/dev/benchmark_answers.py --shape mini
 python scripts/dev/benchmark_answers.py --shape mini --dtype bf16
-python scripts/dev/benchmark_answers.py --shape 6b --dtype bf16 --ours_only     random weights, no file needed
-python scripts/dev/benchmark_answers.py --from_pretrained model/tiny --ours_only
+python scripts/dev/benchmark_answers.py --shape mini --dtype bf16 --quant 4
+python scripts/dev/write_random_model.py random-6b --shape 6b
+python scripts/dev/benchmark_answers.py --from_pretrained random-6b --dtype bf16 --quant 4 --ours_only
 
 The released way: SAT's `filling_sequence` with its cache, in float32, with SAT's own attention and plain weights. Each
 figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
@@ -14,6 +15,7 @@ way reads one context and answers it in every row, while ours reads each row's c
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +30,8 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.progress import say
-from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention
+from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention, spread
+from scripts.dev.write_random_model import write_random_shape
 
 QUESTION_TOKENS = 12  # beside the picture's slots
 BATCHES = (1, 16)
@@ -39,11 +42,14 @@ Times = dict[str, float]
 def made_model(options: argparse.Namespace, dtype: Any) -> Any:
     """A model in dtype that answers, with its weights as `load_for_answering` keeps them."""
     from model.cpu import pack_linears
+    from model.inference.load import load_for_answering
 
     if options.from_pretrained:
-        from model.inference.load import load_for_answering
-
-        return load_for_answering(options.from_pretrained)[0]
+        return load_for_answering(options.from_pretrained, quant=options.quant, dtype=options.dtype)[0]
+    if options.quant:
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_shape(Path(folder, "random"), options.shape)
+            return load_for_answering(Path(folder, "random"), quant=options.quant, dtype=options.dtype)[0]
     model = plain_model(options, dtype)
     pack_linears(model)
     return model
@@ -164,11 +170,18 @@ def read_rate(device: Any) -> float:
 def weight_bytes(model: Any) -> int:
     """What is read for each token: the language model's layers and its head, in the form in which they are kept."""
     from model.cpu import PrepackedLinear
+    from model.inference.quantize import Int4Linear
 
     parts = [model.transformer.layers, model.get_mixin("chatglm-final")]
     tensors = sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
-    packed = (module for part in parts for module in part.modules() if isinstance(module, PrepackedLinear))
-    return tensors + sum(linear.in_features * linear.out_features * linear.dtype.itemsize for linear in packed)
+    modules = [module for part in parts for module in part.modules()]
+    packed = [module for module in modules if isinstance(module, PrepackedLinear)]
+    in_4_bits = [module for module in modules if isinstance(module, Int4Linear)]
+    return (
+        tensors
+        + sum(linear.in_features * linear.out_features * linear.dtype.itemsize for linear in packed)
+        + sum(linear.packed.nbytes + linear.scales.nbytes for linear in in_4_bits)
+    )
 
 
 def figures(way: Way, rows: int) -> Times:
@@ -194,11 +207,6 @@ def pairs(ours: Way, released: Way | None, count: int) -> list[tuple[Times, Time
     return measured[1:]
 
 
-def of_pairs(values: Sequence[float]) -> str:
-    """The median, and how far the pairs lie apart."""
-    return f"{statistics.median(values):9.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
     """Print the table; the last line's ratios and shares are medians of pairs."""
     ratios: dict[str, list[float]] = {}
@@ -207,14 +215,12 @@ def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
         ours = [one[name] for one, _, _ in measured]
         others = [other[name] for _, other, _ in measured if other]
         ratios[name] = [other / one for one, other in zip(ours, others, strict=False)]
-        columns = [of_pairs(values) if values else "" for values in (others, ours, ratios[name])]
+        columns = [spread(values) if values else "" for values in (others, ours, ratios[name])]
         say(f"{name:24}{columns[0]:>30}{columns[1]:>30}{columns[2]:>24}")
     token = "a token, batch {}"
     shares = [read / rate / (one[token.format(1)] / 1000) for one, _, rate in measured]
     gains = [BATCHES[-1] * one[token.format(1)] / one[token.format(BATCHES[-1])] for one, _, _ in measured]
-    say(
-        f"memory gives {of_pairs([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB"
-    )
+    say(f"memory gives {spread([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB")
     ratio = f"ratio {statistics.median(ratios[token.format(1)]):.2f}, " if ratios[token.format(1)] else ""
     return (
         f"{ratio}bandwidth share {statistics.median(shares):.2f}, "
@@ -232,6 +238,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--shape", choices=sorted(SHAPES), default="mini", help="of a model with random weights (default mini)")
     add("--from_pretrained", metavar="CHECKPOINT", help="take this checkpoint in place of random weights")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="numbers of our way (default fp32)")
+    add("--quant", type=int, choices=(8, 4), help="keep our way's weights in so many bits, as cli_demo.py does")
     add("--new_tokens", type=int, default=24, metavar="N", help="tokens of an answer (default 24)")
     add("--pairs", type=int, default=5, metavar="N", help="how often both ways are measured (default 5)")
     add("--ours_only", action="store_true", help="leave the released way out: it keeps a second model, in float32")
@@ -264,13 +271,15 @@ def benchmark(options: argparse.Namespace) -> None:
         ours.run(1)
     say(
         f"{machine(ours.device)}, {torch.get_num_threads()} threads, {options.from_pretrained or options.shape}, {dtype}"
+        + (f", {options.quant} bits" if options.quant else "")
     )
     say(f"loading {loading:.1f} s, host {host[0]:.2f} GiB at most; answering {host_answering[0]:.2f} GiB")
     released = None
     if not options.ours_only:
         released = Released(plain_model(options, torch.float32), options.new_tokens)
-        same = ours.run(1)[1] == released.run(1)[1]
-        say(f"both ways answer {'the same' if same else 'differently'}")
+        if not options.quant:
+            same = ours.run(1)[1] == released.run(1)[1]
+            say(f"both ways answer {'the same' if same else 'differently'}")
     say(report(pairs(ours, released, options.pairs), weight_bytes(ours.model)))
 
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Measures the whole table of one GPU in a few minutes: the 6B shape with random weights, the released way and ours.
-# It needs only this repository and its packages. Each row's figures go to a JSON file in the folder $1 (default:
+# It needs only this repository and its packages: those of an active environment, else of .venv (scripts/setup.sh). Each row's figures go to a JSON file in the folder $1 (default:
 # benchmark_gpu).
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then
+    export PATH="$project/.venv/bin:$PATH"
+fi
 out=${1:-benchmark_gpu}
 mkdir -p "$out"
 

@@ -97,7 +97,8 @@ def write_random_model(folder: Path, hidden: int, layers: int, heads: int) -> No
     def value(name: str) -> torch.Tensor:
         if name not in shapes:
             return vision[name]
-        return torch.empty(shapes[name], dtype=torch.float16).normal_(std=0.02, generator=generator)
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        return torch.empty(shapes[name], dtype=torch.float16).normal_(mean, std=0.02, generator=generator)
 
     write_checkpoint(folder, config, like, value)
 
@@ -107,7 +108,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint into the new folder: value gives the tensors that like describes."""
     from model.checkpoints.layout import weights_path
-    from model.convert.merge_lora import write_weights
+    from model.checkpoints.tensors import write_weights
 
     weights = weights_path(folder, 1)
     weights.parent.mkdir(parents=True)

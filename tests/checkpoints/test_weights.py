@@ -356,7 +356,7 @@ def test_size_of_weights_is_hardly_more_than_their_file_takes(tuned, tmp_path):
 @pytest.mark.run
 @pytest.mark.parametrize(("how", "reason"), [
     ("known", "are needed to save iteration 2"),
-    ("filling", "can't be saved (the file was cut short while it was written)"),
+    ("filling", "can't be saved (No space left on device)"),
     ("extra", "can't be saved (No space left on device)"),
     ("read-only", "can't be saved (Read-only file system)"),
 ])  # fmt: skip

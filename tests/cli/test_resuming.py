@@ -36,6 +36,16 @@ def run(tmp_path: Path, words: list[str]) -> Path:
     return folder
 
 
+@pytest.fixture
+def run_of_four(run: Path) -> Path:
+    """The same run, of 4 processes with 6 samples each."""
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    record |= {"processes": 4, "words": [*record["words"], "--batch-size", "6"]}
+    file.write_text(json.dumps(record))
+    return run
+
+
 def refusal(*words: str | Path) -> str:
     with pytest.raises(InputError) as error:
         command_line([*map(str, words)])
@@ -70,6 +80,39 @@ def test_the_runs_whole_command_line_again_changes_nothing(run: Path, words: lis
     assert line.resumed is not None
     assert line.resumed.checkpoint.folder == run
     assert (line.words, line.notes) == (words, [])
+
+
+@pytest.mark.parametrize(
+    ("processes", "argv", "added"),
+    [
+        (1, ["--batch-size", "6"], ["--gradient-accumulation-steps", "4"]),  # as in the run: 4 processes of 6
+        (2, [], ["--gradient-accumulation-steps", "2"]),
+        (2, ["--model-parallel-size", "2"], ["--gradient-accumulation-steps", "4"]),
+        (2, ["--batch-size", "12"], []),
+        (4, [], []),
+    ],
+)
+def test_other_number_of_processes_takes_the_same_samples_in_a_step(
+    run_of_four: Path, monkeypatch: pytest.MonkeyPatch, processes: int, argv: list[str], added: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    line = command_line(["--resume", str(run_of_four), *argv])
+    assert line.words[len(line.words) - len(added) :] == added
+    options, parts = line.options, line.options.model_parallel_size
+    assert options.batch_size * options.gradient_accumulation_steps * processes // parts == 24
+
+
+def test_processes_that_cannot_share_the_samples_of_a_step_need_a_batch_size(
+    run_of_four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = refusal("--resume", run_of_four)
+    assert found == (
+        "--resume: 3 data-parallel processes found, the run had 4; --batch-size 8 is needed, so that a step takes the same "
+        "samples, or as many processes as before."
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--batch-size 12 is needed" in refusal("--resume", run_of_four, "--group_by_length")
 
 
 def test_flag_that_changes_no_step_is_taken_without_a_word(run: Path, words: list[str]) -> None:

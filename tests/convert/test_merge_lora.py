@@ -8,8 +8,9 @@ import torch
 from conftest import PROJECT, load_model, run_on_a_small_disk, run_program, run_python, small_disk, write_tuned
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.tensors import write_weights
 from model.checkpoints.weights import read_weights
-from model.convert.merge_lora import is_packed_in_qlora, merge, write_weights
+from model.convert.merge_lora import is_packed_in_qlora, merge
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.inference.load import load_for_answering

@@ -7,7 +7,7 @@ import pytest
 from conftest import PROJECT
 from PIL import Image
 
-from model.data.rows import Row, read_rows, scan_rows
+from model.data.rows import Row, read_rows, rows_in_place, scan_rows
 from model.errors import InputError
 
 GOOD_ROW = {"img": "0.png", "prompt": "?", "label": "!"}
@@ -187,3 +187,26 @@ def test_shipped_rows_find_their_pictures_from_any_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name in ("dataset.json", "heldout.json"):
         assert all(os.path.isfile(row.img) for row in read_rows(PROJECT / "fewshot-data" / name))
+
+
+# Rows to be answered
+
+
+def test_rows_that_need_no_label_may_have_anything_or_nothing_there(tmp_path):
+    path = written(tmp_path, [{"prompt": "?"}, {"prompt": "?", "label": 5}, {"prompt": "?", "label": ""}])
+    assert [row.label for row in rows_in_place(path, needs_label=False)] == ["", "", ""]
+
+
+def test_bad_rows_in_place_say_what_a_row_without_a_label_needs(tmp_path):
+    path = written(tmp_path, [{"label": "!"}, {"prompt": "?"}])
+    bad, good = rows_in_place(path, needs_label=False)
+    assert str(bad) == (
+        f'{path} row 1: no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.'
+    )
+    assert good.where == f"{path} row 2"
+
+
+def test_numbers_of_rows_are_those_of_the_file(tmp_path):
+    rows, problems = scan_rows(written(tmp_path, [GOOD_ROW, 5, GOOD_ROW]))
+    assert list(rows.numbers) == [1, 3]
+    assert len(problems) == 1

@@ -124,7 +124,7 @@ def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: 
 def test_quant_without_the_kernels_is_refused_in_a_sentence(
     upstream_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "has_kernels", lambda: False)
+    monkeypatch.setattr(load, "has_low_bit_kernels", lambda: False)
     with pytest.raises(InputError, match=r"--quant 4: torch .* lacks the kernels for it; torch 2\.13\.0 is needed"):
         load_for_answering(str(upstream_checkpoint), quant=4)
 

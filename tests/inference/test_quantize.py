@@ -3,15 +3,14 @@
 import pytest
 import torch
 
+from model.cpu import LOW_BIT_OPERATIONS, has_low_bit_kernels
 from model.inference import quantize
 from model.inference.quantize import (
     GROUP,
     KERNEL_ROWS,
-    PRIVATE_OPERATIONS,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
-    has_kernels,
 )
 
 WIDTHS = {Int8Linear: 8, Int4Linear: 4}
@@ -37,11 +36,11 @@ def packed(
 
 
 def test_this_torch_has_the_private_operations() -> None:
-    missing = [name for name in PRIVATE_OPERATIONS if not hasattr(torch.ops.aten, name)]
+    missing = [name for name in LOW_BIT_OPERATIONS if not hasattr(torch.ops.aten, name)]
     assert not missing, (
         f"torch {torch.__version__} lacks {missing}: pin torch==2.13.0, or mend model/inference/quantize.py"
     )
-    assert has_kernels()
+    assert has_low_bit_kernels()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model.convert.merge_lora import write_weights
+from model.checkpoints.tensors import write_weights
 
 shape = (2048, 2048)
 like = {str(number): torch.empty(shape, device="meta") for number in range(32)}

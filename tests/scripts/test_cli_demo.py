@@ -1,14 +1,19 @@
 """The demo in the terminal: one question, a conversation, answers as they grow, and polite ends."""
 
+import contextlib
+import fcntl
 import io
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass
 
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, run_python
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_tuned
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_so_far, chat
@@ -43,6 +48,20 @@ def demo(upstream_checkpoint, capsys, monkeypatch):
         return Run(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.mark.run
+def test_two_processes_that_share_the_model_answer_as_one_does(demo, upstream_checkpoint):
+    words = ["--temperature", "0"]
+    typed = f"{PICTURE}\n这是什么？\nnone.png\nclear\nnone.png\nstop\n"
+    alone = demo(*words, typed=typed)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    together = subprocess.run(
+        [sys.executable, *launcher, COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "60", *words],
+        input=typed, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+    assert together.returncode == alone.returncode == 0, together.stderr
+    assert together.stdout[together.stdout.index("输入") :] == alone.stdout[alone.stdout.index("输入") :]
 
 
 def test_answer_so_far_grows_by_a_token_and_ends_with_the_whole_answer(upstream_checkpoint):
@@ -89,6 +108,191 @@ def test_end_of_input_ends_politely(demo):
     assert run.returncode == 0
     assert run.stderr == ""
     assert run.stdout.endswith("\n")
+
+
+def test_pictures_in_quotes_and_below_the_home_folder_are_found(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my picture.png").write_bytes(PICTURE.read_bytes())
+    typed = "'~/my picture.png'\nclear\n~/my\\ picture.png\nclear\n~/gone.png\nstop\n"
+    typed = typed.replace("'~", f"'{tmp_path}")  # a shell takes ~ in quotes as it stands, too
+    run = demo("--temperature", "0", typed=typed)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("答：") == 2
+    assert f"there is no file {tmp_path}/gone.png; the path or the address of a picture is needed." in run.stdout
+    assert demo("--image", "~/my picture.png").returncode == 0
+
+
+def test_bytes_that_are_no_text_are_asked_as_an_unknown_character(demo, monkeypatch):
+    monkeypatch.setattr("io.StringIO", lambda typed: io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+    run = demo("--temperature", "0", typed=b"\n\xff\nstop\n")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("答：") == 1
+
+
+# two checkpoints
+
+
+@pytest.fixture(scope="module")
+def tuned(upstream_checkpoint, tmp_path_factory):
+    """The same model with other answers."""
+    folder = tmp_path_factory.mktemp("tuned") / "tuned"
+    return write_tuned(upstream_checkpoint, folder, use_lora=True, lora_rank=4)
+
+
+def test_two_checkpoints_each_answer_with_their_name_and_begin_anew_together(demo, tuned, upstream_checkpoint):
+    words = ("--compare", tuned, "--temperature", "0")
+    alone = demo("--query", "你好", "--temperature", "0").stdout
+    first, second = demo("--query", "你好", *words).stdout.splitlines()
+    assert first == f"{upstream_checkpoint}: {alone.strip()}"
+    assert second.startswith(f"{tuned}: ")
+    assert second != f"{tuned}: {alone.strip()}"
+    talk = demo(*words, typed="\n你好\nclear\n\n你好\n").stdout
+    assert (
+        talk.count(f"答（{upstream_checkpoint}）：") == talk.count(f"答（{tuned}）：{second.partition(': ')[2]}") == 2
+    )
+
+
+# its language
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "prompt", "problem"),
+    [
+        ([], "", "图片的路径", "没有文件 gone.png"),
+        (["--english"], "", "Picture, a path", "there is no file gone.png"),
+        (["--english", "--ui_lang", "zh"], "", "图片的路径", "没有文件 gone.png"),
+        (["--ui_lang", "en"], "zh", "Picture, a path", "there is no file gone.png"),
+        ([], "en", "图片的路径", "there is no file gone.png"),
+    ],
+)
+def test_prompts_and_problems_are_in_the_demos_language(demo, monkeypatch, words, variable, prompt, problem):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", variable)
+    monkeypatch.setattr("model.chinese._language", "auto")
+    run = demo(*words, typed="gone.png\nstop\n")
+    assert prompt in run.stdout
+    assert problem in run.stdout
+
+
+# at a terminal
+
+
+class Terminal:
+    """The demo in a terminal of its own, as a person has it."""
+
+    def __init__(self, *words, **environment):
+        self.keyboard, self.screen = pty.openpty()
+        self.settings = termios.tcgetattr(self.screen)
+        self.written = b""
+        self.process = subprocess.Popen(
+            [sys.executable, COMMAND, "--temperature", "0", *words],
+            stdin=self.screen, stdout=self.screen, stderr=self.screen, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LANG": "C.UTF-8", **environment},
+            preexec_fn=self._take,
+        )  # fmt: skip
+
+    @staticmethod
+    def _take():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in (signal.SIGINT, signal.SIGHUP):  # which tests in the background ignore, and what they start
+            signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def shown(self):
+        return self.written.decode(errors="replace")
+
+    def until(self, text):
+        """Wait until text is shown, after what was there before."""
+        before = len(self.written)
+        while text.encode() not in self.written[before:]:
+            assert select.select([self.keyboard], [], [], 60)[0], self.shown
+            self.written += os.read(self.keyboard, 4096)
+
+    def press(self, keys):
+        os.write(self.keyboard, keys.encode())
+
+    def ended(self, again=lambda: None):
+        """The status that the demo ended with; the terminal is as it was before, and at the start of a line.
+
+        again: what ends it, for readline may miss a signal that comes between its prompt and its waiting for keys.
+        """
+        while self.process.poll() is None:
+            again()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+        status = self.process.returncode
+        while select.select([self.keyboard], [], [], 0)[0]:
+            self.written += os.read(self.keyboard, 4096)
+        assert termios.tcgetattr(self.screen) == self.settings
+        assert self.shown.endswith("\n"), self.shown
+        assert "Traceback" not in self.shown
+        os.close(self.keyboard)
+        os.close(self.screen)
+        return status
+
+
+UP, LEFT, BACKSPACE, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\x7f", "\x03", "\x04"
+TINY = ("--from_pretrained", PROJECT / "model/tiny")
+
+
+@pytest.mark.run
+def test_terminal_has_line_editing_and_earlier_lines_and_ctrl_d_leaves(tmp_path):
+    history = tmp_path / "visualglm/history"
+    history.parent.mkdir()
+    history.write_text("从前的问题\n")
+    terminal = Terminal(*TINY, XDG_STATE_HOME=str(tmp_path))
+    terminal.until("stop：退出）：")
+    terminal.press("\r")
+    terminal.until("问：")
+    terminal.press(UP + UP)
+    terminal.until("从前的问题")
+    terminal.press("吗" + LEFT + BACKSPACE * 5 + "你好" + "\r")
+    terminal.until("答：")
+    terminal.until("问：")
+    terminal.press(CTRL_D)
+    assert terminal.ended() == 0
+    assert history.read_text().splitlines() == ["从前的问题", "你好吗"]
+
+
+@pytest.mark.run
+def test_ctrl_c_at_the_prompt_leaves_without_a_folder_for_the_history():
+    terminal = Terminal(*TINY, XDG_STATE_HOME="/dev/null/state")
+    terminal.until("stop：退出）：")
+    terminal.press("half a line")
+    terminal.until("half a line")
+    assert terminal.ended(lambda: terminal.press(CTRL_C)) == 130
+
+
+@pytest.mark.run
+def test_ctrl_c_while_it_answers_leaves(upstream_checkpoint, tmp_path):
+    terminal = Terminal("--from_pretrained", upstream_checkpoint, XDG_STATE_HOME=str(tmp_path))  # it answers for long
+    terminal.until("stop：退出）：")
+    terminal.press("\r")
+    terminal.until("问：")
+    terminal.press("你好\r")
+    terminal.until("答：")
+    assert terminal.ended(lambda: terminal.press(CTRL_C)) == 130
+    assert (tmp_path / "visualglm/history").read_text() == "你好\n"
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long)]
+)
+def test_signal_at_the_prompt_gives_the_terminal_back(tmp_path, number, status):
+    terminal = Terminal(*TINY, XDG_STATE_HOME=str(tmp_path))
+    terminal.until("stop：退出）：")
+    assert terminal.ended(lambda: terminal.process.send_signal(number)) == status
+
+
+@pytest.mark.run
+@pytest.mark.long
+def test_reader_that_goes_ends_the_demo_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, COMMAND, *TINY, "--query", "你好", "--temperature", "0"]
+    run = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 @pytest.mark.run

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, load_model, run_python, write_rows, write_tuned
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_rows, write_tuned
 
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
@@ -225,3 +225,33 @@ def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream
     assert run.returncode == 2
     assert part in run.stderr
     assert "Traceback" not in run.stderr
+
+
+# several processes
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [(2, 1), pytest.param(4, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long)],
+)
+def test_processes_that_share_rows_or_a_model_have_the_results_of_one(upstream_checkpoint, tmp_path, processes, parts):
+    def evaluated(name, *launcher):
+        out = tmp_path / f"{name}.json"
+        words = ("--from_pretrained", upstream_checkpoint, "--data", ROWS, "--max_length", "60", "--batch-size", "2")
+        done = run_python(
+            *launcher, COMMAND, *words, "--out", out, "--model-parallel-size", 1 if name == "one" else parts,
+            cwd=GOLDEN / "upstream",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout[done.stdout.index("images/0.png") :], json.loads(out.read_text())
+
+    text, one = evaluated("one")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port())
+    text_of_all, together = evaluated("together", *launcher)
+    assert text_of_all == text
+    for found, expected in zip(together.pop("results"), one.pop("results"), strict=True):
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+        assert found == expected
+    assert together.pop("checkpoint") == one.pop("checkpoint")
+    assert together == pytest.approx(one, rel=1e-5)

@@ -104,10 +104,13 @@ def test_completed_settings_of_sats_own_file_are_taken_by_deepspeed():
     validated(completed)
 
 
-@without_gpu
-def test_completed_settings_take_torchs_adam_where_deepspeeds_would_be_compiled():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_completed_settings_take_torchs_adam_where_deepspeeds_would_be_compiled(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     completed = deepspeed_config.completed_settings({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, settings())
     assert completed["optimizer"] == {"type": "Adam", "params": {"lr": 1.0, "torch_adam": True}}
+    own = {"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}}
+    assert deepspeed_config.completed_settings(own, settings())["optimizer"] == own["optimizer"]
 
 
 def test_file_without_clipping_still_lets_deepspeed_take_the_norm_and_changes_no_gradient():

@@ -67,9 +67,10 @@ def test_trained_parameters_after_20_iterations_equal_the_released_scripts(run):
 
 
 def test_trainable_tensors_are_exactly_the_released_scripts(run):
-    trained = re.findall(r"^  (\S+) \[[\d, ]+\]$", run.printed, re.MULTILINE)
-    assert set(trained) == set(run.expected["final_trainable_parameters"])
-    assert len(trained) == len(set(trained))
+    assert set(run.trained) == set(run.expected["final_trainable_parameters"])
+    assert len(run.trained) == len(set(run.trained))
+    told = re.search(r"^Trainable, .* parameters in (\d+) tensors?:$", run.printed, re.MULTILINE)
+    assert int(told[1]) == len(run.trained)
 
 
 def test_other_tensors_are_saved_as_they_were_loaded(run):

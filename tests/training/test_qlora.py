@@ -1,12 +1,17 @@
 """QLoRA: a model whose linears are in 4 bits, never trained, and saved under ordinary names."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import load_model, run_program
 
+from model.checkpoints.weights import save_checkpoint
 from model.cli.flag_checks import flag_problems
 from model.cli.options import parse
+from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear
+from model.sat_compat import import_sat
 
 QLORA = {"use_qlora": True, "lora_rank": 4}
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
@@ -56,6 +61,26 @@ def test_optimizer_steps_leave_the_packed_weights_as_they_are(model):
         optimizer.step()
     assert len(packed) == 12
     assert all(torch.equal(buffer, dict(model.named_buffers())[name]) for name, buffer in packed.items())
+
+
+def test_full_save_unpacks_one_weight_at_a_time_and_writes_what_state_dict_has(model, tmp_path, monkeypatch, tokenizer):
+    alive, most, unpack = weakref.WeakSet(), [], Nf4Linear.weight_in_full
+
+    def counted(linear):
+        alive.add(weight := unpack(linear))
+        most.append(len(alive))
+        return weight
+
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(Nf4Linear, "weight_in_full", counted)
+    import_sat().get_tokenizer(outer_tokenizer=tokenizer)
+    args = FineTuneVisualGLMModel.get_args(save=str(tmp_path), save_full_model=True, lr=1.0, **QLORA)
+    save_checkpoint(1, model, None, None, args)
+    saved = torch.load(tmp_path / "1/mp_rank_00_model_states.pt")["module"]
+    assert len(most) == 12
+    assert max(most) <= 2  # that of the last, until the next is there
+    assert list(saved) == list(expected)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
 @torch.no_grad()

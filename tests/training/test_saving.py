@@ -147,6 +147,27 @@ def test_timed_saves_come_when_it_is_time_and_before_the_loop_leaves(seconds, ar
     assert Saves(seconds, 100, **args).saved == saved
 
 
+@pytest.mark.parametrize("order", [("0", "1"), ("1", "0")])
+def test_processes_save_before_the_same_step_by_the_clock_of_the_first(monkeypatch, order) -> None:
+    store, saved = torch.distributed.HashStore(), []
+    now = {"0": 0.0, "1": 0.0}
+
+    def watcher_of(rank: str) -> TimedSaves:
+        hooks = sat_loop.Hooks(lambda: 0, lambda step, *_: saved.append((rank, step)), TrainingReport())
+        watcher = TimedSaves(hooks, 300, lambda: now[rank])
+        watcher.last, watcher.store = 0.0, store
+        return watcher
+
+    watchers = {rank: watcher_of(rank) for rank in order}
+    for step in range(8):
+        now["0"] += 100
+        for rank in order:  # whichever comes first to the next step
+            monkeypatch.setenv("RANK", rank)
+            args = Namespace(iteration=step, save="run", exit_interval=None, device="cpu")
+            watchers[rank].before_step(LoopState("model", "optimizer", "scheduler", args))
+    assert saved == [(rank, step) for step in (3, 7) for rank in order]
+
+
 @pytest.mark.parametrize(("words", "seconds"), [
     ([], SECONDS_BETWEEN_SAVES),
     (["--epochs", "2"], None),

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, run_python
 
+from model.cpu import IDENTITY_WIDTH, can_pack
+from model.errors import InputError
 from scripts.dev import benchmark
 from scripts.dev.benchmark import SAVINGS, Bench, Way, compare, parsed
 
@@ -73,6 +75,51 @@ def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch
     assert compare(small)["gradient difference"] == pytest.approx(1.0, abs=1e-3)
 
 
+def test_both_ways_are_measured_in_turns_and_the_ratio_is_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, seconds = bench("--steps", "3"), iter([4.0, 2.0, 9.0, 1.0, 6.0, 2.0])
+    sides, rates = [], iter([1e9, 2e9, 4e9])
+    monkeypatch.setattr(Bench, "seconds", lambda bench, side: sides.append(len(side.way.savings)) or next(seconds))
+    monkeypatch.setattr(Bench, "rate", lambda bench: next(rates))
+    results = compare(small)
+    assert sides == [0, len(SAVINGS)] * 3
+    assert results["ratios"] == [2.0, 9.0, 3.0]
+    assert results["ratio"] == 3.0
+    assert results["matrix rate"] == 2e9
+    batch = Way(list(SAVINGS), small.options).batch(small.batches[0], small.features, small.device, small.dtype)
+    operations = benchmark.step_operations(small.config, batch)
+    assert results["ours"]["matrix-rate share"] == operations / 2e9  # the median of 2 s at 1e9, 1 s at 2e9, 2 s at 4e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_the_machine_is_measured_with_make_large_products(dtype: torch.dtype) -> None:
+    device = torch.device("cpu")
+    products = benchmark.matrix_products(dtype, device)
+    assert ("b packed by oneDNN" in products) == can_pack(torch.ones(1, dtype=dtype))
+    shape = (benchmark.matrix_size(device),) * 2
+    assert {product().shape for product in products.values()} == {shape}
+
+
+def test_fastest_kernel_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"slow": 1.0, "fast": 3.0, "middling": 2.0}
+    monkeypatch.setattr(benchmark, "matrix_products", lambda *_: {name: lambda name=name: name for name in rates})
+    monkeypatch.setattr(benchmark, "product_rate", lambda product, device: rates[product()])
+    assert bench().fastest_product[0] == "fast"
+
+
+def test_last_line_begins_with_the_ratio_and_ends_with_its_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"seconds per step": 1.0, "matrix-rate share": 0.5}
+    benchmark.comparison_table({
+        "released": figures, "ours": figures, "ratio": 13.5, "ratios": [12.0, 13.5, 15.25], "loss difference": 1e-7,
+        "gradient difference": 1e-6, "matrix rate": 3e11, "matrix rates": [2e11, 3e11, 4e11], "fastest product": "a · b",
+    })  # fmt: skip
+    *_, rate, last = capsys.readouterr().out.splitlines()
+    assert rate == "measured matrix rate 300 GFLOP/s (200 to 400; the fastest kernel: a · b)"
+    assert last == (
+        "ratio 13.5, loss difference 1.0e-07, gradient difference 1.0e-06, matrix-rate share 0.50, "
+        "ratios of 3 pairs 12.0 to 15.2"
+    )
+
+
 @pytest.mark.run
 def test_command_ends_with_the_four_figures(tmp_path) -> None:
     figures = tmp_path / "figures.json"
@@ -83,6 +130,29 @@ def test_command_ends_with_the_four_figures(tmp_path) -> None:
     assert last.startswith("ratio ")
     assert all(word in last for word in ("loss difference", "gradient difference", "matrix-rate share"))
     assert json.loads(figures.read_text())["ours"]["seconds per step"] > 0
+
+
+def test_profile_counts_the_products_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    small = bench("--dtype", "bf16")
+    found, rate = benchmark.profile(small)
+    batch = Way(list(SAVINGS), small.options).batch(small.batches[0], small.features, small.device, small.dtype)
+    counted = sum(one.operations for one in found.values())
+    assert counted > 0.5 * benchmark.step_operations(small.config, batch)  # the lowest layers have no gradient
+    benchmark.profile_table(found, rate)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("products ")
+
+
+def test_product_is_described_by_its_sizes() -> None:
+    a, b = torch.ones(2, 3, 4), torch.ones(4, 5)
+    assert benchmark.described("aten.mm.default", (a, b), a @ b) == ("mm 6 × 4 → 5", 2.0 * 6 * 4 * 5)
+    assert benchmark.described("aten.add.Tensor", (a, a), a) == ("add.Tensor", 0.0)
+    rows = torch.ones(5, IDENTITY_WIDTH)  # of the product with the identity that is a GELU
+    assert benchmark.described("mkldnn._linear_pointwise.default", (rows, rows), rows) == ("gelu", 0.0)
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(InputError, match="--steps 0: 1 or more"):
+        parsed(["--steps", "0"])
 
 
 @pytest.mark.run

@@ -4,6 +4,7 @@ import pytest
 from conftest import PROJECT, load_model
 
 from model.cpu import pack_linears
+from model.inference.load import load_for_answering
 from scripts.dev import benchmark_answers
 from scripts.dev.benchmark_answers import Ours, Released, main, report, weight_bytes
 
@@ -32,10 +33,19 @@ def test_last_line_has_the_medians_of_pairs(capsys):
     assert "6.00 (6.00 to 6.00)" in capsys.readouterr().out
 
 
-def test_command_measures_a_checkpoint(monkeypatch, capsys):
+@pytest.mark.parametrize("quant", [(), ("--quant", "4")])
+def test_command_measures_a_checkpoint(monkeypatch, capsys, quant):
     monkeypatch.setattr(benchmark_answers, "READ_BYTES", 2**22)
-    main(["--from_pretrained", str(PROJECT / "model/tiny"), "--ours_only", "--pairs", "1", "--new_tokens", "3"])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("bandwidth share 0.")
+    main(["--from_pretrained", str(PROJECT / "model/tiny"), "--ours_only", "--pairs", "1", "--new_tokens", "3", *quant])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("bandwidth share 0.")
+    assert ("torch.float32, 4 bits" in printed) == bool(quant)
+
+
+def test_weights_in_4_bits_are_counted_as_they_are_kept():
+    in_float32 = weight_bytes(load_for_answering(PROJECT / "model/tiny")[0])
+    in_4_bits = weight_bytes(load_for_answering(PROJECT / "model/tiny", quant=4)[0])
+    assert in_float32 / 8 < in_4_bits < in_float32 / 4
 
 
 def test_released_way_of_a_checkpoint_is_refused_in_a_sentence(capsys):

@@ -1,0 +1,364 @@
+"""Answer the rows of a data file, which need no labels: a line of JSON for each row, in the file's order.
+
+python scripts/predict.py --from_pretrained model/tiny --data fewshot-data/heldout.json --out answers.jsonl
+python scripts/predict.py --from_pretrained model/tiny --data fewshot-data/heldout.json --out - | head -1
+
+    {"row": 1, "img": "a.png", "prompt": "…", "answer": "…"}       what the row holds, and its answer
+    {"row": 2, "img": "gone.png", "prompt": "…", "error": "…"}     or why there is none
+    {"row": 3, …, "answer": "…", "cut": true}                      an answer that --max_length cut off
+
+A line is written once its row and those before it are done: a row with a long answer holds those after it back. The same
+command goes on where one was stopped or killed, if the data file, the checkpoint and the settings are still the same;
+ANSWERS.jsonl.settings.json says what they were. Pictures aren't compared, and rows with an error are not tried again.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
+from model.checkpoints.layout import Checkpoint, read_json_object
+from model.checkpoints.metadata import answer_length
+from model.checkpoints.whole import CHECKSUMS_FILE, write_whole
+from model.data.bad_rows import first_lines
+from model.data.image_check import CheckedImages, check_rows
+from model.data.rows import LANGUAGES, Row, Rows, rows_in_place, values_of
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_number_format_flags,
+    add_sampling_flags,
+    found_checkpoint,
+    sampling_of,
+)
+from model.progress import count_of, say, warn, with_progress
+
+if TYPE_CHECKING:  # rows and flags are checked before torch is loaded
+    from model.inference.engine import Answer, Engine, Question
+
+DEFAULT_LENGTH = 512  # tokens of question and answer together, as evaluate.py has it
+CHECK_SECONDS = 2.0  # for opening pictures beforehand, where a bad one does no harm
+STANDARD_OUTPUT = "-"
+NOT_SETTINGS = ("data", "out", "overwrite", "batch_size", "bad_rows", "from_pretrained", "revision")
+
+Outcome = dict[str, Any]  # what a line says besides its row: "answer" or "error"
+
+
+# --- which rows -------------------------------------------------------------------------------------------------------
+
+
+def read_questions(options: argparse.Namespace) -> tuple[Rows, dict[int, str], int]:
+    """The rows that can be read, what is wrong with each bad one, by its number in the file, and how many there are.
+
+    A row whose picture is bad is in both of the first two.
+
+    Raises:
+        InputError: the file can't be used as a whole, or all its rows are bad, or one is and --bad_rows is error.
+    """
+    rows, problems = Rows(options.data), {}
+    for number, row in enumerate(rows_in_place(options.data, options.image_folder, needs_label=False), 1):
+        if isinstance(row, InputError):
+            problems[number] = str(row)
+        else:
+            rows.append(row, number)
+    total = len(rows) + len(problems)
+    seconds = math.inf if options.bad_rows == "error" else CHECK_SECONDS
+    of_images = check_rows(rows, CheckedImages(), seconds).problems
+    problems |= {rows.numbers[index]: problem for index, problem in of_images.items()}
+    if problems:
+        lines = first_lines([problems[number] for number in sorted(problems)])
+        if options.bad_rows == "error" or len(problems) == total:
+            raise_problems(lines)
+        warn("\n".join([f"Not answered, {count_of(len(problems), 'bad row')}:", *lines]))
+    return rows, problems, total
+
+
+# --- the answers' file ------------------------------------------------------------------------------------------------
+
+
+def settings_of(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What answers depend on, by the names that a person knows: flags, the checkpoint's weights, the data file."""
+    flags = {f"--{name}": value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    checksums = checkpoint.weights_file().parent / CHECKSUMS_FILE
+    if checksums.is_file():
+        weights = hashlib.sha256(checksums.read_bytes()).hexdigest()
+    else:  # reading 15 GB would take a minute
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weights_files()]
+        weights = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    data = hashlib.sha256(Path(options.data).read_bytes()).hexdigest()
+    return {**flags, "the checkpoint's weights": weights, "the data file's content": data}
+
+
+def begun(out: Path, settings: dict[str, Any], overwrite: bool) -> tuple[int, int]:
+    """Rows that the answers' file has already, and how many of them without an answer; the file is ready for the next.
+
+    Raises:
+        InputError: it was begun otherwise, or by something else, or it is damaged.
+    """
+    settings_file = out.with_name(f"{out.name}.settings.json")
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out {out}: not a file; the name of one is needed, or - for standard output.")
+    if overwrite or not out.exists() or not out.stat().st_size:
+        out.write_bytes(b"")
+        text = json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
+        write_whole(settings_file, lambda path: path.write_text(text, encoding="utf-8"))
+        return 0, 0
+    if not settings_file.is_file():
+        raise InputError(
+            f"--out {out}: there is such a file, and not of predict.py; another name or --overwrite is needed."
+        )
+    before = read_json_object(settings_file, "--out")
+    changed = [name for name in settings if name not in before or before[name] != settings[name]]
+    if changed:
+        found = ", ".join(
+            f"{name} {_shown(before.get(name))}, now {_shown(settings[name])}" if name.startswith("--") else name
+            for name in changed
+        )
+        raise InputError(
+            f"--out {out}: begun with something else than now ({found}); the same is needed to go on, or --overwrite "
+            "to begin anew."
+        )
+    return whole_lines(out)
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def whole_lines(out: Path) -> tuple[int, int]:
+    """The lines of an answers' file, and those without an answer; half a line at its end is cut off.
+
+    Raises:
+        InputError: a line isn't that of its row.
+    """
+    count = errors = end = 0
+    with open(out, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                content = json.loads(line)
+                is_right = content["row"] == count + 1
+            except (ValueError, TypeError, KeyError):
+                is_right = False
+            if not is_right:
+                raise InputError(
+                    f"--out {out} line {count + 1}: not the line of row {count + 1}; a file that nobody changed is needed "
+                    "to go on, or --overwrite to begin anew."
+                )
+            count, errors, end = count + 1, errors + ("error" in content), end + len(line)
+        file.truncate(end)
+    return count, errors
+
+
+@contextlib.contextmanager
+def telling(out: str) -> Iterator[None]:
+    """Make a sentence of what keeps the block from writing, such as a full disk."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; a file that can be written is needed.") from None
+
+
+def write_at_once(line: bytes, file: IO[bytes]) -> None:
+    """Hand a line to the system: what a full disk has no room for isn't tried again when the file is closed."""
+    while line:
+        line = line[file.write(line) :]
+    file.flush()
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def outcomes(
+    rows: Iterable[tuple[int, Row]],
+    engine: "Engine",
+    question_of: "Callable[[int, Row], Question]",
+    text_of: "Callable[[Answer, Row], str]",
+) -> Iterator[tuple[int, Outcome]]:
+    """The numbers of rows and what became of them, as they finish; the engine has as many in hand as it has room for."""
+    asked: dict[Answer, tuple[int, Row]] = {}
+
+    def finished() -> Iterator[tuple[int, Outcome]]:
+        for answer in engine.step():
+            if answer.finished:
+                number, row = asked.pop(answer)
+                cut = {"cut": True} if answer.finished == "length" else {}
+                yield number, {"answer": text_of(answer, row), **cut}
+
+    for number, row in rows:
+        while len(engine.active) + len(engine.waiting) == engine.rows:
+            yield from finished()
+        try:
+            asked[engine.submit(question_of(number, row))] = number, row
+        except InputError as problem:  # a picture that can't be opened, a question that is too long
+            yield number, {"error": f"{row.where}: {problem}"}
+    while engine.busy:
+        yield from finished()
+
+
+def answered(
+    rows: Iterable[tuple[int, Row]], checkpoint: Checkpoint, options: argparse.Namespace
+) -> Iterator[tuple[int, Outcome]]:
+    """`outcomes` of a checkpoint, which is loaded here."""
+    from model.inference.chat import chat_question, image_tensor
+    from model.inference.engine import Engine
+    from model.inference.load import load_for_answering
+    from model.inference.text import answer_text
+
+    model, tokenizer = load_for_answering(
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+    )
+    sampling = sampling_of(options)
+
+    def is_english(row: Row) -> bool:
+        return (row.lang or options.lang) == "en"
+
+    def question_of(number: int, row: Row) -> "Question":
+        image = None if row.img is None else image_tensor(row.img, model)
+        seed = None if options.seed is None else row_seed(options.seed, number)
+        return chat_question(
+            image, model, tokenizer, row.prompt, row.history,
+            max_length=options.max_length, sampling=replace(sampling, seed=seed), english=is_english(row),
+        )  # fmt: skip
+
+    def text_of(answer: "Answer", row: Row) -> str:
+        return answer_text(answer.ids, tokenizer, is_english(row))
+
+    engine = Engine(model, tokenizer, options.batch_size, options.max_length)
+    return outcomes(rows, engine, question_of, text_of)
+
+
+def row_seed(seed: int, number: int) -> int:
+    """The seed of one row: whichever rows were answered before, or stand beside it, its answer is the same."""
+    return random.Random(f"{seed} {number}").getrandbits(32)
+
+
+def lines_in_order(
+    path: str, done: int, known: dict[int, Outcome], finished: Iterator[tuple[int, Outcome]]
+) -> Iterator[tuple[bytes, Outcome]]:
+    """The lines of the rows of a data file after the first few that are done, and each one's outcome.
+
+    Args:
+        known: outcomes that are there already, by row. finished: the others, in any order; they are asked for when needed.
+
+    Raises:
+        InputError: the file has other rows than before.
+    """
+    for number, entry in enumerate(values_of(path), 1):
+        if number <= done:
+            continue
+        while number not in known:
+            row_and_outcome = next(finished, None)
+            if row_and_outcome is None:
+                raise InputError(
+                    f"{path}: it has changed since this command began; a file that stays as it is is needed."
+                )
+            known |= [row_and_outcome]
+        outcome = known.pop(number)
+        row = entry if isinstance(entry, dict) else {}
+        row = {key: value for key, value in row.items() if key not in ("row", "answer", "error", "cut")}
+        line = json.dumps({"row": number, **row, **outcome}, ensure_ascii=False)
+        yield f"{line}\n".encode("utf-8", "backslashreplace"), outcome  # half a character becomes its JSON escape
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser)
+    add = parser.add_argument
+    # fmt: off
+    add("--data", required=True, metavar="ROWS.json",
+        help='rows of "prompt", and "img", "history" and "lang" where they have them; JSON or JSON Lines')
+    add("--out", required=True, metavar="ANSWERS.jsonl", help="where the answers are written; - is standard output")
+    add("--overwrite", action="store_true", help="begin anew although there are answers in --out")
+    add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
+    add("--bad_rows", choices=("keep", "error"), default="keep",
+        help="rows that can't be answered: keep writes the reason in the answer's place, error stops before a model is "
+             "loaded (default %(default)s)")
+    add("--lang", choices=LANGUAGES, default="zh", help="frame of the rows that don't say (default %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
+    add("--max_length", type=int, metavar="N",
+        help=f"tokens of question and answer together (default {DEFAULT_LENGTH}, or as many as a smaller model takes)")
+    # fmt: on
+    add_sampling_flags(parser, temperature=0.0)
+    add_number_format_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("predict.py"):
+        predict(command_line().parse_args(argv))
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Answer every row that isn't answered yet; the last line counts the answers."""
+    check(options)
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes]
+        if options.out == STANDARD_OUTPUT:
+            file = sys.stdout.buffer
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # of all else that is said
+        checkpoint = found_checkpoint(options)
+        positions = checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH)
+        options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
+        rows, problems, total = read_questions(options)
+        done = errors = 0
+        if options.out != STANDARD_OUTPUT:
+            with telling(options.out):
+                done, errors = begun(Path(options.out), settings_of(options, checkpoint), options.overwrite)
+                file = stack.enter_context(open(options.out, "ab", buffering=0))
+        if done:
+            say(f"{options.out}: {done} of {total} rows are done already.")
+        to_ask = {number for number in rows.numbers if number > done} - problems.keys()
+        asked: Iterator[tuple[int, Outcome]] = iter(())
+        if to_ask:
+            numbered = zip(rows.numbers, rows, strict=True)
+            asked = answered((one for one in numbered if one[0] in to_ask), checkpoint, options)
+        known = {number: {"error": problem} for number, problem in problems.items()}
+        lines = lines_in_order(options.data, done, known, asked)
+        if not (options.out == STANDARD_OUTPUT and file.isatty()):
+            lines = with_progress(lines, total - done, "Answering")
+        for line, outcome in lines:
+            with telling(options.out):
+                write_at_once(line, file)
+            errors += "error" in outcome
+        say(f"{options.out}: {total - errors} of {total} rows answered.")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check the flags that need no file.
+
+    Raises:
+        InputError: one is out of bounds, or --out would overwrite the rows, or they can't be read twice.
+    """
+    sampling_of(options)
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
+    if Path(options.data).exists() and not Path(options.data).is_file():
+        raise InputError(f"--data {options.data}: not a file; one is needed, for it is read twice.")
+    if options.out != STANDARD_OUTPUT and Path(options.out).resolve() == Path(options.data).resolve():
+        raise InputError(f"--out {options.out}: the same file as --data; another one is needed.")
+
+
+if __name__ == "__main__":
+    main()

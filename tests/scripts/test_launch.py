@@ -1,0 +1,35 @@
+"""What the recipes start the script with."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import PROJECT
+
+
+def launch(**environment: str) -> str:
+    """The words before the script's path on a machine without a GPU."""
+    done = subprocess.run(
+        ["bash", "-c", 'source scripts/launch.sh && echo "${launch[@]}"'],
+        cwd=PROJECT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "VIRTUAL_ENV": "active"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "python"),
+        ({"HOSTFILE": "hosts"}, "deepspeed --log_level warning --hostfile hosts --master_port 29500"),
+        (
+            {"HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29600"},
+            "deepspeed --log_level warning --hostfile hosts --master_port 29600 --no_ssh --node_rank 1 --master_addr 10.0.0.1",
+        ),
+    ],
+)
+def test_hostfile_is_for_deepspeed_which_reaches_the_machines_itself_unless_each_has_a_number(environment, words):
+    assert launch(**environment) == words

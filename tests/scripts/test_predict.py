@@ -1,0 +1,298 @@
+"""Answers for the rows of a data file: each in its place, whatever stopped the command before."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, PROJECT, load_model, write_rows, write_tuned
+
+from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
+from model.inference.chat import chat
+from scripts.predict import lines_in_order, main
+
+COMMAND = PROJECT / "scripts/predict.py"
+PICTURES = [str(GOLDEN / f"upstream/images/{number}.png") for number in range(3)]
+ROWS = [
+    {"img": PICTURES[0], "prompt": "背景里有什么？"},
+    {"id": 7, "prompt": "你好", "history": [["一", "二"]]},
+    {"img": PICTURES[1], "prompt": "Describe the image.", "lang": "en", "label": "A cat."},
+    {"prompt": "你好"},
+    {"img": PICTURES[2], "prompt": ""},
+]
+BAD = [{"img": "gone.png", "prompt": "你好"}, {"label": "没有问题"}, 5, {"prompt": "\ud800"}]
+
+
+@dataclass
+class Run:
+    """How a run of the command ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def predict(upstream_checkpoint, capsys):
+    """Runs the command with these words after --from_pretrained."""
+
+    def run(*words, checkpoint=upstream_checkpoint):
+        capsys.readouterr()
+        try:
+            main(["--from_pretrained", str(checkpoint), "--max_length", "70", *map(str, words)])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return Run(code, *capsys.readouterr())
+
+    return run
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+# answers
+
+
+def test_answers_of_rows_of_any_kind_are_those_of_chat_in_the_files_order(predict, tmp_path, upstream_checkpoint):
+    out = tmp_path / "answers.jsonl"
+    run = predict("--data", write_rows(tmp_path, ROWS), "--out", out, "--batch-size", "2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{out}: 5 of 5 rows answered.\n"
+    model, tokenizer = load_model(upstream_checkpoint), ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    answers = [
+        chat(
+            row.get("img"), model, tokenizer, row["prompt"], [tuple(turn) for turn in row.get("history", [])],
+            max_length=70, temperature=0, repetition_penalty=1.0, english=row.get("lang") == "en",
+        )[0]
+        for row in ROWS
+    ]  # fmt: skip
+    assert [line["answer"] for line in lines_of(out)] == answers
+    assert [line["row"] for line in lines_of(out)] == [1, 2, 3, 4, 5]
+    assert all(row.items() <= line.items() for row, line in zip(ROWS, lines_of(out), strict=True))
+
+
+def test_answer_that_was_cut_off_is_marked(predict, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    predict("--data", write_rows(tmp_path, [{"prompt": "你好"}]), "--out", out, "--max_length", "12")
+    assert lines_of(out)[0]["cut"] is True
+
+
+def test_bad_rows_keep_their_places_with_the_reason(predict, tmp_path):
+    too_long = {"prompt": "很长的问题" * 100}
+    data, out = tmp_path / "rows.json", tmp_path / "answers.jsonl"
+    data.write_text(json.dumps([BAD[0], ROWS[0], *BAD[1:], too_long, ROWS[3]]))
+    run = predict("--data", data, "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{out}: 2 of 7 rows answered.\n"
+    lines = lines_of(out)
+    assert ["answer" in line for line in lines] == [False, True, False, False, False, False, True]
+    parts = ["there is no file gone.png", 'no "prompt"; every row', "a number instead of an object", "half a character"]
+    for line, part in zip([lines[0], *lines[2:5]], parts, strict=True):
+        assert part in line["error"]
+        assert part in run.stderr
+    assert "--max_length must be more, not 70" in lines[5]["error"]
+    assert lines[4]["prompt"] == "\ud800"
+
+
+def test_jsonl_with_a_broken_line_keeps_its_place(predict, tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text('{"prompt": "你好"}\n{"prompt": \n{"prompt": "你好"}\n', encoding="utf-8")
+    assert predict("--data", data, "--out", out).returncode == 0
+    one, broken, other = lines_of(out)
+    assert one["answer"] == other["answer"]
+    assert "not JSON" in broken["error"]
+
+
+def test_picture_that_goes_while_rows_are_answered_is_an_error_in_its_place(predict, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.predict.CHECK_SECONDS", 0.0)
+    picture = tmp_path / "cut.png"
+    picture.write_bytes(Path(PICTURES[0]).read_bytes()[:-30])
+    out = tmp_path / "answers.jsonl"
+    data = write_rows(tmp_path, [{"img": str(picture), "prompt": "一"}, {"prompt": "一"}])
+    monkeypatch.setattr("scripts.predict.check_rows", lambda *_: type("Check", (), {"problems": {}}))
+    assert predict("--data", data, "--out", out).returncode == 0
+    bad, good = lines_of(out)
+    assert "damaged or cut short" in bad["error"]
+    assert "answer" in good
+
+
+def test_data_file_that_grows_meanwhile_is_told(tmp_path):
+    data, known = write_rows(tmp_path, ROWS[:2]), {1: {"answer": "一"}}
+    lines = lines_in_order(data, 0, known, iter(()))
+    assert next(lines)[1] == {"answer": "一"}
+    with pytest.raises(InputError, match="it has changed since this command began"):
+        next(lines)
+
+
+# sampling
+
+
+def test_drawn_answer_depends_on_the_seed_and_the_row_not_on_its_neighbours(predict, tmp_path):
+    data = write_rows(tmp_path, [{"prompt": "你好"}] * 3)
+
+    def answers(*words):
+        out = tmp_path / "answers.jsonl"
+        predict("--data", data, "--out", out, "--overwrite", "--temperature", "5", "--top_p", "1", *words)
+        return [line["answer"] for line in lines_of(out)]
+
+    first = answers("--seed", "1")
+    assert answers("--seed", "1", "--batch-size", "1") == first
+    assert answers("--seed", "2") != first
+    assert len(set(first)) > 1
+
+
+# going on
+
+
+def test_half_a_line_is_dropped_and_the_same_command_goes_on(predict, tmp_path):
+    words = ["--data", write_rows(tmp_path, [*ROWS, BAD[0]]), "--out", tmp_path / "answers.jsonl"]
+    predict(*words)
+    whole = words[-1].read_bytes()
+    ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
+    for kept in (10, ends[0] + 1, ends[2] + 5, len(whole) - 1):
+        words[-1].write_bytes(whole[:kept])
+        run = predict(*words, "--batch-size", "2")
+        assert run.returncode == 0, run.stderr
+        assert words[-1].read_bytes() == whole
+        assert run.stdout.endswith(": 5 of 6 rows answered.\n")
+
+
+def test_answers_that_are_all_there_need_no_model(predict, tmp_path, monkeypatch):
+    words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]
+    predict(*words)
+    monkeypatch.setattr("model.inference.load.load_for_answering", None)
+    run = predict(*words)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0] == f"{words[-1]}: 5 of 5 rows are done already."
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        (["--temperature", "1"], "--temperature 0.0, now 1.0"),
+        (["--quant", "8"], "--quant not given, now 8"),
+        ("data", "the data file's content"),
+        ("weights", "the checkpoint's weights"),
+        ("answers", "not the line of row 2"),
+        ("settings", "not of predict.py"),
+    ],
+)
+def test_something_else_than_before_is_refused_unless_it_may_be_overwritten(
+    predict, tmp_path, upstream_checkpoint, changed, part
+):
+    data, out, checkpoint = write_rows(tmp_path, ROWS[:2]), tmp_path / "answers.jsonl", upstream_checkpoint
+    predict("--data", data, "--out", out)
+    if changed == "data":
+        write_rows(tmp_path, ROWS[1:3])
+    elif changed == "weights":
+        checkpoint = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    elif changed == "answers":
+        out.write_text("".join(out.read_text().splitlines(keepends=True)[:1] * 2))
+    elif changed == "settings":
+        (tmp_path / "answers.jsonl.settings.json").unlink()
+    before, words = out.read_bytes(), changed if isinstance(changed, list) else []
+    run = predict("--data", data, "--out", out, *words, checkpoint=checkpoint)
+    assert run.returncode == 2
+    assert part in run.stderr
+    assert "--overwrite" in run.stderr
+    assert out.read_bytes() == before
+    assert predict("--data", data, "--out", out, *words, "--overwrite", checkpoint=checkpoint).returncode == 0
+    assert [line["row"] for line in lines_of(out)] == [1, 2]
+
+
+@pytest.mark.run
+def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upstream_checkpoint, tmp_path):
+    data, out = write_rows(tmp_path, ROWS * 3), tmp_path / "answers.jsonl"
+    words = ["--data", data, "--out", out, "--batch-size", "1"]
+    process = subprocess.Popen(
+        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "70", *words]
+    )
+    while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped = out.read_bytes()
+    assert predict(*words).returncode == 0
+    assert out.read_bytes().startswith(stopped)
+    answers = [line["answer"] for line in lines_of(out)]
+    assert answers == answers[:5] * 3
+
+
+# standard output
+
+
+def test_standard_output_gets_the_lines_alone(predict, tmp_path):
+    run = predict("--data", write_rows(tmp_path, ROWS), "--out", "-")
+    assert [json.loads(line)["row"] for line in run.stdout.splitlines()] == [1, 2, 3, 4, 5]
+    assert run.stderr == "-: 5 of 5 rows answered.\n"
+
+
+@pytest.mark.run
+def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint, "--out", "-", "--max_length", "70",
+         "--data", write_rows(tmp_path, ROWS)],
+        stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--out", "a.jsonl", "--batch-size", "0"], "--batch-size 0: 1 or more is needed"),
+        (["--out", "a.jsonl", "--top_p", "2"], "--top_p 2.0: a number above 0"),
+        (["--out", "a.jsonl", "--max_length", "100000"], "this model takes"),
+        (["--out", "rows.json"], "the same file as --data"),
+        (["--out", "no/such/folder/a.jsonl"], "--out no/such/folder/a.jsonl: No such file or directory"),
+        (["--out", "/dev/null"], "--out /dev/null: not a file"),
+        (["--out", "a.jsonl", "--data", "pipe"], "--data pipe: not a file; one is needed, for it is read twice"),
+        (["--out", "a.jsonl", "--data", "gone.json"], "gone.json: No such file or directory"),
+        (
+            ["--out", "a.jsonl", "--data", "bad.json", "--bad_rows", "error"],
+            "bad.json row 2: there is no file gone.png",
+        ),
+        (["--out", "a.jsonl", "--data", "all-bad.json"], "all-bad.json row 1: there is no file gone.png"),
+    ],
+)
+def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predict, tmp_path, monkeypatch, words, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.inference.load.load_for_answering", None)  # nothing is loaded before
+    for name, rows in (("rows", ROWS), ("bad", [ROWS[0], BAD[0]]), ("all-bad", [BAD[0]])):
+        write_rows(tmp_path, rows, f"{name}.json")
+    os.mkfifo("pipe")
+    before = sorted(os.listdir())
+    run = predict("--data", "rows.json", *words)
+    assert run.returncode == 2
+    assert part in run.stderr
+    assert "Traceback" not in run.stderr
+    assert sorted(os.listdir()) == before
+
+
+def test_full_disk_is_a_sentence_and_the_command_goes_on_later(predict, tmp_path):
+    words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800, limits[1]))
+    try:
+        run = predict(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.returncode == 2
+    assert "answers.jsonl: File too large; a file that can be written is needed" in run.stderr
+    assert predict(*words).returncode == 0
+    assert [line["row"] for line in lines_of(words[-1])] == [1, 2, 3, 4, 5]

@@ -1,0 +1,382 @@
+"""Loading, training, saving and answering rehearsed on a GPU that isn't there (`fake_gpu`), and its memory counted.
+
+What a rehearsal can find is planted: fifteen mistakes, each of which must be found.
+"""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import FakeTimers, load_model, write_checkpoint
+from fake_gpu import CUDA, GIB, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
+
+from model import attention
+from model.blip2 import BLIP2
+from model.checkpoints import weights
+from model.checkpoints.layout import Checkpoint, ModelConfig
+from model.checkpoints.metadata import VISION, Base
+from model.checkpoints.tensors import LazyTensor, LazyTensors
+from model.data.dataset import data_collator, packed_collator
+from model.finetune import FineTuneVisualGLMModel
+from model.frozen import Nf4Linear, dequantized
+from model.inference import engine as engine_module
+from model.inference.engine import Engine, Question
+from model.lora import LoraLinear
+from model.loss import head_loss
+from model.training import step as step_module
+from model.training.step import forward_step
+from model.visualglm import VisualGLMModel, without_memory
+from scripts.dev.benchmark import SHAPES
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+METHODS = {
+    "lora": {"use_lora": True, "layer_range": [0], "lora_rank": 4, "lora_dropout": 0.1},
+    "lora everywhere": {
+        "use_lora": True,
+        "lora_target": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    },
+    "qlora": {"use_qlora": True, "layer_range": [0], "lora_rank": 4},
+    "ptuning": {"use_ptuning": True, "pre_seq_len": 4},
+    "lora and vision": {"use_lora": True, "train_parts": ["vit=1e-5", "qformer", "glm_proj"]},
+}
+KINDS = ("images", "features", "no images", "some images", "packed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_parallel_groups(upstream_checkpoint: Path) -> None:
+    """SAT's, which a real run has made before it builds a model."""
+    load_model(upstream_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict, model_parallel_groups: None) -> Path:
+    """A checkpoint with as few layers as show everything: fake tensors take Python's time, operation by operation."""
+    config = copy.deepcopy(upstream_config) | {"num_layers": 2}
+    config["eva_args"]["num_layers"] = 1
+    config["qformer_args"] |= {"num_layers": 2, "is_decoder": [True, False]}
+    like = tensors_of(config)
+    weights = {name: torch.zeros(tensor.shape) for name, tensor in like.items()}
+    return write_checkpoint(tmp_path_factory.mktemp("smallest") / "smallest", config, weights)
+
+
+def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a base with this config, on the meta device."""
+    args = argparse.Namespace(**{**vars(VisualGLMModel.get_args()), **copy.deepcopy(config)})
+    with without_memory():
+        return VisualGLMModel(args, params_dtype=torch.float32).state_dict()
+
+
+def on_gpu(checkpoint: Path | Checkpoint, dtype: str, complete: bool = True, **flags: Any) -> tuple[Any, Any]:
+    """A checkpoint's model loaded onto the fake GPU as a run loads it, and SAT's namespace."""
+    args = FineTuneVisualGLMModel.get_args(skip_init=True, hidden_dropout=0.1, attention_dropout=0.1, lr=1e-4, **flags)
+    vars(args).update(device="cuda:0", mode="finetune", fp16=dtype == "fp16", bf16=dtype == "bf16", bad_rows="error")
+    model, args = FineTuneVisualGLMModel.from_pretrained(checkpoint, args, language_later=True)
+    if complete:
+        model.finish_loading()
+    model.freeze()
+    return model.train(), args
+
+
+def sample(
+    config: ModelConfig, tokens: int, learned: int, image: str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """A row of so many tokens, of which the last ones are learned, with its "image", its "image_features" or none."""
+    side, queries = config["eva_args"]["image_size"][0], config["qformer_args"]["vocab_size"]
+    width = config["qformer_args"]["hidden_size"]
+    slots, question = (
+        [config["pad_token_id"]] * config["image_length"],
+        [5, config["gmask_token_id"], config["bos_token_id"]],
+    )
+    input_ids = [4, 4, 4, *slots, *question]
+    input_ids += [5] * (tokens - len(input_ids))
+    labels = [-100] * (tokens - learned) + input_ids[tokens - learned :]
+    pictures = {
+        "image": torch.zeros(3, side, side),
+        "image_features": torch.zeros(queries, width, dtype=dtype),
+    }
+    return {
+        "input_ids": input_ids, "labels": labels, "pre_image": 3, "image_length": config["image_length"],
+        "pad_token_id": config["pad_token_id"], **({image: pictures[image]} if image else {"image": None}),
+    }  # fmt: skip
+
+
+@with_numbers
+def batch_of(kind: str, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What a loader hands over, on the CPU: rows of different lengths."""
+    lengths = ((50, 8), (44, 3), (61, 12))
+    pictures: dict[str, list[str | None]] = {
+        "images": ["image"] * 3, "no images": [None] * 3, "some images": ["image", None, "image"],
+    }  # fmt: skip
+    images = pictures.get(kind, ["image_features"] * 3)
+    samples = [sample(config, *length, image, dtype) for length, image in zip(lengths, images, strict=True)]
+    return (packed_collator if kind == "packed" else data_collator)(samples)
+
+
+def fake(batch: dict[str, Any]) -> dict[str, Any]:
+    """batch with fake tensors, on the CPU."""
+    return {name: fake_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def step(model: Any, args: Any, kind: str, memory: Memory) -> None:
+    """One forward and backward pass without a wait; each trained tensor has a gradient of its own device and dtype."""
+    dtype = model.transformer.word_embeddings.weight.dtype
+    memory.refuses_waits = True
+    loss, _ = forward_step(iter([fake(batch_of(kind, config_of(args), dtype))]), model, args, FakeTimers())
+    assert (loss.device, loss.dtype) == (CUDA, torch.float32)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(VISION):
+            assert parameter.grad is not None, name
+        if parameter.grad is not None:
+            assert (parameter.grad.device, parameter.grad.dtype) == (CUDA, dtype), name
+        parameter.grad = None
+    memory.refuses_waits = False
+
+
+def config_of(args: Any) -> ModelConfig:
+    return vars(args)  # type: ignore[return-value]
+
+
+def answer(model: Any, args: Any) -> None:
+    """Two questions, one with a picture, in the engine: both contexts, then two tokens more of each."""
+    tokenizer = SimpleNamespace(eos_token_id=90, pad_token_id=3)
+    engine = Engine(model.eval(), tokenizer, rows=2, positions=80)  # type: ignore[arg-type]
+    side = args.eva_args["image_size"][0]
+    context = sample(config_of(args), 42, 0)["input_ids"]
+    for image in (torch.zeros(1, 3, side, side, device=CUDA), None):
+        engine.submit(Question(context[: 40 + 2 * (image is None)], 3, image))
+    for _ in range(3):
+        engine.step()
+    assert [len(row.ids) for row in engine.active] == [3, 3]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    """The fake GPU, with the attention that torch takes on a real one; the engine is told each token that it waits for."""
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", fused_attention)
+    monkeypatch.setattr(engine_module, "next_tokens", lambda scores, *_: [7] * len(scores))
+    with fake_gpu() as memory:
+        yield memory
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [case for case in itertools.product(METHODS, DTYPES) if case[0] != "lora everywhere" or case[1] == "fp16"],
+)
+def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest: Path, method: str, dtype: str) -> None:
+    model, args = on_gpu(smallest, dtype, **METHODS[method])
+    assert {(p.device, p.dtype) for p in model.parameters()} == {(CUDA, DTYPES[dtype])}
+    assert all(buffer.device == CUDA for buffer in model.buffers())
+    for kind in KINDS:
+        step(model, args, kind, gpu)
+    model.transformer.checkpoint_activations = True
+    step(model, args, "features", gpu)
+    model.transformer.checkpoint_activations = False
+    saved = weights.weights_to_save(model, full=False)
+    assert saved
+    assert all(tensor.device.type == "cpu" for tensor in saved.values())
+    answer(model, args)
+    if "train_parts" not in METHODS[method]:
+        model.get_mixin("eva").model.send_away(is_kept=True)
+        assert not any(p.device == CUDA for p in model.get_mixin("eva").model.vit.parameters())
+        model.to(CUDA)  # DeepSpeed does that
+        assert not any(p.device == CUDA for p in model.get_mixin("eva").model.vit.parameters())
+        step(model.train(), args, "features", gpu)
+
+
+# --- the true 6B ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_the_6b(gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """The base of the 6B shape, in fp16, without numbers, as if it lay on a disk."""
+    config = copy.deepcopy(SHAPES["6b"])
+    like = tensors_of(config)
+    lazy = LazyTensors(
+        {
+            name: LazyTensor(
+                tuple(tensor.shape), torch.float16, partial(torch.empty, tensor.shape, dtype=torch.float16)
+            )
+            for name, tensor in sorted(like.items(), key=lambda entry: -entry[1].numel())
+        }
+    )
+    monkeypatch.setattr(weights, "whole_weights", lambda *_: (lazy, Base("6b", "6b", ""), set()))
+    monkeypatch.setattr(weights, "read_one_by_one", lambda given, *_: given)
+    return Checkpoint("6b", Path("6b"), "1", config)  # type: ignore[arg-type]
+
+
+GIB_AT_MOST = {"lora": 13.0, "qlora": 5.3}  # of the device, for one row of 56 tokens: a T4 has 15, small cards have 6
+RECIPE = {"lora_rank": 10, "layer_range": [0, 14]}
+
+
+def with_features(config: ModelConfig, rows: int, tokens: int, learned: int) -> dict[str, Any]:
+    """A batch of rows of so many tokens, whose pictures have been looked at."""
+    row = with_numbers(sample)(config, tokens, learned, "image_features", torch.float16)
+    return fake(with_numbers(data_collator)([row] * rows))
+
+
+def trained_step(model: Any, args: Any, batch: dict[str, Any]) -> None:
+    loss, _ = forward_step(iter([batch]), model, args, FakeTimers())
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("method", GIB_AT_MOST)
+def test_6b_is_loaded_and_trained_within_the_memory_of_small_gpus(
+    gpu: Memory, of_the_6b: Checkpoint, method: str
+) -> None:
+    model, args = on_gpu(of_the_6b, "fp16", complete=False, **{f"use_{method}": True}, **RECIPE)
+    vision = model.get_mixin("eva").model
+    with torch.no_grad():
+        vision.features(
+            torch.zeros(16, 3, 224, 224, device=CUDA, dtype=torch.float16)
+        )  # as many as are looked at at once
+    with_vision = gpu.now
+    vision.send_away(is_kept=False)
+    model.finish_loading()
+    model.freeze()
+    loaded, while_loading = gpu.now, gpu.peak
+    assert 1.9 < with_vision / GIB < 2.2
+    trained_step(model.train(), args, with_features(of_the_6b.config, 1, 56, 13))
+    print(
+        f"{method}: {loaded / GIB:.2f} GiB loaded, {while_loading / GIB:.2f} while loading, {gpu.peak / GIB:.2f} at most"
+    )
+    assert gpu.peak / GIB <= GIB_AT_MOST[method]
+
+
+# --- planted mistakes -------------------------------------------------------------------------------------------------
+
+Patch = pytest.MonkeyPatch
+
+
+def changed(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """A mistake: what owner.name gives is changed."""
+
+    def plant(patch: Patch) -> None:
+        right = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **named: change(right(*args, **named)))
+
+    return plant
+
+
+def given(owner: Any, name: str, number: int, change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """A mistake: what owner.name is given at a place, counted from 0, is changed."""
+
+    def plant(patch: Patch) -> None:
+        right = getattr(owner, name)
+
+        def wrong(*args: Any, **named: Any) -> Any:
+            return right(*args[:number], change(args[number]), *args[number + 1 :], **named)
+
+        patch.setattr(owner, name, wrong)
+
+    return plant
+
+
+def state_left_behind(patch: Patch) -> None:
+    def weight_in_full(linear: Nf4Linear) -> torch.Tensor:
+        linear.state.absmax = linear.state.absmax.cpu()
+        return dequantized(linear.packed, linear.state, linear.dtype)
+
+    patch.setattr(Nf4Linear, "weight_in_full", weight_in_full)
+
+
+def drawn_in_float32(patch: Patch) -> None:
+    right = LoraLinear.draw
+
+    def draw(linear: LoraLinear, device: torch.device) -> None:
+        right(linear, device)
+        linear.matrix_A.float()
+
+    patch.setattr(LoraLinear, "draw", draw)
+
+
+def drawn_on_the_cpu(owner: Any) -> Callable[[Patch], None]:
+    def plant(patch: Patch) -> None:
+        right = owner.draw
+        patch.setattr(owner, "draw", lambda module, device: right(module, torch.device("cpu")))
+
+    return plant
+
+
+def answers_left_on_the_cpu(patch: Patch) -> None:
+    right = step_module.on_device
+    patch.setattr(step_module, "on_device", lambda batch, args: right(batch, args) | {"answers": batch["answers"]})
+
+
+def looks_at_the_mask(patch: Patch) -> None:
+    right = attention.FusedAttentionMixin.bias
+
+    def bias(mixin: Any, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if mask.all() else right(mixin, mask, dtype)
+
+    patch.setattr(attention.FusedAttentionMixin, "bias", bias)
+
+
+def finds_positions_on_the_device(patch: Patch) -> None:
+    patch.setattr(
+        step_module, "head_loss", lambda hidden, head, answers: head_loss(hidden, head, answers[answers >= 0])
+    )
+
+
+def vision_sent_away(patch: Patch) -> None:
+    right = FineTuneVisualGLMModel.freeze
+
+    def freeze(model: Any) -> None:
+        right(model)
+        model.get_mixin("eva").model.send_away(is_kept=True)
+
+    patch.setattr(FineTuneVisualGLMModel, "freeze", freeze)
+
+
+def a_query_too_many(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch | {"image_features": torch.cat([batch["image_features"], batch["image_features"][:, :1]], dim=1)}
+
+
+MISTAKES: dict[str, tuple[str, str, Callable[[Patch], None], str]] = {  # method, kind of batch, mistake, what is found
+    "the mask stays on the CPU": (
+        "lora", "features", changed(VisualGLMModel, "get_inputs", lambda got: (got[0].cpu(), got[1])), "waits",
+    ),
+    "the positions stay on the CPU": (
+        "lora", "features", changed(VisualGLMModel, "get_inputs", lambda got: (got[0], torch.zeros(got[1].shape).long())),
+        "device",
+    ),
+    "the loss is read": ("lora", "features", changed(step_module, "head_loss", lambda loss: loss * loss.item()), "item|scalar"),
+    "the loss is copied": ("lora", "features", changed(step_module, "head_loss", lambda loss: loss + loss.cpu()), "waits"),
+    "attention looks at the mask": ("lora", "features", looks_at_the_mask, "scalar"),
+    "positions are searched for on the device": ("lora", "features", finds_positions_on_the_device, "nonzero"),
+    "images stay in float32": ("lora", "images", given(BLIP2, "features", 1, lambda image: image.float()), "type"),
+    "angles stay in float32": (
+        "lora", "features", changed(attention, "rotary_rows", lambda rows: tuple(row.float() for row in rows)), "dtype",
+    ),
+    "the bias of the mask stays in float32": (
+        "lora", "features", changed(attention, "score_bias", lambda bias: bias.float()), "dtype",
+    ),
+    "a layer norm gets float32": (
+        "lora", "features", given(torch.nn.functional, "layer_norm", 0, lambda x: x.float()), "dtype",
+    ),
+    "factors are drawn in float32": ("lora", "features", drawn_in_float32, "dtype"),
+    "factors stay on the CPU": ("lora", "features", drawn_on_the_cpu(LoraLinear), "device"),
+    "a prefix stays on the CPU": ("ptuning", "features", drawn_on_the_cpu(attention.PrefixMixin), "device"),
+    "the scales of 4 bits stay on the CPU": ("qlora", "features", state_left_behind, "devices|waits"),
+    "the answers stay on the CPU": ("lora", "features", answers_left_on_the_cpu, "device"),
+    "the vision part is away": ("lora", "images", vision_sent_away, "device"),
+    "a picture has a query too many": ("lora", "features", changed(step_module, "on_device", a_query_too_many), "shape|size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistake_is_found(gpu: Memory, smallest: Path, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, kind, plant, found = MISTAKES[mistake]
+    plant(monkeypatch)
+    model, args = on_gpu(smallest, "fp16", **METHODS[method])
+    with pytest.raises((RuntimeError, ValueError), match=found):
+        step(model, args, kind, gpu)

@@ -155,7 +155,9 @@ def test_saved_checkpoint_can_be_trained_on(train, both):
 @pytest.mark.run
 def test_saving_says_where_and_when(both):
     folder = saved_checkpoint(both)
-    assert both.out.splitlines()[-1] == f"Saved {folder} (iteration {STEPS})."
+    *_, saved, answers, page = both.out.splitlines()
+    assert saved == f"Saved {folder} (iteration {STEPS})."
+    assert (answers.split(",")[1], page) == (" answers right: before 0/6", f"Report: {folder}/report.html")
     assert re.fullmatch(r"MyModel-\d\d-\d\d-\d\d-\d\d", folder.name)
 
 

@@ -108,7 +108,7 @@ def thumbnail(path: str) -> str | None:
     if not path:
         return None
     try:
-        image = open_image(path)
+        image = open_image(path, THUMBNAIL).copy()
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=80)

@@ -73,7 +73,9 @@ class RowAnswers:
     """The rows of a run that are answered, and their answers before the first step and now."""
 
     def __init__(self, options: Options, tokenizer: Any) -> None:
-        self.number, self.in_between = options.eval_answers or options.answers, options.eval_answers > 0
+        # Without a folder nothing is left of the answers but an evaluation's measures.
+        self.number = options.eval_answers or (options.answers if options.save else 0)
+        self.in_between = options.eval_answers > 0
         self.tokenizer = tokenizer
         self.batch = min(AT_ONCE, options.eval_batch_size or AT_ONCE)
         self.held_out = False

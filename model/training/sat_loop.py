@@ -382,9 +382,9 @@ def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         if hooks.make_loaders is not None and val_data is not None:
             val_data.batch_sampler.start_iter = 0  # SAT's --resume-dataloader leaves rows out of every evaluation
         owes_evaluation = hooks.before_training(LoopState(model, optimizer, scheduler, args), train_data)
+        hooks.before_first_step(LoopState(model, optimizer, scheduler, args), train_data, val_data)
         if owes_evaluation and args.do_valid and args.eval_interval and args.iteration % args.eval_interval == 0:
             evaluate_now()
-        hooks.before_first_step(LoopState(model, optimizer, scheduler, args), train_data, val_data)
         result = train_of_sat(model, optimizer, scheduler, train_data, val_data, timers, args, **named)
         is_ours = hooks.make_loaders is not None
         if (

@@ -196,7 +196,10 @@ def test_run_without_save_is_saved_under_checkpoints_once(upstream_checkpoint: P
     done = train(upstream_checkpoint, tmp_path, "--train-iters", "2")
     assert (done.code, done.saves) == (0, 1), done.err
     assert iterations(tmp_path) == ["2"]
-    assert done.out.splitlines()[-1].startswith("Saved checkpoints/MyModel-")
+    *_, saved, answers, page = done.out.splitlines()
+    assert saved.startswith("Saved checkpoints/MyModel-")
+    assert answers.startswith("Of ")
+    assert page.startswith("Report: checkpoints/MyModel-")
 
 
 @pytest.mark.run

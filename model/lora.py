@@ -125,7 +125,6 @@ class LoraMixin(BaseMixin):
 
     def reinit(self, parent_model: Any = None) -> None:
         """Put the factors into the parent model; SAT calls this when the mixin is added."""
-        # Dense comes before query_key_value, as the released script makes them: the first random numbers are its own.
         for layer, name in ((layer, name) for layer in self._layers() for name in reversed(self.targets)):
             part = getattr(layer, PART_OF_TARGET[name])
             stacked = layer.attention.stride if name == "query_key_value" else 1

@@ -6,6 +6,7 @@ What a rehearsal can find is planted: fifteen mistakes, each of which must be fo
 import argparse
 import copy
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from model.data.dataset import data_collator, packed_collator
 from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear, dequantized
 from model.inference import engine as engine_module
+from model.inference import load
 from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
@@ -65,6 +67,10 @@ def smallest(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict, mo
     like = tensors_of(config)
     weights = {name: torch.zeros(tensor.shape) for name, tensor in like.items()}
     return write_checkpoint(tmp_path_factory.mktemp("smallest") / "smallest", config, weights)
+
+
+def config_in(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "model_config.json").read_text())
 
 
 def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -190,6 +196,16 @@ def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest:
         model.to(CUDA)  # DeepSpeed does that
         assert not any(p.device == CUDA for p in model.get_mixin("eva").model.vit.parameters())
         step(model.train(), args, "features", gpu)
+
+
+@pytest.mark.parametrize(("dtype", "quant"), [("fp16", None), ("bf16", 8), ("fp16", 4)])
+def test_checkpoint_is_loaded_to_answer_on_a_gpu_in_every_number_format(
+    gpu: Memory, smallest: Path, dtype: str, quant: int | None
+) -> None:
+    model, _ = load.load_for_answering(smallest, quant=quant, dtype=dtype)
+    assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {CUDA}
+    assert {parameter.dtype for parameter in model.parameters()} == {DTYPES[dtype]}
+    answer(model, SimpleNamespace(**config_in(smallest)))
 
 
 # --- the true 6B ------------------------------------------------------------------------------------------------------

@@ -169,6 +169,8 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     trained_in_nf4 = _weight_names(model, Nf4Linear) if chosen.bits else set()
     if chosen.bits:
         quantize_linears(model, chosen.bits, device)
+    for _, _, linear in nf4_linears(model):
+        linear.packed = torch.empty(0, dtype=torch.uint8, device=device)
     packed = _weight_names(model, FrozenLinear)
     rotary = model.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies; float32 in every format
     rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device)

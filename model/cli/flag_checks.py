@@ -89,6 +89,10 @@ _CONFIG_KEYS: Mapping[str, type] = {
     "pad_token_id": int,
 }
 _TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
+NOT_WITH_ZERO_3 = (
+    "ZeRO 3 keeps a part of the model on each process, and would send all of it anew for each token of an answer; "
+    "--zero-stage 2 or less is needed, or no --eval_answers."
+)
 # Which setting replaces which flag, and its value where the file is silent (None: the flag's own).
 _DEEPSPEED_SETTINGS: Mapping[str, tuple[str, object]] = {
     "fp16": ("fp16.enabled", False),
@@ -180,6 +184,8 @@ def _evaluation_problems(options: Options) -> list[str]:
         ]
     if options.keep_best not in (None, "loss") and not options.eval_answers:
         problems.append(f"--keep_best {options.keep_best}: no rows are answered; --eval_answers N is needed.")
+    if options.eval_answers and options.zero_stage == 3:
+        problems.append(f"--eval_answers {options.eval_answers}: {NOT_WITH_ZERO_3}")
     if options.keep_best and options.save is None:
         problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
     return problems

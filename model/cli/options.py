@@ -162,7 +162,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "none); the same rows are answered before and after the run.")
     add("--answers", type=int, default=8, metavar="N",
         help="Rows that are answered before the first step and after the last, held-out ones where there are any: the run's "
-             "last lines and report.html show what changed (default %(default)s; 0: none).")
+             "last lines and report.html show what changed (default %(default)s; 0, and with ZeRO 3: none).")
     add("--max_skipped_steps", type=int, default=20, metavar="N",
         help="Stop after N optimizer steps in a row whose loss or gradient isn't finite, or in which no row could be used "
              "(default %(default)s: in 17 of them fp16's loss scale falls from 65536 to 1).")

@@ -4,7 +4,8 @@ They are rows of the evaluation, evenly spread over it; where nothing is held ou
 said. The question is the sample's own, cut and framed as in training; the likeliest token is always taken. An answer may
 have twice the label's tokens and ANSWER_ROOM more: longer ones are wrong already, and cost time.
 
-Every process answers every row. They are few, and where processes share a model, none can do without the others.
+Every process answers every row. They are few, and where processes share a model, none can do without the others. With ZeRO 3
+no row is answered: for each token all processes would send each other the whole model.
 
 `answers.json` in the run's folder:
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from model.checkpoints.whole import write_whole
+from model.cli.flag_checks import NOT_WITH_ZERO_3
 from model.cli.options import Options
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.rows import Row
@@ -33,6 +35,7 @@ from model.inference.engine import Engine, Question, image_features, model_posit
 from model.inference.scores import Result, result_of, summary
 from model.inference.text import answer_text
 from model.progress import count_of, say, warn
+from model.training.deepspeed_config import zero_stage
 from model.training.records import ANSWERS_FILE
 from model.training.run_state import put_back_random_state, random_state
 
@@ -89,8 +92,18 @@ class RowAnswers:
 
         Args:
             model: DeepSpeed's engine. train, valid: the loaders; the latter may be None.
+
+        Raises:
+            InputError: evaluations are to answer rows, and a DeepSpeed file asks for ZeRO 3.
         """
         if not self.number:
+            return
+        if zero_stage(args.deepspeed_config) == 3:
+            if self.in_between:
+                raise InputError(f"--eval_answers {self.number}: {NOT_WITH_ZERO_3}")
+            say(
+                "No rows are answered before and after the run, because of ZeRO 3; scripts/evaluate.py does it afterwards."
+            )
             return
         self._folder = Path(args.save) if args.save else None
         self.held_out = valid is not None and not same_file_warnings(args.train_data, args.valid_data or [])

@@ -293,6 +293,10 @@ def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
         (("--keep_best", "--save", "x"), "--keep_best: nothing to evaluate on"),
         (("--keep_best", "--holdout", "2", "--save", "none"), "--keep_best: no --save"),
         (
+            ("--eval_answers", "2", "--holdout", "2", "--zero-stage", "3"),
+            "--eval_answers 2: ZeRO 3 keeps a part of the model on each process",
+        ),
+        (
             ("--keep_best", "exact", "--holdout", "2"),
             "--keep_best exact: no rows are answered; --eval_answers N is needed.",
         ),

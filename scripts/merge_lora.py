@@ -30,6 +30,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force_base", action="store_true", help="take --base although the adapter was trained on other weights"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUT has")
     return parser
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = Checkpoint.find(options.checkpoint, "CHECKPOINT")  # before torch is loaded
         from model.convert.merge_lora import merge
 
-        folder = merge(checkpoint, options.out, options.base, options.force_base)
+        folder = merge(checkpoint, options.out, options.base, options.force_base, options.overwrite)
         say(f"Merged into {folder}.")
 
 

@@ -8,12 +8,14 @@
 
     checkpoint = Checkpoint.find("visualglm-6b")      once, from what the user gave; then it is handed on
 
-A name is looked for in this order, and the first place that has it is taken: the folder as given; $SAT_HOME; for
-OWNER/NAME the Hugging Face hub and its cache; for visualglm-6b the download that SAT's users know.
+A name is looked for in this order, and the first place that has it is taken: the folder as given; $SAT_HOME; the newest
+run of that name (checkpoints/MyModel is the newest of checkpoints/MyModel-*); for OWNER/NAME the Hugging Face hub and its
+cache; for visualglm-6b the download that SAT's users know.
 
 Only the standard library is imported.
 """
 
+import glob
 import json
 import os
 import re
@@ -37,6 +39,10 @@ from model.errors import InputError, raise_problems
 from model.progress import warn
 
 MOST_OF_LATEST = 40  # bytes: more isn't the number of an iteration
+
+TIME_OF_A_RUN = re.compile(
+    r"(-\d\d){4}(-\d+)?"
+)  # behind its name: month, day, hour, minute; a number where that was taken
 
 
 class BaseRecord(TypedDict):
@@ -233,6 +239,10 @@ def _place(name: str, flag: str) -> Path:
     for path in (given, in_home):
         if path.exists():
             return path
+    run = _newest_run(given)
+    if run is not None:
+        warn(f"{flag} {name}: the newest run of that name is taken, {run}.")
+        return run
     tried = [f"no folder {given.absolute()}", f"no folder {in_home} ($SAT_HOME)"]
     from model.checkpoints.download import from_hub, from_sat  # it imports this module
 
@@ -245,6 +255,17 @@ def _place(name: str, flag: str) -> Path:
         f"{flag} {name}: no such folder. Tried:\n{lines}Needed is {flag} FOLDER, OWNER/NAME of the Hugging Face hub, or "
         f"the checkpoint unpacked to {in_home}."
     )
+
+
+def _newest_run(path: Path) -> Path | None:
+    """The run that saved last of those whose names are path's and the time of their start, or what path names in it."""
+    for named, below in ((path, ""), (path.parent, path.name)):
+        dated = named.parent.glob(f"{glob.escape(named.name)}-*")
+        runs = [run for run in dated if TIME_OF_A_RUN.fullmatch(run.name.removeprefix(named.name))]
+        saved = [run for run in runs if (run / "latest").is_file() and (run / below).exists()]
+        if saved:
+            return max(saved, key=lambda run: (run / "latest").stat().st_mtime) / below
+    return None
 
 
 def sat_home() -> Path:

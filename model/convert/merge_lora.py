@@ -14,7 +14,7 @@ from model.checkpoints.metadata import KEY, with_base
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import shapes, write_weights
 from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weights, without_adapters
-from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove_unfinished, write_whole
+from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import dequantized, quantized
@@ -23,7 +23,9 @@ from model.lora import folded
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
 
-def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force_base: bool = False) -> Path:
+def merge(
+    checkpoint: str | Checkpoint, out: str, base: str | None = None, force_base: bool = False, overwrite: bool = False
+) -> Path:
     """Write the checkpoint's weights with its LoRA folded in, as an ordinary checkpoint in the new folder out.
 
     From QLoRA the sum is that of the weights as they were in training: packed into 4 bits and unpacked again.
@@ -31,6 +33,7 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     Args:
         checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything that `Checkpoint.find` takes.
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
+        overwrite: put it in the place of the checkpoint that out has.
 
     Raises:
         InputError: there is nothing that can be merged, a file can't be used, or out is in use or has no room.
@@ -38,8 +41,12 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
     checkpoint, folder = Checkpoint.find(checkpoint, "CHECKPOINT"), Path(out)
     adapters = AdapterConfig.from_json(checkpoint.config)
     _refuse_unmergeable(checkpoint.name, adapters)
-    if folder.exists() and (not folder.is_dir() or any(path.suffix != UNFINISHED for path in folder.iterdir())):
-        raise InputError(f"{out}: something is there already; a new folder is needed.")
+    is_replaced = overwrite and (folder / CONFIG_FILE).is_file() and folder.resolve() != checkpoint.folder.resolve()
+    if is_replaced:
+        old, folder = folder, folder.with_name(folder.name + UNFINISHED)
+        remove(folder)
+    elif folder.exists() and (not folder.is_dir() or any(path.suffix != UNFINISHED for path in folder.iterdir())):
+        raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
     weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
     plain = without_adapters(weights)
     needed = size_of(shapes(plain))
@@ -68,6 +75,9 @@ def merge(checkpoint: str | Checkpoint, out: str, base: str | None = None, force
         remove_unfinished(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    if is_replaced:
+        remove(old)
+        folder = folder.rename(old)
     return folder
 
 

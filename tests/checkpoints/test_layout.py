@@ -1,5 +1,7 @@
 """Where a checkpoint's files lie: found once from what was given, and read once."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,37 @@ def test_a_plain_start_reads_model_config_json_once(upstream_checkpoint: Path, t
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-2:] == [str(upstream_checkpoint / "model_config.json"), "1"]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_checkpoint_runs(checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs of one name, the older one first."""
+    runs = [tmp_path / "checkpoints" / f"MyModel-11-26-13-0{minute}" for minute in (0, 1)]
+    for time, run in enumerate(runs):
+        shutil.copytree(checkpoint, run)
+        os.utime(run / "latest", (time, time))
+    return runs[0], runs[1]
+
+
+def test_name_of_runs_without_their_time_is_the_newest_of_them(small_checkpoint_runs: tuple[Path, Path]) -> None:
+    older, newer = small_checkpoint_runs
+    assert Checkpoint.find(older.parent / "MyModel").folder == newer
+    os.utime(older / "latest", (2e9, 2e9))
+    assert Checkpoint.find(older.parent / "MyModel").folder == older
+    assert Checkpoint.find(older).folder == older
+
+
+def test_part_of_the_newest_run_is_found_by_its_name(small_checkpoint_runs: tuple[Path, Path]) -> None:
+    older, newer = small_checkpoint_runs
+    shutil.copytree(older, older / "best")
+    assert Checkpoint.find(older.parent / "MyModel/best").folder == older / "best"
+    assert Checkpoint.find(older.parent / "MyModel/300").folder == newer
+
+
+def test_run_of_a_longer_name_is_not_taken(small_checkpoint_runs: tuple[Path, Path]) -> None:
+    older, newer = small_checkpoint_runs
+    newer.rename(older.parent / "MyModel-large-11-26-13-01")
+    assert Checkpoint.find(older.parent / "MyModel").folder == older

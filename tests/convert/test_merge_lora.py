@@ -162,6 +162,19 @@ def test_folder_in_use_is_refused_and_left_alone(lora, tmp_path):
 # memory, and the command
 
 
+def test_checkpoint_in_the_way_is_replaced_if_that_is_asked_for(lora, tmp_path):
+    folder = merge(str(lora), str(tmp_path / "merged"))
+    (folder / "7").mkdir()
+    assert merge(str(lora), str(folder), overwrite=True) == folder
+    assert not (folder / "7").exists()
+    assert Checkpoint.find(folder).iteration == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").touch()
+    with pytest.raises(InputError, match="something is there already"):
+        merge(str(lora), str(tmp_path / "notes"), overwrite=True)
+
+
 @pytest.mark.run
 def test_writing_holds_one_tensor_at_a_time(tmp_path):
     """512 MiB in 32 tensors are written by a process whose own memory grows by far less."""

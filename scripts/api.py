@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
+from model.errors import STATUS_OF_BAD_INPUT, InputError, command, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
@@ -51,7 +51,10 @@ try:
     from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
-    sys.exit(f"api.py: error: {missing.name} isn't installed; `pip install -r requirements-web.txt` is needed.")
+    print(
+        f"api.py: error: {missing.name} isn't installed; needed is pip install -r requirements-web.txt", file=sys.stderr
+    )
+    sys.exit(STATUS_OF_BAD_INPUT)
 
 from model.data.remote_images import Limits, opened
 from model.inference.api_formats import (
@@ -71,6 +74,7 @@ from model.inference.web_guard import Guard
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released API
 KEY_VARIABLE = "VISUALGLM_API_KEY"
 MOST_CONNECTIONS = 512  # further ones are refused, so that there are files left to open
+IDLE_SECONDS = 5  # that a connection is kept without a request
 SHOWN_PROBLEMS = 3  # of a request
 
 
@@ -128,7 +132,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
     checkpoint = found_checkpoint(options)
     positions = checkpoint.config.get("max_sequence_length", RELEASED_LENGTH)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
-    options.model_name = options.model_name or checkpoint.name
+    options.model_name = options.model_name or Path(checkpoint.name).name or checkpoint.folder.resolve().name
     return checkpoint
 
 
@@ -367,7 +371,9 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
             access_log=False,
             server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=max(1, min(IDLE_SECONDS, round(options.body_seconds))),
         )
+        found.listen(MOST_CONNECTIONS)  # from here on whoever comes is answered, a little later
         host, port = found.getsockname()[:2]
         if options.api_key is None and not host.startswith("127.") and host != "::1":
             warn(f"--host {options.host} without --api_key: whoever reaches this machine may ask.")

@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from model.inference.api_formats import error_body
@@ -122,10 +123,8 @@ class Guard:
             if refusal is None:  # else the application, which saw its reading fail, says less than we do
                 await send(message)
 
-        try:
+        with suppress(Refused):
             await self.app(scope, limited, unless_refused)
-        except Refused:
-            pass
         if refusal is not None:
             await refuse(send, refusal.status, str(refusal), {"connection": "close"})
 

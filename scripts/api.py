@@ -23,11 +23,12 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import STATUS_OF_BAD_INPUT, InputError, command, interrupt_ends_quietly, raise_problems
+from model.errors import STATUS_OF_BAD_INPUT, InputError, command, end_now, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
@@ -334,6 +335,16 @@ class Impatient(H11Protocol):
         self.loop.call_later(self.config.timeout_keep_alive, lambda: None if self.cycle else transport.close())
 
 
+class Server(uvicorn.Server):
+    """uvicorn's: it lets the answers in hand be finished at a signal. A second one ends it at once, as it ends all commands."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self.should_exit:
+            end_now(sig)
+        super().handle_exit(sig, frame)
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket of that address, found before a model is loaded.
 
@@ -378,7 +389,7 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
         if options.api_key is None and not host.startswith("127.") and host != "::1":
             warn(f"--host {options.host} without --api_key: whoever reaches this machine may ask.")
         say(f"{options.model_name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        uvicorn.Server(config).run([found])
+        Server(config).run([found])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,11 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from model.data.tokenizer import ChatGLMTokenizer
-from model.inference.engine import Answer, Engine, Question
 from model.inference.text import GrowingText
-from model.progress import printable, warn
+from model.progress import count_of, printable, warn
+
+if TYPE_CHECKING:  # flags are checked before torch is loaded
+    from model.inference.engine import Answer, Engine, Question
 
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there, while its answer waits
 
@@ -34,7 +37,7 @@ class FailedError(Exception):
 class Service:
     """The thread around an engine. Entering starts it; leaving lets it finish what it has, and ends it."""
 
-    def __init__(self, engine: Engine, queue: int) -> None:
+    def __init__(self, engine: "Engine", queue: int) -> None:
         """Let at most so many questions wait for a free row."""
         self.engine, self.queue = engine, queue
         self.steps, self.tokens = 0, 0  # since the start
@@ -63,7 +66,7 @@ class Service:
         """Whether questions are answered."""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, question: Question, on_change: Callable[[], object]) -> Answer:
+    def submit(self, question: "Question", on_change: Callable[[], object]) -> "Answer":
         """The answer, still empty; on_change is called after each of its tokens and when it is finished.
 
         Raises:
@@ -99,13 +102,13 @@ class Service:
                 with suppress(RuntimeError):  # its event loop has ended
                     on_change()
 
-    def _failed(self, error: Exception) -> list[Answer]:
+    def _failed(self, error: Exception) -> "list[Answer]":
         """The answers in hand, given up."""
         failed = list(self.engine.active)
         self.engine.active.clear()
         for answer in failed:
             answer.finished = "failed"
-        warn(f"{len(failed)} answers failed: {printable(str(error) or type(error).__name__)}")
+        warn(f"{count_of(len(failed), 'answer')} failed: {printable(str(error) or type(error).__name__)}")
         return failed
 
 
@@ -121,7 +124,7 @@ class Growth:
 
 async def growing(
     service: Service,
-    question: Question,
+    question: "Question",
     tokenizer: ChatGLMTokenizer,
     *,
     english: bool = False,

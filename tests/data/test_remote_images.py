@@ -4,7 +4,10 @@ import base64
 import http.server
 import io
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -17,6 +20,7 @@ from model.data.remote_images import PERSON, STRANGERS, Limits, downloaded, imag
 from model.errors import InputError
 
 PICTURE = GOLDEN / "upstream/images/0.png"
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
 
 @pytest.fixture
@@ -118,14 +122,14 @@ def hostile():
                 for _ in range(100):
                     self.wfile.write(b"x")
                     time.sleep(0.05)
-            elif self.path == "/0.png":
+            elif self.path in self.server.pictures:
                 self.wfile.write(PICTURE.read_bytes())
 
         def log_message(self, *_):
             pass
 
     with http.server.ThreadingHTTPServer(("", 0), Handler) as server:
-        server.asked = []
+        server.asked, server.pictures = [], ["/0.png"]
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         yield server
         server.shutdown()
@@ -208,6 +212,42 @@ def test_headers_that_never_end_are_given_up():
         threading.Thread(target=drip, args=[listening], daemon=True).start()
         with pytest.raises(InputError, match="not whole after 0 seconds"):
             downloaded(f"http://127.0.0.1:{listening.getsockname()[1]}/", Limits(private_networks=True, seconds=0.3))
+
+
+@pytest.fixture
+def certified(hostile, tmp_path, monkeypatch):
+    """The port of that server behind TLS, with a certificate for localhost that is believed."""
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "certificate.pem"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    subprocess.run(["openssl", "req", "-x509", *kind, *name, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "key.pem")
+    hostile.socket = context.wrap_socket(hostile.socket, server_side=True)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "certificate.pem"))
+    return hostile.server_port
+
+
+@needs_openssl
+def test_https_address_is_fetched_from_the_address_that_its_name_has(certified):
+    assert downloaded(f"https://localhost:{certified}/0.png").read() == PICTURE.read_bytes()
+
+
+@needs_openssl
+def test_https_server_with_a_certificate_for_another_name_is_not_believed(certified, hostile):
+    with pytest.raises(InputError, match="can't be fetched"):
+        downloaded(f"https://127.0.0.1:{certified}/0.png")
+    assert hostile.asked == []
+
+
+def test_person_is_served_by_the_environments_proxy_and_a_stranger_is_not(hostile, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{hostile.server_port}")
+    monkeypatch.setenv("no_proxy", "")
+    hostile.pictures = ["http://no.such.host.invalid/a.png"]
+    assert downloaded("http://no.such.host.invalid/a.png").read() == PICTURE.read_bytes()
+    with pytest.raises(InputError, match="can't be fetched"):
+        downloaded("http://no.such.host.invalid/a.png", STRANGERS)
+    assert len(hostile.asked) == 1
 
 
 # Not by address

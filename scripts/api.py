@@ -162,6 +162,7 @@ class Api:
             (BusyError, on_busy),
             (FailedError, on_failed),
             (HTTPException, on_http_error),
+            (Exception, on_fault),
         ):
             app.add_exception_handler(kind, handler)
         self.guard = Guard(app, options.api_key, places, int(options.max_body * 2**20), options.body_seconds)
@@ -324,6 +325,11 @@ async def on_failed(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Any) -> Response:
     """No such path, or not in this way."""
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    """A fault of ours; uvicorn prints its traceback."""
+    return JSONResponse(error_body(500, "a fault in the server; its own output says more."), 500)
 
 
 class Impatient(H11Protocol):

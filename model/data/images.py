@@ -98,7 +98,12 @@ def _is_same_file(one: str, other: str) -> bool:
         return False
 
 
-def open_image(source: ImageSource, target_size: int | None = None, most_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: ImageSource,
+    target_size: int | None = None,
+    most_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = IMAGE_FORMATS,
+) -> Image.Image:
     """The image in mode RGB, decoded in full and upright as its EXIF says. Of an animation, the first frame.
 
     Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8 bits, not clipped.
@@ -113,6 +118,7 @@ def open_image(source: ImageSource, target_size: int | None = None, most_pixels:
             quarter or an eighth of its size, if both edges stay at least LEAST_REDUCTION times as long as that. Opening
             a phone's photo is four times faster, and after resizing it differs by one or two levels of grey.
         most_pixels: more are refused, at MAX_PIXELS the latest.
+        formats: those that are opened, of a path or a file.
 
     Raises:
         InputError: source is no image, is damaged, or has more than most_pixels or than memory holds. Its text is one line.
@@ -128,7 +134,7 @@ def open_image(source: ImageSource, target_size: int | None = None, most_pixels:
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name)
-        return _decoded(source, name, target_size, most_pixels)
+        return _decoded(source, name, target_size, most_pixels, formats)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -190,9 +196,13 @@ def _set_pixel_limit() -> None:
 
 
 def _decoded(
-    source: str | os.PathLike[str] | IO[bytes], name: str, target_size: int | None, most_pixels: int
+    source: str | os.PathLike[str] | IO[bytes],
+    name: str,
+    target_size: int | None,
+    most_pixels: int,
+    formats: Sequence[str],
 ) -> Image.Image:
-    with Image.open(source, formats=_known_formats()) as image:
+    with Image.open(source, formats=_known(formats)) as image:
         pixels = image.width * image.height
         if pixels > most_pixels:
             raise InputError(_too_large(name, most_pixels))
@@ -202,10 +212,10 @@ def _decoded(
             return _upright_rgb(image, name)
 
 
-def _known_formats() -> list[str]:
-    """Those of IMAGE_FORMATS that this build of Pillow knows."""
+def _known(formats: Sequence[str]) -> list[str]:
+    """Those of formats that this build of Pillow knows."""
     Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    return [name for name in formats if name in Image.OPEN]
 
 
 def _too_large(name: str, most_pixels: int) -> str:

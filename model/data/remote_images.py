@@ -30,12 +30,16 @@ import urllib3
 from PIL import Image
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from model.data.images import MAX_PIXELS, open_image, printable
+from model.data.images import IMAGE_NEEDED, MAX_PIXELS, open_image, printable
 from model.errors import InputError
 
 TIMEOUT = 20.0  # seconds without a byte
 LARGEST_DOWNLOAD = 50 * 2**20  # bytes; a 200-megapixel JPEG is smaller
 CHUNK = 2**16
+# What browsers show. Of others, headers don't bound what decoding takes: an icon's may hold any picture, a TIFF's tiles may be
+# larger than the picture.
+WEB_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+WEB_IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed"
 REDIRECTS = 5
 REDIRECTING = (301, 302, 303, 307, 308)
 SHOWN = 200  # characters of an address in a message
@@ -94,7 +98,10 @@ def opened(source: str | bytes, target_size: int | None = None, limits: Limits =
     content = source if isinstance(source, bytes) else _content(source, limits)
     if len(content) > limits.bytes:
         raise InputError(f"the picture has more than {_mebibytes(limits.bytes)}; a smaller one is needed.")
-    return open_image(io.BytesIO(content), target_size, limits.most_pixels)
+    try:
+        return open_image(io.BytesIO(content), target_size, limits.most_pixels, WEB_FORMATS)
+    except InputError as problem:
+        raise InputError(str(problem).replace(IMAGE_NEEDED, WEB_IMAGE_NEEDED)) from None
 
 
 def _content(source: str, limits: Limits) -> bytes:

@@ -6,6 +6,9 @@ python scripts/dev/load_test.py --seconds 20 --clients 16 --rows 16
 It starts the server, asks it the questions of fewshot-data about their pictures, and stops it by SIGTERM. Each client asks
 again as soon as it has its answer, so that server and clients share the machine. Exit status 1 means that an answer was lost or
 differs from the one that was given alone.
+
+On a CPU the server's memory grows at first: oneDNN keeps what it compiled for each new shape, 1024 of them at most. Memory
+tells something once it has settled.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from model.data import remote_images
+from model.data.images import open_image
 from model.data.remote_images import PERSON, STRANGERS, Limits, downloaded, image_file, is_public, is_url, opened
 from model.errors import InputError
 
@@ -289,6 +291,26 @@ def test_picture_beyond_a_limit_is_told(limits, problem):
 
 def test_few_bytes_of_many_pixels_are_refused_before_they_take_memory():
     bomb = io.BytesIO()
-    Image.new("L", (1500, 1500)).save(bomb, "JPEG2000")
+    Image.new("L", (1500, 1500)).save(bomb, "PNG")
     with pytest.raises(InputError, match="more than 2 million pixels"):
         opened(bomb.getvalue(), limits=Limits(most_pixels=2_000_000))
+
+
+def test_icon_that_holds_more_pixels_than_it_says_is_not_opened_for_strangers():
+    inside, icon = io.BytesIO(), io.BytesIO()
+    Image.new("L", (1500, 1500)).save(inside, "PNG")
+    Image.new("L", (16, 16)).save(icon, "ICO", sizes=[(16, 16)])
+    header = icon.getvalue()[:22]  # of one picture: its length at 14, its place at 18
+    bomb = header[:14] + struct.pack("<II", len(inside.getvalue()), 22) + inside.getvalue()
+    assert open_image(io.BytesIO(bomb)).size == (1500, 1500)
+    with pytest.raises(
+        InputError, match="isn't a picture; a picture \\(JPEG, PNG, WebP, GIF, BMP or AVIF\\) is needed"
+    ):
+        opened(bomb, limits=Limits(most_pixels=1000))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"])
+def test_picture_of_the_web_is_opened_for_strangers(kind):
+    content = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(content, kind)
+    assert opened(content.getvalue()).size == (20, 10)

@@ -236,9 +236,9 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def jpeg_2000():
+def saved(kind):
     content = io.BytesIO()
-    Image.new("L", (1500, 1500)).save(content, "JPEG2000")
+    Image.new("RGB", (1500, 1500)).save(content, kind)
     return content.getvalue()
 
 
@@ -264,7 +264,8 @@ def raw(content, **headers):
 
 HOSTILE = {
     "PNG bomb": (picture(uri(png_header(40_000, 40_000))), 400, "more than 2 million pixels"),
-    "JPEG-2000 bomb": (picture(uri(jpeg_2000())), 400, "more than 2 million pixels"),
+    "JPEG-2000 bomb": (picture(uri(saved("JPEG2000"))), 400, "JPEG, PNG, WebP, GIF, BMP or AVIF"),
+    "WebP bomb": (picture(uri(saved("WEBP"))), 400, "more than 2 million pixels"),
     "large picture file": (picture(uri(bytes(600_000))), 400, "more than 0.5 MiB"),
     "no picture": (picture(uri(b"%!PS-Adobe-3.0 EPSF-3.0")), 400, "isn't a picture"),
     "this machine": (picture("http://localhost:22/a.png"), 400, "a public address is needed"),

@@ -28,7 +28,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import STATUS_OF_BAD_INPUT, InputError, command, end_now, interrupt_ends_quietly, raise_problems
+from model.errors import (
+    STATUS_OF_BAD_INPUT,
+    InputError,
+    command,
+    end_now,
+    handling,
+    interrupt_ends_quietly,
+    raise_problems,
+)
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
@@ -384,6 +392,7 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
             api.guard,
             http=Impatient,
             loop="asyncio",
+            lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -395,7 +404,9 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
         if options.api_key is None and not host.startswith("127.") and host != "::1":
             warn(f"--host {options.host} without --api_key: whoever reaches this machine may ask.")
         say(f"{options.model_name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        Server(config).run([found])
+        server = Server(config)
+        with handling(server.handle_exit):  # uvicorn itself knows SIGINT and SIGTERM only
+            server.run([found])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

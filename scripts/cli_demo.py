@@ -26,7 +26,8 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
-from model.data.images import is_url, open_image
+from model.data.images import open_image
+from model.data.remote_images import is_url
 from model.distributed import done_by_first_process, is_first_process, world_size
 from model.inference.flags import (
     add_checkpoint_flags,

@@ -37,7 +37,7 @@ WITH_SAT = {
 WITHOUT_TORCH = (
     "cli.preflight", "errors", "checkpoints.layout", "checkpoints.metadata", "checkpoints.huggingface", "checkpoints.broken_files", "checkpoints.download", "hub",
     "cli.options", "progress", "data.prompt", "data.rows", "sat_compat", "data.tokenizer",
-    "inference.flags",
+    "inference.flags", "inference.serving", "inference.api_formats", "inference.web_guard", "data.remote_images",
 )  # fmt: skip
 HEAVY = ("torch", "sat", "deepspeed", "transformers")
 

@@ -39,8 +39,10 @@ ALL_COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command
 BY_THEMSELVES = ("bash scripts/test.sh", "bash scripts/check.sh")  # they run these tests
 LONG = ("bash scripts/quickstart.sh",)
 NEEDS_GPU = "bash scripts/dev/benchmark_gpu.sh"
-# These take minutes, and tests/scripts/dev runs them at small size. Here, --help must know the flags in their lines.
+# These take minutes or have no end; other tests run them at small size. Here, --help must know the flags in their lines.
 HELP_ONLY = (
+    "python scripts/api.py",  # it answers until it is stopped; tests/scripts/test_api.py runs it
+    "python scripts/dev/load_test.py",  # 15 seconds at its smallest
     "python scripts/dev/benchmark.py",  # 15 seconds at its smallest
     "python scripts/dev/benchmark_answers.py",  # 20 seconds at its smallest
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest

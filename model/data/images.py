@@ -1,20 +1,20 @@
 """Image files become Pillow images in mode RGB. Damaged and hostile ones become a sentence.
 
-open_image("a.jpg")                      for training and for asking
-open_image(image_file("https://…"))      for asking only: the rows of data files name files
+open_image("a.jpg")
+
+Pictures from elsewhere are `model.data.remote_images`; the rows of data files name files.
 """
 
 import filecmp
-import io
 import os
 import stat
 import warnings
 from collections.abc import Sequence
-from typing import IO, Any, cast
+from typing import IO, cast
 
-import requests
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from model.data.image_memory import decoding_bytes, memory_for
 from model.errors import InputError
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
@@ -39,55 +39,6 @@ IMAGE_FORMATS = (
 IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 ImageSource = str | os.PathLike[str] | IO[bytes] | Image.Image
-
-TIMEOUT = 20.0  # seconds without a byte
-LARGEST_DOWNLOAD = 50 * 2**20  # bytes; a 200-megapixel JPEG is smaller
-CHUNK = 2**16
-
-
-def is_url(source: object) -> bool:
-    """Whether source is the text of an http or https address."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
-
-
-def downloaded(url: str) -> io.BytesIO:
-    """The content of url, in memory.
-
-    Raises:
-        InputError: the server can't be reached, refuses, is silent for TIMEOUT seconds, or sends too much.
-    """
-    content = io.BytesIO()
-    try:
-        with requests.get(url, stream=True, timeout=TIMEOUT) as response:
-            if not response.ok:
-                raise InputError(
-                    f"{url}: the server answered {response.status_code} {response.reason}; needed is a picture."
-                )
-            for chunk in response.iter_content(CHUNK):
-                content.write(chunk)
-                if content.tell() > LARGEST_DOWNLOAD:
-                    raise InputError(f"{url}: more than {LARGEST_DOWNLOAD >> 20} MiB; a smaller picture is needed.")
-    except requests.Timeout:
-        raise InputError(f"{url}: no answer in {TIMEOUT:.0f} seconds; the address of a picture is needed.") from None
-    except (requests.RequestException, UnicodeError) as error:
-        raise InputError(f"{url}: can't be fetched ({_reason(error)}); the address of a picture is needed.") from None
-    content.seek(0)
-    return content
-
-
-def _reason(error: Exception) -> str:
-    """The last and most telling part of requests' nested errors."""
-    cause = getattr(error.args[0], "reason", error.args[0]) if error.args else type(error).__name__
-    return str(cause).rsplit(": ", 1)[-1].splitlines()[0]
-
-
-def image_file(source: Any) -> Any:
-    """source, in a form that `open_image` takes: a URL is downloaded into an open file, anything else stays as it is.
-
-    Raises:
-        InputError: as `downloaded`.
-    """
-    return downloaded(str(source)) if is_url(source) else source
 
 
 def image_places(file: str | os.PathLike[str], image_folder: str | None = None) -> list[str]:
@@ -147,7 +98,12 @@ def _is_same_file(one: str, other: str) -> bool:
         return False
 
 
-def open_image(source: ImageSource, target_size: int | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource,
+    target_size: int | None = None,
+    most_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = IMAGE_FORMATS,
+) -> Image.Image:
     """The image in mode RGB, decoded in full and upright as its EXIF says. Of an animation, the first frame.
 
     Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8 bits, not clipped.
@@ -161,9 +117,11 @@ def open_image(source: ImageSource, target_size: int | None = None) -> Image.Ima
         target_size: the edge, in pixels, that the image will be resized to. A large JPEG is then decoded at a half, a
             quarter or an eighth of its size, if both edges stay at least LEAST_REDUCTION times as long as that. Opening
             a phone's photo is four times faster, and after resizing it differs by one or two levels of grey.
+        most_pixels: more are refused, at MAX_PIXELS the latest.
+        formats: those that are opened, of a path or a file.
 
     Raises:
-        InputError: source is no image, is damaged or has more than MAX_PIXELS. Its text is one line.
+        InputError: source is no image, is damaged, or has more than most_pixels or than memory holds. Its text is one line.
     """
     if isinstance(source, Image.Image):
         name = "the picture"
@@ -176,14 +134,11 @@ def open_image(source: ImageSource, target_size: int | None = None) -> Image.Ima
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name)
-        with Image.open(source, formats=_known_formats()) as image:
-            if target_size is not None and image.width * image.height <= MAX_PIXELS:
-                image.draft(None, (target_size * LEAST_REDUCTION,) * 2)  # type: ignore[arg-type]  # any mode; JPEG only
-            return _upright_rgb(image, name)
+        return _decoded(source, name, target_size, most_pixels, formats)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(name)) from error
+        raise InputError(_too_large(name, min(most_pixels, MAX_PIXELS))) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}.") from error
     except OSError as error:
@@ -240,21 +195,38 @@ def _set_pixel_limit() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken tags in a readable picture
 
 
-def _known_formats() -> list[str]:
-    """Those of IMAGE_FORMATS that this build of Pillow knows."""
+def _decoded(
+    source: str | os.PathLike[str] | IO[bytes],
+    name: str,
+    target_size: int | None,
+    most_pixels: int,
+    formats: Sequence[str],
+) -> Image.Image:
+    with Image.open(source, formats=_known(formats)) as image:
+        pixels = image.width * image.height
+        if pixels > most_pixels:
+            raise InputError(_too_large(name, most_pixels))
+        if target_size is not None:
+            image.draft(None, (target_size * LEAST_REDUCTION,) * 2)  # type: ignore[arg-type]  # any mode; JPEG only
+        with memory_for(decoding_bytes(image, pixels), name):
+            return _upright_rgb(image, name)
+
+
+def _known(formats: Sequence[str]) -> list[str]:
+    """Those of formats that this build of Pillow knows."""
     Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    return [name for name in formats if name in Image.OPEN]
 
 
-def _too_large(name: str) -> str:
-    return f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels; a smaller picture is needed."
+def _too_large(name: str, most_pixels: int) -> str:
+    return f"{name} has more than {most_pixels / 1_000_000:.3g} million pixels; a smaller picture is needed."
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) < 1:
         raise InputError(f"{name} has no pixels ({image.width}×{image.height}); {IMAGE_NEEDED}.")
     if image.width * image.height > MAX_PIXELS:
-        raise InputError(_too_large(name))
+        raise InputError(_too_large(name, MAX_PIXELS))
     image.load()
     image = _upright(image)
     if image.mode == "RGB":

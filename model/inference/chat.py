@@ -11,8 +11,9 @@ import torch
 
 from model.checkpoints.metadata import answer_length
 from model.data.image_processor import BlipImageEvalProcessor
-from model.data.images import image_file, open_image
+from model.data.images import open_image
 from model.data.prompt import context_ids
+from model.data.remote_images import image_file
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.engine import Engine, Question, model_positions
 from model.inference.load import image_size

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from model.data.images import is_url
+from model.data.remote_images import is_url
 
 MOST_LINES = 1000  # that are remembered
 

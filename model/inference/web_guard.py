@@ -1,0 +1,162 @@
+"""What stands between the network and the answers: the key, the places, the limits on a request's body, the counts.
+
+An ASGI application around another one, so that a request is refused before its body is read.
+
+    Guard(app, key="…", places=36, most_bytes=16 * 2**20, seconds=20.0)
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from model.inference.api_formats import error_body
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+OPEN_TO_ALL = ("/health",)
+GONE = 499  # nginx's status of a client that went away before its answer
+BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds, of the histogram
+
+
+class Refused(Exception):
+    """A request's body is too large or too slow."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Guard:
+    """The application around `app`.
+
+    Args:
+        key: what a client has to know, or None.
+        places: requests that are in hand at once, waiting ones included.
+        most_bytes: of a request's body. seconds: in which it has to be there.
+    """
+
+    def __init__(self, app: App, key: str | None, places: int, most_bytes: int, seconds: float) -> None:
+        self.app, self.key, self.places = app, key, places
+        self.most_bytes, self.seconds = most_bytes, seconds
+        self.in_hand = 0
+        self.answered: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.durations = [0] * (len(BUCKETS) + 1)
+        self.total_seconds = 0.0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        asks = scope["method"] == "POST"
+        try:
+            problem = self._problem(scope)
+            if problem:
+                await refuse(counted, *problem)
+                return
+            self.in_hand += asks
+            try:
+                await self._let_in(scope, receive, counted)
+            finally:
+                self.in_hand -= asks
+        finally:
+            route = scope.get("route")  # unknown paths are one: each would be a line of the metrics
+            self._count(getattr(route, "path", "other"), status or GONE, time.monotonic() - started if asks else None)
+
+    def _problem(self, scope: MutableMapping[str, Any]) -> tuple[int, str, dict[str, str]] | None:
+        """Why a request isn't let in: status, sentence, headers."""
+        headers = dict(scope["headers"])
+        if self.key is not None and scope["path"] not in OPEN_TO_ALL:
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self.key.encode()):
+                return 401, "the API key is missing or wrong; the header Authorization: Bearer KEY is needed.", {}
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > self.most_bytes:
+            return 413, self._too_large(), {}
+        if scope["method"] == "POST" and self.in_hand >= self.places:
+            wait = str(max(1, round(self.mean_seconds)))
+            return 429, f"{self.in_hand} requests are in hand; try again in {wait} s.", {"retry-after": wait}
+        return None
+
+    def _too_large(self) -> str:
+        return f"the request has more than {self.most_bytes / 2**20:.3g} MiB; a smaller one is needed."
+
+    async def _let_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Hand a request on, and watch its body."""
+        end, size, is_whole = time.monotonic() + self.seconds, 0, False
+        refusal: Refused | None = None
+
+        async def limited() -> Message:
+            nonlocal size, is_whole, refusal
+            if is_whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                refusal = Refused(
+                    408, f"the request isn't whole after {self.seconds:.0f} seconds; a faster client is needed."
+                )
+                raise refusal from None
+            size += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if size > self.most_bytes:
+                refusal = Refused(413, self._too_large())
+                raise refusal
+            return message
+
+        async def unless_refused(message: Message) -> None:
+            if refusal is None:  # else the application, which saw its reading fail, says less than we do
+                await send(message)
+
+        with suppress(Refused):
+            await self.app(scope, limited, unless_refused)
+        if refusal is not None:
+            await refuse(send, refusal.status, str(refusal), {"connection": "close"})
+
+    def _count(self, path: str, status: int, seconds: float | None) -> None:
+        self.answered[path, status] += 1
+        if seconds is not None and status == 200:
+            self.total_seconds += seconds
+            self.durations[sum(seconds > bound for bound in BUCKETS)] += 1
+
+    @property
+    def mean_seconds(self) -> float:
+        """How long an answered request took, on average."""
+        return self.total_seconds / max(1, sum(self.durations))
+
+    def metrics(self) -> list[str]:
+        """The counts as lines of Prometheus' text format."""
+        lines = ["# TYPE visualglm_requests_total counter"]
+        for (path, status), number in sorted(self.answered.items()):
+            lines.append(f'visualglm_requests_total{{path="{path}",status="{status}"}} {number}')
+        lines.append("# TYPE visualglm_request_seconds histogram")
+        total = 0
+        for bound, number in zip((*BUCKETS, "+Inf"), self.durations, strict=True):
+            total += number
+            lines.append(f'visualglm_request_seconds_bucket{{le="{bound}"}} {total}')
+        lines += [f"visualglm_request_seconds_sum {self.total_seconds:.6f}", f"visualglm_request_seconds_count {total}"]
+        return [*lines, "# TYPE visualglm_requests_in_hand gauge", f"visualglm_requests_in_hand {self.in_hand}"]
+
+
+async def refuse(send: Send, status: int, message: str, headers: dict[str, str]) -> None:
+    """Answer with an error."""
+    content = json.dumps(error_body(status, message)).encode()
+    every = {"content-type": "application/json", "content-length": str(len(content))} | headers
+    encoded = [(name.encode(), value.encode()) for name, value in every.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": content})

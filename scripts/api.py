@@ -1,0 +1,420 @@
+"""Answer questions about pictures over HTTP: as OpenAI's API does, and as the API released in 2023 did.
+
+python scripts/api.py --from_pretrained model/tiny
+python scripts/api.py --from_pretrained checkpoints/MyModel-* --quant 4 --port 8080 --api_key SECRET
+
+    POST /v1/chat/completions   OpenAI's: pictures as http(s) address or data URI, stream, stop, seed, max_tokens, …
+    GET  /v1/models             the one model that answers
+    POST /                      {"image": base64, "text": "…", "history": []}  →  {"result": …, "response": …, "history": …}
+    GET  /health, /metrics      whether it answers; counts for Prometheus
+
+Requests that come together are answered together, --rows at a time. --queue more may wait; further ones get status 429. Only
+this machine is listened to unless --host says otherwise. SIGTERM and Ctrl-C let the answers in hand be finished.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import (
+    STATUS_OF_BAD_INPUT,
+    InputError,
+    command,
+    end_now,
+    handling,
+    interrupt_ends_quietly,
+    raise_problems,
+)
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
+from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import answer_length
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_number_format_flags,
+    add_sampling_flags,
+    found_checkpoint,
+    sampling_of,
+)
+from model.progress import say, warn
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as missing:
+    print(
+        f"api.py: error: {missing.name} isn't installed; needed is pip install -r requirements-web.txt", file=sys.stderr
+    )
+    sys.exit(STATUS_OF_BAD_INPUT)
+
+from model.data.remote_images import Limits, opened
+from model.inference.api_formats import (
+    Asked,
+    ChatRequest,
+    ReleasedRequest,
+    completion,
+    completion_chunk,
+    error_body,
+    released_answer,
+    usage_chunk,
+)
+from model.inference.serving import BusyError, FailedError, Growth, Service, growing
+from model.inference.text import new_text
+from model.inference.web_guard import Guard
+
+RELEASED_LENGTH = 2048  # tokens of a conversation, in the released API
+KEY_VARIABLE = "VISUALGLM_API_KEY"
+MOST_CONNECTIONS = 512  # further ones are refused, so that there are files left to open
+IDLE_SECONDS = 5  # that a connection is kept without a request
+SHOWN_PROBLEMS = 3  # of a request
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_checkpoint_flags(parser, default="visualglm-6b")
+    add = parser.add_argument
+    # fmt: off
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="listen there; 0.0.0.0 is everywhere, for which an --api_key is advised (default %(default)s: this machine only)")
+    add("--port", type=int, default=8080, metavar="N", help="listen there; 0 takes a free one (default %(default)s)")
+    add("--api_key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+        help=f"clients have to send it (default: ${KEY_VARIABLE}, which other users of the machine can't see)")
+    add("--model_name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
+    add("--rows", type=int, default=4, metavar="N",
+        help="answers that are made at once; each takes memory for --max_length tokens (default %(default)s)")
+    add("--queue", type=int, default=32, metavar="N", help="requests that may wait besides (default %(default)s)")
+    add("--max_length", type=int, metavar="N",
+        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
+    add("--seconds", type=float, default=120.0, metavar="X", help="for an answer; then it is cut off (default %(default)s)")
+    add("--body_seconds", type=float, default=20.0, metavar="X",
+        help="in which a request, or the picture that it names, has to be there (default %(default)s)")
+    add("--max_body", type=float, default=16.0, metavar="MIB", help="of a request (default %(default)s)")
+    add("--max_image", type=float, default=10.0, metavar="MIB", help="of a picture's file (default %(default)s)")
+    add("--max_pixels", type=float, default=50.0, metavar="MILLION", help="of a picture (default %(default)s)")
+    add("--private_images", action="store_true",
+        help="also fetch pictures from this machine and from private networks: whoever may ask can then reach them")
+    # fmt: on
+    add_sampling_flags(parser, temperature=0.8)
+    add_number_format_flags(parser)
+    return parser
+
+
+def check(options: argparse.Namespace) -> Checkpoint:
+    """Check the flags, and find the checkpoint, before torch is loaded.
+
+    Raises:
+        InputError: it isn't there, or a number is out of bounds.
+    """
+    positive = ("rows", "seconds", "body_seconds", "max_body", "max_image", "max_pixels")
+    problems = [
+        f"--{name} {getattr(options, name)}: more than 0 is needed."
+        for name in positive
+        if not getattr(options, name) > 0
+    ]
+    if options.queue < 0:
+        problems.append(f"--queue {options.queue}: 0 or more is needed.")
+    if not 0 <= options.port < 2**16:
+        problems.append(f"--port {options.port}: a number from 0 to 65535 is needed.")
+    if options.api_key is not None and not options.api_key.strip():
+        problems.append("--api_key: it is empty; a key is needed, or no --api_key.")
+    raise_problems(problems)
+    options.sampling = replace(sampling_of(options), seed=options.seed)
+    checkpoint = found_checkpoint(options)
+    positions = checkpoint.config.get("max_sequence_length", RELEASED_LENGTH)
+    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    options.model_name = options.model_name or Path(checkpoint.name).name or checkpoint.folder.resolve().name
+    return checkpoint
+
+
+class Api:
+    """The routes, around a model that answers."""
+
+    def __init__(self, service: Service, model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
+        self.service, self.model, self.tokenizer, self.options = service, model, tokenizer, options
+        self.limits = Limits(
+            options.private_images,
+            int(options.max_image * 2**20),
+            int(options.max_pixels * 1e6),
+            options.body_seconds,
+        )
+        places = options.rows + options.queue
+        self.fetching = ThreadPoolExecutor(places, "pictures")
+        app = FastAPI(title="VisualGLM", docs_url=None, redoc_url=None)
+        app.post("/")(self.released)
+        app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
+        app.get("/v1/models")(self.models)
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.metrics)
+        for kind, handler in (
+            (RequestValidationError, on_bad_fields),
+            (InputError, on_input_error),
+            (BusyError, on_busy),
+            (FailedError, on_failed),
+            (HTTPException, on_http_error),
+            (Exception, on_fault),
+        ):
+            app.add_exception_handler(kind, handler)
+        self.guard = Guard(app, options.api_key, places, int(options.max_body * 2**20), options.body_seconds)
+
+    async def released(self, body: ReleasedRequest, request: Request) -> Response:
+        """The API of 2023."""
+        asked = body.asked(self.options.sampling)
+        growth = await self.last_growth(asked, request)
+        return JSONResponse(released_answer(growth, asked))
+
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        """OpenAI's."""
+        if body.model != self.options.model_name:
+            message = f'there is no model "{body.model[:100]}" here; "{self.options.model_name}" is needed.'
+            return JSONResponse(error_body(404, message, "model_not_found"), 404)
+        asked = body.asked(self.options.sampling)
+        identity = f"chatcmpl-{uuid.uuid4().hex}"
+        if not body.stream:
+            return JSONResponse(completion(await self.last_growth(asked, request), identity, self.options.model_name))
+        growths = await self.growths(asked, request)
+        first = await anext(
+            growths, None
+        )  # what can be wrong is told with a status of its own, before the stream begins
+        tells_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = self.events(first, growths, identity, tells_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    async def models(self) -> dict[str, Any]:
+        """The one model."""
+        model = {"id": self.options.model_name, "object": "model", "created": 0, "owned_by": "visualglm"}
+        return {"object": "list", "data": [model]}
+
+    async def health(self) -> Response:
+        """Whether questions are answered."""
+        alive = self.service.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def metrics(self) -> Response:
+        """Counts for Prometheus."""
+        engine = self.service.engine
+        lines = [
+            *self.guard.metrics(),
+            "# TYPE visualglm_answer_tokens_total counter",
+            f"visualglm_answer_tokens_total {self.service.tokens}",
+            "# TYPE visualglm_steps_total counter",
+            f"visualglm_steps_total {self.service.steps}",
+            "# TYPE visualglm_rows gauge",
+            f'visualglm_rows{{state="busy"}} {len(engine.active)}',
+            f'visualglm_rows{{state="all"}} {engine.rows}',
+            "# TYPE visualglm_waiting gauge",
+            f"visualglm_waiting {len(engine.waiting)}",
+        ]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def last_growth(self, asked: Asked, request: Request) -> Growth:
+        """The whole answer."""
+        last = None
+        async for growth in await self.growths(asked, request):
+            last = growth
+        if last is None or not last.finished:
+            raise HTTPException(499, "the client has gone.")  # nobody reads it
+        return last
+
+    async def growths(self, asked: Asked, request: Request) -> AsyncIterator[Growth]:
+        """The answer as it grows, once its picture is there."""
+        question = await asyncio.get_running_loop().run_in_executor(self.fetching, self.question, asked)
+        return growing(
+            self.service,
+            question,
+            self.tokenizer,
+            english=asked.english,
+            stops=asked.stops,
+            seconds=self.options.seconds,
+            is_gone=request.is_disconnected,
+        )
+
+    def question(self, asked: Asked) -> Any:
+        """What the engine is asked.
+
+        Raises:
+            InputError: the picture can't be had, or the text is too long.
+        """
+        from model.inference.chat import chat_question, image_tensor
+        from model.inference.load import image_size
+
+        room = min(self.options.max_length, asked.max_length or self.options.max_length)
+        asked.refuse_text(room)
+        image = None
+        if asked.image:
+            image = image_tensor(opened(asked.image, image_size(self.model), self.limits), self.model)
+        question = chat_question(
+            image,
+            self.model,
+            self.tokenizer,
+            asked.query,
+            asked.history,
+            max_length=room,
+            sampling=asked.sampling,
+            english=asked.english,
+        )
+        taken = len(question.input_ids)
+        if taken >= room:
+            raise InputError(
+                f"the question and its history take {taken} tokens, the answer not counted; fewer than {room} are needed."
+            )
+        return replace(question, max_length=room if asked.max_tokens is None else min(room, taken + asked.max_tokens))
+
+    async def events(
+        self, first: Growth | None, growths: AsyncIterator[Growth], identity: str, tells_usage: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events: the answer in pieces, and [DONE]."""
+        name, shown, growth = self.options.model_name, "", first
+        try:
+            yield event(completion_chunk({"role": "assistant", "content": ""}, "", identity, name))
+            while growth is not None:
+                piece = new_text(growth.text, shown, bool(growth.finished))
+                shown += piece
+                if piece:
+                    yield event(completion_chunk({"content": piece}, "", identity, name))
+                if growth.finished:
+                    yield event(completion_chunk({}, growth.finished, identity, name))
+                    if tells_usage:
+                        yield event(usage_chunk(growth, identity, name))
+                growth = await anext(growths, None)
+        except FailedError as problem:
+            yield event(error_body(503, str(problem)))
+        finally:
+            await growths.aclose()  # type: ignore[attr-defined]  # a generator; its row becomes free at once
+        yield "data: [DONE]\n\n"
+
+
+def event(content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def on_bad_fields(request: Request, error: Any) -> Response:
+    """Fields that are missing or of a wrong type."""
+    found = error.errors()
+    lines = ["{}: {}".format(".".join(map(str, one["loc"][1:])) or "the request", one["msg"]) for one in found]
+    more = [f"{len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
+    return JSONResponse(error_body(400, "; ".join(lines[:SHOWN_PROBLEMS] + more)), 400)
+
+
+async def on_input_error(request: Request, error: Exception) -> Response:
+    """A picture, text or number that can't be used."""
+    return JSONResponse(error_body(400, str(error)), 400)
+
+
+async def on_busy(request: Request, error: Exception) -> Response:
+    """No room."""
+    return JSONResponse(error_body(429, "too many requests wait; try again later."), 429, {"retry-after": "1"})
+
+
+async def on_failed(request: Request, error: Exception) -> Response:
+    """No answer."""
+    return JSONResponse(error_body(503, str(error)), 503, {"retry-after": "1"})
+
+
+async def on_http_error(request: Request, error: Any) -> Response:
+    """No such path, or not in this way."""
+    return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    """A fault of ours; uvicorn prints its traceback."""
+    return JSONResponse(error_body(500, "a fault in the server; its own output says more."), 500)
+
+
+class Impatient(H11Protocol):
+    """uvicorn's HTTP, for clients that send their headers in time: uvicorn itself waits without end."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Close the connection if no request has begun when as long has passed as an idle one may be kept."""
+        super().connection_made(transport)
+        self.loop.call_later(self.config.timeout_keep_alive, lambda: None if self.cycle else transport.close())
+
+
+class Server(uvicorn.Server):
+    """uvicorn's: it lets the answers in hand be finished at a signal. A second one ends it at once, as it ends all commands."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self.should_exit:
+            end_now(sig)
+        super().handle_exit(sig, frame)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket of that address, found before a model is loaded.
+
+    Raises:
+        InputError: it can't be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: can't be listened to ({error.strerror}); another one is needed."
+        ) from None
+    return found
+
+
+def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Load the model, and answer until a signal comes."""
+    found = listening(options.host, options.port)
+    from model.inference.engine import Engine
+    from model.inference.load import load_for_answering
+
+    model, tokenizer = load_for_answering(
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+    )
+    with Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue) as service:
+        api = Api(service, model, tokenizer, options)
+        config = uvicorn.Config(
+            api.guard,
+            http=Impatient,
+            loop="asyncio",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=max(1, min(IDLE_SECONDS, round(options.body_seconds))),
+        )
+        found.listen(MOST_CONNECTIONS)  # from here on whoever comes is answered, a little later
+        host, port = found.getsockname()[:2]
+        if options.api_key is None and not host.startswith("127.") and host != "::1":
+            warn(f"--host {options.host} without --api_key: whoever reaches this machine may ask.")
+        say(f"{options.model_name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        server = Server(config)
+        with handling(server.handle_exit):  # uvicorn itself knows SIGINT and SIGTERM only
+            server.run([found])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    with command("api.py"):
+        options = command_line().parse_args(argv)
+        serve(options, check(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Requests become a question, its history and how to answer; what isn't offered is a sentence."""
+
+import pytest
+from pydantic import ValidationError
+
+from model.errors import InputError
+from model.inference.api_formats import Asked, ChatRequest, Message, ReleasedRequest, conversation
+from model.inference.sampling import GREEDY, Sampling
+
+WARM = Sampling(0.8, 0.4, 100, 1.2, seed=7)
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,a"}}
+
+
+def messages(*said):
+    return [Message(role=role, content=content) for role, content in said]
+
+
+@pytest.mark.parametrize(("said", "expected"), [
+    ([("user", "a")], ("a", [], None)),
+    ([("system", "s"), ("user", "a")], ("s\na", [], None)),
+    ([("user", "a"), ("assistant", "b"), ("user", "c")], ("c", [("a", "b")], None)),
+    ([("assistant", "b"), ("user", "c")], ("c", [("", "b")], None)),
+    ([("user", "a"), ("user", "b"), ("assistant", "c"), ("system", "s"), ("user", "d")], ("s\nd", [("a\nb", "c")], None)),
+    ([("user", [PICTURE, {"type": "text", "text": "a"}])], ("a", [], "data:,a")),
+    ([("user", [{"type": "image_url", "image_url": "http://a/b"}]), ("assistant", None), ("user", "c")],
+     ("c", [("", "")], "http://a/b")),
+])  # fmt: skip
+def test_messages_are_a_question_after_turns(said, expected):
+    assert conversation(messages(*said)) == expected
+
+
+@pytest.mark.parametrize(("said", "problem"), [
+    ([("user", "a"), ("assistant", "b")], 'the last one is of role "assistant"'),
+    ([("user", [PICTURE]), ("assistant", "b"), ("user", [PICTURE])], "2 pictures; the model takes one"),
+    ([("system", [PICTURE]), ("user", "a")], r'messages\[0\]: a picture in a message of role "system"'),
+    ([("user", [{"type": "text"}])], r'messages\[0\]: a part of type "text" without "text"'),
+])  # fmt: skip
+def test_messages_that_are_no_conversation_are_told(said, problem):
+    with pytest.raises(InputError, match=problem):
+        conversation(messages(*said))
+
+
+def chat_request(**fields):
+    return ChatRequest(model="a", messages=[{"role": "user", "content": "a"}], **fields)
+
+
+def test_request_without_settings_takes_the_servers():
+    asked = chat_request().asked(WARM)
+    assert asked == Asked("a", [], None, WARM)
+    assert ReleasedRequest(text="a").asked(GREEDY).sampling == GREEDY
+
+
+def test_settings_of_a_request_take_the_place_of_the_servers():
+    asked = chat_request(temperature=0.5, top_p=1, top_k=3, seed=-1, stop="b", max_tokens=9, max_completion_tokens=4)
+    assert asked.asked(WARM) == Asked("a", [], None, Sampling(0.5, 1, 3, 1.2, seed=2**63 - 1), ("b",), 4)
+
+
+def test_request_for_the_likeliest_answer_has_no_penalty_and_one_of_a_greedy_server_gets_the_released():
+    assert chat_request(temperature=0).asked(WARM).sampling.repetition_penalty == 1
+    assert chat_request(temperature=1).asked(GREEDY).sampling.repetition_penalty == 1.2
+
+
+def test_everything_that_is_not_offered_is_told_at_once():
+    with pytest.raises(InputError) as error:
+        chat_request(n=2, tools=[{}], logprobs=True, response_format={"type": "json_object"}).asked(WARM)
+    assert str(error.value).splitlines() == [
+        f"{name} isn't offered; leave it out." for name in ("n", "tools", "logprobs", "response_format")
+    ]
+
+
+def test_number_out_of_bounds_is_told_by_the_fields_name():
+    with pytest.raises(InputError, match=r"^top_p 2\.0: a number above 0"):
+        chat_request(top_p=2).asked(WARM)
+    with pytest.raises(ValidationError):
+        chat_request(max_tokens=0)
+
+
+@pytest.mark.parametrize(("query", "english"), [("Describe it.", True), ("描述 it", False), ("", True)])
+def test_question_without_chinese_is_framed_in_english(query, english):
+    assert Asked(query, [], None, WARM).english is english
+
+
+def test_text_is_refused_by_its_length_before_it_becomes_tokens():
+    Asked("a" * 800, [], None, WARM).refuse_text(10)
+    with pytest.raises(InputError, match="have 801 characters; there is room for 10 tokens"):
+        Asked("a" * 800, [("", "b")], None, WARM).refuse_text(10)

@@ -7,6 +7,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from conftest import FakeTimers, load_model, write_checkpoint
 from fake_gpu import CUDA, GIB, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
 
 from model import attention
+from model.adapter_config import AdapterConfig
 from model.blip2 import BLIP2
 from model.checkpoints import weights
 from model.checkpoints.layout import Checkpoint, ModelConfig
@@ -31,6 +33,7 @@ from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
 from model.training import step as step_module
+from model.training.memory import CUDA_ITSELF, Batch, Setup, estimate, optimizer_bytes
 from model.training.step import forward_step
 from model.visualglm import VisualGLMModel, without_memory
 from scripts.dev.benchmark import SHAPES
@@ -212,8 +215,20 @@ def of_the_6b(gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     return Checkpoint("6b", Path("6b"), "1", config)  # type: ignore[arg-type]
 
 
-GIB_AT_MOST = {"lora": 13.0, "qlora": 5.3}  # of the device, for one row of 56 tokens: a T4 has 15, small cards have 6
-RECIPE = {"lora_rank": 10, "layer_range": [0, 14]}
+@dataclass(frozen=True)
+class Counted:
+    """A step whose memory is counted: rows of so many tokens, of which few are supervised or all but a short question's."""
+
+    rows: int
+    tokens: int
+    learned: int = 13
+    recomputed: bool = False
+
+
+LONG = 320 - 40  # tokens of a row's answer, beside the picture and a short question
+COUNTED = [Counted(1, 56), Counted(1, 320, LONG), Counted(4, 56), Counted(4, 320, LONG), Counted(4, 320, LONG, True)]
+RECIPE = {"lora_rank": 10, "layer_range": [0, 14], "pre_seq_len": 4, "lora_dropout": 0.1}
+GIB_AT_MOST = {"lora": 13.0, "qlora": 5.3, "ptuning": 13.0}  # for the first of them: a T4 has 15, small cards have 6
 
 
 def with_features(config: ModelConfig, rows: int, tokens: int, learned: int) -> dict[str, Any]:
@@ -229,11 +244,15 @@ def trained_step(model: Any, args: Any, batch: dict[str, Any]) -> None:
         parameter.grad = None
 
 
-@pytest.mark.parametrize("method", GIB_AT_MOST)
-def test_6b_is_loaded_and_trained_within_the_memory_of_small_gpus(
+@pytest.mark.parametrize("method", ["lora", "qlora", pytest.param("ptuning", marks=pytest.mark.long)])
+def test_6b_fits_small_gpus_and_its_memory_is_estimated_within_a_tenth(
     gpu: Memory, of_the_6b: Checkpoint, method: str
 ) -> None:
-    model, args = on_gpu(of_the_6b, "fp16", complete=False, **{f"use_{method}": True}, **RECIPE)
+    config = of_the_6b.config
+    config.update(hidden_dropout=0.1, attention_dropout=0.1)
+    flags = {f"use_{method}": True, **RECIPE}
+    setup = Setup(config, AdapterConfig.from_options(SimpleNamespace(**flags)), "fp16")
+    model, args = on_gpu(of_the_6b, "fp16", complete=False, **flags)
     vision = model.get_mixin("eva").model
     with torch.no_grad():
         vision.features(
@@ -245,11 +264,45 @@ def test_6b_is_loaded_and_trained_within_the_memory_of_small_gpus(
     model.freeze()
     loaded, while_loading = gpu.now, gpu.peak
     assert 1.9 < with_vision / GIB < 2.2
-    trained_step(model.train(), args, with_features(of_the_6b.config, 1, 56, 13))
-    print(
-        f"{method}: {loaded / GIB:.2f} GiB loaded, {while_loading / GIB:.2f} while loading, {gpu.peak / GIB:.2f} at most"
+    model.train()
+    print(f"\n{method}, GiB: {loaded / GIB:.2f} loaded, {while_loading / GIB:.2f} while loading")
+    peaks = []
+    for case in COUNTED:
+        setup = replace(setup, recomputed=case.recomputed)
+        told = estimate(setup, Batch(case.rows, case.tokens, case.rows * case.learned, images=0))
+        gpu.reset()
+        model.transformer.checkpoint_activations = case.recomputed
+        trained_step(model, args, with_features(config, case.rows, case.tokens, case.learned))
+        counted = gpu.peak + optimizer_bytes(setup)[1]
+        estimated = sum(told.training.values()) - CUDA_ITSELF
+        peaks.append((case, counted, estimated))
+        print(f"{case}: {counted / GIB:.2f} counted, {estimated / GIB:.2f} estimated")
+    assert max(while_loading, peaks[0][1]) / GIB <= GIB_AT_MOST[method]
+    assert 0.9 < (told.loading - CUDA_ITSELF) / while_loading < 1.1
+    for case, counted, estimated in peaks:
+        assert 0.9 < estimated / counted < 1.1, case
+        assert estimated - loaded > 0.75 * (counted - loaded), case  # a step's share, too
+
+
+@pytest.mark.parametrize("train_parts", [[], ["vit", "qformer", "glm_proj"]])
+@pytest.mark.parametrize("method", ["lora", "qlora", "ptuning"])
+def test_parameters_are_those_of_the_real_model(smallest: Path, method: str, train_parts: list[str]) -> None:
+    flags = {**METHODS["lora everywhere"], "use_lora": False, f"use_{method}": True, "train_parts": train_parts}
+    checkpoint = Checkpoint.find(smallest)
+    given = {**flags, "lr": 1e-4, "skip_init": True}
+    args = argparse.Namespace(**{**vars(FineTuneVisualGLMModel.get_args()), **given, **checkpoint.config})
+    with without_memory():
+        model = FineTuneVisualGLMModel(args, params_dtype=torch.float32)
+    model.freeze()
+    adapters = AdapterConfig.from_options(
+        SimpleNamespace(**flags, lora_rank=args.lora_rank, pre_seq_len=args.pre_seq_len)
     )
-    assert gpu.peak / GIB <= GIB_AT_MOST[method]
+    told = estimate(Setup(checkpoint.config, adapters), Batch(1, 50, 8, 0))
+    linears = [module for module in model.modules() if isinstance(module, Nf4Linear)]
+    in_4_bits = sum(linear.in_features * linear.out_features for linear in linears)
+    assert told.in_4_bits == in_4_bits
+    assert told.parameters == sum(p.numel() for p in model.parameters()) + in_4_bits
+    assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # --- planted mistakes -------------------------------------------------------------------------------------------------

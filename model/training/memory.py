@@ -56,6 +56,7 @@ class Setup:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     recomputed: bool = False  # --checkpoint-activations
+    packed: bool = False  # on a CPU, whether frozen weights are there in a second order, for the gradient
 
     @classmethod
     def of_run(cls, flags: Any, config: Any, zero_stage: int, on_gpu: bool) -> "Setup":
@@ -193,6 +194,15 @@ def weight_bytes(setup: Setup) -> dict[str, int]:
     }
 
 
+def second_order_bytes(setup: Setup) -> int:
+    """Of the frozen linears a second time, from the first trained layer up: see `model.cpu`."""
+    if setup.is_4bit or setup.zero_stage == 3:
+        return 0
+    layers = setup.config["num_layers"] - _first_trained_layer(setup)
+    numbers = layers * layer_linears(setup.config) + setup.config["vocab_size"] * setup.config["hidden_size"]
+    return numbers * setup.bytes // setup.model_parallel
+
+
 def optimizer_bytes(setup: Setup) -> tuple[int, int]:
     """Of a process's gradients, and of what the optimizer keeps, for the weights that are trained."""
     trained = trained_numbers(setup)
@@ -203,6 +213,14 @@ def optimizer_bytes(setup: Setup) -> tuple[int, int]:
     # A step turns half precision's gradients into float32 to clip them and to update the second copy.
     gradients = own * setup.bytes // (setup.data_parallel if setup.zero_stage >= 2 else 1)
     return gradients, own * (master + ADAM + master) // shared
+
+
+def _first_trained_layer(setup: Setup) -> int:
+    """The lowest layer of the language model that a gradient comes to. Those below keep nothing for it."""
+    adapters, layers = setup.adapters, setup.config["num_layers"]
+    if adapters.has_ptuning or adapters.part_rates or not adapters.has_lora:
+        return 0
+    return min(adapters.lora_layers(layers), default=layers)
 
 
 def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, float]:
@@ -245,8 +263,6 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
     part, tokens, answers = setup.model_parallel, batch.tokens, min(batch.answers, batch.tokens)
     attention, rest, lora_attention, lora_rest = _kept_by_layer(setup, batch)
     with_lora = adapters.lora_layers(layers) if adapters.has_lora else []
-    trains_from_the_start = adapters.has_ptuning or bool(adapters.part_rates)
-    first = 0 if trains_from_the_start else min(with_lora, default=layers)
 
     def kept(layer: int) -> float:
         is_last, lora = layer == layers - 1, layer in with_lora
@@ -254,7 +270,7 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
             rest + lora * lora_rest
         )
 
-    of_layers = [kept(layer) for layer in range(first, layers)]
+    of_layers = [kept(layer) for layer in range(_first_trained_layer(setup), layers)]
     if setup.recomputed:
         of_layers = [max(of_layers, default=0), *(layers * [float(tokens * hidden * size)])]
     masks = batch.rows * batch.seq * batch.seq * size * 2  # the mask, and what it adds to the scores
@@ -300,6 +316,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
+        "weights for gradients": second_order_bytes(setup) if setup.packed else 0,
         "adapters": adapters // shared,
         "gradients": gradients,
         "optimizer": optimizer,

@@ -46,6 +46,7 @@ HELP_ONLY = (
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
     "python scripts/dev/layouts.py",  # 25 seconds at its smallest
+    "python scripts/dev/rehearse_6b.py",  # minutes
     "python scripts/dev/torture.py",  # 15 seconds at its smallest
     "python scripts/dev/two_hosts.py",  # a minute
 )

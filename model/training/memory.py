@@ -22,6 +22,7 @@ PROCESS_ON_CPU = int(0.42 * GIB)  # Python, torch, SAT and DeepSpeed; measured w
 # Packing leaves holes in the C library's heap: measured on a model of 2 GB, with torch 2.13 and glibc 2.36, as a share of
 # what is packed for gradients. Blocks of MAPPED bytes and more are mapped one by one, and leave none.
 HOLES, MAPPED = 0.4, 32 * 2**20
+QUANTIZER_ON_CPU = int(0.11 * GIB)  # bitsandbytes 0.50
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 NF4_BYTES = 0.5 + 4 / 64  # of a number in 4 bits, with its share of a scale in float32: see `model.frozen`
 ADAM = 8  # two averages in float32
@@ -317,7 +318,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     gradients, optimizer = optimizer_bytes(setup)
     vision = weights["vision"] if batch.images else 0
     shared = setup.data_parallel if setup.zero_stage == 3 else 1
-    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU
+    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU + setup.is_4bit * QUANTIZER_ON_CPU
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
         "weights for gradients": second_order_bytes(setup) if setup.packed else 0,

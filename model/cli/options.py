@@ -199,15 +199,14 @@ def _length(text: str) -> int | None:
 
 
 def _memory(text: str) -> int:
-    """Bytes: 24, 24GB or 24GiB."""
-    match = re.fullmatch(r"([0-9.]+)\s*(GB|G|GiB)?", text.strip(), re.IGNORECASE)
-    try:
-        size = float(match[1]) * (2**30 if (match[2] or "").lower() == "gib" else 10**9) if match else 0
-    except ValueError:
-        size = 0
-    if size <= 0:
+    """Bytes: of 24, 24GB or 24GiB. A run's settings.json has bytes: no GPU has a million GB."""
+    match = re.fullmatch(r"(\d+\.?\d*) *(GB|G|GiB)?", text.strip(), re.IGNORECASE)
+    number, unit = (float(match[1]), (match[2] or "").lower()) if match else (0.0, "")
+    if number <= 0:
         raise argparse.ArgumentTypeError(f'"{text}" found; a size such as 24GB is needed')
-    return int(size)
+    if not unit and number >= 10**6:
+        return int(number)
+    return int(number * (2**30 if unit == "gib" else 10**9))
 
 
 def _truth(text: str) -> bool:

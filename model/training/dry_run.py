@@ -138,8 +138,8 @@ def with_batch_size(line: CommandLine, inputs: Inputs) -> CommandLine:
 
 def _with_words(options: Options, words: list[str]) -> Options:
     given = parse(words)
-    values = {**vars(options), **{name: getattr(given, name) for name in given.user_set}}
-    user_set = values.pop("user_set") | given.user_set
+    values = {**vars(options), **{name: getattr(given, name) for name in given.user_set}, "auto_batch_size": False}
+    user_set = (values.pop("user_set") | given.user_set) - {"auto_batch_size"}
     return Options(values, frozenset(user_set))
 
 

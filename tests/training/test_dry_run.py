@@ -141,7 +141,14 @@ def test_auto_is_spelled_out_for_sats_parser(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24", 24 * 10**9), ("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("24 g", 24 * 10**9)]
+    ("text", "size"),
+    [
+        ("24", 24 * 10**9),
+        ("24GB", 24 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("24 g", 24 * 10**9),
+        ("24000000000", 24 * 10**9),
+    ],
 )
 def test_gpu_memory_is_read_in_the_usual_spellings(text: str, size: int) -> None:
     assert parse(["--gpu_memory", text]).gpu_memory == size

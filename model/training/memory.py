@@ -313,7 +313,7 @@ def looking_bytes(setup: Setup, images: int) -> int:
 
 def estimate(setup: Setup, batch: Batch) -> Estimate:
     """The memory of one process of this run, on its device."""
-    weights, size = weight_bytes(setup), setup.bytes
+    weights, size, queries = weight_bytes(setup), setup.bytes, setup.config["qformer_args"]
     adapters = sum(adapter_numbers(setup).values()) * size // setup.model_parallel
     gradients, optimizer = optimizer_bytes(setup)
     vision = weights["vision"] if batch.images else 0
@@ -326,7 +326,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activation_bytes(setup, batch) + (looking_bytes(setup, batch.images) if batch.images else 0),
-        "features": 0,
+        "features": 0 if batch.images else batch.rows * queries["vocab_size"] * queries["hidden_size"] * size,
         "CUDA itself" if setup.on_gpu else "Python and its libraries": itself,
     }
     alone = weights["vision"] + weights["projection"] + looking_bytes(setup, IMAGES_AT_ONCE)

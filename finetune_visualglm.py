@@ -121,8 +121,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if finished:
             say(finished)
             return
+        if line.options.dry_run or line.options.auto_batch_size:
+            from model.training.dry_run import dry_run_report, with_batch_size
+
+            line = with_batch_size(line, inputs)
         for note in (*line.notes, *inputs.notes, *warm_up_notes(line.options, line.steps_done)):
             say(note)
+        if line.options.dry_run:
+            say(dry_run_report(line.options, inputs))
+            return
         train(line, inputs)
 
 

@@ -48,6 +48,7 @@ HELP_ONLY = (
     "python scripts/dev/benchmark_data.py",  # 10 seconds at its smallest
     "python scripts/dev/build_tiny.py",  # 5 seconds at its smallest
     "python scripts/dev/layouts.py",  # 25 seconds at its smallest
+    "python scripts/dev/rehearse_6b.py",  # minutes
     "python scripts/dev/torture.py",  # 15 seconds at its smallest
     "python scripts/dev/two_hosts.py",  # a minute
 )
@@ -185,7 +186,8 @@ def test_benchmark_of_a_gpu_has_only_flags_of_the_benchmark(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "rows").read_text().splitlines()
-    assert len(rows) == 7
+    assert len(rows) == 8
+    assert rows.pop().split()[0].endswith("scripts/dev/gpu_choices.py")
     for row in rows:
         script, *words = row.split()
         assert script.endswith("scripts/dev/benchmark.py")
@@ -202,7 +204,7 @@ def test_benchmark_of_a_gpu_without_an_active_environment_uses_the_projects(tmp_
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
     done = subprocess.run(["bash", "scripts/dev/benchmark_gpu.sh"], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "rows").read_text() == 7 * "used\n"
+    assert (tmp_path / "rows").read_text() == 8 * "used\n"
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def _choice_problems(options: Options) -> list[str]:
         problems.append("--train-iters and --epochs: both say how long to train; only one is needed.")
     if options.fp16 and options.bf16:
         problems.append("--fp16 and --bf16: only one is needed.")
+    if options.auto_batch_size and options.deepspeed_config:
+        problems.append(
+            "--batch-size auto and --deepspeed_config: both say how many rows a batch has; only one is needed."
+        )
     if options.mode == "inference":
         problems.append("--mode inference: this script trains; --mode finetune is needed.")
     return problems

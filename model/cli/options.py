@@ -95,6 +95,9 @@ class Options(SatOptions, MethodOptions, ModelOptions):
     ui_lang: str
     resume: str | None
     config: str | None
+    dry_run: bool
+    gpu_memory: int | None  # bytes
+    auto_batch_size: bool
 
     user_set: frozenset[str]  # the attributes that the user gave a value, be it the default
 
@@ -195,6 +198,13 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE.yaml",
         help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win. A run's settings.json is "
              "such a file too.")
+    add("--dry_run", action="store_true",
+        help="Check everything, print how much memory the run would take and on what, and end.")
+    add("--gpu_memory", type=_memory, metavar="SIZE",
+        help="Memory of a GPU, such as 24GB, for --dry_run and --batch-size auto (default: that of the GPUs found).")
+    add("--auto_batch_size", action="store_true",
+        help="Take the largest --batch-size that fits; a step keeps its samples (--batch-size times "
+             "--gradient-accumulation-steps). --batch-size auto says the same.")
     # fmt: on
 
 
@@ -214,11 +224,34 @@ def _length(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f'"{text}" found; a whole number or auto is needed') from None
 
 
+def _memory(text: str) -> int:
+    """Bytes: of 24, 24GB or 24GiB. A run's settings.json has bytes: no GPU has a million GB."""
+    match = re.fullmatch(r"(\d+\.?\d*) *(GB|G|GiB)?", text.strip(), re.IGNORECASE)
+    number, unit = (float(match[1]), (match[2] or "").lower()) if match else (0.0, "")
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f'"{text}" found; a size such as 24GB is needed')
+    if not unit and number >= 10**6:
+        return int(number)
+    return int(number * (2**30 if unit == "gib" else 10**9))
+
+
 def _truth(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f'"{text}" found; true or false is needed')
     return words[text.lower()]
+
+
+def spelled_out(argv: Sequence[str]) -> list[str]:
+    """argv with --batch-size auto, which SAT's parser doesn't know, as --auto_batch_size."""
+    words: list[str] = []
+    for word in argv:
+        is_value = word == "auto" and words and words[-1] in ("--batch-size", "--batch_size")
+        if is_value:
+            words[-1] = "--auto_batch_size"
+        else:
+            words.append("--auto_batch_size" if word == "--batch-size=auto" else word)
+    return words
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

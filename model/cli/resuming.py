@@ -16,7 +16,7 @@ from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Resumed, digest, newest_run, resumed_from
 from model.cli.config_file import with_config_files
-from model.cli.options import Options, flag_names, flag_with_value, parse, shown
+from model.cli.options import Options, flag_names, flag_with_value, parse, shown, spelled_out
 from model.distributed import world_size
 from model.errors import InputError, raise_problems
 
@@ -29,7 +29,7 @@ FREE = {
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
     "bad_rows", "image_folder", "feature_cache", "keep_best", "early_stopping", "answers", "eval_answers", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
-    "checkpoint_skip_layers", "rank_timeout", "model_parallel_size",
+    "checkpoint_skip_layers", "rank_timeout", "model_parallel_size", "dry_run", "gpu_memory", "auto_batch_size",
 }  # fmt: skip
 # Flags that stay the run's, each with the reason.
 _ADAPTERS = "the adapters are the checkpoint's"
@@ -65,7 +65,7 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         InputError: there is nothing to resume, or it can't be resumed with these flags.
     """
-    argv = with_config_files(argv)
+    argv = spelled_out(with_config_files(argv))
     words, options = own_words(argv), parse(argv)
     if options.resume is None:
         return _loading(words, options) if options.load else CommandLine(words, options)

@@ -130,7 +130,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="Iterations, that is optimizer steps, to train (default: 10000 unless --epochs is given).")
     add("--epochs", type=int, metavar="N", help="Times to go through --train-data, in place of --train-iters.")
     add("--batch-size", type=int, default=4, metavar="N",
-        help="Samples per GPU and forward pass (default %(default)s).")
+        help="Samples per GPU and forward pass; auto: see --auto_batch_size (default %(default)s).")
     add("--gradient-accumulation-steps", type=int, default=1, metavar="N",
         help="Forward and backward passes per optimizer step (default %(default)s).")
     add("--lr", type=float, default=1.0e-4, metavar="X", help="Peak learning rate (default %(default)s).")

@@ -16,14 +16,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from model.data.images import open_image
-from model.data.lengths import estimated_length
+from model.data.lengths import PAD_MULTIPLE, estimated_length
 from model.data.prompt import IGNORE_INDEX, Lengths, Sample, Tokenizer, pre_image, sample_from_row
 from model.data.rows import Row, Rows, read_rows, row_turns
 from model.errors import InputError
 from model.masks import packed_position_ids, supervised_positions
 
 PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
-PAD_MULTIPLE = 8  # tokens; half-precision matrix units work in tiles of 8
 
 Entry = TypeVar("Entry")
 

@@ -29,6 +29,7 @@ from model.data.prompt import (
 from model.data.rows import Row, Rows, row_turns
 from model.data.workers import begin_in_processes
 
+PAD_MULTIPLE = 8  # tokens, to whose multiples batches are padded; half-precision matrix units work in tiles of 8
 ROWS_AT_ONCE = 1000  # tokenized together
 ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
 Part = tuple[str, range]  # a file, and some of its rows
@@ -154,6 +155,21 @@ def estimated_length(turn: Row, lengths: Lengths) -> int:
     history = sum(len(question) + len(answer) for question, answer in turn.history)
     source = history + len(turn.prompt) + (lengths.image_length if turn.img else 0)
     return bounded_length(source, len(turn.label), lengths)
+
+
+def longest_sample(files: Mapping[str, Rows], tokenizer: Tokenizer, lengths: Lengths) -> tuple[int, int]:
+    """Tokens of the longest sample that the rows make, and of the longest target in one, after truncation.
+
+    A batch is padded to its longest sample, so that the largest batch of a run has the longest of all.
+    """
+
+    def of_rows(rows: Iterable[Row]) -> tuple[int, int]:
+        pairs = list(turn_lengths(rows, tokenizer, lengths))
+        target = max((min(target, lengths.max_target_length) for _, target in pairs), default=0)
+        return max((bounded_length(*pair, lengths) for pair in pairs), default=0), target
+
+    longest, targets = zip(*_begin(of_rows, files, _parts(files))(), strict=True)
+    return max(longest), max(targets)
 
 
 def begin_counting_truncations(

@@ -1,76 +1,385 @@
-"""What a step keeps in memory: activations where they fit, and on a CPU prepacked weights."""
+"""How much memory a run takes, told from its flags and sizes; and what a step keeps, by the memory that is there.
 
+`Setup` says what decides it. `estimate` adds it up: --dry_run prints that, --auto_batch_size asks it, and `fit_into_memory`
+lets a step compute its activations again where they don't fit. A formula, and no count: it is there before torch is, and
+for models that no device here can hold. Tests hold it against a count of the real model's tensors.
+
+Only the standard library is imported at the top. Units: bytes, unless a name says otherwise.
+"""
+
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-import torch
-
-from model.cpu import can_pack, pack_linears
-from model.distributed import processes_here
-from model.frozen import Nf4Linear, plain_linears
-from model.lora import LoraLinear
-from model.loss import CHUNK_LOGITS
+from model.adapter_config import AdapterConfig
+from model.distributed import processes_here, world_size
 from model.progress import say
 
-# Numbers that a layer with frozen weights keeps for the backward pass, for each token and unit of width: inputs of two
-# layer norms and of GELU (1 + 1 + 4), query, key and value (3), attention's output (1). tests/test_gpu_rehearsal.py counts
-# them on the 6B's shape.
-KEPT_PER_WIDTH = 10
-KEPT_OF_A_PREFIX = 1  # more: keys with P-Tuning's before them, beside those without
-BYTES_OF_DROPOUT = 2  # for each token and unit of width: two masks
-BYTES_OF_A_SCORE = 8  # beside the score itself, while the loss is made of it: in float32, and its logarithm
-USABLE = 0.8  # of what is free; the rest is for gradients, the optimizer and fragmentation
+GIB = 2**30
+USABLE = 0.9  # of a device's memory; the rest is fragmentation
+CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
+PROCESS_ON_CPU = int(0.42 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
+# Packing leaves holes in the C library's heap: measured on a model of 2 GB, with torch 2.13 and glibc 2.36, as a share of
+# what is packed for gradients. Blocks of MAPPED bytes and more are mapped one by one, and leave none.
+HOLES, MAPPED = 0.4, 32 * 2**20
+QUANTIZER_ON_CPU = int(0.11 * GIB)  # bitsandbytes 0.50
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+NF4_BYTES = 0.5 + 4 / 64  # of a number in 4 bits, with its share of a scale in float32: see `model.frozen`
+ADAM = 8  # two averages in float32
+MASTER = 4  # half precision's second copy, in float32
+IMAGES_AT_ONCE = 16  # while all pictures are looked at: see `model.training.feature_cache`
+CHUNK_SCORES = 2**26  # see `model.loss`
+SHORT_ON_CPU = 256  # keys; see `model.attention`
 
 
-def activation_bytes(model: Any, tokens: int) -> int:
-    """Bytes that the language model keeps for the backward pass of a micro-batch of so many tokens."""
-    transformer, bytes_per_number = model.transformer, model.transformer.word_embeddings.weight.element_size()
-    numbers = transformer.hidden_size * (KEPT_PER_WIDTH + KEPT_OF_A_PREFIX * ("ptuning" in model.mixins))
-    kept = numbers * bytes_per_number * len(transformer.layers)
-    for layer in transformer.layers:
-        if layer.attention.output_dropout.p > 0:
-            kept += transformer.hidden_size * BYTES_OF_DROPOUT
-        adapted = [part for part in layer.modules() if isinstance(part, LoraLinear)]
-        kept += sum(part.matrix_A[0].shape[1] * bytes_per_number for part in adapted)  # A's gradient needs its input
-    return tokens * kept
+@dataclass(frozen=True)
+class Batch:
+    """The largest micro-batch of a process."""
+
+    rows: int
+    seq: int  # tokens of a row, padding included
+    answers: int  # supervised tokens, of all rows
+    images: int  # that go through the vision part in each step; 0 where their features are kept
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq
 
 
-def temporary_bytes(model: Any, tokens: int) -> int:
-    """Bytes that a step takes beside them for a moment: the scores of a chunk of tokens, or a weight unpacked from 4 bits."""
-    weight = model.transformer.word_embeddings.weight
-    scores = min(CHUNK_LOGITS, tokens * len(weight)) * (weight.element_size() + BYTES_OF_A_SCORE)
-    packed = (part for part in model.transformer.layers.modules() if isinstance(part, Nf4Linear))
-    unpacked = max((part.in_features * part.out_features * weight.element_size() for part in packed), default=0)
-    return max(scores, unpacked)
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much memory a process of a run takes, the batch aside."""
+
+    config: Any  # the checkpoint's, with the sizes of the released layout
+    adapters: AdapterConfig
+    dtype: str = "fp32"  # of BYTES
+    zero_stage: int = 0
+    model_parallel: int = 1  # processes that share the language model
+    data_parallel: int = 1  # processes, or groups of these, that share the rows
+    on_gpu: bool = True
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    recomputed: bool = False  # --checkpoint-activations
+    packed: bool = False  # on a CPU, whether frozen weights are there in a second order, for the gradient
+
+    @classmethod
+    def of_run(cls, flags: Any, config: Any, zero_stage: int, on_gpu: bool) -> "Setup":
+        """That of a process of a run. flags has the attributes of a command line's options, or of SAT's namespace."""
+        if getattr(flags, "image_size", None):
+            config = {**config, "eva_args": {**config["eva_args"], "image_size": [flags.image_size] * 2}}
+        return cls(
+            config=config,
+            adapters=AdapterConfig.from_options(flags).resumed_from(config),
+            dtype="fp16" if flags.fp16 else "bf16" if flags.bf16 else "fp32",
+            zero_stage=zero_stage,
+            model_parallel=flags.model_parallel_size,
+            data_parallel=max(1, world_size() // flags.model_parallel_size),
+            on_gpu=on_gpu,
+            hidden_dropout=config.get("hidden_dropout", flags.hidden_dropout),
+            attention_dropout=config.get("attention_dropout", flags.attention_dropout),
+            recomputed=flags.checkpoint_activations,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of a number of the weights."""
+        return BYTES[self.dtype]
+
+    @property
+    def is_4bit(self) -> bool:
+        return "qlora" in self.adapters.methods
+
+    @property
+    def trains_vision(self) -> bool:
+        return any(part in self.adapters.part_rates for part in ("vit", "qformer"))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now. The processes of a machine share a CPU's; each has a GPU of its own."""
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one process. `training` and `loading` hold parts by name; each is there at the peak."""
+
+    training: dict[str, int]
+    loading: int
+    parameters: int  # of all processes together
+    trained: int
+    in_4_bits: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.loading, sum(self.training.values()))
+
+
+# --- how many numbers -------------------------------------------------------------------------------------------------
+
+
+def layer_linears(config: Any) -> int:
+    """Numbers in the weights of a language model's layer, biases and norms aside."""
+    hidden = config["hidden_size"]
+    return 4 * hidden * hidden + 2 * hidden * _inner(config)
+
+
+def language_numbers(config: Any) -> int:
+    """Parameters of the language model, without adapters."""
+    hidden, layers = config["hidden_size"], config["num_layers"]
+    biases_and_norms = 4 * hidden + _inner(config) + hidden + 4 * hidden
+    return 2 * config["vocab_size"] * hidden + layers * (layer_linears(config) + biases_and_norms) + 2 * hidden
+
+
+def vision_numbers(config: Any) -> dict[str, int]:
+    """Parameters of the vision part, by the names of --train_parts."""
+    vit, qformer = config["eva_args"], config["qformer_args"]
+    width, patch = vit["hidden_size"], vit["patch_size"]
+    seq = image_positions(config)
+    vit_numbers = (
+        vit["vocab_size"] * width + seq * width + width * (vit["in_channels"] * patch * patch + 1)
+        + vit["num_layers"] * _block(width, _inner(vit)) + 2 * width
+    )  # fmt: skip
+    hidden, seen = qformer["hidden_size"], qformer["cross_attn_hidden_size"]
+    decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
+    cross = 2 * hidden * (hidden + 1) + 2 * hidden * (seen + 1) + 2 * hidden
+    qformer_numbers = (
+        qformer["vocab_size"] * hidden + qformer["num_layers"] * _block(hidden, _inner(qformer)) + decoders * cross
+        + 2 * hidden
+    )  # fmt: skip
+    return {"vit": vit_numbers, "qformer": qformer_numbers, "glm_proj": config["hidden_size"] * (hidden + 1)}
+
+
+def adapter_numbers(setup: Setup) -> dict[str, int]:
+    """Parameters of the adapters: LoRA's, and P-Tuning's."""
+    config, adapters = setup.config, setup.adapters
+    hidden, inner = config["hidden_size"], _inner(config)
+    sizes = {
+        "query_key_value": 6 * hidden, "dense": 2 * hidden, "dense_h_to_4h": hidden + inner, "dense_4h_to_h": inner + hidden,
+    }  # fmt: skip
+    layers = len(adapters.lora_layers(config["num_layers"])) if adapters.has_lora else 0
+    lora = layers * adapters.rank * sum(sizes[target] for target in adapters.lora_targets)
+    prefix = config["num_layers"] * 2 * hidden * adapters.prefix_length if adapters.has_ptuning else 0
+    return {"lora": lora, "ptuning": prefix}
+
+
+def trained_numbers(setup: Setup) -> int:
+    """Parameters that are trained."""
+    methods = setup.adapters.methods
+    trained = {"lora" if name == "qlora" else name for name in methods if name not in setup.adapters.resumed_methods}
+    adapters = sum(count for name, count in adapter_numbers(setup).items() if name in trained)
+    vision = vision_numbers(setup.config)
+    return adapters + sum(vision[part] for part in setup.adapters.part_rates)
+
+
+def image_positions(config: Any) -> int:
+    """Positions of an image in the vision transformer."""
+    vit = config["eva_args"]
+    return int(vit["pre_len"] + math.prod(edge // vit["patch_size"] for edge in vit["image_size"]) + vit["post_len"])
+
+
+def _inner(config: Any) -> int:
+    return int(config.get("inner_hidden_size") or 4 * config["hidden_size"])
+
+
+def _block(width: int, inner: int) -> int:
+    """Parameters of a transformer's layer."""
+    return 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width
+
+
+# --- how many bytes ---------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(setup: Setup) -> dict[str, int]:
+    """Of the frozen and trained weights of a process, without adapters: language model, ViT and Q-Former, projection."""
+    config, size = setup.config, setup.bytes
+    linears = config["num_layers"] * layer_linears(config)
+    others = language_numbers(config) - linears
+    language = (linears * (NF4_BYTES if setup.is_4bit else size) + others * size) / setup.model_parallel
+    vision = vision_numbers(config)
+    return {
+        "language": int(language),
+        "vision": (vision["vit"] + vision["qformer"]) * size,
+        "projection": vision["glm_proj"] * size,
+    }
+
+
+def second_order_bytes(setup: Setup) -> int:
+    """Of the frozen linears a second time, from the first trained layer up: see `model.cpu`."""
+    if setup.is_4bit or setup.zero_stage == 3:
+        return 0
+    layers = setup.config["num_layers"] - _first_trained_layer(setup)
+    numbers = layers * layer_linears(setup.config) + setup.config["vocab_size"] * setup.config["hidden_size"]
+    largest = setup.config["hidden_size"] * _inner(setup.config) * setup.bytes
+    return int(numbers * setup.bytes / setup.model_parallel * (1 if largest >= MAPPED else 1 + HOLES))
+
+
+def optimizer_bytes(setup: Setup) -> tuple[int, int]:
+    """Of a process's gradients, and of what the optimizer keeps, for the weights that are trained."""
+    trained = trained_numbers(setup)
+    adapters = sum(adapter_numbers(setup).values())
+    own = trained - min(trained, adapters) + min(trained, adapters) // setup.model_parallel
+    shared = setup.data_parallel if setup.zero_stage else 1
+    master = 0 if setup.dtype == "fp32" and not setup.zero_stage else MASTER
+    # A step turns half precision's gradients into float32 to clip them and to update the second copy.
+    gradients = own * setup.bytes // (setup.data_parallel if setup.zero_stage >= 2 else 1)
+    return gradients, own * (master + ADAM + master) // shared
+
+
+def _first_trained_layer(setup: Setup) -> int:
+    """The lowest layer of the language model that a gradient comes to. Those below keep nothing for it."""
+    adapters, layers = setup.adapters, setup.config["num_layers"]
+    if adapters.has_ptuning or adapters.part_rates or not adapters.has_lora:
+        return 0
+    return min(adapters.lora_layers(layers), default=layers)
+
+
+def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, float]:
+    """Bytes that a layer without LoRA keeps for the backward pass: a token's in attention, and in the rest of the layer;
+    what LoRA adds to both."""
+    config, adapters, size = setup.config, setup.adapters, setup.bytes
+    hidden, inner, heads = config["hidden_size"], _inner(config), config["num_attention_heads"]
+    part, mask = setup.model_parallel, 1 if setup.on_gpu else size
+    norm = hidden * (4 if setup.dtype == "bf16" and not setup.on_gpu else size) + 8  # its input, mean and deviation
+    dropped = hidden * mask if setup.hidden_dropout else 0
+    attention = norm + 4 * hidden * size / part  # query, key, value, output
+    if adapters.has_ptuning:  # key and value with the prefix behind them, beside those without
+        attention += 2 * hidden * size / part * (batch.seq + adapters.prefix_length) / batch.seq - hidden * size / part
+    keys = batch.seq + (adapters.prefix_length if adapters.has_ptuning else 0)
+    if setup.on_gpu:
+        attention += 4 * heads / part
+    elif keys <= SHORT_ON_CPU or setup.attention_dropout:  # the weights of all keys, and those that dropout leaves
+        attention += heads / part * keys * size * (3 if setup.attention_dropout else 1)
+    rest = dropped + norm + inner * size / part + dropped
+    lora = {"attention": 0.0, "rest": 0.0}
+    if adapters.has_lora:
+        of_input = size + mask if adapters.dropout else size
+        wide = {
+            "query_key_value": hidden,
+            "dense": hidden / part,
+            "dense_h_to_4h": hidden,
+            "dense_4h_to_h": inner / part,
+        }
+        for target in adapters.lora_targets:
+            place = "attention" if target == "query_key_value" else "rest"
+            is_there = target == "dense" and not adapters.dropout  # attention's output
+            lora[place] += (0 if is_there else wide[target] * of_input) + 3 * adapters.rank * size
+    return attention, rest, lora["attention"], lora["rest"]
+
+
+def activation_bytes(setup: Setup, batch: Batch) -> int:
+    """Of what a step takes beside weights, gradients and the optimizer, at its peak."""
+    config, adapters, size = setup.config, setup.adapters, setup.bytes
+    hidden, inner, layers = config["hidden_size"], _inner(config), config["num_layers"]
+    part, tokens, answers = setup.model_parallel, batch.tokens, min(batch.answers, batch.tokens)
+    attention, rest, lora_attention, lora_rest = _kept_by_layer(setup, batch)
+    with_lora = adapters.lora_layers(layers) if adapters.has_lora else []
+
+    def kept(layer: int) -> float:
+        is_last, lora = layer == layers - 1, layer in with_lora
+        return tokens * (attention + lora * lora_attention) + (answers if is_last else tokens) * (
+            rest + lora * lora_rest
+        )
+
+    of_layers = [kept(layer) for layer in range(_first_trained_layer(setup), layers)]
+    if setup.recomputed:
+        of_layers = [max(of_layers, default=0), *(layers * [float(tokens * hidden * size)])]
+    masks = batch.rows * batch.seq * batch.seq * size * 2  # the mask, and what it adds to the scores
+    positions = 3 * batch.seq * batch.rows * hidden // config["num_attention_heads"] * size
+    rows = min(answers, max(1, CHUNK_SCORES // config["vocab_size"]))
+    in_float32 = 4 if setup.on_gpu else 0  # the scores' logarithms
+    loss = rows * config["vocab_size"] // part * (size + in_float32) + 2 * answers * hidden * size
+    unpacked = hidden * inner * size if setup.is_4bit else 0
+    backward = tokens * (2 * inner / part + 2 * hidden) * size + unpacked
+    return int(sum(of_layers) + masks + positions + max(loss, backward)) + vision_activation_bytes(setup, batch)
+
+
+def vision_activation_bytes(setup: Setup, batch: Batch) -> int:
+    """Of what ViT and Q-Former keep for the backward pass, where they are trained."""
+    parts, size = setup.adapters.part_rates, setup.bytes
+    vit, qformer = setup.config["eva_args"], setup.config["qformer_args"]
+    kept = 0
+    if (
+        "vit" in parts
+    ):  # per layer both norms' inputs and outputs, query, key, value, attention's output, GELU's input and output
+        kept += vit["num_layers"] * image_positions(setup.config) * (8 * vit["hidden_size"] + 2 * _inner(vit)) * size
+    if "vit" in parts or "qformer" in parts:
+        width = 12 * qformer["hidden_size"] + 2 * _inner(qformer)
+        kept += qformer["num_layers"] * qformer["vocab_size"] * width * size
+        kept += sum(qformer["is_decoder"]) * image_positions(setup.config) * 2 * qformer["hidden_size"] * size
+    return kept * batch.images
+
+
+def looking_bytes(setup: Setup, images: int) -> int:
+    """Of what frozen ViT and Q-Former take while they look at so many images: one layer's tensors."""
+    vit = setup.config["eva_args"]
+    return images * image_positions(setup.config) * (4 * vit["hidden_size"] + 2 * _inner(vit)) * setup.bytes
+
+
+def estimate(setup: Setup, batch: Batch) -> Estimate:
+    """The memory of one process of this run, on its device."""
+    weights, size, queries = weight_bytes(setup), setup.bytes, setup.config["qformer_args"]
+    adapters = sum(adapter_numbers(setup).values()) * size // setup.model_parallel
+    gradients, optimizer = optimizer_bytes(setup)
+    vision = weights["vision"] if batch.images else 0
+    shared = setup.data_parallel if setup.zero_stage == 3 else 1
+    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU + setup.is_4bit * QUANTIZER_ON_CPU
+    training = {
+        "weights": (weights["language"] + weights["projection"] + vision) // shared,
+        "weights for gradients": second_order_bytes(setup) if setup.packed else 0,
+        "adapters": adapters // shared,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activation_bytes(setup, batch) + (looking_bytes(setup, batch.images) if batch.images else 0),
+        "features": 0 if batch.images else batch.rows * queries["vocab_size"] * queries["hidden_size"] * size,
+        "CUDA itself" if setup.on_gpu else "Python and its libraries": itself,
+    }
+    alone = weights["vision"] + weights["projection"] + looking_bytes(setup, IMAGES_AT_ONCE)
+    # A weight that is packed into 4 bits is on the device for a moment as it was, and a part of it in float32.
+    unpacked = layer_linears(setup.config) // 3 * size if setup.is_4bit else 0
+    whole = weights["language"] + weights["projection"] + vision + adapters + unpacked
+    numbers = language_numbers(setup.config) + sum(vision_numbers(setup.config).values())
+    return Estimate(
+        training, itself + max(alone, whole), numbers + sum(adapter_numbers(setup).values()), trained_numbers(setup),
+        setup.config["num_layers"] * layer_linears(setup.config) if setup.is_4bit else 0,
+    )  # fmt: skip
+
+
+# --- what a step keeps ------------------------------------------------------------------------------------------------
+
+
+def free_bytes(device: Any) -> int:
+    """Bytes that are free on the torch.device now. The processes of a machine share a CPU's; each has a GPU of its own."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // processes_here()[1]
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return host_bytes()
 
 
-def fit_into_memory(model: Any, tokens: int, zero_stage: int = 0) -> None:
-    """Choose what is kept for a micro-batch of so many tokens, by the memory that is free, and by DeepSpeed's zero_stage.
+def host_bytes() -> int:
+    """Bytes of host memory that are free for each of the processes on this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().available) // processes_here()[1]
+
+
+def fit_into_memory(model: Any, setup: Setup, batch: Batch) -> None:
+    """Choose what is kept for such a micro-batch, by the memory that is free beside the weights of model.
 
     If the activations don't fit, they are checkpointed, and that is said. If they do on a CPU, the language model's
     frozen linears are prepacked (`model.cpu`), provided that there is room for their weights a second time: the gradient
     needs them in an order of its own.
     """
+    from model.cpu import can_pack, pack_linears
+    from model.frozen import plain_linears
+
     transformer, weight = model.transformer, model.transformer.word_embeddings.weight
     free = USABLE * free_bytes(weight.device)
-    needed = activation_bytes(model, tokens) + temporary_bytes(model, tokens)
-    if transformer.checkpoint_activations:
-        needed = 0
-    elif needed > free:
+    beside = sum(optimizer_bytes(setup))
+    needed = activation_bytes(replace(setup, recomputed=transformer.checkpoint_activations), batch) + beside
+    if needed > free and not transformer.checkpoint_activations:
         transformer.checkpoint_activations = True
         say(
-            f"Activations of {tokens} tokens take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB can be used: they "
+            f"Activations of {batch.tokens} tokens take about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB can be used: they "
             "are computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
         )
         return
-    if not can_pack(weight) or zero_stage == 3:  # ZeRO 3 keeps a part of each weight, in torch's order
+    if not can_pack(weight) or setup.zero_stage == 3:  # ZeRO 3 keeps a part of each weight, in torch's order
         return
     networks = (transformer.layers, model.get_mixin("chatglm-final"))
     weights = [linear.weight for network in networks for _, _, linear in plain_linears(network)]

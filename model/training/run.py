@@ -22,14 +22,14 @@ from model.checkpoints.metadata import VISION
 from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
-from model.distributed import from_first_process, launcher_environment
+from model.distributed import from_first_process, has_gpu, launcher_environment
 from model.training.answers import RowAnswers
 from model.training.best_checkpoint import BestEvaluation
 from model.training.deepspeed_config import zero_stage
 from model.training.feature_cache import FeatureCache
 from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
-from model.training.memory import fit_into_memory
+from model.training.memory import Batch, Setup, fit_into_memory
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
 from model.training.run_state import RunState
@@ -93,8 +93,10 @@ class Run:
         features.offload_vision(bool(is_saved))
         model.finish_loading()
         model.freeze()
-        tokens = args.batch_size * (args.max_source_length + args.max_target_length)
-        fit_into_memory(model, tokens, zero_stage(args.deepspeed_config))
+        seq, answers = args.max_source_length + args.max_target_length, args.batch_size * args.max_target_length
+        setup = Setup.of_run(args, self.inputs.checkpoint.config, zero_stage(args.deepspeed_config), has_gpu())
+        images = args.batch_size if features.vision_is_needed else 0
+        fit_into_memory(model, setup, Batch(args.batch_size, seq, answers, images))
         return model
 
 

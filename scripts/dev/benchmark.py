@@ -435,7 +435,7 @@ class Bench:
         import torch
 
         from model.sat_compat import quieten
-        from model.training.memory import fit_into_memory
+        from model.training.memory import Batch, Setup, fit_into_memory
 
         quieten()
         self.options = options
@@ -453,7 +453,9 @@ class Bench:
         self.released_model = self.model
         if self.released_dtype != self.dtype:
             self.released_model = copy.deepcopy(self.model).to(self.released_dtype)
-        fit_into_memory(self.model, options.batch_size * (options.max_source_length + options.max_target_length))
+        rows, target = options.batch_size, options.max_target_length
+        setup = Setup(self.config, self.model.adapters, options.dtype, on_gpu=self.device.type == "cuda")
+        fit_into_memory(self.model, setup, Batch(rows, options.max_source_length + target, rows * target, images=0))
         count = options.batch_size * options.steps
         samples = read_samples(options, self.config) if options.data else drawn_samples(options, self.config, count)
         samples = (samples * (count // len(samples) + 1))[:count]

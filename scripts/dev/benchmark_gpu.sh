@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Measures the whole table of one GPU in a few minutes: the 6B shape with random weights, the released way and ours.
-# It needs only this repository and its packages: those of an active environment, else of .venv (scripts/setup.sh). Each row's figures go to a JSON file in the folder $1 (default:
-# benchmark_gpu).
+# Measures the whole table of one GPU in a few minutes: the 6B shape with random weights, the released way and ours. Then it
+# measures what only a GPU can decide, and prints a table for BENCHMARKS.md, which says what to change where a number disagrees.
+# It needs only this repository and its packages: those of an active environment, else of .venv (scripts/setup.sh). Each row's
+# figures go to a JSON file in the folder $1 (default: benchmark_gpu), and the table to choices.md there.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then
@@ -25,3 +26,4 @@ row lora-batch-1 --dtype fp16 --batch-size 1
 row ptuning --dtype fp16 --batch-size 4 --method ptuning
 row qlora-batch-1 --dtype fp16 --batch-size 1 --method qlora
 row ablation --dtype fp16 --batch-size 4 --ablate
+python "$project/scripts/dev/gpu_choices.py" "$out" | tee "$out/choices.md"

@@ -247,6 +247,7 @@ BY_PARSER = {
     "float": float,
     "str": str,
     "_length": int,
+    "_memory": int,
     "_truth": bool,
     "_json_object": dict[str, object],
     "_part_and_rate": str,

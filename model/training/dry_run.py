@@ -1,0 +1,227 @@
+"""What a run would take, told before it begins: --dry_run, and the batch that --batch-size auto takes.
+
+Neither loads weights; torch is imported only to ask what GPUs there are, and not at all with --gpu_memory. The numbers are
+those of `model.training.memory`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from model.checkpoints.layout import read_json_object
+from model.checkpoints.sizes import size_text
+from model.cli.options import Options, parse
+from model.cli.preflight import Inputs, checkpoint_size, samples_per_step, training_steps
+from model.cli.resuming import CommandLine
+from model.data.lengths import PAD_MULTIPLE, longest_sample
+from model.distributed import has_gpu
+from model.errors import InputError
+from model.progress import count_of
+from model.training.deepspeed_config import zero_stage
+from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate, host_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a process trains."""
+
+    name: str
+    memory: int  # bytes
+    on_gpu: bool
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a run may count on."""
+        return int(USABLE * self.memory)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a process of a run works on, and how."""
+
+    setup: Setup
+    batch: Batch
+    accumulated: int  # micro-batches of a step
+
+    @property
+    def told(self) -> Estimate:
+        return estimate(self.setup, self.batch)
+
+    def with_rows(self, rows: int) -> "Plan":
+        """The same step, in micro-batches of so many rows, of which its samples are a multiple."""
+        old = self.batch
+        images = rows if old.images else 0
+        batch = replace(old, rows=rows, answers=old.answers // old.rows * rows, images=images)
+        return replace(self, batch=batch, accumulated=old.rows * self.accumulated // rows)
+
+    def changed(self, **setup: object) -> "Plan":
+        return replace(self, setup=replace(self.setup, **setup))  # type: ignore[arg-type]
+
+
+def device_of(options: Options) -> Device:
+    """The smallest GPU that torch can use, a GPU of --gpu_memory, or the CPU."""
+    if options.gpu_memory:
+        return Device("--gpu_memory", options.gpu_memory, True)
+    if not has_gpu():
+        return Device("the CPU, as no GPU was found", host_bytes(), False)
+    import torch
+
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    smallest = min(found, key=lambda gpu: gpu.total_memory)
+    return Device(f"{count_of(len(found), 'GPU')} found, {smallest.name}", smallest.total_memory, True)
+
+
+def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
+    """What a run with these options would do, with the longest rows of its data in one batch."""
+    stage, rows, accumulated = options.zero_stage, options.batch_size, options.gradient_accumulation_steps
+    config = inputs.checkpoint.config
+    setup = Setup.of_run(options, config, stage, on_gpu)
+    if options.deepspeed_config:
+        settings = read_json_object(options.deepspeed_config, "--deepspeed_config")
+        stage = zero_stage(settings)
+        half = [name for name in ("fp16", "bf16") if dict(settings.get(name) or {}).get("enabled")]  # type: ignore[call-overload]
+        setup = replace(setup, zero_stage=stage, dtype=(half or ["fp32"])[0])
+        rows = _number(settings.get("train_micro_batch_size_per_gpu"), rows)
+        accumulated = _number(settings.get("gradient_accumulation_steps"), accumulated)
+    if not on_gpu and setup.dtype == "fp16":
+        setup = replace(setup, dtype="fp32")  # as a run without a GPU does
+    files = {file: inputs.selection.rows[file] for file in options.train_data or []}
+    tokens, target = longest_sample(files, inputs.tokenizer, inputs.lengths)
+    seq = -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+    images = 0 if keeps_features(options, inputs, setup) else rows
+    plan = Plan(setup, Batch(rows, seq, rows * target, images), accumulated)
+    return (
+        plan if on_gpu else plan.changed(packed=estimate(replace(setup, packed=True), plan.batch).peak <= host_bytes())
+    )
+
+
+def _number(given: object, otherwise: int) -> int:
+    return given if isinstance(given, int) else otherwise
+
+
+def keeps_features(options: Options, inputs: Inputs, setup: Setup) -> bool:
+    """Whether the frozen vision part looks at each picture once, and leaves: see `model.training.feature_cache`."""
+    if setup.trains_vision:
+        return False
+    files = [*(options.train_data or []), *(options.valid_data or []), *(options.test_data or [])]
+    rows = max(inputs.selection.sample_count(file) for file in files)
+    planned = options.epochs or training_steps(options, inputs.selection) * samples_per_step(options) / rows
+    return bool(options.feature_cache) or planned >= 2
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
+def with_batch_size(line: CommandLine, inputs: Inputs) -> CommandLine:
+    """line with the --batch-size that --batch-size auto stands for: the largest that fits. A step keeps its samples.
+
+    Raises:
+        InputError: not even one row at a time fits.
+    """
+    options = line.options
+    if not options.auto_batch_size:
+        return line
+    device = device_of(options)
+    plan = plan_of(options, inputs, device.on_gpu)
+    fitting = [smaller for smaller in (plan, *_smaller_batches(plan, whole=True)) if smaller.told.peak <= device.usable]
+    if not fitting:
+        raise InputError(
+            f"--batch-size auto: one row of {plan.batch.seq} tokens takes {_gib(plan.with_rows(1).told.peak)} GiB, "
+            f"{_gib(device.usable)} can be used ({device.name}); more memory is needed, or what --dry_run names."
+        )
+    chosen = max(fitting, key=lambda one: one.batch.rows)
+    rows, accumulated = str(chosen.batch.rows), str(chosen.accumulated)
+    added = ["--batch-size", rows, "--gradient-accumulation-steps", accumulated]
+    words = [word for word in line.words if word != "--auto_batch_size"] + added
+    note = f"--batch-size {rows} --gradient-accumulation-steps {accumulated} (auto)"
+    return replace(line, words=words, options=_with_words(options, added), notes=[*line.notes, note])
+
+
+def _with_words(options: Options, words: list[str]) -> Options:
+    given = parse(words)
+    values = {**vars(options), **{name: getattr(given, name) for name in given.user_set}, "auto_batch_size": False}
+    user_set = (values.pop("user_set") | given.user_set) - {"auto_batch_size"}
+    return Options(values, frozenset(user_set))
+
+
+def _smaller_batches(plan: Plan, whole: bool = False) -> Iterator[Plan]:
+    """The plan in other micro-batches, the largest first: smaller ones than its own, or, if whole, all of its step."""
+    samples = plan.batch.rows * plan.accumulated
+    for rows in range(samples if whole else plan.batch.rows - 1, 0, -1):
+        if samples % rows == 0:
+            yield plan.with_rows(rows)
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def dry_run_report(options: Options, inputs: Inputs) -> str:
+    """What --dry_run prints."""
+    device = device_of(options)
+    plan = plan_of(options, inputs, device.on_gpu)
+    told, batch, setup = plan.told, plan.batch, plan.setup
+    in_4_bits = f"; {told.in_4_bits:,} are kept in 4 bits" if told.in_4_bits else ""
+    pictures = "features of the pictures" if not batch.images else f"{count_of(batch.images, 'picture')}"
+    lines = [
+        f"Parameters: {told.parameters:,}, of which {told.trained:,} are trained{in_4_bits}.",
+        f"Largest batch: {count_of(batch.rows, 'row')} of {batch.seq} tokens, {batch.answers} of them learned; {pictures}. "
+        f"Batches a step: {plan.accumulated}, processes that share the rows: {setup.data_parallel}.",
+        f"Memory of {'each GPU' if setup.on_gpu else 'each process'} in {setup.dtype}, GiB:",
+        *(f"  {name:24} {_gib(size):>7}" for name, size in told.training.items() if size),
+        f"  {'all while training':24} {_gib(sum(told.training.values())):>7}",
+        f"  {'all while loading':24} {_gib(told.loading):>7}",
+        *_verdict(plan, device),
+        f"A checkpoint takes {size_text(checkpoint_size(options, inputs.checkpoint))}.",
+        "Time per step: can't be measured without the weights; a run prints it from its first steps on.",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan, device: Device) -> list[str]:
+    there = f"{_gib(device.usable)} of {_gib(device.memory)} GiB can be used ({device.name})"
+    if plan.told.peak <= device.usable:
+        return [f"It fits: {there}."]
+    ways = [(words, cost, way) for words, cost, way in ways_to_fit(plan) if way.told.peak <= device.usable]
+    if not ways:
+        return [f"It does not fit: {there}. None of the flags alone makes it fit: a larger GPU is needed."]
+    return [
+        f"It does not fit: {there}. What would make it fit, the cheapest first:",
+        *(f"  {words:62} {_gib(way.told.peak):>6} GiB; {cost}" for words, cost, way in ways),
+    ]
+
+
+def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
+    """Flags that need less memory, what they cost, and the plan with them; in the order of their cost."""
+    setup = plan.setup
+    if BYTES[setup.dtype] == 4:
+        yield "--bf16", "no slower where there is a GPU; numbers of half the width", plan.changed(dtype="bf16")
+    recomputed = plan if setup.recomputed else plan.changed(recomputed=True)
+    if not setup.recomputed:
+        yield "--checkpoint-activations", "a third longer; a run does so by itself", recomputed
+    if setup.data_parallel > 1 and setup.zero_stage < 2:
+        yield "--zero-stage 2", "more exchanges between the processes", plan.changed(zero_stage=2)
+    smaller = next(iter(_smaller_batches(plan)), None)
+    for rows in (one.batch.rows for one in _smaller_batches(plan)):
+        way = plan.with_rows(rows)
+        yield _batch_flags(way), "the same step in more parts, up to as many times as long", way
+    if smaller is not None and not setup.recomputed:
+        way = recomputed.with_rows(1)
+        yield f"--checkpoint-activations {_batch_flags(way)}", "both", way
+    if "lora" in setup.adapters.methods:
+        methods = tuple("qlora" if method == "lora" else method for method in setup.adapters.methods)
+        in_4_bits = plan.changed(adapters=replace(setup.adapters, methods=methods))  # type: ignore[arg-type]
+        cost = "up to twice as long; weights are rounded to 4 bits"
+        yield "--use_qlora in place of --use_lora", cost, in_4_bits
+        way = in_4_bits.changed(recomputed=True).with_rows(1)
+        yield f"--use_qlora --checkpoint-activations {_batch_flags(way)}", "all of these", way
+    for processes in (2, 4, 8):
+        if processes > setup.model_parallel and setup.config["num_attention_heads"] % processes == 0:
+            way = plan.changed(model_parallel=processes)
+            yield f"--model-parallel-size {processes}", f"{processes} GPUs for one model", way
+
+
+def _batch_flags(plan: Plan) -> str:
+    return f"--batch-size {plan.batch.rows} --gradient-accumulation-steps {plan.accumulated}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,141 @@
+"""Trains, resumes, evaluates and merges a model of the true 6B shape with random weights, on whatever is here.
+
+    python scripts/dev/rehearse_6b.py rehearsal                  the 6B: 16 GB of disk, 20 of memory, half an hour on 2 cores
+    python scripts/dev/rehearse_6b.py rehearsal --shape mini     to try it: a minute
+
+Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took.
+LoRA and QLoRA train for 3 steps, and go on for one more from the checkpoint; then 2 rows are evaluated and LoRA is merged.
+The answers are nonsense, as the weights are. Before a command of training, --dry_run says what it will take; the table has
+that beside what it took. The folder keeps the model: another call uses it again. What was trained is made anew.
+
+Traded away: the merged model takes another 16 GB of disk, so it is removed when it has been written.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
+
+from model.checkpoints.sizes import folder_problems
+from model.errors import InputError, command, raise_problems
+from model.progress import say
+
+PROJECT = Path(__file__).resolve().parents[2]
+ROWS = 2  # that are evaluated
+STEPS = 3  # and one more after resuming
+DISK = {"6b": 33 * 10**9, "mini": 2 * 10**9}  # bytes: the model, and the merged one
+LAYERS = {"6b": ("0", "14"), "mini": ("0", "3")}  # that LoRA is in
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command: what it did, its seconds, the most host memory it took, and what --dry_run had said, in GiB."""
+
+    name: str
+    seconds: float
+    peak: float
+    estimated: float | None = None
+
+
+def run(script: str, *words: str) -> tuple[str, float, float]:
+    """What a script of the project printed, its seconds, and the most host memory that it took, in GiB.
+
+    Raises:
+        InputError: it failed.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, script, *words], cwd=PROJECT, stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)  # of this process alone, unlike getrusage's children
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        said, wrong = out.read(), err.read()
+    if process.returncode:
+        reason = " ".join((wrong or said).split()[-60:])
+        raise InputError(f"{script} {' '.join(words)}: status {process.returncode} ({reason}); 0 is needed.")
+    return said, time.perf_counter() - started, used.ru_maxrss / 2**20
+
+
+def first_rows(folder: Path) -> Path:
+    """A file of the few-shot rows that are evaluated, with whole paths of their pictures."""
+    rows = json.loads((PROJECT / "fewshot-data/dataset.json").read_text(encoding="utf-8"))[:ROWS]
+    file = folder / "rows.json"
+    text = json.dumps([{**row, "img": str(PROJECT / row["img"])} for row in rows], ensure_ascii=False)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def training(model: Path, shape: str, method: str, save: Path) -> list[str]:
+    """The flags of a run that is rehearsed."""
+    return [
+        f"--use_{method}", "--layer_range", *LAYERS[shape], "--bf16", "--from_pretrained", str(model), "--mode", "finetune",
+        "--train-data", str(PROJECT / "fewshot-data/dataset.json"), "--batch-size", "1", "--train-iters", str(STEPS + 1),
+        "--save", str(save), "--experiment-name", method, "--save-interval", str(STEPS),
+    ]  # fmt: skip
+
+
+def estimated_peak(report: str) -> float:
+    """The memory that --dry_run says a run takes, in GiB."""
+    return max(float(size) for size in re.findall(r"all while \w+ +([\d.]+)", report))
+
+
+def rehearse(folder: Path, shape: str) -> Iterator[Measured]:
+    """Every command, one after another, each measured when it has ended."""
+    model = folder / f"model-{shape}"
+    if not (model / "latest").is_file():
+        shutil.rmtree(model, ignore_errors=True)  # half of one
+        yield Measured(
+            "write random weights", *run("scripts/dev/write_random_model.py", str(model), "--shape", shape)[1:]
+        )
+    for method in ("lora", "qlora"):
+        saved = folder / f"{shape}-{method}"
+        shutil.rmtree(saved, ignore_errors=True)
+        flags = training(model, shape, method, saved)
+        estimated = estimated_peak(run("finetune_visualglm.py", *flags, "--dry_run")[0])
+        _, seconds, peak = run("finetune_visualglm.py", *flags)
+        yield Measured(f"{method}: train {STEPS + 1} steps, save", seconds, peak, estimated)
+        [checkpoint] = saved.iterdir()
+        shutil.rmtree(checkpoint / str(STEPS + 1))  # as if the run had been killed after the first save
+        (checkpoint / "latest").write_text(str(STEPS))
+        _, seconds, peak = run("finetune_visualglm.py", "--resume", str(checkpoint))
+        yield Measured(f"{method}: resume at step {STEPS}", seconds, peak, estimated)
+        words = ("--from_pretrained", str(checkpoint), "--data", str(first_rows(folder)), "--max_length", "80")
+        quantized = ("--quant", "4") if method == "qlora" else ()
+        yield Measured(f"{method}: evaluate {ROWS} rows", *run("scripts/evaluate.py", *words, *quantized)[1:])
+    [checkpoint] = (folder / f"{shape}-lora").iterdir()
+    merged = folder / f"{shape}-merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    yield Measured("lora: merge", *run("scripts/merge_lora.py", str(checkpoint), str(merged))[1:])
+    shutil.rmtree(merged)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `model.errors` lists the statuses that it may end with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the model and what is trained are put")
+    parser.add_argument("--shape", choices=tuple(DISK), default="6b", help="of benchmark.py (default %(default)s)")
+    with command("rehearse_6b.py"):
+        options = parser.parse_args(argv)
+        needed = DISK[options.shape] // (2 if (options.folder / f"model-{options.shape}/latest").is_file() else 1)
+        raise_problems(folder_problems("FOLDER", str(options.folder), needed))
+        folder = options.folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        say("| command | seconds | peak of host memory, GiB | --dry_run, GiB |\n| --- | --- | --- | --- |")
+        for one in rehearse(folder, options.shape):
+            estimated = "" if one.estimated is None else f"{one.estimated:.2f}"
+            say(f"| {one.name} | {one.seconds:.0f} | {one.peak:.2f} | {estimated} |")
+
+
+if __name__ == "__main__":
+    main()

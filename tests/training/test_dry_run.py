@@ -1,0 +1,196 @@
+"""--dry_run and --batch-size auto: what they say, and that a real run takes as much on a CPU."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, run_python
+
+import finetune_visualglm
+from model.cli.options import parse, spelled_out
+from model.cli.preflight import Inputs, preflight
+from model.cli.resuming import command_line
+from model.data.lengths import longest_sample
+from model.data.prompt import sample_from_row
+from model.errors import InputError
+from model.training.dry_run import plan_of, with_batch_size
+from scripts.dev.benchmark import SHAPES, TINY_IDS
+from scripts.dev.write_random_model import write_random_model
+
+ROWS = "fewshot-data/dataset.json"
+FLAGS = ["--use_lora", "--layer_range", "0", "14", "--mode", "finetune", "--train-data", ROWS, "--save", "none"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of the 6B shape, whose weights file is empty: --dry_run must not read it."""
+    folder = tmp_path_factory.mktemp("large") / "large"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1/mp_rank_00_model_states.pt").touch()
+    config = {name: value for name, value in SHAPES["6b"].items() if not name.endswith("_dropout")} | TINY_IDS
+    (folder / "model_config.json").write_text(json.dumps(config))
+    (folder / "latest").write_text("1")
+    shutil.copy(PROJECT / "model/tiny/ice_text.model", folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    finetune_visualglm.main([*FLAGS, "--dry_run", *words])
+    return capsys.readouterr().out
+
+
+def auto(large: str, *words: str) -> Any:
+    line = command_line([*FLAGS, "--from_pretrained", large, "--fp16", "--batch-size", "auto", *words])
+    return with_batch_size(line, preflight(line.options))
+
+
+def test_report_of_the_6b_says_what_is_trained_and_that_it_fits(capsys: pytest.CaptureFixture[str], large: str) -> None:
+    said = told(capsys, "--from_pretrained", large, "--fp16", "--gpu_memory", "24GB")
+    assert "Parameters: 7,802,848,768, of which 655,360 are trained." in said
+    assert "Largest batch: 4 rows of 72 tokens" in said
+    assert "It fits: 20.12 of 22.35 GiB can be used (--gpu_memory)." in said
+    assert "A checkpoint takes 11.0 MiB." in said
+    assert "can't be measured without the weights" in said
+
+
+def test_report_of_qlora_counts_4_bits_as_what_they_are(capsys: pytest.CaptureFixture[str], large: str) -> None:
+    said = told(capsys, "--from_pretrained", large, "--fp16", "--gpu_memory", "8GB")
+    as_qlora = [word.replace("--use_lora", "--use_qlora") for word in FLAGS]
+    finetune_visualglm.main([*as_qlora, "--dry_run", "--from_pretrained", large, "--fp16", "--gpu_memory", "8GB"])
+    qlora = capsys.readouterr().out
+    assert "5,637,144,576 are kept in 4 bits." in qlora
+    assert "It fits" in qlora
+    assert "It does not fit" in said
+
+
+def test_report_of_what_does_not_fit_names_the_flags_that_help_in_their_order(
+    capsys: pytest.CaptureFixture[str], large: str
+) -> None:
+    said = told(capsys, "--from_pretrained", large, "--gpu_memory", "24GB", "--batch-size", "16")
+    ways = said.partition("the cheapest first:\n")[2].splitlines()
+    flags = [way.split()[0] for way in ways if way.startswith("  --")]
+    assert flags[0] == "--bf16"
+    assert flags.index("--use_qlora") < flags.index("--model-parallel-size")
+    assert all(float(way.split(" GiB;")[0].split()[-1]) <= 0.9 * 24e9 / 2**30 for way in ways if " GiB;" in way)
+
+
+def test_report_of_what_no_flag_makes_fit_says_so(capsys: pytest.CaptureFixture[str], large: str) -> None:
+    assert "a larger GPU is needed" in told(capsys, "--from_pretrained", large, "--gpu_memory", "1GB")
+
+
+def test_report_loads_neither_weights_nor_torch(large: str) -> None:
+    words = [*FLAGS, "--dry_run", "--from_pretrained", large, "--gpu_memory", "24GB"]
+    done = run_python(
+        "-c", f"import sys, finetune_visualglm\nfinetune_visualglm.main({words})\nassert 'torch' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_and_zero_2_are_counted(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = parse([*FLAGS, "--from_pretrained", large, "--fp16", "--zero-stage", "2", "--gpu_memory", "24GB"])
+    setup = plan_of(options, preflight(options), on_gpu=True).setup
+    assert (setup.data_parallel, setup.zero_stage, setup.dtype) == (2, 2, "fp16")
+
+
+def test_deepspeed_file_wins_in_the_report_too(capsys: pytest.CaptureFixture[str], large: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}}))
+    said = told(capsys, "--from_pretrained", large, "--gpu_memory", "24GB", "--deepspeed_config", str(file))
+    assert "Largest batch: 2 rows" in said
+    assert "in bf16, GiB" in said
+
+
+def test_longest_sample_is_that_of_the_samples_themselves() -> None:
+    options = parse([*FLAGS, "--from_pretrained", "model/tiny", "--layer_range", "0"])
+    inputs: Inputs = preflight(options)
+    samples = [sample_from_row(row, inputs.tokenizer, inputs.lengths) for row in inputs.selection.rows[ROWS]]
+    longest, target = longest_sample({ROWS: inputs.selection.rows[ROWS]}, inputs.tokenizer, inputs.lengths)
+    assert longest == max(len(sample.input_ids) for sample in samples)
+    assert target == max(sum(label != -100 for label in sample.labels) for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("memory", "rows", "accumulated"), [("24GB", "16", "1"), ("16.3GB", "2", "8"), ("15.9GB", "1", "16")]
+)
+def test_auto_takes_the_largest_batch_that_fits_and_keeps_the_step(
+    large: str, memory: str, rows: str, accumulated: str
+) -> None:
+    line = auto(large, "--gradient-accumulation-steps", "4", "--gpu_memory", memory)
+    assert line.words[-4:] == ["--batch-size", rows, "--gradient-accumulation-steps", accumulated]
+    assert (str(line.options.batch_size), str(line.options.gradient_accumulation_steps)) == (rows, accumulated)
+    assert "--auto_batch_size" not in line.words
+    assert int(rows) * int(accumulated) == 16
+
+
+def test_auto_when_one_row_does_not_fit_says_what_is_needed(large: str) -> None:
+    with pytest.raises(InputError, match=r"one row of 72 tokens takes 1\d\.\d\d GiB, 3\.35 can be used"):
+        auto(large, "--gpu_memory", "4GB")
+
+
+@pytest.mark.parametrize("words", [["--batch-size", "auto"], ["--batch-size=auto"], ["--auto_batch_size"]])
+def test_auto_is_spelled_out_for_sats_parser(words: list[str]) -> None:
+    assert spelled_out(["--lr", "1", *words]) == ["--lr", "1", "--auto_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24", 24 * 10**9),
+        ("24GB", 24 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("24 g", 24 * 10**9),
+        ("24000000000", 24 * 10**9),
+    ],
+)
+def test_gpu_memory_is_read_in_the_usual_spellings(text: str, size: int) -> None:
+    assert parse(["--gpu_memory", text]).gpu_memory == size
+
+
+@pytest.mark.parametrize("text", ["much", "0", "GB", "-3GB", "1.2.3GB"])
+def test_gpu_memory_that_is_no_size_is_refused(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit):
+        parse([f"--gpu_memory={text}"])
+    assert "a size such as 24GB is needed" in capsys.readouterr().err
+
+
+def peak_of_a_run(words: list[str]) -> tuple[int, str]:
+    """Bytes of memory that a run in a process of its own took at most, and what it printed."""
+    script = "import resource, sys, finetune_visualglm\nfinetune_visualglm.main(sys.argv[1:])\n"
+    script += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = run_python("-c", script, *words)
+    assert done.returncode == 0, done.stderr
+    said, _, peak = done.stdout.rpartition("peak")
+    return int(peak) * 1024, said
+
+
+def assert_peak_is_as_estimated(words: list[str]) -> str:
+    options = parse(spelled_out(words))
+    estimated = plan_of(options, preflight(options), on_gpu=False).told.peak
+    measured, said = peak_of_a_run(words)
+    print(f"\n{estimated / 2**30:.3f} GiB estimated, {measured / 2**30:.3f} measured")
+    assert 0.9 < estimated / measured < 1.1
+    return said
+
+
+@pytest.mark.run
+def test_peak_of_the_small_model_on_a_cpu_is_as_estimated_with_the_batch_that_auto_takes() -> None:
+    words = ["--use_lora", "--mode", "finetune", "--train-data", ROWS, "--save", "none"]
+    words += ["--from_pretrained", "model/tiny", "--train-iters", "10", "--batch-size", "auto"]
+    said = assert_peak_is_as_estimated(words)
+    assert "--batch-size 4 --gradient-accumulation-steps 1 (auto)" in said
+    assert "step 10/10" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [["--bf16"], ["--bf16", "--batch-size", "16"]])
+def test_peak_of_a_model_of_2_gb_on_a_cpu_is_as_estimated(tmp_path: Path, more: list[str]) -> None:
+    write_random_model(tmp_path / "random", hidden=1536, layers=34, heads=12)
+    assert_peak_is_as_estimated([*FLAGS, "--from_pretrained", str(tmp_path / "random"), "--train-iters", "2", *more])

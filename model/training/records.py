@@ -24,7 +24,7 @@ from model.checkpoints.whole import write_whole
 from model.progress import warn
 
 METRICS_FILE, SETTINGS_FILE, LOSS_FILE = "metrics.jsonl", "settings.json", "loss.png"  # in a run's folder
-ANSWERS_FILE, REPORT_FILE = "answers.json", "report.html"
+ANSWERS_FILE, REPORT_FILE, HELD_OUT_FILE = "answers.json", "report.html", "held_out.json"
 STEP, EVALUATION = "step", "evaluation"
 VALIDATION, TEST = "val", "test"  # SAT's names of the two kinds of evaluation
 MEASURED = ("time", "seconds", "samples_per_second", "memory_bytes")  # what no two runs have in common

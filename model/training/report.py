@@ -20,6 +20,7 @@ from model.training.answers import Answered, read_answers
 from model.training.curves import top_of_losses
 from model.training.records import (
     EVALUATION,
+    HELD_OUT_FILE,
     METRICS_FILE,
     SETTINGS_FILE,
     STEP,
@@ -28,7 +29,6 @@ from model.training.records import (
     read_records,
     running_mean,
 )
-from model.training.run_folder import HELD_OUT_FILE
 from model.training.verdict import fall_of, verdict
 
 MOST_ROWS = 50  # of answers on a page

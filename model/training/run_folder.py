@@ -37,12 +37,12 @@ from model.data.split import Selection
 from model.distributed import is_first_process
 from model.progress import say, warn
 from model.training.curves import LossPicture
-from model.training.records import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, SETTINGS_FILE, MetricsFile
+from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, SETTINGS_FILE, MetricsFile
 from model.training.run_state import RunState
 from model.training.sat_loop import Hooks
 from model.training.verdict import verdict
 
-HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER = "held_out.json", "bad_rows.txt", "tensorboard"
+BAD_ROWS_FILE, TENSORBOARD_FOLDER = "bad_rows.txt", "tensorboard"
 VERSION = 1  # of settings.json
 PACKAGES = (
     "torch", "SwissArmyTransformer", "deepspeed", "transformers", "bitsandbytes", "numpy", "Pillow", "sentencepiece",

@@ -38,6 +38,7 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         super().__init__(args, transformer=transformer, parallel_output=parallel_output, **kwargs)
         self.adapters = AdapterConfig.from_options(args) if adapters is None else adapters
         self.lr: Any = getattr(args, "lr", None)
+        self.seed: int | None = getattr(args, "seed", None)
         if self.adapters.has_ptuning:
             heads = args.num_attention_heads
             head_size = args.hidden_size // heads
@@ -92,10 +93,16 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
 
     def make_fresh_adapters(self, device: torch.device) -> None:
-        """Draw the adapters that no checkpoint had, on the device."""
-        for module in self.modules():
-            if isinstance(module, LoraLinear | PrefixMixin) and any(p.is_meta for p in module.parameters()):
-                module.draw(device)
+        """Draw the adapters that no checkpoint had, on the device.
+
+        They are those of --seed, whatever else has drawn numbers before. So they are the same on every process, too.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            for module in self.modules():
+                if isinstance(module, LoraLinear | PrefixMixin) and any(p.is_meta for p in module.parameters()):
+                    module.draw(device)
 
     @classmethod
     def add_model_specific_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

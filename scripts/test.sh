@@ -6,4 +6,6 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt
 tests=(tests)
 for word in "$@"; do if [ -e "${word%%::*}" ]; then tests=(); fi; done
+# One thread each: the models of the tests are too small to share, and two threads of two files get into each other's way.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m pytest "${tests[@]}" -p no:cacheprovider -n 2 --dist loadfile -m "not long" "$@"

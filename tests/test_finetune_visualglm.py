@@ -91,6 +91,7 @@ def test_fp16_without_a_gpu_trains_near_float32(train, plain):
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_zero_1_and_2_give_the_same_losses(train, plain):
     first, second = (train("--zero-stage", stage).losses for stage in ("1", "2"))
     assert first == second
@@ -173,6 +174,7 @@ def test_two_processes_give_equal_losses_under_torchrun_and_deepspeed(train):
 
 @pytest.mark.run
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_that_share_the_work_by_zero_2_train(train):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT)
     run = train("--zero-stage", "2", "--batch-size", "1", launcher=torchrun)

@@ -315,11 +315,15 @@ def weights_to_save(module: Any, full: bool) -> Mapping[str, torch.Tensor]:
     Not all of them, unless full: those that differ from its base's, trained now or before.
     """
     parameters = dict(module.named_parameters())
-    tensors = module.state_dict() if full else {n: p for n, p in parameters.items() if is_to_be_saved(module, n)}
+    tensors: Mapping[str, torch.Tensor]
+    if full:
+        tensors = module.tensors()  # one is unpacked from 4 bits when it is asked for
+    else:
+        tensors = {name: parameter for name, parameter in parameters.items() if is_to_be_saved(module, name)}
     is_split = mpu.get_model_parallel_world_size() > 1 or any(hasattr(one, "ds_id") for one in parameters.values())
     is_first = is_first_process()
     if full and not is_split:
-        return module.tensors() if is_first else {}
+        return tensors if is_first else {}
     weights = {}
     for name, tensor in tensors.items():
         with whole_parameters([parameters[name]] if name in parameters else []):

@@ -28,7 +28,7 @@ passes = 0
 
 def forward_without_memory(model: Any, *inputs: Any, **named: Any) -> Any:
     global passes
-    passes += model.training  # rows are answered, too, but not by training
+    passes += 1
     if passes == int(number):
         if kind == "device":
             raise torch.OutOfMemoryError(CUDAS_ERROR)

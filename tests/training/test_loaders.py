@@ -170,6 +170,7 @@ def test_lengths_of_an_order_are_those_of_the_samples_of_all_files(tmp_path, tok
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_run_with_grouped_batches_is_the_same_twice_and_another_than_without(upstream_checkpoint, tmp_path) -> None:
     rows = [{"prompt": "a", "label": "b" * (1 if index % 2 else 40)} for index in range(16)]
     write_rows(tmp_path, rows)

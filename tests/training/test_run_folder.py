@@ -28,7 +28,7 @@ def run(upstream_checkpoint, tmp_path_factory):
     done = run_python(
         SCRIPT, "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune", "--train-data", "rows.json",
         "--bad_rows", "skip", "--holdout", "2", "--epochs", "2", "--batch-size", "2", "--num-workers", "0", "--save", "saved",
-        "--max_source_length", "auto", "--save-args", "--experiment-name", "story", cwd=work,
+        "--max_source_length", "auto", "--save-args", "--experiment-name", "story", "--answers", "8", cwd=work,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (work / "saved").iterdir()

@@ -32,6 +32,7 @@ def with_nan(runs, *flags):
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_nan_gradient_of_a_finite_loss_is_skipped_at_every_zero_stage_and_weights_stay_finite():
     found, done = with_nan(
         [f"gradient:2:--zero-stage:{stage}{flag}" for stage in (0, 1, 2) for flag in ("", ":--bf16")]
@@ -166,7 +167,7 @@ def test_longest_rows_are_named_longest_first_and_the_rest_counted():
 
 def with_trouble(*words):
     """What train_with_trouble.py printed on standard error, and its last line without the script's name."""
-    done = run_program("train_with_trouble", *words)
+    done = run_program("train_with_trouble", *words, "--answers", "0")  # a pass is a step's or an evaluation's
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1].removeprefix("finetune_visualglm.py: error: ")

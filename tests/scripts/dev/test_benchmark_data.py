@@ -21,6 +21,7 @@ def test_memory_of_a_process_is_at_least_what_it_holds():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_command_measures_both_files_and_the_input(upstream_checkpoint):
     done = run_python(
         "scripts/dev/benchmark_data.py", "--from_pretrained", upstream_checkpoint, "--rows", "200", "--edge", "32",

@@ -16,12 +16,14 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_killed_runs_are_resumed_exactly_and_lose_nothing(reference, tmp_path):
     score, lost = torture.kills(2, reference, tmp_path, random.Random(3))
     assert (score.tried, score.good, lost, score.problems) == (2, 2, 0, [])
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_life_with_another_loss_is_told_apart(reference):
     losses = {step: loss for step, loss in reference.losses.items() if step > 3}
     like = torture.Life(0, losses, "", "")

@@ -193,7 +193,7 @@ def iterations(folder: Path, run: str = "checkpoints/*") -> list[str]:
 
 @pytest.mark.run
 def test_run_without_save_is_saved_under_checkpoints_once(upstream_checkpoint: Path, tmp_path: Path) -> None:
-    done = train(upstream_checkpoint, tmp_path, "--train-iters", "2")
+    done = train(upstream_checkpoint, tmp_path, "--train-iters", "2", "--answers", "6")
     assert (done.code, done.saves) == (0, 1), done.err
     assert iterations(tmp_path) == ["2"]
     *_, saved, answers, page = done.out.splitlines()

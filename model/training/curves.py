@@ -28,7 +28,7 @@ from model.training.records import (
     VALIDATION,
     Record,
     read_records,
-    running_mean,
+    running_means,
 )
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,6 @@ SECONDS_BETWEEN_PICTURES = 30.0
 SECONDS_FOR_THE_LAST = 30.0
 LOWEST_PRIORITY = 19
 MOST_EPOCH_MARKS = 20
-STEPS_PER_WINDOW, LARGEST_WINDOW = 15, 100  # of the running mean: a fifteenth of the run, 100 steps at most
 BLUE, PALE, ORANGE, GREY, RED = "#1f5fa8", "#a9c4e4", "#d9680f", "#8a8a8a", "#c0262c"
 
 
@@ -150,8 +149,7 @@ def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Recor
     numbers, losses = [record.step for record in steps], [record.loss for record in steps]
     few = len(steps) <= 30
     axes.plot(numbers, losses, color=PALE, linewidth=1, marker="." if few else "", label="training loss")
-    window = max(3, min(len(steps) // STEPS_PER_WINDOW, LARGEST_WINDOW))
-    means = [running_mean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
+    means, window = running_means(losses)
     axes.plot(numbers, means, color=BLUE, linewidth=1.8, label=f"its mean over {window} steps")
     if evaluations:
         at, loss = [record.step for record in evaluations], [record.loss for record in evaluations]

@@ -25,6 +25,7 @@ from model.progress import warn
 
 METRICS_FILE, SETTINGS_FILE, LOSS_FILE = "metrics.jsonl", "settings.json", "loss.png"  # in a run's folder
 ANSWERS_FILE, REPORT_FILE, HELD_OUT_FILE = "answers.json", "report.html", "held_out.json"
+STEPS_PER_WINDOW, LARGEST_WINDOW = 15, 100  # of the running mean: a fifteenth of the run, 100 steps at most
 STEP, EVALUATION = "step", "evaluation"
 VALIDATION, TEST = "val", "test"  # SAT's names of the two kinds of evaluation
 MEASURED = ("time", "seconds", "samples_per_second", "memory_bytes")  # what no two runs have in common
@@ -128,6 +129,12 @@ class MetricsFile:
     def _give_up(self, error: OSError) -> None:
         self._file = None
         warn(f"{self.path} can't be written ({error.strerror}); training goes on without it.")
+
+
+def running_means(losses: Sequence[float]) -> tuple[list[float], int]:
+    """The running mean at each of a run's steps, as its curves show it, and over how many steps it goes."""
+    window = max(3, min(len(losses) // STEPS_PER_WINDOW, LARGEST_WINDOW))
+    return [running_mean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)], window
 
 
 def running_mean(losses: Sequence[float]) -> float:

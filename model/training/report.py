@@ -27,12 +27,11 @@ from model.training.records import (
     VALIDATION,
     Record,
     read_records,
-    running_mean,
+    running_means,
 )
 from model.training.verdict import fall_of, verdict
 
 MOST_ROWS = 50  # of answers on a page
-STEPS_PER_WINDOW, LARGEST_WINDOW = 15, 100  # of a running mean, as in loss.png
 
 
 @dataclass(frozen=True)
@@ -187,14 +186,11 @@ def losses_of(stories: Sequence[Story]) -> str:
     curves = []
     for number, story in enumerate(stories):
         prefix, colour = (f"{story.name}: ", 2 * number) if len(stories) > 1 else ("", 0)
-        losses = [(record.step, record.loss) for record in story.steps]
-        window = max(3, min(len(losses) // STEPS_PER_WINDOW, LARGEST_WINDOW))
-        means = [
-            (losses[end - 1][0], running_mean([loss for _, loss in losses[max(0, end - window) : end]]))
-            for end in range(1, len(losses) + 1)
-        ]
-        curves.append(Curve("", losses, colour, pale=True))
-        curves.append(Curve(f"{prefix}training, mean over {window} steps", means, colour))
+        steps, losses = [record.step for record in story.steps], [record.loss for record in story.steps]
+        means, window = running_means(losses)
+        curves.append(Curve("", list(zip(steps, losses, strict=True)), colour, pale=True))
+        of_training = list(zip(steps, means, strict=True))
+        curves.append(Curve(f"{prefix}training, mean over {window} steps", of_training, colour))
         evaluations = [(record.step, record.loss) for record in story.evaluations]
         if evaluations:
             curves.append(Curve(f"{prefix}evaluation", evaluations, colour + 1, dots=True))

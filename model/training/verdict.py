@@ -69,8 +69,13 @@ def fall_of(losses: Sequence[float]) -> Fall | None:
     """The fall of a run's losses; None if there are too few."""
     if len(losses) < LEAST_STEPS:
         return None
-    window = max(3, min(len(losses) // SHARE, LARGEST_WINDOW))
+    window = _compared(len(losses))
     return Fall(losses[:window], losses[-window:])
+
+
+def _compared(steps: int) -> int:
+    """How many of a run's steps are compared with as many others."""
+    return max(3, min(steps // SHARE, LARGEST_WINDOW))
 
 
 def answers_sentence(answers: Mapping[str, Any]) -> str | None:
@@ -147,7 +152,7 @@ def overfitting(steps: Sequence[Record], records: Sequence[Record]) -> list[str]
     best, last = min(made, key=lambda record: record.loss), made[-1]
     if last.loss <= CLEAR_RISE * best.loss or last.step == best.step:
         return []
-    window = max(3, min(len(steps) // SHARE, LARGEST_WINDOW))
+    window = _compared(len(steps))
     near_best = [record.loss for record in steps if record.step <= best.step][-window:]
     if near_best and fmean(near_best) <= fmean(record.loss for record in steps[-window:]):
         return []

@@ -129,6 +129,22 @@ def processes_here() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def free_memory(device: Any) -> int:
+    """Bytes that are free on the torch.device now. Each process has a GPU of its own."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that are free now for each of the run's processes on this machine."""
+    import psutil
+
+    return int(psutil.virtual_memory().available) // processes_here()[1]
+
+
 def start_gloo() -> None:
     """Make the process group over gloo, before SAT would with a CUDA device that isn't there."""
     import torch

@@ -168,3 +168,13 @@ def test_commands_that_would_use_the_cpu_silently_say_why(
         pytest.skip("torch can use it here")
     load_for_answering(upstream_checkpoint)
     assert "GPU found (NVIDIA H100 80GB HBM3), but torch" in capsys.readouterr().err
+
+
+def test_free_memory_of_the_cpu_is_what_the_system_has():
+    assert 0 < distributed.free_memory(torch.device("cpu")) < 2**50
+
+
+def test_free_memory_of_the_cpu_is_shared_by_the_processes_on_it(monkeypatch):
+    alone = distributed.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(distributed, "processes_here", lambda: (0, 4))
+    assert 0.2 < distributed.free_memory(torch.device("cpu")) / alone < 0.3

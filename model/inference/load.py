@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from model.checkpoints.layout import Checkpoint, split_problems
@@ -21,7 +20,7 @@ from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
 from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
-from model.distributed import done_by_first_process, processes_here, unusable_gpu
+from model.distributed import done_by_first_process, free_memory, unusable_gpu
 from model.errors import InputError, raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, dequantized, import_bitsandbytes, quantized
 from model.inference.quantize import bytes_of, nf4_linears, quantize_linears
@@ -146,8 +145,7 @@ def chosen_format(model: Any, dtype: str, quant: int | None, device: torch.devic
 
 
 def _first_that_fits(model: Any, candidates: list[NumberFormat], device: torch.device) -> NumberFormat:
-    on_cpu = psutil.virtual_memory().available // processes_here()[1]  # each process has its share
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
+    free = free_memory(device)
     needed = [bytes_of(model, DTYPES[found.dtype], found.bits) + BESIDE_WEIGHTS for found in candidates]
     for found, size in zip(candidates, needed, strict=True):
         if size <= free:

@@ -13,11 +13,11 @@ from model.cli.options import Options, parse
 from model.cli.preflight import Inputs, checkpoint_size, samples_per_step, training_steps
 from model.cli.resuming import CommandLine
 from model.data.lengths import PAD_MULTIPLE, longest_sample
-from model.distributed import has_gpu
+from model.distributed import free_host_memory, has_gpu
 from model.errors import InputError
 from model.progress import count_of
 from model.training.deepspeed_config import zero_stage
-from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate, host_bytes
+from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def device_of(options: Options) -> Device:
     if options.gpu_memory:
         return Device("--gpu_memory", options.gpu_memory, True)
     if not has_gpu():
-        return Device("the CPU, as no GPU was found", host_bytes(), False)
+        return Device("the CPU, as no GPU was found", free_host_memory(), False)
     import torch
 
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
@@ -90,7 +90,9 @@ def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
     images = 0 if keeps_features(options, inputs, setup) else rows
     plan = Plan(setup, Batch(rows, seq, rows * target, images), accumulated)
     return (
-        plan if on_gpu else plan.changed(packed=estimate(replace(setup, packed=True), plan.batch).peak <= host_bytes())
+        plan
+        if on_gpu
+        else plan.changed(packed=estimate(replace(setup, packed=True), plan.batch).peak <= free_host_memory())
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model.adapter_config import AdapterConfig
-from model.distributed import processes_here, world_size
+from model.distributed import free_memory, world_size
 from model.progress import say
 
 GIB = 2**30
@@ -342,22 +342,6 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
 # --- what a step keeps ------------------------------------------------------------------------------------------------
 
 
-def free_bytes(device: Any) -> int:
-    """Bytes that are free on the torch.device now. The processes of a machine share a CPU's; each has a GPU of its own."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    return host_bytes()
-
-
-def host_bytes() -> int:
-    """Bytes of host memory that are free for each of the processes on this machine."""
-    import psutil
-
-    return int(psutil.virtual_memory().available) // processes_here()[1]
-
-
 def fit_into_memory(model: Any, setup: Setup, batch: Batch) -> None:
     """Choose what is kept for such a micro-batch, by the memory that is free beside the weights of model.
 
@@ -369,7 +353,7 @@ def fit_into_memory(model: Any, setup: Setup, batch: Batch) -> None:
     from model.frozen import plain_linears
 
     transformer, weight = model.transformer, model.transformer.word_embeddings.weight
-    free = USABLE * free_bytes(weight.device)
+    free = USABLE * free_memory(weight.device)
     beside = sum(optimizer_bytes(setup))
     needed = activation_bytes(replace(setup, recomputed=transformer.checkpoint_activations), batch) + beside
     if needed > free and not transformer.checkpoint_activations:

@@ -35,7 +35,7 @@ def model(checkpointing=False):
 
 @pytest.fixture
 def free(monkeypatch):
-    return lambda gib: monkeypatch.setattr(memory, "free_bytes", lambda device: int(gib * 2**30))
+    return lambda gib: monkeypatch.setattr(memory, "free_memory", lambda device: int(gib * 2**30))
 
 
 def test_activations_of_the_released_recipe_take_as_much_as_is_counted():
@@ -82,16 +82,6 @@ def test_activations_when_checkpointing_was_typed_stay_recomputed_in_silence(fre
     fit_into_memory(typed, SETUP, RELEASED)
     assert typed.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
-
-
-def test_free_memory_of_the_cpu_is_what_the_system_has():
-    assert 0 < memory.free_bytes(torch.device("cpu")) < 2**50
-
-
-def test_free_memory_of_the_cpu_is_shared_by_the_processes_on_it(monkeypatch):
-    alone = memory.free_bytes(torch.device("cpu"))
-    monkeypatch.setattr(memory, "processes_here", lambda: (0, 4))
-    assert 0.2 < memory.free_bytes(torch.device("cpu")) / alone < 0.3
 
 
 @pytest.fixture

@@ -302,13 +302,12 @@ class VisualGLMModel(ChatGLMModel):
 
     def conversion(self, device: torch.device) -> Callable[[str, torch.Tensor], torch.Tensor]:
         """What the tensors of a checkpoint become for this model, which has no memory yet, to be on the device."""
-        rotary = self.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies
-        rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device, rotary.inv_freq.dtype)
-        packed = {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
-        for linear in packed.values():
-            if isinstance(linear, Nf4Linear):
-                linear.packed = torch.empty(0, dtype=torch.uint8, device=device)  # where it will pack its weight
-        plain = {name.replace(".original.", ".") for name in packed}
+        self.make_unsaved_tensors(device)
+        plain = {
+            f"{name}.weight".replace(".original.", ".")
+            for name, module in self.named_modules()
+            if isinstance(module, FrozenLinear)
+        }
         dtypes = {name.replace(".original.", "."): tensor.dtype for name, tensor in self.named_parameters()}
 
         def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -317,6 +316,14 @@ class VisualGLMModel(ChatGLMModel):
             return tensor if name in plain else tensor.to(device, dtypes.get(name), copy=True)
 
         return converted
+
+    def make_unsaved_tensors(self, device: torch.device) -> None:
+        """Put on the device, for a model without memory, what no checkpoint has: frequencies, and NF4's places."""
+        rotary = self.get_mixin("chatglm-attn").rotary_emb
+        rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device, rotary.inv_freq.dtype)
+        for module in self.modules():
+            if isinstance(module, Nf4Linear):
+                module.packed = torch.empty(0, dtype=torch.uint8, device=device)  # where it will pack its weight
 
     def make_fresh_adapters(self, device: torch.device) -> None:
         """Draw the adapters that no checkpoint had, on the device. This model has none."""

@@ -167,11 +167,8 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     trained_in_nf4 = _weight_names(model, Nf4Linear) if chosen.bits else set()
     if chosen.bits:
         quantize_linears(model, chosen.bits, device)
-    for _, _, linear in nf4_linears(model):
-        linear.packed = torch.empty(0, dtype=torch.uint8, device=device)
+    model.make_unsaved_tensors(device)
     packed = _weight_names(model, FrozenLinear)
-    rotary = model.get_mixin("chatglm-attn").rotary_emb  # no checkpoint sets its frequencies; float32 in every format
-    rotary.inv_freq = type(rotary)(2 * len(rotary.inv_freq)).inv_freq.to(device)
 
     def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         plain = _plain_name(name)
@@ -179,10 +176,6 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
             tensor = dequantized(*quantized(tensor), torch.float32)  # what the factors were trained beside
         if plain in packed:
             return tensor.to(device)
-        if name.endswith("inv_freq"):
-            return tensor.to(
-                device, torch.float32, copy=True
-            )  # rounded, far positions would be off by a tenth of a turn
         return tensor.to(device, dtype, copy=True)
 
     return converted

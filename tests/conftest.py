@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +193,26 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
         text=True,
         timeout=600,
     )
+
+
+@dataclass
+class Run:
+    """How a command ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(main: Any, capsys: pytest.CaptureFixture[str], *words: Any) -> Run:
+    """Run a command's main with these words in this process."""
+    capsys.readouterr()
+    try:
+        main([*map(str, words)])
+        code: Any = 0
+    except SystemExit as end:
+        code = end.code
+    return Run(code, *capsys.readouterr())
 
 
 def may_mount() -> bool:

@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import termios
-from dataclasses import dataclass
 
 import pytest
-from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_tuned
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_tuned
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_so_far, chat
@@ -24,28 +23,13 @@ COMMAND = PROJECT / "scripts/cli_demo.py"
 PICTURE = GOLDEN / "upstream/images/0.png"
 
 
-@dataclass
-class Run:
-    """How a run of the demo ended, and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def demo(upstream_checkpoint, capsys, monkeypatch):
     """Runs the demo with these words after --from_pretrained, and these lines from the keyboard."""
 
     def run(*words, typed=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        capsys.readouterr()
-        try:
-            main(["--from_pretrained", str(upstream_checkpoint), "--max_length", "60", *map(str, words)])
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Run(code, *capsys.readouterr())
+        return run_here(main, capsys, "--from_pretrained", upstream_checkpoint, "--max_length", "60", *words)
 
     return run
 

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, write_rows, write_tuned
+from conftest import GOLDEN, PROJECT, load_model, run_here, write_rows, write_tuned
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
@@ -30,27 +29,12 @@ ROWS = [
 BAD = [{"img": "gone.png", "prompt": "你好"}, {"label": "没有问题"}, 5, {"prompt": "\ud800"}]
 
 
-@dataclass
-class Run:
-    """How a run of the command ended, and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def predict(upstream_checkpoint, capsys):
     """Runs the command with these words after --from_pretrained."""
 
     def run(*words, checkpoint=upstream_checkpoint):
-        capsys.readouterr()
-        try:
-            main(["--from_pretrained", str(checkpoint), "--max_length", "70", *map(str, words)])
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return Run(code, *capsys.readouterr())
+        return run_here(main, capsys, "--from_pretrained", checkpoint, "--max_length", "70", *words)
 
     return run
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import load_model
 
+from model import attention, loss
 from model.adapter_config import AdapterConfig
 from model.cpu import PrepackedLinear
-from model.training import memory
+from model.training import feature_cache, memory
 from model.training.memory import Batch, Setup, activation_bytes, fit_into_memory, optimizer_bytes, weight_bytes
 from scripts.dev.benchmark import SHAPES
 
@@ -82,6 +83,12 @@ def test_activations_when_checkpointing_was_typed_stay_recomputed_in_silence(fre
     fit_into_memory(typed, SETUP, RELEASED)
     assert typed.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
+
+
+def test_numbers_that_are_told_without_torch_are_those_of_the_code_that_takes_the_memory():
+    assert memory.CHUNK_SCORES == loss.CHUNK_LOGITS
+    assert memory.SHORT_ON_CPU == attention.SHORT_ON_CPU
+    assert memory.IMAGES_AT_ONCE == feature_cache.IMAGES_AT_ONCE
 
 
 @pytest.fixture

@@ -105,25 +105,29 @@ class PrefixMixin(PTuningV2Mixin):
     one of both.
     """
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, num_layers: int, head_dim: int, heads: int, length: int) -> None:
+        """A prefix for each of num_layers layers: its length in tokens, for all heads of the model."""
+        super(PTuningV2Mixin, self).__init__()  # SAT's own would draw the prefix of all heads, whatever the device
+        self.prefix_len = length
         self.last: tuple[Any, Any] = (None, None)  # a mask, and the same one with the prefix
-        for layer, whole in enumerate(self.prefix):
-            self.prefix[layer] = self._own_heads(whole)
-
-    def _own_heads(self, whole: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
-        rank, ranks, _ = model_parallel()
-        own: Any = torch.nn.Parameter(whole.chunk(ranks, 1)[rank].clone(), requires_grad=requires_grad)
-        own.model_parallel = ranks > 1  # SAT's mark of a part
-        return own
+        sizes = (2, heads // model_parallel().ranks, length, head_dim)
+        self.prefix = torch.nn.ParameterList(torch.nn.Parameter(torch.empty(sizes)) for _ in range(num_layers))
+        self.draw(self.prefix[0].device)
 
     @torch.no_grad()
     def draw(self, device: torch.device) -> None:
-        """Put a fresh prefix on the device, in place of the one that is there, drawn as SAT draws it."""
+        """Put a fresh prefix on the device, in place of the one that is there, drawn as SAT draws it.
+
+        On the meta device, which has no numbers, it stays.
+        """
+        rank, ranks, _ = model_parallel()
         for layer, old in enumerate(self.prefix):
-            kinds, heads, *sizes = old.shape
-            whole = torch.randn(kinds, heads * model_parallel().ranks, *sizes) * PREFIX_SCALE
-            self.prefix[layer] = self._own_heads(whole.to(device, old.dtype), old.requires_grad)
+            if device.type != "meta":
+                kinds, heads, *sizes = old.shape
+                whole = torch.randn(kinds, heads * ranks, *sizes) * PREFIX_SCALE
+                own = whole.chunk(ranks, 1)[rank].clone().to(device, old.dtype)
+                self.prefix[layer] = torch.nn.Parameter(own, requires_grad=old.requires_grad)
+            self.prefix[layer].model_parallel = ranks > 1  # SAT's mark of a part
 
     def with_prefix(self, mask: torch.Tensor) -> torch.Tensor:
         """mask [batch, 1, seq, seq], in which the prefix is seen too: [batch, 1, seq, seq + prefix]."""

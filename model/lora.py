@@ -63,14 +63,14 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, device: torch.device) -> None:
-        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device."""
-        where = device if device.type == "meta" else torch.device("cpu")
+        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device; on the meta device, which has no numbers, those that are there stay."""
         for factors, split in ((self.matrix_A, "columns"), (self.matrix_B, "rows")):
             for part, old in enumerate(factors):
-                new = torch.zeros_like(old, device=where)
-                if factors is self.matrix_A:
-                    new = first_factor(new, self.split)
-                factors[part] = torch.nn.Parameter(new.to(device), requires_grad=old.requires_grad)
+                if device.type != "meta":
+                    new = torch.zeros(old.shape, dtype=old.dtype)
+                    if factors is self.matrix_A:
+                        new = first_factor(new, self.split)
+                    factors[part] = torch.nn.Parameter(new.to(device), requires_grad=old.requires_grad)
                 factors[part].model_parallel = self.split == split
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def import_sat(training: bool = False) -> types.ModuleType:
 
     A plain `import sat` fails without wandb and triton. SAT uses wandb for `--wandb` alone, and triton for the rotary
     embeddings of other models. SAT's GPT-2 and its Hugging Face data set import transformers and pandas, which takes four
-    seconds of every start.
+    seconds of every start; tensorboardX imports boto3, for logs on Amazon's S3, which takes half a second.
 
     Args:
         training: also import the training loop, and with it DeepSpeed. Training code calls this first: on a GPU, SAT
@@ -80,7 +80,9 @@ def import_sat(training: bool = False) -> types.ModuleType:
         unused["sat.model.position_embedding.triton_rotary"] = ("SAT's triton rotary embedding", "apply_rotary")
     if importlib.util.find_spec("wandb") is None:
         unused["wandb"] = ("--wandb", "log")
-    placeholders = {name: _placeholder(name, *why) for name, why in unused.items() if not sys.modules.get(name)}
+    placeholders: dict[str, types.ModuleType | None] = {"boto3": None}
+    placeholders |= {name: _placeholder(name, *why) for name, why in unused.items()}
+    placeholders = {name: module for name, module in placeholders.items() if not sys.modules.get(name)}
     # SAT logs about fifty lines at import, one of them a warning that there is no GPU.
     logging.disable(logging.WARNING)
     try:

@@ -38,13 +38,25 @@ from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be importe
 from sat.model.base_model import get_model  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
+FILLING = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_", "zeros_", "ones_", "constant_"}
+
 
 class _WithoutMemory(TorchFunctionMode):
-    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name."""
+    """Tensors that are asked for on the CPU are made on the meta device. SAT asks for the CPU by name.
+
+    Two things stay off the meta device, where torch would import its compiler for them, which takes 2 s: filling a tensor
+    does nothing, and numbers that are counted up, which are few, are real ones.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+        if getattr(function, "__name__", "") in FILLING:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        if function is torch.arange:
+            kwargs["device"] = torch.device("cpu")
+        elif kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
             kwargs["device"] = torch.device("meta")
         return function(*args, **kwargs)
 

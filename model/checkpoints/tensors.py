@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.checkpoints.broken_files import what_it_is_instead
 from model.checkpoints.huggingface import is_reordered, rows_for_sat, sat_name, weights_files
@@ -193,10 +192,8 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     """
     if not zipfile.is_zipfile(path):
         return mapped
-    with FakeTensorMode():  # such tensors know where in the file their numbers are: torch's notes on serialization
-        fake = load_tensors(path)["module"]
     entries = {}
-    for name, tensor in fake.items():
+    for name, tensor in load_tensors(path, device="meta")["module"].items():
         offset, size = place_in_file(tensor)
         whole = size == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
         read = partial(_from_file, path, offset, tensor) if whole and size else partial(mapped.__getitem__, name)
@@ -205,7 +202,10 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
 
 
 def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where the numbers of a tensor are in its file, if it was loaded under FakeTensorMode: first byte, bytes."""
+    """Where the numbers of a tensor are in its file, if it was loaded for the meta device: first byte, bytes.
+
+    That such tensors know it stands in torch's notes on serialization.
+    """
     storage: Any = tensor.untyped_storage()
     return storage._checkpoint_offset, storage.nbytes()
 
@@ -229,12 +229,13 @@ def write_weights(
     Args:
         like: tensors of the same names, shapes and dtypes.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # with all of torch's compiler, which takes 2 s
+
     with FakeTensorMode():
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"module": empty, "iteration": iteration}, path)
-    with FakeTensorMode():
-        places = load_tensors(path)["module"]
+    places = load_tensors(path, device="meta")["module"]
     with open(path, "r+b") as file:
         for name in with_progress(list(places), len(places), "Tensors written"):
             offset, size = place_in_file(places[name])
@@ -244,8 +245,11 @@ def write_weights(
             file.write(numbers.numpy().data)
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, device: str = "cpu") -> Any:
     """What torch.save wrote into a file, its tensors mapped from the disk where that can be. No code in it is run.
+
+    Args:
+        device: "meta" leaves their numbers in the file, see `place_in_file`.
 
     Raises:
         InputError: the file is missing or broken, or asks for something else than tensors.
@@ -255,11 +259,11 @@ def load_tensors(path: Path) -> Any:
         raise unreadable(path, problem)
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+            return torch.load(path, map_location=device, weights_only=True)  # torch's format before 1.6
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
     except (RuntimeError, OSError) as error:

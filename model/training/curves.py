@@ -3,7 +3,8 @@
     python -m model.training.curves checkpoints/MyModel-11-25-00-52        draws them anew
 
 While a run goes on, a process of its own draws, at the lowest priority, so that no step waits for it. Matplotlib is
-imported there only. Without it, a run says so once and goes on.
+imported there only. Without it, a run says so once and goes on. A run of fewer than FEWEST_STEPS steps that evaluated
+nothing has no curve, and gets no picture.
 """
 
 import importlib.util
@@ -34,7 +35,9 @@ from model.training.records import (
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SECONDS_BETWEEN_PICTURES = 30.0
 SECONDS_FOR_THE_LAST = 30.0
+FEWEST_STEPS = 5
 LOWEST_PRIORITY = 19
+IN_THE_BACKGROUND = "--in-the-background"
 MOST_EPOCH_MARKS = 20
 BLUE, PALE, ORANGE, GREY, RED = "#1f5fa8", "#a9c4e4", "#d9680f", "#8a8a8a", "#c0262c"
 
@@ -49,6 +52,7 @@ class LossPicture:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._started = time.monotonic()
+        self._step = 0
         self._is_possible = importlib.util.find_spec("matplotlib") is not None
         if not self._is_possible:
             warn(f"{LOSS_FILE} is not drawn: the package matplotlib is missing; pip install matplotlib adds it.")
@@ -56,14 +60,15 @@ class LossPicture:
     def note(self, record: Record) -> None:
         """A record has been written; draw if it is time. Returns at once."""
         now = time.monotonic()
+        self._step = record.step
         if record.kind == EVALUATION or now - self._started >= SECONDS_BETWEEN_PICTURES:
-            self._start(now)
+            self._start(now, IN_THE_BACKGROUND)
 
-    def _start(self, now: float) -> None:
+    def _start(self, now: float, *flags: str) -> None:
         """Start to draw, unless a picture is being drawn."""
         if not self._is_possible or (self._process is not None and self._process.poll() is None):
             return
-        command = [sys.executable, "-m", "model.training.curves", str(self.folder.resolve())]
+        command = [sys.executable, "-m", "model.training.curves", str(self.folder.resolve()), *flags]
         environment = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
         try:
             self._process = subprocess.Popen(
@@ -78,7 +83,8 @@ class LossPicture:
     def finish(self) -> None:
         """Start to draw the whole run, and return at once. A picture that is being drawn lacks its end: it is given up."""
         self.give_up()
-        self._start(time.monotonic())
+        if self._step >= FEWEST_STEPS or self._process is not None:
+            self._start(time.monotonic())
 
     def give_up(self) -> None:
         """Leave the picture as it is, for the run has to leave now."""
@@ -98,8 +104,6 @@ class LossPicture:
 
 def main(folder: Path) -> None:
     """Draw the picture of the run in folder."""
-    with suppress(OSError):
-        os.nice(LOWEST_PRIORITY)
     records = read_records(folder / METRICS_FILE)
     if records:
         unfinished = folder / f"{LOSS_FILE}.unfinished"
@@ -201,4 +205,7 @@ def epoch_ends(steps: Sequence[Record]) -> list[int]:
 
 
 if __name__ == "__main__":
+    if IN_THE_BACKGROUND in sys.argv[2:]:
+        with suppress(OSError):
+            os.nice(LOWEST_PRIORITY)
     main(Path(sys.argv[1]))

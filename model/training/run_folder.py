@@ -4,7 +4,7 @@
     metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
     answers.json     some rows, answered before the first step and after the last: `model.training.answers`
     report.html      one page on all of this, made at the end: `model.training.report`
-    loss.png         their curves: `model.training.curves`
+    loss.png         their curves, from five steps on: `model.training.curves`
     tensorboard/     the same for TensorBoard, unless --summary-dir names a place
     held_out.json    the rows of --holdout, as a data file that scripts/evaluate.py takes
     bad_rows.txt     the rows that were left out (--bad_rows skip), a sentence each

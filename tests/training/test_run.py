@@ -6,7 +6,7 @@ import signal
 from datetime import timedelta
 
 import pytest
-from conftest import write_rows
+from conftest import run_program, write_rows
 
 from model import sat_compat
 from model.cli.preflight import preflight
@@ -67,3 +67,17 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts
     with pytest.raises(SystemExit) as left:
         train()
     assert left.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("method", ["--use_lora", "--use_ptuning"])
+def test_run_imports_none_of_the_slow_modules_that_it_does_not_need(upstream_checkpoint, tmp_path, method):
+    rows = write_rows(tmp_path, [{"prompt": "?", "label": "a"}] * 2)
+    done = run_program(
+        "imported_by_a_run", "--from_pretrained", upstream_checkpoint, method, "--train-data", rows, "--train-iters", "1",
+        "--save", tmp_path / "saved",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    (folder,) = (tmp_path / "saved").iterdir()
+    assert not (folder / "loss.png").exists()  # one step makes no curve

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 import pytest
+from warm_start import warm_start
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -179,12 +180,16 @@ def run_program(name: str, *words: str | Path, cwd: Path = PROJECT, **environmen
 def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python with a command line in the folder cwd, and give what it printed.
 
-    Training answers no rows before and after, unless the command line says how many: that takes a second each time.
+    Training answers no rows before and after, unless the command line says how many: that takes a second each time. Without
+    an environment of its own, it is started warm: see `warm_start`.
     """
     words = [str(word) for word in command]
     trains = any(word.endswith("finetune_visualglm.py") for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
+    warm = None if environment else warm_start(words[0])
+    if warm is not None:
+        return warm.run(words, cwd)
     return subprocess.run(
         [sys.executable, *words],
         cwd=cwd,

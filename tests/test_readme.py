@@ -58,11 +58,11 @@ RUN_HERE = [
     command for command in ALL_COMMANDS if not command.startswith((*BY_THEMSELVES, *LONG, *HELP_ONLY, NEEDS_GPU))
 ]
 SHORTENED = {  # so that a run of minutes on a real model takes seconds here; nothing else is changed
-    "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2",
-    "python finetune_visualglm.py --": " --train-iters 2",
+    "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2 --answers 0",
+    "python finetune_visualglm.py --": " --train-iters 2 --answers 0",
     "cli_demo.py --from_pretrained checkpoints/my-6b": " --max_length 100",  # the model of random numbers never ends
-    "deepspeed": " --train-iters 2",
-    "torchrun": " --train-iters 2",
+    "deepspeed": " --train-iters 2 --answers 0",
+    "torchrun": " --train-iters 2 --answers 0",
     "python scripts/dev/fuzz_data.py": " --rows 100 --pictures 20",
 }
 # Flags of other people's commands.

@@ -74,7 +74,7 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
         for place, ids in answers:
             row = mine[place]
-            answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
+            answer = answer_text(ids, tokenizer, model.asked_as.is_english(row.lang))
             results[process + place * processes] = result_of(row, answer, *losses[place], len(ids) >= rooms[place])
             bar.update()
             out.note(checkpoint.name, results)

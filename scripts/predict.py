@@ -226,19 +226,16 @@ def answered(
     )
     sampling = sampling_of(options)
 
-    def is_english(row: Row) -> bool:
-        return (row.lang or options.lang) == "en"
-
     def question_of(number: int, row: Row) -> "Question":
         image = None if row.img is None else image_tensor(row.img, model)
         seed = None if options.seed is None else row_seed(options.seed, number)
         return chat_question(
             image, model, tokenizer, row.prompt, row.history,
-            max_length=options.max_length, sampling=replace(sampling, seed=seed), english=is_english(row),
+            max_length=options.max_length, sampling=replace(sampling, seed=seed), lang=row.lang or options.lang,
         )  # fmt: skip
 
     def text_of(answer: "Answer", row: Row) -> str:
-        return answer_text(answer.ids, tokenizer, is_english(row))
+        return answer_text(answer.ids, tokenizer, model.asked_as.is_english(row.lang or options.lang))
 
     engine = Engine(model, tokenizer, options.batch_size, options.max_length)
     return outcomes(rows, engine, question_of, text_of)
@@ -294,7 +291,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--bad_rows", choices=("keep", "error"), default="keep",
         help="rows that can't be answered: keep writes the reason in the answer's place, error stops before a model is "
              "loaded (default %(default)s)")
-    add("--lang", choices=LANGUAGES, default="zh", help="frame of the rows that don't say (default %(default)s)")
+    add("--lang", choices=LANGUAGES, help="frame of the rows that don't say (default: the one of the checkpoint's training)")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help=f"tokens of question and answer together (default {DEFAULT_LENGTH}, or as many as a smaller model takes)")

@@ -35,6 +35,7 @@ from model.checkpoints.whole import (
     damage,
     has_checksums,
 )
+from model.data.prompt import AskedAs
 from model.errors import InputError, raise_problems
 from model.progress import warn
 
@@ -158,6 +159,11 @@ class Checkpoint:
             raise InputError(f"{place}: no file named latest; a checkpoint folder has one.")
         config = _read_config(folder) if (folder / CONFIG_FILE).is_file() else ModelConfig()
         return cls(str(place), folder, _whole_iteration(str(place), folder, found), config)
+
+    @property
+    def asked_as(self) -> AskedAs:
+        """How questions stood before it in training; the default where it doesn't say, as a base."""
+        return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as", {}))
 
     def weights_file(self, rank: int = 0) -> Path:
         """The weights of a model-parallel rank; in Hugging Face's layout all weights, or the index of their files."""

@@ -80,6 +80,9 @@ SENTENCES = {
     ),
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
     f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
+    'no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.': (
+        "缺少 prompt；每条数据是一个对象，要有文本 prompt；有图片时还要有 img。"
+    ),
     '"label" is empty; it is the answer to learn.': "label 是空的；它是模型要学的回答。",
     'no "img", but "{other}"; rename it, or convert the file (convert_data.py).': (
         "没有 img，却有 {other}；请改名，或用 convert_data.py 转换文件。"
@@ -290,10 +293,18 @@ SENTENCES = {
     "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
     "Answering: {done:d} of {total:d}, {left} left": "正在回答：{done}/{total}，剩余 {left}",
     "{file}: {done:d} of {rows:d} rows are done already.": "{file}：{rows} 条中已有 {done} 条处理完毕。",
+    "--out {file}: begun with something else than now ({changes}); the same is needed to go on, or --overwrite to begin anew.": (
+        "--out {file}：开始时的设置与现在不同（{changes}）；要接着做请用相同的设置，或用 --overwrite 重新开始。"
+    ),
+    "--out {file}: there is such a file, and not of predict.py; another name or --overwrite is needed.": (
+        "--out {file}：已有这个文件，而且不是 predict.py 写的；请换一个名字，或用 --overwrite。"
+    ),
+    "--out {file}: {reason}; a file that can be written is needed.": "--out {file}：{reason}；需要一个可以写入的文件。",
     "{file}: {answers:d} of {rows:d} rows answered.": "{file}：共 {rows} 条，已回答 {answers} 条。",
     # cli_demo.py
     "there is no file {name}; the path or the address of a picture is needed.": "没有文件 {name}；需要一张图片的路径或网址。",
     f"{{name}} is a folder; {_PICTURE_NEEDED}.": f"{{name}} 是目录；{_PICTURE_NEEDED_ZH}。",
+    "{url}: the server answered {status}; needed is a picture.": "{url}：服务器返回 {status}；需要一张图片。",
     "{url}: can't be fetched ({reason}); the address of a picture is needed.": (
         "{url}：无法下载（{reason}）；需要一张图片的网址。"
     ),

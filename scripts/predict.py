@@ -21,6 +21,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -283,11 +284,11 @@ def command_line() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off
-    add("--data", required=True, metavar="ROWS.json",
+    add("--data", type=expanduser, required=True, metavar="ROWS.json",
         help='rows of "prompt", and "img", "history" and "lang" where they have them; JSON or JSON Lines')
-    add("--out", required=True, metavar="ANSWERS.jsonl", help="where the answers are written; - is standard output")
+    add("--out", type=expanduser, required=True, metavar="ANSWERS.jsonl", help="where the answers are written; - is standard output")
     add("--overwrite", action="store_true", help="begin anew although there are answers in --out")
-    add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
+    add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
     add("--bad_rows", choices=("keep", "error"), default="keep",
         help="rows that can't be answered: keep writes the reason in the answer's place, error stops before a model is "
              "loaded (default %(default)s)")

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import http.server
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +171,20 @@ def printed_by(function: object, *arguments: object) -> str:
         return stream.getvalue()
 
 
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server that has a folder's files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def check(words: list[str]) -> None:
     """What the script does before it loads SAT and a model."""
     options = parse(words)
@@ -221,7 +237,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     no_label = {"img": ROW["img"], "prompt": "背景？"}
     files = {
         "empty": [],
-        "bad": [no_label, ROW | {"label": " "}, {"image": "a.png", "prompt": "背景？", "label": "雪地。"}],
+        "bad": [
+            no_label,
+            ROW | {"label": " "},
+            {"image": "a.png", "prompt": "背景？", "label": "雪地。"},
+            {"label": "雪地。"},
+        ],
         "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png")],
         "many-bad": [ROW, *[no_label] * 25],
     }
@@ -258,11 +279,16 @@ def checked(data: Path) -> list[str]:
         ]
         text += printed_by(predict.main, asked)
         text += printed_by(predict.main, asked)
+        text += printed_by(predict.main, [*asked, "--seed", "3"])
+        text += printed_by(predict.main, [*asked[:-1], str(data / "no folder/answers.jsonl")])
+        text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
         demo = ["--from_pretrained", "model/tiny", "--image"]
         for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
             text += printed_by(cli_demo.main, [*demo[:2], *words])
         text += printed_by(cli_demo.main, [*demo, "gone.png"]) + printed_by(cli_demo.main, [*demo, "model"])
         text += printed_by(cli_demo.main, [*demo, "http://127.0.0.1:9/a.png"])
+        with serving(data) as url:
+            text += printed_by(cli_demo.main, [*demo, f"{url}/gone.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))

@@ -216,8 +216,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
     add("--bad_rows", default="error", choices=["error", "skip"],
         help="what to do about rows that can't be used: name them and stop, or leave them out (default %(default)s)")
-    add("--out", type=expanduser, metavar="RESULTS.json", help="write the measures and every row's answer there, what is known as it goes")
-    add("--html", type=expanduser, metavar="PAGE.html", help="write a page with every row, its picture and its answers, the worst first")
+    add("--out", type=expanduser, metavar="RESULTS.json",
+        help="write the measures and every row's answer there, what is known as it goes")
+    add("--html", type=expanduser, metavar="PAGE.html",
+        help="write a page with every row, its picture and its answers, the worst first")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")

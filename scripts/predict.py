@@ -286,7 +286,8 @@ def command_line() -> argparse.ArgumentParser:
     # fmt: off
     add("--data", type=expanduser, required=True, metavar="ROWS.json",
         help='rows of "prompt", and "img", "history" and "lang" where they have them; JSON or JSON Lines')
-    add("--out", type=expanduser, required=True, metavar="ANSWERS.jsonl", help="where the answers are written; - is standard output")
+    add("--out", type=expanduser, required=True, metavar="ANSWERS.jsonl",
+        help="where the answers are written; - is standard output")
     add("--overwrite", action="store_true", help="begin anew although there are answers in --out")
     add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
     add("--bad_rows", choices=("keep", "error"), default="keep",

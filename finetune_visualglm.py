@@ -12,6 +12,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from model import sat_compat
 from model.cli.options import Options, script_parser
 from model.cli.preflight import Inputs, preflight, warm_up_notes
 from model.cli.resuming import CommandLine, command_line, finished_note
-from model.progress import say
+from model.progress import outliving_readers, say
 from model.training import sat_loop
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
@@ -113,9 +114,10 @@ def train(line: CommandLine, inputs: Inputs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line argv (sys.argv's by default); `model.errors` lists the statuses that it may end with."""
-    with command("finetune_visualglm.py"):
+    with command("finetune_visualglm.py"), ExitStack() as stack:
         argv = list(sys.argv[1:] if argv is None else argv)
         line = command_line(argv)
+        stack.enter_context(outliving_readers())  # but --help ends there
         inputs = preflight(line.options, partial(sat_compat.import_sat, training=True), line.resumed)
         finished = finished_note(line, inputs.steps)
         if finished:

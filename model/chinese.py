@@ -5,8 +5,9 @@
 Sentences that the table lacks stay English, and so does everything where Chinese isn't asked for. Chinese is asked for by
 `--ui_lang zh`; else by the first of the variables in LANGUAGE_VARIABLES that is set.
 
-A pattern holds fields: {name} for any text, {name:d} for a whole number. A test holds every pattern against what the
-commands print, so that a sentence that is reworded there must be reworded here.
+A pattern holds fields: {name} for any text, {name:d} for a whole number. A field that is itself a sentence of the table
+is translated too. Tests hold every pattern against what the commands print or what stands in their code, so that a
+sentence that is reworded there must be reworded here.
 
 Only the standard library is imported.
 """
@@ -64,6 +65,14 @@ SENTENCES = {
         "{flag} {value}：连一个 token 的文字都放不下；至少需要 {least}。"
     ),
     "--save {folder}: {free} free on its disk; {needed} are needed.": "--save {folder}：磁盘只剩 {free}，需要 {needed}。",
+    "--eval-interval {steps:d}: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it.": (
+        "--eval-interval {steps}：没有评估数据；需要 --holdout 0.1 或 --valid-data。"
+    ),
+    "{flag} {name}: the newest run of that name is taken, {folder}.": "{flag} {name}：使用这个名字下最新的一次训练 {folder}。",
+    "WARNING: {name}: iteration {iteration} is left out: {problem}. Iteration {earlier} is used.": (
+        "警告：{name}：不使用第 {iteration} 步的检查点：{problem}。改用第 {earlier} 步。"
+    ),
+    "{file} is damaged: its checksum isn't the one in {checksums}": "{file} 已损坏：校验和与 {checksums} 中记录的不同",
     # data files
     "{path}: No such file or directory; a JSON file of rows is needed.": "{path}：没有这个文件；需要一个 JSON 数据文件。",
     "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (
@@ -71,6 +80,9 @@ SENTENCES = {
     ),
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
     f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
+    'no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.': (
+        "缺少 prompt；每条数据是一个对象，要有文本 prompt；有图片时还要有 img。"
+    ),
     '"label" is empty; it is the answer to learn.': "label 是空的；它是模型要学的回答。",
     'no "img", but "{other}"; rename it, or convert the file (convert_data.py).': (
         "没有 img，却有 {other}；请改名，或用 convert_data.py 转换文件。"
@@ -95,6 +107,12 @@ SENTENCES = {
     "{file}: {rows:d} rows; cut to fit: {prompts:d} prompts (--max_source_length), {labels:d} labels (--max_target_length)": (
         "{file}：{rows} 条数据；因超长被截断：{prompts} 个问题（--max_source_length）、{labels} 个回答（--max_target_length）"
     ),
+    "{file}: {rows:d} rows, {samples:d} samples (one for every turn)": "{file}：{rows} 条数据，{samples} 个样本（每轮对话一个）",
+    "{file}: {rows:d} rows, {samples:d} samples (one for every turn); cut to fit: {prompts:d} prompts, oldest turns of"
+    " {histories:d} samples (--max_source_length), {labels:d} labels (--max_target_length)": (
+        "{file}：{rows} 条数据，{samples} 个样本（每轮对话一个）；因超长被截断：{prompts} 个问题、{histories} 个样本中最早的对话轮次"
+        "（--max_source_length）、{labels} 个回答（--max_target_length）"
+    ),
     "Held out of --train-data for evaluation: {rows:d} rows (--holdout, --seed {seed:d}).": (
         "从 --train-data 中留出 {rows} 条用于评估，不参与训练（--holdout、--seed {seed}）。"
     ),
@@ -111,6 +129,9 @@ SENTENCES = {
         "训练样本 {samples} 个：共 {steps} 步，每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch），"
         "随机抽取（--seed）；用 --epochs 则逐轮遍历全部样本。"
     ),
+    "Looking for a learning rate: {steps:d} steps with a rising one; --lr and the number of steps don't count.": (
+        "寻找学习率：用逐渐升高的学习率训练 {steps} 步；--lr 和训练步数不起作用。"
+    ),
     "The first {steps:d} steps use at most 5 % of --lr ({rate}), as SAT does in finetune mode; --auto_warmup_steps changes"
     " that.": (
         "前 {steps} 步的学习率最多为 --lr 的 5%（{rate}），这是 SAT 在 finetune 模式下的做法；"
@@ -122,11 +143,147 @@ SENTENCES = {
     "Trainable, {trained} of {all} parameters in {tensors:d} tensors:": (
         "可训练参数 {trained} 个（共 {all} 个），分布在 {tensors} 个张量中："
     ),
+    "{name}: {count:d} tensors {shape}, layers {first:d} to {last:d}": "{name}：{count} 个张量 {shape}，第 {first} 到 {last} 层",
+    "{name}: {count:d} tensors {shape}, layers {layers}": "{name}：{count} 个张量 {shape}，第 {layers} 层",
+    "Answering {rows}, as they will be again at the end (--answers 0: none).": (
+        "训练前先回答 {rows}，训练结束时再回答一遍（--answers 0：不回答）。"
+    ),
+    "{count:d} held-out rows": "{count} 条留出的数据",
+    "{count:d} training rows": "{count} 条训练数据",
+    # a run that goes on
+    "Going on with {folder} after iteration {iteration:d}.": "从 {folder} 的第 {iteration} 步之后继续训练。",
+    "{flag} from here on; the run had {before}, and with it would go on otherwise.": (
+        "从这里起用 {flag}；原来是 {before}，之后的结果会与不改时不同。"
+    ),
+    "{flag} from here on; the run had {before}, and with it would go on otherwise: the learning rate falls over all steps,"
+    " unless --lr-decay-iters says over how many.": (
+        "从这里起用 {flag}；原来是 {before}，之后的结果会与不改时不同：学习率按全部步数下降，除非用 --lr-decay-iters 指定步数。"
+    ),
+    "{flag}: the run has {before}, and {reason}; the same is needed, or a new run.": (
+        "{flag}：这次训练用的是 {before}，不能更改（{reason}）；请用相同的值，或重新开始训练。"
+    ),
+    "--resume auto: no checkpoint of {name} under {folder} can be resumed; a fresh run starts.": (
+        "--resume auto：{folder} 下没有 {name} 可以继续的检查点；从头开始训练。"
+    ),
+    "{folder}: iteration {done:d} of {steps:d} is done, so nothing is left to train. A higher {flag} goes on.": (
+        "{folder}：{steps} 步中的第 {done} 步已经完成，没有可训练的了。把 {flag} 调大就能继续。"
+    ),
+    "--load {folder}: its weights, with a fresh optimizer; --resume would go on exactly.": (
+        "--load {folder}：只取权重，优化器从头开始；--resume 才会完全接着训练。"
+    ),
+    "--mode {mode}: iteration, learning rate and data start from the beginning.": "--mode {mode}：步数、学习率和数据都从头开始。",
     # while it runs, and at its end
     "step {step}/{last:d}  loss {loss}  lr {rate}  {speed} samples/s  {left} left": (
         "步 {step}/{last}  损失 {loss}  学习率 {rate}  {speed} 样本/秒  剩余 {left}"
     ),
     "iteration {step:d}: validation loss {loss}, perplexity {perplexity}": "第 {step} 步：评估损失 {loss}，困惑度 {perplexity}",
+    "iteration {step:d}: {rows:d} rows answered, exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}": (
+        "第 {step} 步：回答 {rows} 条，完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}"
+    ),
+    "The last {count:d} evaluations were no better: the run ends (--early_stopping {patience:d}).": (
+        "最近 {count} 次评估都没有变好：训练提前结束（--early_stopping {patience}）。"
+    ),
+    "Nobody reads the output any more: the run goes on without. Ctrl-C ends it after the step in hand, and saves it.": (
+        "输出已经没有程序在读；训练照常继续。按 Ctrl-C 会在当前这步之后停止并保存。"
+    ),
+    "{signal}: this step is finished, then the run stops. A second signal leaves at once.": (
+        "{signal}：做完当前这一步就停止。再来一个信号会立即退出。"
+    ),
+    "{signal}: stopped after step {step:d} of {last:d}. To go on: --resume {folder}": (
+        "{signal}：在第 {step} 步（共 {last} 步）后停止。继续训练请用 --resume {folder}"
+    ),
+    "{signal}: stopped after step {step:d} of {last:d}. Nothing was saved (--save none).": (
+        "{signal}：在第 {step} 步（共 {last} 步）后停止。没有保存任何内容（--save none）。"
+    ),
+    "Step {step:d} skipped: {reason}. Its longest rows: {rows}.": "跳过第 {step} 步：{reason}。其中最长的数据：{rows}。",
+    "the loss is {loss}": "损失为 {loss}",
+    "the gradient isn't finite, at a loss of {loss}": "梯度不是有限值，损失为 {loss}",
+    "Step {step:d} skipped: fp16's gradients overflowed; the loss scale is {scale} now.": (
+        "跳过第 {step} 步：fp16 的梯度溢出；损失缩放（loss scale）现为 {scale}。"
+    ),
+    "stopped after step {step:d}: the last {steps} skipped, because the {what} is not finite. Needed is a lower --lr than"
+    " {lr}, a longer --warmup, or a smaller gradient_clipping in a --deepspeed_config. The last good checkpoint: {checkpoint}.": (
+        "在第 {step} 步后停止：最近 {steps}都被跳过，因为 {what} 不是有限值。需要比 {lr} 更小的 --lr、更长的 --warmup，"
+        "或在 --deepspeed_config 中把 gradient_clipping 调小。最后一个好的检查点：{checkpoint}。"
+    ),
+    "{count:d} steps were": "{count} 步",
+    "step was": "一步",
+    "out of memory {when} ({problem}). The longest rows of the batch: {rows}. Needed is a smaller --batch-size than {batch:d}"
+    " with more --gradient-accumulation-steps than {steps:d}, --checkpoint-activations, or a smaller --max_source_length or"
+    " --max_target_length.": (
+        "内存（显存）不足（{when}：{problem}）。这一批中最长的数据：{rows}。需要把 --batch-size 调到小于 {batch}，"
+        "同时把 --gradient-accumulation-steps 调到大于 {steps}；或用 --checkpoint-activations；"
+        "或把 --max_source_length、--max_target_length 调小。"
+    ),
+    # what was learned
+    "The loss fell from {before} to {after} (the mean of the first {steps:d} steps and of the last).": (
+        "损失从 {before} 降到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。"
+    ),
+    "The loss rose from {before} to {after} (the mean of the first {steps:d} steps and of the last). The run has diverged: its"
+    " last checkpoint is worse than its start.": (
+        "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
+    ),
+    "The loss has hardly moved: {before}, then {after} (the mean of the first {steps:d} steps and of the last), no fall beyond"
+    " its noise of {noise}. Little or nothing was learned.": (
+        "损失几乎没有变化：先是 {before}，后来是 {after}（最初 {steps} 步和最后 {steps} 步的平均值），没有超出波动 {noise} 的下降。"
+        "几乎什么也没有学到。"
+    ),
+    "Of {rows}, answers right: {right}; ROUGE-L {rouge}.": "{rows}，答对 {right}；ROUGE-L {rouge}。",
+    "Of {rows}, answers right: before {before}, after {after}; ROUGE-L {earlier}, then {later}; no answer has changed.": (
+        "{rows}：训练前答对 {before}，训练后答对 {after}；ROUGE-L 从 {earlier} 到 {later}；没有一个回答改变。"
+    ),
+    "Of {rows}, answers right: before {before}, after {after}; ROUGE-L {earlier}, then {later}; {changed:d} changed.": (
+        "{rows}：训练前答对 {before}，训练后答对 {after}；ROUGE-L 从 {earlier} 到 {later}；{changed} 个回答改变了。"
+    ),
+    "Likely: --lr {lr} is too high; try {lower}, or --find_lr, which proposes a rate. With --holdout, --keep_best keeps the best"
+    " checkpoint.": (
+        "可能的原因：--lr {lr} 太大；请试 {lower}，或用 --find_lr 得到建议的学习率。有 --holdout 时，--keep_best 会保留最好的检查点。"
+    ),
+    "Likely: {reason}.": "可能的原因：{reason}。",
+    "Also: {reason}.": "另外：{reason}。",
+    "{slow:d} of {steps:d} steps had 5 % of --lr at most ({rate}), SAT's rule; try --auto_warmup_steps 0": (
+        "{steps} 步中有 {slow} 步的学习率最多为 --lr 的 5%（{rate}），这是 SAT 的做法；请试 --auto_warmup_steps 0"
+    ),
+    "--lr {lr} is low for adapters; --find_lr proposes a rate": "--lr {lr} 对适配器来说偏小；--find_lr 会给出建议的学习率",
+    "LoRA is scaled by alpha/rank = {scale}; try --lora_alpha {rank:d}, a scale of 1": (
+        "LoRA 的缩放系数 alpha/rank = {scale} 偏小；请试 --lora_alpha {rank}，即系数为 1"
+    ),
+    "LoRA is in {layers} only (--layer_range); without that flag it is in all": (
+        "只有 {layers} 有 LoRA（--layer_range）；不给这个参数则每一层都有"
+    ),
+    "{count:d} layers": "{count} 层",
+    "{cut:d} of {rows:d} answers are cut off, so their ends are never learned; try --max_target_length auto": (
+        "{rows} 个回答中有 {cut} 个被截断，结尾学不到；请试 --max_target_length auto"
+    ),
+    "more steps may be needed, or another rate: --find_lr proposes one": (
+        "可能需要更多步数，或换一个学习率：--find_lr 会给出建议"
+    ),
+    "The evaluation loss was lowest at step {step:d} ({best}) and rose to {last} while the training loss fell: rows are learned by"
+    " heart. Try --keep_best, --early_stopping 3, fewer epochs, or more rows.": (
+        "评估损失在第 {step} 步最低（{best}），之后升到 {last}，而训练损失还在下降：模型在死记数据。"
+        "请试 --keep_best、--early_stopping 3、更少的轮数，或更多的数据。"
+    ),
+    "Report: {file}": "报告：{file}",
+    # --find_lr
+    "--find_lr: the loss fell at no rate, so none is proposed; the picture shows the losses.": (
+        "--find_lr：在任何学习率下损失都没有下降，因此没有建议；损失曲线见图。"
+    ),
+    "--find_lr proposes --lr {rate}. Nothing was saved; the rows have been seen by these steps only.": (
+        "--find_lr 建议 --lr {rate}。没有保存任何检查点。"
+    ),
+    "The losses over the rates: {file}": "各学习率下的损失：{file}",
+    # --dry_run
+    "Parameters: {all}, of which {trained} are trained.": "参数：{all} 个，其中训练 {trained} 个。",
+    "A checkpoint takes {size}.": "一个检查点占 {size}。",
+    "It fits: {there}.": "放得下：{there}。",
+    "It does not fit: {there}. None of the flags alone makes it fit: a larger GPU is needed.": (
+        "放不下：{there}。没有哪个参数单独就能放下：需要更大的 GPU。"
+    ),
+    "It does not fit: {there}. What would make it fit, the cheapest first:": "放不下：{there}。下面的办法可以放下，代价小的在前：",
+    "{usable} of {memory} GiB can be used ({device})": "{memory} GiB 中有 {usable} GiB 可用（{device}）",
+    "Time per step: can't be measured without the weights; a run prints it from its first steps on.": (
+        "每步时间：没有加载权重，无法测量；训练开始后就会显示。"
+    ),
     "Opening pictures: {done:d} of {total:d}, {left} left": "正在打开图片：{done}/{total}，剩余 {left}",
     "Checking pictures: {done:d} of {total:d}, {left} left": "正在检查图片：{done}/{total}，剩余 {left}",
     "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",
@@ -136,10 +293,18 @@ SENTENCES = {
     "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
     "Answering: {done:d} of {total:d}, {left} left": "正在回答：{done}/{total}，剩余 {left}",
     "{file}: {done:d} of {rows:d} rows are done already.": "{file}：{rows} 条中已有 {done} 条处理完毕。",
+    "--out {file}: begun with something else than now ({changes}); the same is needed to go on, or --overwrite to begin anew.": (
+        "--out {file}：开始时的设置与现在不同（{changes}）；要接着做请用相同的设置，或用 --overwrite 重新开始。"
+    ),
+    "--out {file}: there is such a file, and not of predict.py; another name or --overwrite is needed.": (
+        "--out {file}：已有这个文件，而且不是 predict.py 写的；请换一个名字，或用 --overwrite。"
+    ),
+    "--out {file}: {reason}; a file that can be written is needed.": "--out {file}：{reason}；需要一个可以写入的文件。",
     "{file}: {answers:d} of {rows:d} rows answered.": "{file}：共 {rows} 条，已回答 {answers} 条。",
     # cli_demo.py
     "there is no file {name}; the path or the address of a picture is needed.": "没有文件 {name}；需要一张图片的路径或网址。",
     f"{{name}} is a folder; {_PICTURE_NEEDED}.": f"{{name}} 是目录；{_PICTURE_NEEDED_ZH}。",
+    "{url}: the server answered {status}; needed is a picture.": "{url}：服务器返回 {status}；需要一张图片。",
     "{url}: can't be fetched ({reason}); the address of a picture is needed.": (
         "{url}：无法下载（{reason}）；需要一张图片的网址。"
     ),
@@ -154,7 +319,18 @@ SENTENCES = {
     "{flag} {value}: the same as --from_pretrained; another checkpoint is needed.": (
         "{flag} {value}：与 --from_pretrained 相同；需要另一个模型。"
     ),
+    # api.py
+    "{name} answers at http://{host}:{port}/v1": "{name} 正在 http://{host}:{port}/v1 提供服务",
+    "--host {host} without --api_key: whoever reaches this machine may ask.": (
+        "--host {host} 而没有 --api_key：能访问这台机器的人都可以提问。"
+    ),
     # evaluate.py and check_data.py
+    "asked  {text}": "问题  {text}",
+    "label  {text}": "标签  {text}",
+    "answer {text}": "回答  {text}",
+    "{count:d} answers were cut off (--max_length {length:d}).": "{count} 个回答被截断（--max_length {length}）。",
+    "right {right:d}/{rows:d}, {measures}": "答对 {right}/{rows}，{measures}",
+    "right in the first only: {first:d}, in the second only: {second:d}": "只有第一个答对：{first}；只有第二个答对：{second}",
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (
         "完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}，每 token 损失 {loss}"
     ),
@@ -193,7 +369,7 @@ SENTENCES = {
 _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
-_PLURAL = re.compile(r"\b((?:row|sample|step)s)\b")  # of what may be one
+_PLURAL = re.compile(r"\b((?:row|sample|step|evaluation|answer|layer|tensor)s)\b")  # of what may be one
 _language = "auto"
 
 
@@ -243,8 +419,13 @@ def _sentence_in_chinese(text: str) -> str | None:
     for pattern, chinese in _patterns():
         match = pattern.fullmatch(text)
         if match:
-            return chinese.format(**match.groupdict())
+            return chinese.format(**{name: _field_in_chinese(value) for name, value in match.groupdict().items()})
     return None
+
+
+def _field_in_chinese(value: str) -> str:
+    """A field that is a sentence of the table, in Chinese; a single word is a name or a number, and stays."""
+    return (_sentence_in_chinese(value) if " " in value else None) or value
 
 
 @functools.cache

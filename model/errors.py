@@ -8,7 +8,7 @@
            2     bad input: a sentence on standard error says where, what was found and what is needed
            3     another process of the run has gone, or gave no sign of life (`model.training.watchdog`)
            129   SIGHUP      130  SIGINT (Ctrl-C)      138  SIGUSR1      143  SIGTERM
-           141   the reader of standard output has gone, as in `… | head -1`
+           141   the reader of standard output has gone, as in `… | head -1`; training goes on without one
 
 A signal ends a command within a second: what it began is undone, and the processes that it started end with it. Training
 does more, see `model.training.signals`. Only the standard library is imported.

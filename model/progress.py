@@ -22,6 +22,9 @@ from model.distributed import is_first_process
 
 QUIET_SECONDS = 2.0
 SECONDS_BETWEEN_LOG_LINES = 30.0  # where stderr is a file
+GOES_ON = (
+    "Nobody reads the output any more: the run goes on without. Ctrl-C ends it after the step in hand, and saves it."
+)
 ERASE_TO_END = "\x1b[K"  # of a terminal's line
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
 
@@ -29,6 +32,7 @@ Item = TypeVar("Item")
 
 _printing = RLock()  # a thread that saves may print too
 _renewed: TextIO | None = None  # where a line stands that the next one replaces
+_outlives_readers = False  # whether the process goes on where nobody reads what it prints
 
 
 def say(text: str) -> None:
@@ -90,16 +94,30 @@ def _print(text: str, stream: TextIO) -> None:
         _written(f"{printable(text)}\n", stream)
 
 
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Go on inside the block where the reader of what is printed has gone, as in `… | head -1`; standard error says so."""
+    global _outlives_readers
+    before, _outlives_readers = _outlives_readers, True
+    try:
+        yield
+    finally:
+        _outlives_readers = before
+
+
 def _written(text: str, stream: TextIO) -> None:
     try:
         print(text, end="", file=stream, flush=True)
     except OSError as error:
-        if error.errno != errno.EIO:
+        # The terminal was closed: a run whose SIGHUP is ignored goes on, any other is saved.
+        terminal_is_gone = error.errno == errno.EIO
+        if not terminal_is_gone and not (_outlives_readers and error.errno == errno.EPIPE):
             raise
-        # The terminal was closed. A run whose SIGHUP is ignored goes on, any other is saved.
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
+        if not terminal_is_gone and stream is sys.stdout:
+            warn(GOES_ON)
 
 
 @contextmanager
@@ -143,9 +161,9 @@ def with_progress(items: Iterable[Item], total: int, what: str, stops_after: flo
         if now >= next_line:
             left = min((now - start) / done * (total - done), start + stops_after - now)
             line = printable(in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr))
-            print(f"\r{line:<60}" if on_screen else line, end="" if on_screen else "\n", file=sys.stderr, flush=True)
+            _written(f"\r{line:<60}" if on_screen else f"{line}\n", sys.stderr)
             next_line = now + (0.2 if on_screen else SECONDS_BETWEEN_LOG_LINES)
             shown = True
         yield item
     if shown and on_screen:
-        print(file=sys.stderr)
+        _written("\n", sys.stderr)

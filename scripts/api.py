@@ -65,6 +65,7 @@ except ImportError as missing:
     )
     sys.exit(STATUS_OF_BAD_INPUT)
 
+from model.data.prompt import AskedAs
 from model.data.remote_images import Limits, opened
 from model.inference.api_formats import (
     Asked,
@@ -241,11 +242,15 @@ class Api:
             self.service,
             question,
             self.tokenizer,
-            english=asked.english,
+            english=self.model.asked_as.is_english(self.lang(asked)),
             stops=asked.stops,
             seconds=self.options.seconds,
             is_gone=request.is_disconnected,
         )
+
+    def lang(self, asked: Asked) -> str | None:
+        """Whose frame the question gets: of a base the released API's choice, of a tuned model the one of training."""
+        return asked.lang if self.model.asked_as == AskedAs() else None
 
     def question(self, asked: Asked) -> Any:
         """What the engine is asked.
@@ -269,7 +274,7 @@ class Api:
             asked.history,
             max_length=room,
             sampling=asked.sampling,
-            english=asked.english,
+            lang=self.lang(asked),
         )
         taken = len(question.input_ids)
         if taken >= room:

@@ -81,7 +81,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
     add("--prompt_en", default="Describe the image.", metavar="TEXT", help="the same with --english (default %(default)s)")
-    add("--english", action="store_true", help="ask and answer in English; Chinese tokens are forbidden")
+    add("--english", action="store_true",
+        help="ask and answer in English; Chinese tokens are forbidden (default: ask as the checkpoint was trained)")
     add("--max_length", type=int, metavar="N",
         help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
     add("--ui_lang", default="auto", choices=UI_LANGUAGES,
@@ -93,11 +94,16 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_language(options: argparse.Namespace) -> None:
-    """Say everything in the demo's language, unless --ui_lang or VISUALGLM_UI_LANG asks for another one."""
+def choose_language(options: argparse.Namespace, lang: str = "zh") -> None:
+    """Say everything in the demo's language, unless --ui_lang or VISUALGLM_UI_LANG asks for another one.
+
+    Args:
+        lang: the language that the checkpoint answers in without --english.
+    """
+    options.lang = "en" if options.english else lang
     language = options.ui_lang
     if language == "auto" and not os.environ.get(LANGUAGE_VARIABLES[0]):
-        language = "en" if options.english else "zh"
+        language = options.lang
     choose_ui_language(language)
 
 
@@ -105,7 +111,7 @@ def words_of(options: argparse.Namespace) -> Words:
     """What the demo says: in the language of --ui_lang, else in the one that it answers in."""
     if options.ui_lang != "auto":
         return CHINESE if options.ui_lang == "zh" else ENGLISH
-    return ENGLISH if options.english else CHINESE
+    return ENGLISH if options.lang == "en" else CHINESE
 
 
 def check(options: argparse.Namespace) -> list[Checkpoint]:
@@ -116,6 +122,7 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     """
     options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
     checkpoints = [found_checkpoint(options)]
+    choose_language(options, checkpoints[0].asked_as.lang)
     if options.compare == options.from_pretrained:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.compare:
@@ -209,7 +216,7 @@ class Speaker:
             self.history,
             max_length=self.options.max_length,
             sampling=self.options.sampling,
-            english=self.options.english,
+            lang="en" if self.options.english else None,
         ):
             piece = new_text(response, printed)
             show(piece)
@@ -234,7 +241,7 @@ class Demo:
     @property
     def first_question(self) -> str:
         """What is asked of a new picture."""
-        return self.options.prompt_en if self.options.english else self.options.prompt_zh
+        return self.options.prompt_en if self.options.lang == "en" else self.options.prompt_zh
 
     def ask_once(self) -> None:
         """Answer --query about --image: the answer alone, or one of each checkpoint after its name."""

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
         for place, ids in answers:
             row = mine[place]
-            answer = answer_text(ids, tokenizer, (row.lang or model.asked_as.lang) == "en")
+            answer = answer_text(ids, tokenizer, model.asked_as.is_english(row.lang))
             results[process + place * processes] = result_of(row, answer, *losses[place], len(ids) >= rooms[place])
             bar.update()
             out.note(checkpoint.name, results)
@@ -211,12 +212,14 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--compare", metavar="OTHER", help="a second checkpoint, to be put beside the first")
-    add("--data", required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
-    add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
+    add("--data", type=expanduser, required=True, metavar="ROWS.json", help='rows of "img", "prompt" and "label"')
+    add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
     add("--bad_rows", default="error", choices=["error", "skip"],
         help="what to do about rows that can't be used: name them and stop, or leave them out (default %(default)s)")
-    add("--out", metavar="RESULTS.json", help="write the measures and every row's answer there, what is known as it goes")
-    add("--html", metavar="PAGE.html", help="write a page with every row, its picture and its answers, the worst first")
+    add("--out", type=expanduser, metavar="RESULTS.json",
+        help="write the measures and every row's answer there, what is known as it goes")
+    add("--html", type=expanduser, metavar="PAGE.html",
+        help="write a page with every row, its picture and its answers, the worst first")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")

@@ -21,6 +21,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -226,19 +227,16 @@ def answered(
     )
     sampling = sampling_of(options)
 
-    def is_english(row: Row) -> bool:
-        return (row.lang or options.lang) == "en"
-
     def question_of(number: int, row: Row) -> "Question":
         image = None if row.img is None else image_tensor(row.img, model)
         seed = None if options.seed is None else row_seed(options.seed, number)
         return chat_question(
             image, model, tokenizer, row.prompt, row.history,
-            max_length=options.max_length, sampling=replace(sampling, seed=seed), english=is_english(row),
+            max_length=options.max_length, sampling=replace(sampling, seed=seed), lang=row.lang or options.lang,
         )  # fmt: skip
 
     def text_of(answer: "Answer", row: Row) -> str:
-        return answer_text(answer.ids, tokenizer, is_english(row))
+        return answer_text(answer.ids, tokenizer, model.asked_as.is_english(row.lang or options.lang))
 
     engine = Engine(model, tokenizer, options.batch_size, options.max_length)
     return outcomes(rows, engine, question_of, text_of)
@@ -286,15 +284,16 @@ def command_line() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off
-    add("--data", required=True, metavar="ROWS.json",
+    add("--data", type=expanduser, required=True, metavar="ROWS.json",
         help='rows of "prompt", and "img", "history" and "lang" where they have them; JSON or JSON Lines')
-    add("--out", required=True, metavar="ANSWERS.jsonl", help="where the answers are written; - is standard output")
+    add("--out", type=expanduser, required=True, metavar="ANSWERS.jsonl",
+        help="where the answers are written; - is standard output")
     add("--overwrite", action="store_true", help="begin anew although there are answers in --out")
-    add("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
+    add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
     add("--bad_rows", choices=("keep", "error"), default="keep",
         help="rows that can't be answered: keep writes the reason in the answer's place, error stops before a model is "
              "loaded (default %(default)s)")
-    add("--lang", choices=LANGUAGES, default="zh", help="frame of the rows that don't say (default %(default)s)")
+    add("--lang", choices=LANGUAGES, help="frame of the rows that don't say (default: the one of the checkpoint's training)")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
     add("--max_length", type=int, metavar="N",
         help=f"tokens of question and answer together (default {DEFAULT_LENGTH}, or as many as a smaller model takes)")

@@ -1,9 +1,17 @@
 """The table of Chinese sentences: it is used where Chinese is asked for only, and it fits what the commands print."""
 
+import ast
 import contextlib
+import functools
+import http.server
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +19,26 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT, run_python
 
+import finetune_visualglm
 from model import chinese, progress
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
 from model.cli.preflight import preflight, warm_up_notes
+from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
 from model.data.rows import read_rows
-from model.errors import exit_on_input_error
-from model.progress import say
+from model.errors import InputError, exit_on_input_error
+from model.finetune import by_kind
+from model.inference.scores import Result
+from model.progress import GOES_ON, say
+from model.training.answers import Answered
+from model.training.best_checkpoint import BestEvaluation
+from model.training.find_lr import RateSweep
+from model.training.records import EVALUATION, STEP, VALIDATION, Record
+from model.training.signals import STOPPING, StopAtSignal
+from model.training.terminal import Terminal
+from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
+from model.training.verdict import verdict
 from scripts import check_data, cli_demo, predict
 
 DATA = "fewshot-data/dataset.json"
@@ -151,6 +171,20 @@ def printed_by(function: object, *arguments: object) -> str:
         return stream.getvalue()
 
 
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a server that has a folder's files."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def check(words: list[str]) -> None:
     """What the script does before it loads SAT and a model."""
     options = parse(words)
@@ -185,6 +219,10 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
+    yield [*good, DATA, "--eval-interval", "5"]
+    yield [*good, DATA, "--find_lr"]
+    yield [*good, str(folder / "talk.json"), "--max_source_length", "200"]
+    yield [*good, str(folder / "talk.json"), "--max_source_length", "60", "--max_target_length", "8"]
     for name in ("many-bad", "otherwise-bad"):
         yield [*good, str(folder / f"{name}.json"), "--bad_rows", "skip"]
 
@@ -199,11 +237,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     no_label = {"img": ROW["img"], "prompt": "背景？"}
     files = {
         "empty": [],
-        "bad": [no_label, ROW | {"label": " "}, {"image": "a.png", "prompt": "背景？", "label": "雪地。"}],
+        "bad": [
+            no_label,
+            ROW | {"label": " "},
+            {"image": "a.png", "prompt": "背景？", "label": "雪地。"},
+            {"label": "雪地。"},
+        ],
         "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png")],
         "many-bad": [ROW, *[no_label] * 25],
     }
     files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]
+    files["talk"] = [ROW | {"history": [["背景里有什么？", "雪地。"]] * 2}]
     (folder / "two").mkdir()
     (folder / "two/README.md").write_text("another one than the working directory's")
     files["two/files"] = [ROW | {"img": "README.md"}]
@@ -222,6 +266,7 @@ def checked(data: Path) -> list[str]:
         patch.setattr(progress, "QUIET_SECONDS", 0.0)
         for words in [*wrong_command_lines(data), *good_command_lines(data)]:
             text += printed_by(check, words)
+        text += printed_by(finetune_visualglm.main, [*RUN[1:], "--train-data", DATA, "--dry_run"])
         text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
         text += printed_by(check_data.main, [str(data / "bad.json")])
         asked = [
@@ -234,16 +279,73 @@ def checked(data: Path) -> list[str]:
         ]
         text += printed_by(predict.main, asked)
         text += printed_by(predict.main, asked)
+        text += printed_by(predict.main, [*asked, "--seed", "3"])
+        text += printed_by(predict.main, [*asked[:-1], str(data / "no folder/answers.jsonl")])
+        text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
         demo = ["--from_pretrained", "model/tiny", "--image"]
         for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
             text += printed_by(cli_demo.main, [*demo[:2], *words])
         text += printed_by(cli_demo.main, [*demo, "gone.png"]) + printed_by(cli_demo.main, [*demo, "model"])
         text += printed_by(cli_demo.main, [*demo, "http://127.0.0.1:9/a.png"])
+        with serving(data) as url:
+            text += printed_by(cli_demo.main, [*demo, f"{url}/gone.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
-    return text.splitlines()
+    return text.splitlines() + told_of_runs()
+
+
+def told_of_runs() -> list[str]:
+    """The lines on what runs have learned, of runs that need not be made for that."""
+    still, falling = [2.5, 2.4] * 10, [2.5 - 0.1 * step for step in range(20)]
+    low = {
+        "mode": "finetune",
+        "auto_warmup_steps": 20,
+        "lr": 1e-4,
+        "use_lora": True,
+        "lora_rank": 10,
+        "layer_range": [0, 14],
+    }
+    cut = {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 17}}
+    before, after, same = (
+        Answered(step, [Result("", "?", "yes", text, False, False, 0.0, 1.0, 1)] * 2)
+        for step, text in ((0, "no"), (9, "yes"), (9, "no"))
+    )
+    evaluations = [Record(EVALUATION, step, loss, 0.0, split=VALIDATION) for step, loss in ((10, 0.5), (20, 1.5))]
+    lines = []
+    for losses, flags, more, answers in (
+        (still, low, [], {"before": before, "after": same}),
+        (still, {"lr": 0.1}, [], {"after": after}),
+        (falling[::-1], {"lr": 0.1}, [], {}),
+        (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
+    ):
+        steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
+        lines += verdict({"flags": flags, "steps": 20, "data": cut if flags is low else {}}, [*steps, *more], answers)
+    best = BestEvaluation(None, patience=2)
+    for loss in (1.0, 2.0, 2.0):
+        lines += printed_by(
+            best.consider, None, SimpleNamespace(save=None, iteration=1, train_iters=9), 1, {"loss": loss}
+        ).splitlines()
+    lines += printed_by(
+        Terminal.evaluation, "iteration 5", 1.0, 2.0, {"rows": 2, "exact_match": 1, "rouge_l": 1, "bleu": 1}
+    ).splitlines()
+    for losses in (falling * 3, still * 3):
+        sweep = SimpleNamespace(losses=losses, place=None)
+        lines += printed_by(RateSweep.tell, sweep).splitlines()
+    args = SimpleNamespace(iteration=3, train_iters=9, save=None, lr=0.1, fp16=False)
+    stopped = SimpleNamespace(number=signal.SIGTERM, _args=args, report=SimpleNamespace(last_step=9))
+    lines += printed_by(StopAtSignal.leave, stopped).splitlines()
+    for in_a_row in (1, 20):
+        skipped = SkippedSteps(SimpleNamespace(), BatchesAtHand(), 20)  # type: ignore[arg-type]
+        skipped.in_a_row = in_a_row
+        with pytest.raises(InputError) as refused:
+            skipped._stop(20, SimpleNamespace(args=args))  # type: ignore[arg-type]
+        lines.append(str(refused.value))
+    batches, options = BatchesAtHand(), SimpleNamespace(batch_size=4, gradient_accumulation_steps=1)
+    batches.note({"rows": [("a.json row 1", 90)]})
+    lines += [_no_memory("too much", batches, options), *by_kind({"t.layers.1.a.0": [2, 3], "t.layers.3.a.0": [2, 3]})]  # type: ignore[arg-type]
+    return [*lines, f"SIGTERM: {STOPPING}", GOES_ON]
 
 
 @pytest.fixture(scope="module")
@@ -261,38 +363,128 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "4",
         "--keep_best",
         "--fp16",
+        "--answers",
+        "2",
     ]
     environment = {"VISUALGLM_UI_LANG": "en", "CUDA_VISIBLE_DEVICES": ""}
     done = [run_python(*RUN, *words, "--save", runs, **environment)]
     [tuned] = runs.iterdir()
-    evaluation = ["scripts/evaluate.py", "--from_pretrained", tuned, "--data", DATA, "--max_length", "70"]
+    evaluation = [
+        "scripts/evaluate.py",
+        "--from_pretrained",
+        runs / "MyModel",
+        "--data",
+        DATA,
+        "--max_length",
+        "70",
+        "--compare",
+        "model/tiny",
+    ]
     done.append(run_python(*evaluation, **environment))
     done.append(run_python("scripts/merge_lora.py", tuned, runs / "merged", **environment))
     assert [one.returncode for one in done] == [0, 0, 0], done[-1].stderr
-    return [line for one in done for line in (one.stdout + one.stderr).splitlines()]
+    again = [str(word) for word in ("--resume", tuned, "--lr", "0.001", "--train-iters", "99999")]
+    stopped = stopped_by_sigterm(["finetune_visualglm.py", *again], environment)
+    resumed = lines_of_resuming(tuned, again)
+    return [*[line for one in done for line in (one.stdout + one.stderr).splitlines()], *stopped, *resumed]
+
+
+def stopped_by_sigterm(words: list[str], environment: dict[str, str]) -> list[str]:
+    """The lines that a run prints which is told to stop after a step."""
+    command = [sys.executable, *words]
+    with subprocess.Popen(
+        command, cwd=PROJECT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        lines: list[str] = []
+        for line in run.stdout:
+            if line.startswith("step ") and not any(line.startswith("step ") for line in lines):
+                run.send_signal(signal.SIGTERM)
+            lines.append(line)
+    assert run.returncode == 143, lines
+    return "".join(lines).splitlines()
+
+
+def lines_of_resuming(run: Path, again: list[str]) -> list[str]:
+    """What is said of going on with a run, or of taking its weights, without doing it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(PROJECT)
+        notes = list(command_line(again).notes)
+        for flag in (["--lora_rank", "3"], ["--seed", "3"]):
+            with pytest.raises(InputError) as refused:
+                command_line(["--resume", str(run), *flag])
+            notes += str(refused.value).splitlines()
+        notes += command_line(
+            [*RUN[1:], "--resume", "auto", "--save", str(run / "nowhere"), "--train-data", DATA]
+        ).notes
+        notes += command_line([*RUN[1:], "--load", str(run), "--train-data", DATA]).notes
+        notes.append(str(finished_note(command_line(["--resume", str(run)]), 1)))
+    return notes
 
 
 # Those of a run; the others are told by checks.
 OF_A_RUN = (
-    "No GPU found", "Trainable, ", "step ", "iteration ", "Best evaluation", "Saved ", "Merged ", "exact match ", "answers right",
+    "No GPU found", "Trainable, ", "step {step}", "iteration {step:d}: validation", "Best evaluation", "Saved ", "Merged ", "exact match ",
+    "answers right", "Answering {rows}, as", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
+    "Going on with", "{signal}: stopped after step {step:d} of {last:d}. To", "{flag} from here on", "{flag}: the run has",
+    "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer ",
+    "right ", "{count:d} held-out",
+)  # fmt: skip
+# Those that only what is rare or takes long prints: they are held against the text in the code.
+OF_THE_CODE = (
+    "Step {step:d} skipped", "the loss is {loss}", "the gradient isn't finite", "The losses over the rates", "{name} answers at",
+    "--host {host} without", "WARNING: {name}: iteration", "{file} is damaged: its", "It does not fit",
+    "{count:d} answers were cut",
 )  # fmt: skip
 
 
 def untranslated(sentences: list[str], lines: list[str]) -> list[str]:
-    """Which sentences of the table no line is like."""
+    """Which sentences of the table no line is like, nor a field of one."""
     told = [match["text"] for line in lines if (match := chinese._LINE.fullmatch(line))]
-    return [sentence for sentence in sentences if not any(map(pattern_of(sentence).fullmatch, told))]
+    parts = {part for text in told for part in with_fields(text)}
+    return [sentence for sentence in sentences if not any(map(pattern_of(sentence).fullmatch, parts))]
+
+
+def with_fields(text: str) -> Iterator[str]:
+    """A text, and the fields of the sentence that it is, if they are sentences themselves."""
+    yield text
+    match = next((found for pattern, _ in chinese._patterns() if (found := pattern.fullmatch(text))), None)
+    for field in match.groupdict().values() if match else ():
+        if " " in field:
+            yield from with_fields(field)
+
+
+@functools.cache
+def templates_in_the_code() -> set[str]:
+    """Every text in the code, with {} in place of what is filled in."""
+    return {
+        re.sub(r"[{]\w*[}]", "{}", "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts))
+        for folder in ("model", "scripts")
+        for file in (PROJECT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr)
+        for parts in [node.values]
+    }
+
+
+@pytest.mark.parametrize("start", OF_THE_CODE)
+def test_sentence_that_is_rarely_printed_stands_in_the_code(start: str) -> None:
+    templates = templates_in_the_code()
+    sentences = [sentence for sentence in SENTENCES if sentence.startswith(start)]
+    assert sentences
+    for sentence in sentences:
+        template = re.sub(r"[{]\w+(:d)?[}]", "{}", sentence)
+        assert template in templates, template
 
 
 def test_checks_print_every_sentence_of_theirs(checked: list[str]) -> None:
-    of_checks = [sentence for sentence in SENTENCES if not sentence.startswith(OF_A_RUN)]
+    of_checks = [sentence for sentence in SENTENCES if not sentence.startswith((*OF_A_RUN, *OF_THE_CODE))]
     assert untranslated(of_checks, checked) == []
 
 
 @pytest.mark.run
 def test_run_prints_every_sentence_of_its_own(ran: list[str]) -> None:
     of_a_run = [sentence for sentence in SENTENCES if sentence.startswith(OF_A_RUN)]
-    assert len(of_a_run) == len(OF_A_RUN)
+    assert all(any(sentence.startswith(start) for sentence in SENTENCES) for start in OF_A_RUN)
     assert untranslated(of_a_run, ran) == []
 
 

@@ -1,14 +1,18 @@
 """Every command in the pages runs, as it stands there, in a copy of the project; and what the pages name is there.
 
-Two kinds of commands don't run here, see `HELP_ONLY` and `test_benchmark_of_a_gpu_…`.
+Two kinds of commands don't run here, see `HELP_ONLY` and `test_benchmark_of_a_gpu_…`. Those of README.md also run in its
+order, twice, in a clone.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -67,6 +71,7 @@ SHORTENED = {  # so that a run of minutes on a real model takes seconds here; no
 }
 # Flags of other people's commands.
 FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help", "--model", "--local_dir"}
+USERS_FILES = {"my.json": slice(8), "my-other.json": slice(8, 12)}
 CONVERSATION = {
     "image": "images/train00.png",
     "conversations": [
@@ -86,18 +91,23 @@ def not_cloned(folder: str, names: list[str]) -> set[str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict) -> Path:
     """A copy of the project as it would be cloned, with a small checkpoint where the 6B one is looked for."""
-    from conftest import upstream_weights
-
     copy = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(PROJECT, copy, ignore=not_cloned)
-    released = write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", upstream_config, upstream_weights())
+    released = add_what_users_have(copy, upstream_config)
     converted = run_python(copy / CONVERTER, released, copy / HUB_NAME, "--to", "hf", "--no-old_sat")
     assert converted.returncode == 0, converted.stderr
-    rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
-    for name, some in (("my.json", rows[:8]), ("my-other.json", rows[8:12])):
-        (copy / name).write_text(json.dumps(some, ensure_ascii=False))
     (copy / "conversations.json").write_text(json.dumps([CONVERSATION], ensure_ascii=False))
     return copy
+
+
+def add_what_users_have(copy: Path, config: dict) -> Path:
+    """Data files of one's own in a copy of the project, and beside it the checkpoint that is given: a small one."""
+    from conftest import upstream_weights
+
+    rows = json.loads((copy / "fewshot-data/dataset.json").read_text())
+    for name, some in USERS_FILES.items():
+        (copy / name).write_text(json.dumps(rows[some], ensure_ascii=False))
+    return write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", config, upstream_weights())
 
 
 def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
@@ -121,9 +131,67 @@ def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.run
 @pytest.mark.parametrize("command", RUN_HERE)
 def test_command_of_the_pages_runs(command: str, project: Path) -> None:
-    shorter = next((words for start, words in SHORTENED.items() if start in command and "--help" not in command), "")
-    done = run(command + shorter, project)
+    done = run(command + shortened(command), project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def shortened(command: str) -> str:
+    """The flags that make a command of minutes one of seconds."""
+    return next((words for start, words in SHORTENED.items() if start in command and "--help" not in command), "")
+
+
+# Of README.md's commands, those that a clone can't run in order. Without a GPU all the others run.
+NOT_IN_A_CLONE = {
+    "bash scripts/test.sh": "it runs these tests",
+    "bash scripts/check.sh": "it runs these tests",
+}
+SERVES = "python scripts/api.py"  # it has no end of its own: it is asked, and stopped
+
+
+@pytest.mark.run
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="what is committed is cloned; here is no repository")
+def test_commands_of_the_readme_run_in_order_twice_in_a_fresh_clone(tmp_path: Path, upstream_config: dict) -> None:
+    clone = tmp_path / "project"
+    subprocess.run(["git", "clone", "--quiet", PROJECT, clone], check=True)
+    add_what_users_have(clone, upstream_config)
+    commands = [command for command in COMMANDS if command not in NOT_IN_A_CLONE]
+    assert len(COMMANDS) - len(commands) == 3  # test.sh stands there twice
+    printed = {}
+    for command in 2 * commands:
+        if command.startswith(SERVES):
+            assert health_while_serving(f"{command} --port 0", clone)["status"] == "ok"
+            continue
+        # Recipes are for hours on the 6B. The small model's own commands run as they stand.
+        shorter = "" if "model/tiny" in command else shortened(command)
+        done = run(command + shorter, clone)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        printed.setdefault(command, []).append(done.stdout)
+    [evaluations] = [
+        texts for command, texts in printed.items() if "evaluate.py --from_pretrained checkpoints" in command
+    ]
+    rights = [int(re.search(r"answers right: (\d+)/50", text)[1]) for text in evaluations]
+    assert min(rights) >= 45  # what the page trains is what it evaluates, and it has learned
+    for name in USERS_FILES:
+        (clone / name).unlink()
+    assert subprocess.check_output(["git", "status", "--short"], cwd=clone, text=True) == ""
+
+
+def health_while_serving(command: str, project: Path) -> dict:
+    """What a server says of its health; it is stopped afterwards, and ends as it should."""
+    words = [sys.executable, *shlex.split(command)[1:]]
+    server = subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://[\w.:]+", server.stdout.readline())[0]
+        with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
+            health = json.load(answer)
+        server.terminate()
+        assert server.wait(30) == 128 + signal.SIGTERM
+        return health
+    finally:
+        server.kill()
+        server.stdout.close()
 
 
 @pytest.mark.run

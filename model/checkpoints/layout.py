@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from model.adapter_config import AdapterKeys
 from model.checkpoints import huggingface
@@ -37,6 +37,9 @@ from model.checkpoints.whole import (
 )
 from model.errors import InputError, raise_problems
 from model.progress import warn
+
+if TYPE_CHECKING:
+    from model.data.prompt import AskedAs
 
 MOST_OF_LATEST = 40  # bytes: more isn't the number of an iteration
 
@@ -158,6 +161,13 @@ class Checkpoint:
             raise InputError(f"{place}: no file named latest; a checkpoint folder has one.")
         config = _read_config(folder) if (folder / CONFIG_FILE).is_file() else ModelConfig()
         return cls(str(place), folder, _whole_iteration(str(place), folder, found), config)
+
+    @property
+    def asked_as(self) -> "AskedAs":
+        """How questions stood before it in training; the default where it doesn't say, as a base."""
+        from model.data.prompt import AskedAs  # which needs more than the standard library
+
+        return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as", {}))
 
     def weights_file(self, rank: int = 0) -> Path:
         """The weights of a model-parallel rank; in Hugging Face's layout all weights, or the index of their files."""

@@ -97,6 +97,10 @@ class AskedAs:
             record.get("max_target_length"),
         )
 
+    def is_english(self, lang: str | None = None) -> bool:
+        """Whether a question stands in the English frame: by its own language, else by the one of training."""
+        return (lang or self.lang) == "en"
+
     def lengths(self, image_length: int, longest: int) -> Lengths:
         """What shortens a row as it did in training. longest, in tokens, holds where nothing is known."""
         return Lengths(

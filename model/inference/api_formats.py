@@ -167,9 +167,9 @@ class Asked:
     max_length: int | None = None
 
     @property
-    def english(self) -> bool:
-        """Whether the question is framed in English, as the released API decides it."""
-        return not CHINESE.search(self.query)
+    def lang(self) -> str:
+        """The language of the question, as the released API tells it."""
+        return "zh" if CHINESE.search(self.query) else "en"
 
     def refuse_text(self, positions: int) -> None:
         """Raise an error on text that can't be tokens, or that is too long whatever its tokens are.

@@ -49,7 +49,7 @@ def chat(
         image: [1, 3, H, W], in place of image_path, as an earlier call returned it.
         max_length: tokens of context and answer together; by default 1024, or as many as a smaller model takes.
         top_p, top_k, temperature, repetition_penalty, invalid_slices: how to sample, see `Sampling`.
-        english: frame the question as `Q:…\\nA:` in place of `问：…\\n答：`; a model that was trained so always has that frame.
+        english: frame the question as `Q:…\\nA:` in place of `问：…\\n答：`; without it the frame is the one of training.
 
     Raises:
         InputError: the picture can't be opened, the context leaves no room within max_length, or that is more than the
@@ -60,7 +60,14 @@ def chat(
         image = image_tensor(image_path, model)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(invalid_slices))
     *_, response = answer_so_far(
-        image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, english=english
+        image,
+        model,
+        tokenizer,
+        query,
+        history,
+        max_length=max_length,
+        sampling=sampling,
+        lang="en" if english else None,
     )
     return response, [*history, (query, response)], image
 
@@ -76,11 +83,6 @@ def image_tensor(source: str | Path | Any, model: VisualGLMModel) -> torch.Tenso
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 
-def is_english(model: VisualGLMModel, asked: bool) -> bool:
-    """Whether the English frame is taken: where it is asked for, or the model was trained with it (--lang en)."""
-    return asked or model.asked_as.lang == "en"
-
-
 def chat_question(
     image: torch.Tensor | None,
     model: VisualGLMModel,
@@ -90,14 +92,17 @@ def chat_question(
     *,
     max_length: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    english: bool = False,
+    lang: str | None = None,
 ) -> Question:
     """A turn of a conversation as the engine takes it. The arguments are `chat`'s.
+
+    Args:
+        lang: "zh" or "en", whose frame is taken; None takes the one that the model was trained with.
 
     Raises:
         InputError: max_length is more than the model takes.
     """
-    prefix, english = model.asked_as.source_prefix, is_english(model, english)
+    prefix, english = model.asked_as.source_prefix, model.asked_as.is_english(lang)
     past = [(prefix + question, answer) for question, answer in history]
     ids, pre_image = context_ids(prefix + query, past, image is not None, tokenizer, model.image_length, english)
     length = answer_length(model_positions(model), max_length, RELEASED_LENGTH)
@@ -113,18 +118,18 @@ def answer_so_far(
     *,
     max_length: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    english: bool = False,
+    lang: str | None = None,
 ) -> Iterator[str]:
-    """The answer to query as it grows, once for each of its tokens. The arguments are `chat`'s.
+    """The answer to query as it grows, once for each of its tokens. The arguments are `chat_question`'s.
 
     Raises:
         InputError: the context leaves no room within max_length, or that is more than the model takes.
     """
     question = chat_question(
-        image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, english=english
+        image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, lang=lang
     )
     engine = Engine(model, tokenizer, rows=1, positions=question.max_length)
-    answer, text = engine.submit(question), GrowingText(tokenizer, is_english(model, english))
+    answer, text = engine.submit(question), GrowingText(tokenizer, model.asked_as.is_english(lang))
     while not answer.finished:
         engine.step()
         yield text.of(answer.ids, finished=bool(answer.finished))

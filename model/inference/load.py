@@ -18,7 +18,6 @@ from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
-from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.distributed import done_by_first_process, free_memory, unusable_gpu
 from model.errors import InputError, raise_problems
@@ -86,7 +85,7 @@ def load_for_answering(
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
     pack_linears(model.requires_grad_(False))
-    model.asked_as = AskedAs.from_json(checkpoint.config.get("finetuning", {}).get("asked_as", {}))
+    model.asked_as = checkpoint.asked_as
     return model.eval(), tokenizer
 
 

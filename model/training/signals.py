@@ -30,6 +30,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from model.chinese import in_ui_language
 from model.distributed import is_first_process, store_of_run
 from model.errors import STATUS_OF_A_SIGNAL, Leaving, end_now, handling, ignore_signals_from_now_on
 from model.progress import say
@@ -158,7 +159,8 @@ class StopAtSignal(StepWatcher):
             with suppress(
                 OSError
             ):  # the terminal may have gone; and printing isn't allowed where a signal interrupts it
-                os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {STOPPING}\n".encode())
+                text = in_ui_language(f"{signal.Signals(number).name}: {STOPPING}", sys.stderr)
+                os.write(sys.stderr.fileno(), f"{text}\n".encode())
         if self._processes == 1:
             self._end_the_loop(self._args)
             if self._evaluating:

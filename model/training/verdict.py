@@ -15,11 +15,13 @@ from model.training.records import EVALUATION, STEP, VALIDATION, Record
 LEAST_STEPS = 10  # fewer say nothing
 SHARE, LARGEST_WINDOW = 5, 200  # the first and the last fifth of the steps are compared, 200 at most
 SIGMAS = 2.0  # of a mean's own uncertainty: a smaller fall is noise
+DIVERGED = 0.1  # of the loss at its start: a rise by more
 CLEAR_RISE = 1.02  # of the evaluation loss over its best, a factor
 WARM_UP_SHARE = 0.2  # of the steps under the 5 % rule, from which on it is named
 SMALL_SCALE = 1.0  # alpha / rank below which LoRA's product is scaled down
 FEW_LAYERS = 4
 LOW_RATE = 1e-3  # for LoRA at a scale of 0.1
+LOWER_RATE = 1 / 3  # of --lr, to try after a run that diverged; as far apart as the rates of a usual grid
 
 
 def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Mapping[str, Any]) -> list[str]:
@@ -35,7 +37,9 @@ def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Map
         lines.append(fall.sentence)
     changed = answers_sentence(answers)
     lines += [changed] if changed else []
-    if fall is not None and not fall.is_clear:
+    if fall is not None and fall.is_rise:
+        lines.append(rise_advice(settings))
+    elif fall is not None and not fall.is_clear:
         lines += advice(settings)
     return lines + overfitting(steps, records)
 
@@ -54,13 +58,23 @@ class Fall:
         return self.before - self.after > self.noise
 
     @property
+    def is_rise(self) -> bool:
+        """Whether it rose far beyond that: the run has diverged."""
+        return self.after - self.before > max(self.noise, DIVERGED * self.before)
+
+    @property
     def sentence(self) -> str:
         """For a person."""
         means = f"the mean of the first {self.steps} steps and of the last"
+        if self.is_rise:
+            return (
+                f"The loss rose from {self.before:.4f} to {self.after:.4f} ({means}). The run has diverged: its last "
+                "checkpoint is worse than its start."
+            )
         if self.is_clear:
             return f"The loss fell from {self.before:.4f} to {self.after:.4f} ({means})."
         return (
-            f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({means}), which is within its noise of "
+            f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({means}), no fall beyond its noise of "
             f"{self.noise:.2g}. Little or nothing was learned."
         )
 
@@ -94,6 +108,15 @@ def answers_sentence(answers: Mapping[str, Any]) -> str | None:
         f"Of {rows}, answers right: before {earlier['right']:.0f}/{len(before.results)}, after {right}; ROUGE-L "
         f"{earlier['rouge_l']:.3f}, then {measures['rouge_l']:.3f}; "
         + ("no answer has changed." if not changed else f"{changed} changed.")
+    )
+
+
+def rise_advice(settings: Mapping[str, Any]) -> str:
+    """What to do after a run that diverged."""
+    lr = settings.get("flags", {}).get("lr", 0.0)
+    return (
+        f"Likely: --lr {lr:g} is too high; try {lr * LOWER_RATE:.2g}, or --find_lr, which proposes a rate. With --holdout, "
+        "--keep_best keeps the best checkpoint."
     )
 
 

@@ -75,9 +75,9 @@ def test_number_out_of_bounds_is_told_by_the_fields_name():
         chat_request(max_tokens=0)
 
 
-@pytest.mark.parametrize(("query", "english"), [("Describe it.", True), ("描述 it", False), ("", True)])
-def test_question_without_chinese_is_framed_in_english(query, english):
-    assert Asked(query, [], None, WARM).english is english
+@pytest.mark.parametrize(("query", "lang"), [("Describe it.", "en"), ("描述 it", "zh"), ("", "en")])
+def test_question_without_chinese_is_framed_in_english(query, lang):
+    assert Asked(query, [], None, WARM).lang == lang
 
 
 def test_text_is_refused_by_its_length_before_it_becomes_tokens():

@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -20,9 +21,12 @@ import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_python
 from PIL import Image
 
+from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer
+from model.inference.api_formats import Asked
 from model.inference.chat import chat
-from scripts.api import main
+from model.inference.sampling import Sampling
+from scripts.api import Api, main
 
 pytestmark = pytest.mark.run
 
@@ -123,6 +127,16 @@ def test_released_history_is_taken_back(server, expected):
     answer = server.post("/", json=request).json()
     assert answer["result"] == expected("再说一次", [("你好", "好")], max_length=80)
     assert answer["history"][0] == ["你好", "好"]
+
+
+@pytest.mark.parametrize(
+    ("asked_as", "lang"),
+    [(AskedAs(), "en"), (AskedAs("zh", max_source_length=64), None), (AskedAs("en", max_source_length=64), None)],
+)
+def test_question_without_chinese_is_in_english_unless_the_model_was_tuned(asked_as, lang):
+    """None is the frame of training."""
+    api = SimpleNamespace(model=SimpleNamespace(asked_as=asked_as))
+    assert Api.lang(api, Asked("What?", [], None, Sampling())) == lang
 
 
 # OpenAI's

@@ -157,6 +157,16 @@ def test_prompts_and_problems_are_in_the_demos_language(demo, monkeypatch, words
     assert problem in run.stdout
 
 
+def test_checkpoint_that_was_trained_in_english_is_asked_in_english(demo, upstream_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "")
+    monkeypatch.setattr("model.chinese._language", "auto")
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, lang="en")
+    run = demo("--from_pretrained", tuned, "--temperature", "0", typed=f"{PICTURE}\nstop\n")
+    assert run.stdout.startswith("clear starts over, stop ends.\nPicture, a path or a URL")
+    asked = demo("--from_pretrained", tuned, "--temperature", "0", "--image", PICTURE, "--query", "Describe the image.")
+    assert f"A: {asked.stdout}" in run.stdout
+
+
 # at a terminal
 
 

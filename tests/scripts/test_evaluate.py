@@ -12,7 +12,7 @@ from model.data.rows import row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
 from model.inference.scores import Result, rouge_l, summary, without_punctuation
-from scripts import evaluate
+from scripts import cli_demo, evaluate, predict
 from scripts.evaluate import comparison
 
 ROWS = GOLDEN / "upstream/dataset.json"
@@ -170,9 +170,34 @@ def test_chat_asks_as_the_checkpoint_was_trained(upstream_checkpoint, tmp_path):
         upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, lang="en", source_prefix="Look: "
     )
     model, tokenizer = load_for_answering(tuned)
-    question = chat_question(None, model, tokenizer, "一", [("二", "三")])
-    expected, _ = context_ids("Look: 一", [("Look: 二", "三")], False, tokenizer, 32, english=True)
-    assert question.input_ids == expected
+    turns = [("Look: 二", "三")]
+    for lang, english in ((None, True), ("en", True), ("zh", False)):
+        question = chat_question(None, model, tokenizer, "一", [("二", "三")], lang=lang)
+        expected, _ = context_ids("Look: 一", turns, False, tokenizer, 32, english=english)
+        assert question.input_ids == expected
+
+
+@pytest.mark.parametrize("trained", ["zh", "en"])
+def test_row_is_asked_in_its_own_language_else_in_that_of_training_by_every_command(
+    trained, upstream_checkpoint, tmp_path, capsys
+):
+    rows = [{"prompt": "你好", "label": "雪地"} | lang for lang in ({}, {"lang": "zh"}, {"lang": "en"})]
+    torch.manual_seed(0)
+    tuned = write_tuned(
+        upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, lang=trained, max_source_length=64
+    )
+    words = ("--from_pretrained", tuned, "--data", write_rows(tmp_path, rows), "--max_length", "30", "--out")
+    evaluate_here(*words, tmp_path / "results.json")
+    predict.main([str(word) for word in (*words, tmp_path / "answers.jsonl")])
+    evaluated = [one["answer"] for one in json.loads((tmp_path / "results.json").read_text())["results"]]
+    predicted = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert predicted == evaluated
+    chinese, english = evaluated[1:]
+    assert chinese != english  # the model of random numbers answers each frame otherwise
+    assert evaluated[0] == (english if trained == "en" else chinese)
+    capsys.readouterr()
+    cli_demo.main([str(word) for word in (*words[:2], "--query", "你好", "--max_length", "30", "--temperature", "0")])
+    assert capsys.readouterr().out.strip() == evaluated[0]
 
 
 def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upstream_checkpoint, tmp_path, capsys):

@@ -247,6 +247,7 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
         (["--out", "/dev/null"], "--out /dev/null: not a file"),
         (["--out", "a.jsonl", "--data", "pipe"], "--data pipe: not a file; one is needed, for it is read twice"),
         (["--out", "a.jsonl", "--data", "gone.json"], "gone.json: No such file or directory"),
+        (["--out", "a.jsonl", "--data=~/gone.json"], "/home/nobody/gone.json: No such file or directory"),
         (
             ["--out", "a.jsonl", "--data", "bad.json", "--bad_rows", "error"],
             "bad.json row 2: there is no file gone.png",
@@ -256,6 +257,7 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
 )
 def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predict, tmp_path, monkeypatch, words, part):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/nobody")
     monkeypatch.setattr("model.inference.load.load_for_answering", None)  # nothing is loaded before
     for name, rows in (("rows", ROWS), ("bad", [ROWS[0], BAD[0]]), ("all-bad", [BAD[0]])):
         write_rows(tmp_path, rows, f"{name}.json")

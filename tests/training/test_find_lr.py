@@ -1,6 +1,7 @@
 """--find_lr: the rate that a sweep proposes, and that a sweep leaves nothing behind but its picture."""
 
 import math
+import re
 
 import pytest
 from conftest import PROJECT, run_python
@@ -40,20 +41,45 @@ def test_losses_that_never_fall_propose_nothing(losses):
     assert proposed_rate(losses) is None
 
 
-@pytest.mark.run
-def test_sweep_on_the_small_model_proposes_a_rate_and_saves_only_its_picture(tmp_path):
-    data = PROJECT / "fewshot-data/dataset.json"
+def run_on_tiny(folder, *words):
+    """The lines of a run of the small model on the shipped rows, four of them held out."""
     done = run_python(
         PROJECT / "finetune_visualglm.py", "--from_pretrained", PROJECT / "model/tiny", "--use_lora", "--mode", "finetune",
-        "--train-data", data, "--holdout", "4", "--epochs", "3", "--num-workers", "0", "--find_lr", "--save", "saved",
-        "--experiment-name", "look", cwd=tmp_path,
+        "--train-data", PROJECT / "fewshot-data/dataset.json", "--holdout", "4", "--num-workers", "0", *words, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def told_rate(lines):
     (told,) = (line for line in lines if line.startswith("--find_lr proposes --lr "))
-    assert 0.001 <= float(told.split()[3].rstrip(".")) <= 0.1
+    return float(told.split()[3].rstrip("."))
+
+
+@pytest.mark.run
+def test_sweep_on_the_small_model_proposes_a_rate_and_saves_only_its_picture(tmp_path):
+    lines = run_on_tiny(tmp_path, "--epochs", "3", "--find_lr", "--save", "saved", "--experiment-name", "look")
+    assert 0.001 <= told_rate(lines) <= 0.1
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
         "saved",
         "saved/look-find_lr.png",
     ]
     assert lines[-1] == "The losses over the rates: saved/look-find_lr.png"
+
+
+@pytest.mark.run
+@pytest.mark.long
+def test_proposed_rate_is_about_the_best_of_a_grid(tmp_path):
+    losses = {}
+    for rate in (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
+        lines = run_on_tiny(
+            tmp_path, "--lr", rate, "--train-iters", "100", "--auto_warmup_steps", "0", "--save", "none"
+        )
+        (evaluated,) = (line for line in lines if "validation loss" in line)
+        losses[rate] = float(re.search(r"validation loss ([\d.]+)", evaluated)[1])
+    print(losses)
+    proposed = told_rate(run_on_tiny(tmp_path, "--find_lr", "--save", "none"))
+    best = min(losses, key=losses.__getitem__)
+    nearest = min(losses, key=lambda rate: abs(math.log(rate / proposed)))
+    assert best / 3.5 <= proposed <= best * 3.5  # a step of the grid
+    assert losses[nearest] <= 0.05 * max(losses.values())

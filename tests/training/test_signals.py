@@ -1,12 +1,17 @@
 """Signals during a run: the step is finished, the run is saved, a line says how to go on; a second one leaves at once."""
 
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from conftest import GOLDEN, PROJECT, run_program
 from live_runs import FLAGS, last_step, saved_steps
+
+from model.progress import GOES_ON
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
 
@@ -209,6 +214,23 @@ def test_run_that_is_killed_in_its_last_evaluation_has_saved_its_last_step(run, 
 
 
 # --- what is around a run
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("pipe", ["|", pytest.param("2>&1 |", marks=pytest.mark.long)])
+def test_run_goes_on_and_is_saved_where_nobody_reads_its_output_any_more(upstream_checkpoint, tmp_path, pipe):
+    words = [
+        sys.executable, PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2],
+        "--train-iters", "3", "--save", tmp_path / "saved",
+    ]  # fmt: skip
+    shell = f"{shlex.join(map(str, words))} {pipe} head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=GOLDEN / "upstream", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert saved_steps(tmp_path / "saved") == [3]
+    assert (GOES_ON in done.stderr) == (pipe == "|")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 @pytest.mark.run

@@ -41,6 +41,14 @@ def test_run_that_learned_gets_no_advice():
     assert said(FALLING) == "The loss fell from 2.3100 to 0.7100 (the mean of the first 20 steps and of the last)."
 
 
+def test_run_whose_loss_rose_is_said_to_have_diverged_and_a_lower_rate_is_proposed():
+    first, second = said(FALLING[::-1], {"lr": 0.3}).splitlines()
+    assert first.startswith("The loss rose from 0.7100 to 2.3100 (the mean of the first 20 steps and of the last).")
+    assert "has diverged" in first
+    assert second.startswith("Likely: --lr 0.3 is too high; try 0.1, or --find_lr")
+    assert "diverged" not in said([one + 0.002 * step for step, one in enumerate(STILL)])
+
+
 @pytest.mark.parametrize(
     ("flags", "data", "part"),
     [

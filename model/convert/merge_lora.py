@@ -17,8 +17,9 @@ from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weigh
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
-from model.frozen import dequantized, quantized
+from model.frozen import dequantized, packs_itself, quantized
 from model.lora import folded
+from model.progress import say
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
@@ -54,9 +55,14 @@ def merge(
     if free < needed:
         raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
 
+    packers: set[str] = set()
+
     def merged(name: str) -> torch.Tensor:
-        weight = merged_weight(name, plain[name], weights, adapters)
-        if weight is not plain[name]:
+        of_base = plain[name]
+        if _is_unpacked(name, of_base, adapters):
+            packers.add("this project's" if packs_itself(of_base) else "bitsandbytes'")
+        weight = merged_weight(name, of_base, weights, adapters)
+        if weight is not of_base:
             refuse_unless_finite({name: weight}, f"{checkpoint.name}, merged")
         return weight
 
@@ -78,6 +84,11 @@ def merge(
     if is_replaced:
         remove(old)
         folder = folder.rename(old)
+    if packers:
+        say(
+            f"The base was packed into 4 bits by {' and '.join(sorted(packers))} code for a CPU. A run on a GPU had it packed "
+            "by bitsandbytes' for CUDA, which may round a number the other way that lies midway between two levels."
+        )
     return folder
 
 
@@ -110,12 +121,16 @@ def merged_weight(
     """
     merged = weight
     prefix = name.removesuffix("weight")
-    if "qlora" in adapters.methods and is_packed_in_qlora(name, weight):
+    if _is_unpacked(name, weight, adapters):
         merged = dequantized(*quantized(weight), torch.float32)
     if f"{prefix}matrix_A.0" in weights:
         a, b = (_factors(weights, f"{prefix}{matrix}.") for matrix in ("matrix_A", "matrix_B"))
         merged = folded(merged, a, b, adapters.scale)
     return merged.to(weight.dtype)
+
+
+def _is_unpacked(name: str, weight: torch.Tensor, adapters: AdapterConfig) -> bool:
+    return "qlora" in adapters.methods and is_packed_in_qlora(name, weight)
 
 
 def is_packed_in_qlora(name: str, weight: torch.Tensor) -> bool:

@@ -203,18 +203,13 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
     The scales stay in float32. Quantising the result of `dequantized` then gives the same numbers again, so that a model
     that was saved in full width loads as the one that was trained.
     """
-    if packs_itself(weight):
+    if weight.device.type == "cpu" and weight.numel() % NF4_BLOCK == 0:
         return _quantized_on_cpu(weight)
     quantize = functools.partial(import_bitsandbytes().quantize_4bit, quant_type="nf4", blocksize=NF4_BLOCK)
     parts = [quantize(rows.float().contiguous()) for rows in weight.split(ROWS_IN_FLOAT32)]
     state = parts[0][1]
     state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), weight.shape
     return torch.cat([packed for packed, _ in parts]), state
-
-
-def packs_itself(weight: torch.Tensor) -> bool:
-    """Whether this module's own code packs weight. Else bitsandbytes' does: on a GPU, or if a block of it is no whole one."""
-    return weight.device.type == "cpu" and weight.numel() % NF4_BLOCK == 0
 
 
 def _quantized_on_cpu(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:

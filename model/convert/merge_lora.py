@@ -17,7 +17,7 @@ from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weigh
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
-from model.frozen import dequantized, packs_itself, quantized
+from model.frozen import NF4_BLOCK, dequantized, quantized
 from model.lora import folded
 from model.progress import say
 
@@ -55,14 +55,9 @@ def merge(
     if free < needed:
         raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
 
-    packers: set[str] = set()
-
     def merged(name: str) -> torch.Tensor:
-        of_base = plain[name]
-        if _is_unpacked(name, of_base, adapters):
-            packers.add("this project's" if packs_itself(of_base) else "bitsandbytes'")
-        weight = merged_weight(name, of_base, weights, adapters)
-        if weight is not of_base:
+        weight = merged_weight(name, plain[name], weights, adapters)
+        if weight is not plain[name]:
             refuse_unless_finite({name: weight}, f"{checkpoint.name}, merged")
         return weight
 
@@ -84,12 +79,19 @@ def merge(
     if is_replaced:
         remove(old)
         folder = folder.rename(old)
-    if packers:
-        say(
-            f"The base was packed into 4 bits by {' and '.join(sorted(packers))} code for a CPU. A run on a GPU had it packed "
-            "by bitsandbytes' for CUDA, which may round a number the other way that lies midway between two levels."
-        )
+    _say_who_packed(shapes(plain), adapters)
     return folder
+
+
+def _say_who_packed(plain: Mapping[str, torch.Tensor], adapters: AdapterConfig) -> None:
+    """Of QLoRA, say whose code packed the base's weights: a merge is exact only with the numbers of the training."""
+    linears = [tensor for name, tensor in plain.items() if _is_unpacked(name, tensor, adapters)]
+    if linears:
+        ours = all(tensor.numel() % NF4_BLOCK == 0 for tensor in linears)
+        say(
+            f"The base was packed into 4 bits by {'this project' if ours else 'bitsandbytes'}'s code for a CPU. A run on a GPU "
+            "had it packed by bitsandbytes' for CUDA, which may round a number the other way that is midway between two levels."
+        )
 
 
 def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Path]:

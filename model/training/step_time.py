@@ -21,7 +21,6 @@ from model.training.memory import (
     image_positions,
     inner_size,
     layer_linears,
-    vision_numbers,
 )
 
 SECONDS = 0.3  # that a rate is measured for; on a shared machine the best of several times is taken
@@ -49,14 +48,21 @@ def step_operations(setup: Setup, batch: Batch) -> float:
 
 def picture_operations(config: Any) -> float:
     """Floating-point operations of the products that ViT, Q-Former and projection do for a picture."""
-    vit, qformer, numbers = config["eva_args"], config["qformer_args"], vision_numbers(config)
+    vit, qformer = config["eva_args"], config["qformer_args"]
     positions, queries = image_positions(config), qformer["vocab_size"]
-    hidden, seen = qformer["hidden_size"], qformer["cross_attn_hidden_size"]
+    width, hidden, seen = vit["hidden_size"], qformer["hidden_size"], qformer["cross_attn_hidden_size"]
     decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
-    of_features = 2 * decoders * seen * hidden  # keys and values, of each position
-    of_queries = numbers["qformer"] - of_features - queries * hidden + numbers["glm_proj"]
-    attention = 2 * positions * (vit["num_layers"] * positions * vit["hidden_size"] + decoders * queries * hidden)
-    return 2.0 * (positions * (numbers["vit"] + of_features) + queries * of_queries + attention)
+    patch = vit["in_channels"] * vit["patch_size"] ** 2 * width
+    of_position = vit["num_layers"] * _of_layer(width, inner_size(vit)) + patch + 2 * decoders * seen * hidden
+    of_query = qformer["num_layers"] * _of_layer(hidden, inner_size(qformer)) + 2 * decoders * hidden * hidden
+    of_query += hidden * config["hidden_size"]
+    attention = 2 * positions * (vit["num_layers"] * positions * width + decoders * queries * hidden)
+    return 2.0 * (positions * of_position + queries * of_query + attention)
+
+
+def _of_layer(width: int, inner: int) -> int:
+    """Numbers in the matrices of a transformer's layer."""
+    return 4 * width * width + 2 * width * inner
 
 
 def unpacked_numbers(setup: Setup) -> int:

@@ -19,9 +19,11 @@ from model.progress import say
 GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is fragmentation
 CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
-PROCESS_ON_CPU = int(0.42 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
-MAPPED = 32 * 2**20  # bytes of a block that the C library (glibc 2.36) maps by itself, outside its heap
-QUANTIZER_ON_CPU = int(0.11 * GIB)  # bitsandbytes 0.50
+PROCESS_ON_CPU = int(0.41 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
+QUANTIZER_ON_CPU = int(0.04 * GIB)  # bitsandbytes 0.50; most of what it imports, DeepSpeed has imported
+# The heap of the C library (glibc 2.36): its holes lie between blocks that stay. Their shares were measured in steps of
+# a model of 2 GB, batches 4 and 16. Blocks of MAPPED bytes and more are mapped one by one, outside the heap.
+HOLES_OF_ACTIVATIONS, HOLES_OF_UNPACKED, MAPPED = 0.25, 0.75, 32 * 2**20
 ITSELF_ON_CPU = "Python and its libraries"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 NF4_BYTES = 0.5 + 4 / 64  # of a number in 4 bits, with its share of a scale in float32: see `model.frozen`
@@ -207,19 +209,23 @@ def second_order_bytes(setup: Setup) -> int:
     return numbers * setup.bytes // setup.model_parallel
 
 
-def holes_bytes(setup: Setup) -> int:
-    """Of the C library's heap on a CPU, what unpacked weights leave in it: of each layer one of mean size.
+def holes_bytes(setup: Setup, batch: Batch) -> int:
+    """Of holes in the heap of a process on a CPU while it trains; a GPU's allocator has none to speak of.
 
-    A weight is unpacked for a product and freed after it. What the layer keeps for the gradient lies behind it then, so that
-    a larger weight of the next layer doesn't fit into its place. Weights of MAPPED bytes and more lie outside the heap.
+    Two things leave them. What a step frees lies between what it keeps for the gradient. And a weight that is unpacked from
+    4 bits is freed after its product, where the layer's output lies behind it already: what later layers keep fills a part
+    of that place, so that the next large weight doesn't fit into it.
     """
-    if not setup.is_4bit or setup.on_gpu:
+    if setup.on_gpu:
         return 0
-    hidden, inner = setup.config["hidden_size"], inner_size(setup.config)
-    sizes = [size * setup.bytes for size in (3 * hidden * hidden, hidden * hidden, hidden * inner, inner * hidden)]
-    in_heap = [size // setup.model_parallel for size in sizes if size < MAPPED * setup.model_parallel]
-    layers = setup.config["num_layers"] - first_trained_layer(setup)
-    return layers * sum(in_heap) // max(1, len(in_heap))
+    holes = HOLES_OF_ACTIVATIONS * activation_bytes(setup, batch)
+    if setup.is_4bit:
+        hidden, inner = setup.config["hidden_size"], inner_size(setup.config)
+        sizes = [3 * hidden * hidden, hidden * hidden, hidden * inner, inner * hidden]
+        in_heap = [part for part in (size * setup.bytes // setup.model_parallel for size in sizes) if part < MAPPED]
+        layers = setup.config["num_layers"] - first_trained_layer(setup)
+        holes += HOLES_OF_UNPACKED * layers * sum(in_heap) / max(1, len(in_heap))
+    return int(holes)
 
 
 def optimizer_bytes(setup: Setup) -> tuple[int, int]:
@@ -337,11 +343,11 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
         "weights for gradients": second_order_bytes(setup) if setup.packed else 0,
-        "holes of unpacked weights": holes_bytes(setup),
         "adapters": adapters // shared,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activation_bytes(setup, batch) + (looking_bytes(setup, batch.images) if batch.images else 0),
+        "holes in the heap": holes_bytes(setup, batch),
         "features": 0 if batch.images else batch.rows * queries["vocab_size"] * queries["hidden_size"] * size,
         "CUDA itself" if setup.on_gpu else ITSELF_ON_CPU: itself,
     }
@@ -384,7 +390,7 @@ def fit_into_memory(model: Any, setup: Setup, at_most: Batch, of_data: Callable[
 
     def needed_for(batch: Batch) -> int:
         recomputed = replace(setup, recomputed=transformer.checkpoint_activations)
-        return activation_bytes(recomputed, batch) + sum(optimizer_bytes(setup))
+        return activation_bytes(recomputed, batch) + holes_bytes(recomputed, batch) + sum(optimizer_bytes(setup))
 
     batch = at_most
     if needed_for(batch) + second_order > free:

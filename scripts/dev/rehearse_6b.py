@@ -57,7 +57,11 @@ def run(script: str, *words: str) -> tuple[str, float, float]:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen([sys.executable, script, *words], cwd=PROJECT, stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)  # of this process alone, unlike getrusage's children
+        try:
+            _, status, used = os.wait4(process.pid, 0)  # of this process alone, unlike getrusage's children
+        except BaseException:
+            process.kill()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)

@@ -43,15 +43,15 @@ def table(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("|")][2:]
 
 
-def test_rehearsal_goes_on_after_a_kill_says_where_it_is_and_removes_the_models(
+def test_rehearsal_goes_on_after_an_end_says_where_it_is_and_removes_the_models(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
 
     def measuring(script: str, *words: str) -> tuple[str, float, float]:
         if len(measured) == 2:
-            measured.append("the kill")
-            raise KeyboardInterrupt
+            measured.append("the end")
+            raise rehearse_6b.InputError("stopped")
         measured.append(script)
         if "--save" in words and "--dry_run" not in words:
             (tmp_path / "mini-lora" / "run" / "4").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """What oneDNN computes is what plain torch does: output, gradient and checkpoint. See training/test_qlora.py for 4 bits."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from model.cpu import (
     PrepackedLinear,
     can_pack,
     gelu,
+    give_back_memory,
     in_onednn_order,
     onednn_linear,
     pack_linears,
@@ -204,3 +206,17 @@ def test_private_operations_are_used_in_cpu_py_only() -> None:
     private = re.compile(r"torch\.ops\.|torch\._C\b|\._linear_pointwise|\._reorder_linear_weight")
     files = (PROJECT / "model").rglob("*.py")
     assert [path.name for path in files if private.search(path.read_text())] == ["cpu.py"]
+
+
+def test_memory_that_the_c_library_keeps_is_given_back() -> None:
+    def in_memory() -> int:
+        return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]  # KiB
+
+    give_back_memory()
+    blocks = [torch.ones(2**18) for _ in range(100)]  # 1 MiB each, in the heap
+    between = blocks[1::2]
+    before = in_memory()
+    del blocks
+    give_back_memory()
+    assert in_memory() < before - 40 * 1024
+    assert len(between) == 50

@@ -177,11 +177,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [
-        pytest.param(*case, marks=[] if case[1] == "fp16" or case == ("qlora", "bf16") else pytest.mark.long)
-        for case in itertools.product(METHODS, DTYPES)
-        if case[0] != "lora everywhere" or case[1] == "fp16"
-    ],
+    [case for case in itertools.product(METHODS, DTYPES) if case[0] != "lora everywhere" or case[1] == "fp16"],
 )
 def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest: Path, method: str, dtype: str) -> None:
     model, args = on_gpu(smallest, dtype, **METHODS[method])

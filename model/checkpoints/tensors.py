@@ -10,7 +10,7 @@ query_key_value in another order, so that mapping is not enough: they are put in
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,19 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    read_some: Callable[[Sequence[int], int], list[torch.Tensor]] | None = None  # see `some`
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":
         """A tensor that is there already."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def some(self, places: Sequence[int], count: int) -> list[torch.Tensor]:
+        """So many numbers in a row from each of the places, which are counted as if the tensor had one dimension."""
+        if self.read_some is not None:
+            return self.read_some(places, count)
+        numbers = self.read().detach().reshape(-1)
+        return [numbers[place : place + count] for place in places]
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -196,8 +204,11 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     for name, tensor in load_tensors(path, device="meta")["module"].items():
         offset, size = place_in_file(tensor)
         whole = size == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
-        read = partial(_from_file, path, offset, tensor) if whole and size else partial(mapped.__getitem__, name)
-        entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, read)
+        if whole and size:
+            read, some = partial(_from_file, path, offset, tensor), partial(_some_from_file, path, offset, tensor)
+            entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, read, some)
+        else:
+            entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(mapped.__getitem__, name))
     return LazyTensors(entries)
 
 
@@ -216,6 +227,18 @@ def _from_file(path: Path, offset: int, like: torch.Tensor) -> torch.Tensor:
         file.seek(offset)
         file.readinto(numbers)
     return torch.frombuffer(numbers, dtype=like.dtype).reshape(tuple(like.shape))
+
+
+def _some_from_file(
+    path: Path, offset: int, like: torch.Tensor, places: Sequence[int], count: int
+) -> list[torch.Tensor]:
+    size = like.element_size()
+    with open(path, "rb") as file:
+        found = []
+        for place in places:
+            file.seek(offset + place * size)
+            found.append(bytearray(file.read(min(count, like.numel() - place) * size)))
+    return [torch.frombuffer(numbers, dtype=like.dtype) for numbers in found]
 
 
 def write_weights(

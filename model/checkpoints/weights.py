@@ -490,21 +490,30 @@ def _with_progress_if_large(weights: Mapping[str, torch.Tensor]) -> Iterator[dic
 def read_one_by_one(
     weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint, tuned_names: Collection[str]
 ) -> LazyTensors:
-    """What `whole_weights` gave, each tensor read from its file when it is asked for, the largest first.
-
-    A process that goes through a mapped file seems to take all of its bytes.
-    """
+    """What `whole_weights` gave, each tensor read from its file when it is asked for, the largest first."""
     source = checkpoint.base or checkpoint
     lazy = weights
-    if source.layout == "sat" and len(source.weights_files()) < 2:
-        path = source.weights_file()
-        lazy = one_by_one(path, read_weights(path))
+    if _is_one_file(source):
+        lazy = _unmapped(source, read_weights(source.weights_file()))
     if checkpoint.base is not None:
         lazy = without_adapters(lazy)
     entries = lazy.entries if isinstance(lazy, LazyTensors) else {n: LazyTensor.of(lazy[n]) for n in lazy}
     if checkpoint.base is not None:
         entries = entries | {name: LazyTensor.of(weights[name]) for name in tuned_names}
     return LazyTensors(dict(sorted(entries.items(), key=lambda entry: -math.prod(entry[1].shape))))
+
+
+def _is_one_file(checkpoint: Checkpoint) -> bool:
+    """Whether its weights are in one file of SAT's."""
+    return checkpoint.layout == "sat" and len(checkpoint.weights_files()) < 2
+
+
+def _unmapped(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A checkpoint's own tensors, read from their file when they are asked for, where SAT wrote them into one file.
+
+    A process that looks into a mapped file seems to take all of its bytes: the system maps megabytes around each look.
+    """
+    return one_by_one(checkpoint.weights_file(), weights) if _is_one_file(checkpoint) else weights
 
 
 def open_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
@@ -540,13 +549,15 @@ def whole_weights(
     _warn_of_old_rows(checkpoint, weights)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
-        return weights, Base(checkpoint.name, os.path.abspath(path), fingerprint(weights)), adapters
+        found = fingerprint(_unmapped(checkpoint, weights))
+        return weights, Base(checkpoint.name, os.path.abspath(path), found), adapters
     recorded = base_of(checkpoint.config)
     base_path = checkpoint.base.weights_file()
-    base_weights = without_adapters(open_weights(checkpoint.base))
+    opened = open_weights(checkpoint.base)
+    base_weights = without_adapters(opened)
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
     _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
-    found = fingerprint(base_weights)
+    found = fingerprint(_unmapped(checkpoint.base, opened))
     if found != recorded.fingerprint and not force_base:
         raise InputError(
             f"{checkpoint.folder}: trained on other weights than those of {base_path} (fingerprint "
@@ -608,12 +619,12 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     plain = without_adapters(weights)
     for name in sorted(plain):
-        tensor = plain[name]
+        tensor = plain.entries[name] if isinstance(plain, LazyTensors) else LazyTensor.of(plain[name])
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        numbers = tensor.detach().reshape(-1)
-        step = max(1, len(numbers) // SAMPLES_PER_TENSOR)
-        for start in range(0, len(numbers), step):
-            digest.update(numbers[start : start + SAMPLE_LENGTH].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        count = math.prod(tensor.shape)
+        places = range(0, count, max(1, count // SAMPLES_PER_TENSOR))
+        for numbers in tensor.some(places, SAMPLE_LENGTH):
+            digest.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -17,8 +17,9 @@ from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weigh
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
-from model.frozen import dequantized, quantized
+from model.frozen import NF4_BLOCK, dequantized, quantized
 from model.lora import folded
+from model.progress import say
 
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
@@ -78,7 +79,19 @@ def merge(
     if is_replaced:
         remove(old)
         folder = folder.rename(old)
+    _say_who_packed(shapes(plain), adapters)
     return folder
+
+
+def _say_who_packed(plain: Mapping[str, torch.Tensor], adapters: AdapterConfig) -> None:
+    """Of QLoRA, say whose code packed the base's weights: a merge is exact only with the numbers of the training."""
+    linears = [tensor for name, tensor in plain.items() if _is_unpacked(name, tensor, adapters)]
+    if linears:
+        ours = all(tensor.numel() % NF4_BLOCK == 0 for tensor in linears)
+        say(
+            f"The base was packed into 4 bits by {'this project' if ours else 'bitsandbytes'}'s code for a CPU. A run on a GPU "
+            "had it packed by bitsandbytes' for CUDA, which may round a number the other way that is midway between two levels."
+        )
 
 
 def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Path]:
@@ -110,12 +123,16 @@ def merged_weight(
     """
     merged = weight
     prefix = name.removesuffix("weight")
-    if "qlora" in adapters.methods and is_packed_in_qlora(name, weight):
+    if _is_unpacked(name, weight, adapters):
         merged = dequantized(*quantized(weight), torch.float32)
     if f"{prefix}matrix_A.0" in weights:
         a, b = (_factors(weights, f"{prefix}{matrix}.") for matrix in ("matrix_A", "matrix_B"))
         merged = folded(merged, a, b, adapters.scale)
     return merged.to(weight.dtype)
+
+
+def _is_unpacked(name: str, weight: torch.Tensor, adapters: AdapterConfig) -> bool:
+    return "qlora" in adapters.methods and is_packed_in_qlora(name, weight)
 
 
 def is_packed_in_qlora(name: str, weight: torch.Tensor) -> bool:

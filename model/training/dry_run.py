@@ -17,7 +17,14 @@ from model.distributed import free_host_memory, has_gpu
 from model.errors import InputError
 from model.progress import count_of
 from model.training.deepspeed_config import zero_stage
-from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate
+from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate, has_room_to_pack
+from model.training.step_time import (
+    measured_rate,
+    measured_unpacking,
+    picture_operations,
+    step_operations,
+    unpacked_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Device:
     name: str
     memory: int  # bytes
     on_gpu: bool
+    is_elsewhere: bool = False  # whether its speed can't be measured
 
     @property
     def usable(self) -> int:
@@ -60,7 +68,7 @@ class Plan:
 def device_of(options: Options) -> Device:
     """The smallest GPU that torch can use, a GPU of --gpu_memory, or the CPU."""
     if options.gpu_memory:
-        return Device("--gpu_memory", options.gpu_memory, True)
+        return Device("--gpu_memory", options.gpu_memory, on_gpu=True, is_elsewhere=True)
     if not has_gpu():
         return Device("the CPU, as no GPU was found", free_host_memory(), False)
     import torch
@@ -84,16 +92,17 @@ def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
         accumulated = _number(settings.get("gradient_accumulation_steps"), accumulated)
     if not on_gpu and setup.dtype == "fp16":
         setup = replace(setup, dtype="fp32")  # as a run without a GPU does
+    images = 0 if keeps_features(options, inputs, setup) else rows
+    plan = Plan(setup, largest_batch(options, inputs, rows, images), accumulated)
+    return plan if on_gpu else plan.changed(packed=has_room_to_pack(setup, plan.batch, free_host_memory()))
+
+
+def largest_batch(options: Options, inputs: Inputs, rows: int, images: int) -> Batch:
+    """A batch of so many rows as the data makes it, where the longest rows meet. Much data takes seconds to count."""
     files = {file: inputs.selection.rows[file] for file in options.train_data or []}
     tokens, target = longest_sample(files, inputs.tokenizer, inputs.lengths)
     seq = -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
-    images = 0 if keeps_features(options, inputs, setup) else rows
-    plan = Plan(setup, Batch(rows, seq, rows * target, images), accumulated)
-    return (
-        plan
-        if on_gpu
-        else plan.changed(packed=estimate(replace(setup, packed=True), plan.batch).peak <= free_host_memory())
-    )
+    return Batch(rows, seq, rows * target, images)
 
 
 def _number(given: object, otherwise: int) -> int:
@@ -173,7 +182,7 @@ def dry_run_report(options: Options, inputs: Inputs) -> str:
         f"  {'all while loading':24} {_gib(told.loading):>7}",
         *_verdict(plan, device),
         f"A checkpoint takes {size_text(checkpoint_size(options, inputs.checkpoint))}.",
-        "Time per step: can't be measured without the weights; a run prints it from its first steps on.",
+        time_per_step(plan, device),
     ]
     return "\n".join(lines)
 
@@ -189,6 +198,25 @@ def _verdict(plan: Plan, device: Device) -> list[str]:
         f"It does not fit: {there}. What would make it fit, the cheapest first:",
         *(f"  {words:62} {_gib(way.told.peak):>6} GiB; {cost}" for words, cost, way in ways),
     ]
+
+
+def time_per_step(plan: Plan, device: Device) -> str:
+    """What a step's products take on this machine, in a sentence."""
+    if device.is_elsewhere:
+        return "Time per step: can't be measured for a GPU that isn't here; a run prints it from its first steps on."
+    setup, batch, where = plan.setup, plan.batch, "cuda" if plan.setup.on_gpu else "cpu"
+    rate = measured_rate(setup, batch, where)
+    seconds = step_operations(setup, batch) / rate
+    unpacked = unpacked_numbers(setup)
+    if unpacked:
+        seconds += unpacked / measured_unpacking(setup, where)
+    looked = picture_operations(setup.config) / rate
+    pictures = "" if batch.images else f" Before the first one each picture is looked at, for about {looked:.2g} s."
+    return (
+        f"Time per step: about {seconds * plan.accumulated:.2g} s for the largest batch, by this processor's rate in such "
+        f"products just now, {rate / 1e9:.0f} GFLOP/s{'; 4 bits are unpacked in it' if unpacked else ''}. What is no product "
+        f"comes on top.{pictures}"
+    )
 
 
 def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:

@@ -8,6 +8,7 @@ Only the standard library is imported at the top. Units: bytes, unless a name sa
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,12 @@ from model.progress import say
 GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is fragmentation
 CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
-PROCESS_ON_CPU = int(0.42 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
-# Packing leaves holes in the C library's heap: measured on a model of 2 GB, with torch 2.13 and glibc 2.36, as a share of
-# what is packed for gradients. Blocks of MAPPED bytes and more are mapped one by one, and leave none.
-HOLES, MAPPED = 0.4, 32 * 2**20
-QUANTIZER_ON_CPU = int(0.11 * GIB)  # bitsandbytes 0.50
+PROCESS_ON_CPU = int(0.41 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
+QUANTIZER_ON_CPU = int(0.04 * GIB)  # bitsandbytes 0.50; most of what it imports, DeepSpeed has imported
+# The heap of the C library (glibc 2.36): its holes lie between blocks that stay. Their shares were measured in steps of
+# a model of 2 GB, batches 4 and 16. Blocks of MAPPED bytes and more are mapped one by one, outside the heap.
+HOLES_OF_ACTIVATIONS, HOLES_OF_UNPACKED, MAPPED = 0.25, 0.75, 32 * 2**20
+ITSELF_ON_CPU = "Python and its libraries"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 NF4_BYTES = 0.5 + 4 / 64  # of a number in 4 bits, with its share of a scale in float32: see `model.frozen`
 ADAM = 8  # two averages in float32
@@ -115,13 +117,13 @@ class Estimate:
 def layer_linears(config: Any) -> int:
     """Numbers in the weights of a language model's layer, biases and norms aside."""
     hidden = config["hidden_size"]
-    return 4 * hidden * hidden + 2 * hidden * _inner(config)
+    return 4 * hidden * hidden + 2 * hidden * inner_size(config)
 
 
 def language_numbers(config: Any) -> int:
     """Parameters of the language model, without adapters."""
     hidden, layers = config["hidden_size"], config["num_layers"]
-    biases_and_norms = 4 * hidden + _inner(config) + hidden + 4 * hidden
+    biases_and_norms = 4 * hidden + inner_size(config) + hidden + 4 * hidden
     return 2 * config["vocab_size"] * hidden + layers * (layer_linears(config) + biases_and_norms) + 2 * hidden
 
 
@@ -132,13 +134,13 @@ def vision_numbers(config: Any) -> dict[str, int]:
     seq = image_positions(config)
     vit_numbers = (
         vit["vocab_size"] * width + seq * width + width * (vit["in_channels"] * patch * patch + 1)
-        + vit["num_layers"] * _block(width, _inner(vit)) + 2 * width
+        + vit["num_layers"] * _block(width, inner_size(vit)) + 2 * width
     )  # fmt: skip
     hidden, seen = qformer["hidden_size"], qformer["cross_attn_hidden_size"]
     decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
     cross = 2 * hidden * (hidden + 1) + 2 * hidden * (seen + 1) + 2 * hidden
     qformer_numbers = (
-        qformer["vocab_size"] * hidden + qformer["num_layers"] * _block(hidden, _inner(qformer)) + decoders * cross
+        qformer["vocab_size"] * hidden + qformer["num_layers"] * _block(hidden, inner_size(qformer)) + decoders * cross
         + 2 * hidden
     )  # fmt: skip
     return {"vit": vit_numbers, "qformer": qformer_numbers, "glm_proj": config["hidden_size"] * (hidden + 1)}
@@ -147,7 +149,7 @@ def vision_numbers(config: Any) -> dict[str, int]:
 def adapter_numbers(setup: Setup) -> dict[str, int]:
     """Parameters of the adapters: LoRA's, and P-Tuning's."""
     config, adapters = setup.config, setup.adapters
-    hidden, inner = config["hidden_size"], _inner(config)
+    hidden, inner = config["hidden_size"], inner_size(config)
     sizes = {
         "query_key_value": 6 * hidden, "dense": 2 * hidden, "dense_h_to_4h": hidden + inner, "dense_4h_to_h": inner + hidden,
     }  # fmt: skip
@@ -172,7 +174,7 @@ def image_positions(config: Any) -> int:
     return int(vit["pre_len"] + math.prod(edge // vit["patch_size"] for edge in vit["image_size"]) + vit["post_len"])
 
 
-def _inner(config: Any) -> int:
+def inner_size(config: Any) -> int:
     return int(config.get("inner_hidden_size") or 4 * config["hidden_size"])
 
 
@@ -199,13 +201,31 @@ def weight_bytes(setup: Setup) -> dict[str, int]:
 
 
 def second_order_bytes(setup: Setup) -> int:
-    """Of the frozen linears a second time, from the first trained layer up: see `model.cpu`."""
-    if setup.is_4bit or setup.zero_stage == 3:
+    """Of the frozen linears a second time, from the first trained layer up, and of the head: see `model.cpu`."""
+    if setup.zero_stage == 3:
         return 0
-    layers = setup.config["num_layers"] - _first_trained_layer(setup)
+    layers = 0 if setup.is_4bit else setup.config["num_layers"] - first_trained_layer(setup)
     numbers = layers * layer_linears(setup.config) + setup.config["vocab_size"] * setup.config["hidden_size"]
-    largest = setup.config["hidden_size"] * _inner(setup.config) * setup.bytes
-    return int(numbers * setup.bytes / setup.model_parallel * (1 if largest >= MAPPED else 1 + HOLES))
+    return numbers * setup.bytes // setup.model_parallel
+
+
+def holes_bytes(setup: Setup, batch: Batch) -> int:
+    """Of holes in the heap of a process on a CPU while it trains; a GPU's allocator has none to speak of.
+
+    Two things leave them. What a step frees lies between what it keeps for the gradient. And a weight that is unpacked from
+    4 bits is freed after its product, where the layer's output lies behind it already: what later layers keep fills a part
+    of that place, so that the next large weight doesn't fit into it.
+    """
+    if setup.on_gpu:
+        return 0
+    holes = HOLES_OF_ACTIVATIONS * activation_bytes(setup, batch)
+    if setup.is_4bit:
+        hidden, inner = setup.config["hidden_size"], inner_size(setup.config)
+        sizes = [3 * hidden * hidden, hidden * hidden, hidden * inner, inner * hidden]
+        in_heap = [part for part in (size * setup.bytes // setup.model_parallel for size in sizes) if part < MAPPED]
+        layers = setup.config["num_layers"] - first_trained_layer(setup)
+        holes += HOLES_OF_UNPACKED * layers * sum(in_heap) / max(1, len(in_heap))
+    return int(holes)
 
 
 def optimizer_bytes(setup: Setup) -> tuple[int, int]:
@@ -220,7 +240,7 @@ def optimizer_bytes(setup: Setup) -> tuple[int, int]:
     return gradients, own * (master + ADAM + master) // shared
 
 
-def _first_trained_layer(setup: Setup) -> int:
+def first_trained_layer(setup: Setup) -> int:
     """The lowest layer of the language model that a gradient comes to. Those below keep nothing for it."""
     adapters, layers = setup.adapters, setup.config["num_layers"]
     if adapters.has_ptuning or adapters.part_rates or not adapters.has_lora:
@@ -232,7 +252,7 @@ def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, flo
     """Bytes that a layer without LoRA keeps for the backward pass: a token's in attention, and in the rest of the layer;
     what LoRA adds to both."""
     config, adapters, size = setup.config, setup.adapters, setup.bytes
-    hidden, inner, heads = config["hidden_size"], _inner(config), config["num_attention_heads"]
+    hidden, inner, heads = config["hidden_size"], inner_size(config), config["num_attention_heads"]
     part, mask = setup.model_parallel, 1 if setup.on_gpu else size
     norm = hidden * (4 if setup.dtype == "bf16" and not setup.on_gpu else size) + 8  # its input, mean and deviation
     dropped = hidden * mask if setup.hidden_dropout else 0
@@ -264,7 +284,7 @@ def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, flo
 def activation_bytes(setup: Setup, batch: Batch) -> int:
     """Of what a step takes beside weights, gradients and the optimizer, at its peak."""
     config, adapters, size = setup.config, setup.adapters, setup.bytes
-    hidden, inner, layers = config["hidden_size"], _inner(config), config["num_layers"]
+    hidden, inner, layers = config["hidden_size"], inner_size(config), config["num_layers"]
     part, tokens, answers = setup.model_parallel, batch.tokens, min(batch.answers, batch.tokens)
     attention, rest, lora_attention, lora_rest = _kept_by_layer(setup, batch)
     with_lora = adapters.lora_layers(layers) if adapters.has_lora else []
@@ -275,7 +295,7 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
             rest + lora * lora_rest
         )
 
-    of_layers = [kept(layer) for layer in range(_first_trained_layer(setup), layers)]
+    of_layers = [kept(layer) for layer in range(first_trained_layer(setup), layers)]
     if setup.recomputed:
         of_layers = [max(of_layers, default=0), *(layers * [float(tokens * hidden * size)])]
     masks = batch.rows * batch.seq * batch.seq * size * 2  # the mask, and what it adds to the scores
@@ -296,9 +316,11 @@ def vision_activation_bytes(setup: Setup, batch: Batch) -> int:
     if (
         "vit" in parts
     ):  # per layer both norms' inputs and outputs, query, key, value, attention's output, GELU's input and output
-        kept += vit["num_layers"] * image_positions(setup.config) * (8 * vit["hidden_size"] + 2 * _inner(vit)) * size
+        kept += (
+            vit["num_layers"] * image_positions(setup.config) * (8 * vit["hidden_size"] + 2 * inner_size(vit)) * size
+        )
     if "vit" in parts or "qformer" in parts:
-        width = 12 * qformer["hidden_size"] + 2 * _inner(qformer)
+        width = 12 * qformer["hidden_size"] + 2 * inner_size(qformer)
         kept += qformer["num_layers"] * qformer["vocab_size"] * width * size
         kept += sum(qformer["is_decoder"]) * image_positions(setup.config) * 2 * qformer["hidden_size"] * size
     return kept * batch.images
@@ -307,7 +329,7 @@ def vision_activation_bytes(setup: Setup, batch: Batch) -> int:
 def looking_bytes(setup: Setup, images: int) -> int:
     """Of what frozen ViT and Q-Former take while they look at so many images: one layer's tensors."""
     vit = setup.config["eva_args"]
-    return images * image_positions(setup.config) * (4 * vit["hidden_size"] + 2 * _inner(vit)) * setup.bytes
+    return images * image_positions(setup.config) * (4 * vit["hidden_size"] + 2 * inner_size(vit)) * setup.bytes
 
 
 def estimate(setup: Setup, batch: Batch) -> Estimate:
@@ -325,8 +347,9 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activation_bytes(setup, batch) + (looking_bytes(setup, batch.images) if batch.images else 0),
+        "holes in the heap": holes_bytes(setup, batch),
         "features": 0 if batch.images else batch.rows * queries["vocab_size"] * queries["hidden_size"] * size,
-        "CUDA itself" if setup.on_gpu else "Python and its libraries": itself,
+        "CUDA itself" if setup.on_gpu else ITSELF_ON_CPU: itself,
     }
     alone = weights["vision"] + weights["projection"] + looking_bytes(setup, IMAGES_AT_ONCE)
     # A weight that is packed into 4 bits is on the device for a moment as it was, and a part of it in float32.
@@ -342,31 +365,53 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
 # --- what a step keeps ------------------------------------------------------------------------------------------------
 
 
-def fit_into_memory(model: Any, setup: Setup, batch: Batch) -> None:
-    """Choose what is kept for such a micro-batch, by the memory that is free beside the weights of model.
+def fit_into_memory(model: Any, setup: Setup, at_most: Batch, of_data: Callable[[], Batch]) -> None:
+    """Choose what is kept for a micro-batch, by the memory that is free beside the weights of model.
 
     If the activations don't fit, they are checkpointed, and that is said. If they do on a CPU, the language model's
     frozen linears are prepacked (`model.cpu`), provided that there is room for their weights a second time: the gradient
     needs them in an order of its own.
+
+    Args:
+        at_most: a micro-batch that is as long as --max_source_length and --max_target_length allow.
+        of_data: gives the largest that the data makes. It is asked only where at_most doesn't fit.
     """
-    from model.cpu import can_pack, pack_linears
+    from model.cpu import can_pack, give_back_memory, pack_linears
     from model.frozen import plain_linears
 
     transformer, weight = model.transformer, model.transformer.word_embeddings.weight
+    give_back_memory()  # what loading took
     free = USABLE * free_memory(weight.device)
-    beside = sum(optimizer_bytes(setup))
-    needed = activation_bytes(replace(setup, recomputed=transformer.checkpoint_activations), batch) + beside
+    networks, second_order = [], 0
+    if can_pack(weight) and setup.zero_stage != 3:  # ZeRO 3 keeps a part of each weight, in torch's order
+        networks = [transformer.layers, model.get_mixin("chatglm-final")]
+        weights = [linear.weight for network in networks for _, _, linear in plain_linears(network)]
+        second_order = sum(weight.nbytes for weight in weights if not weight.requires_grad)
+
+    def needed_for(batch: Batch) -> int:
+        recomputed = replace(setup, recomputed=transformer.checkpoint_activations)
+        return activation_bytes(recomputed, batch) + holes_bytes(recomputed, batch) + sum(optimizer_bytes(setup))
+
+    batch = at_most
+    if needed_for(batch) + second_order > free:
+        batch = of_data()
+    needed = needed_for(batch)
     if needed > free and not transformer.checkpoint_activations:
         transformer.checkpoint_activations = True
         say(
             f"Activations of {batch.tokens} tokens take about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB can be used: they "
             "are computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
         )
-        return
-    if not can_pack(weight) or setup.zero_stage == 3:  # ZeRO 3 keeps a part of each weight, in torch's order
-        return
-    networks = (transformer.layers, model.get_mixin("chatglm-final"))
-    weights = [linear.weight for network in networks for _, _, linear in plain_linears(network)]
-    if needed + sum(weight.nbytes for weight in weights if not weight.requires_grad) <= free:
+    elif needed + second_order <= free:
         for network in networks:
             pack_linears(network)
+
+
+def has_room_to_pack(setup: Setup, batch: Batch, free: int) -> bool:
+    """Whether `fit_into_memory` will pack weights on a CPU, of whose memory so many bytes are free before all is loaded."""
+    told = estimate(replace(setup, packed=False), batch).training
+    before = told["weights"] + told[ITSELF_ON_CPU]
+    numbers = 0 if setup.is_4bit else setup.config["num_layers"] * layer_linears(setup.config)
+    head = setup.config["vocab_size"] * setup.config["hidden_size"]
+    second_order = (numbers + head) * setup.bytes // setup.model_parallel
+    return sum(told.values()) - before + second_order <= USABLE * (free - before)

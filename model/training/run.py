@@ -26,6 +26,7 @@ from model.distributed import from_first_process, has_gpu, launcher_environment
 from model.training.answers import RowAnswers
 from model.training.best_checkpoint import BestEvaluation
 from model.training.deepspeed_config import zero_stage
+from model.training.dry_run import largest_batch
 from model.training.feature_cache import FeatureCache
 from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
@@ -95,8 +96,9 @@ class Run:
         model.freeze()
         seq, answers = args.max_source_length + args.max_target_length, args.batch_size * args.max_target_length
         setup = Setup.of_run(args, self.inputs.checkpoint.config, zero_stage(args.deepspeed_config), has_gpu())
-        images = args.batch_size if features.vision_is_needed else 0
-        fit_into_memory(model, setup, Batch(args.batch_size, seq, answers, images))
+        rows, images = args.batch_size, args.batch_size if features.vision_is_needed else 0
+        of_data = partial(largest_batch, self.line.options, self.inputs, rows, images)
+        fit_into_memory(model, setup, Batch(rows, seq, answers, images), of_data)
         return model
 
 

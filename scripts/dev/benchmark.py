@@ -455,7 +455,8 @@ class Bench:
             self.released_model = copy.deepcopy(self.model).to(self.released_dtype)
         rows, target = options.batch_size, options.max_target_length
         setup = Setup(self.config, self.model.adapters, options.dtype, on_gpu=self.device.type == "cuda")
-        fit_into_memory(self.model, setup, Batch(rows, options.max_source_length + target, rows * target, images=0))
+        batch = Batch(rows, options.max_source_length + target, rows * target, images=0)
+        fit_into_memory(self.model, setup, batch, lambda: batch)
         count = options.batch_size * options.steps
         samples = read_samples(options, self.config) if options.data else drawn_samples(options, self.config, count)
         samples = (samples * (count // len(samples) + 1))[:count]

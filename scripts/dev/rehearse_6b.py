@@ -6,9 +6,10 @@
 Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took.
 LoRA and QLoRA train for 3 steps, and go on for one more from the checkpoint; then 2 rows are evaluated and LoRA is merged.
 The answers are nonsense, as the weights are. Before a command of training, --dry_run says what it will take; the table has
-that beside what it took. The folder keeps the model: another call uses it again. What was trained is made anew.
+that beside what it took.
 
-Traded away: the merged model takes another 16 GB of disk, so it is removed when it has been written.
+What has been measured is kept in the folder, in measured-<shape>.json. After a kill the same command goes on with the rest;
+without that file it begins anew. At the end the models, 33 GB of them, are removed; --keep leaves them.
 """
 
 import argparse
@@ -20,15 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
 from model.checkpoints.sizes import folder_problems
 from model.errors import InputError, command, raise_problems
-from model.progress import say
+from model.progress import duration, say, warn
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROWS = 2  # that are evaluated
@@ -39,9 +41,8 @@ LAYERS = {"6b": ("0", "14"), "mini": ("0", "3")}  # that LoRA is in
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: what it did, its seconds, the most host memory it took, and what --dry_run had said, in GiB."""
+    """One command: its seconds, the most host memory it took, and what --dry_run had said, in GiB."""
 
-    name: str
     seconds: float
     peak: float
     estimated: float | None = None
@@ -56,7 +57,11 @@ def run(script: str, *words: str) -> tuple[str, float, float]:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen([sys.executable, script, *words], cwd=PROJECT, stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)  # of this process alone, unlike getrusage's children
+        try:
+            _, status, used = os.wait4(process.pid, 0)  # of this process alone, unlike getrusage's children
+        except BaseException:
+            process.kill()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
@@ -90,51 +95,85 @@ def estimated_peak(report: str) -> float:
     return max(float(size) for size in re.findall(r"all while \w+ +([\d.]+)", report))
 
 
-def rehearse(folder: Path, shape: str) -> Iterator[Measured]:
-    """Every command, one after another, each measured when it has ended."""
-    model = folder / f"model-{shape}"
-    if not (model / "latest").is_file():
+def stages(folder: Path, shape: str) -> Iterator[tuple[str, Callable[[], Measured]]]:
+    """Every command by its name, in order; what measures it begins anew if it is called again."""
+    model, merged = folder / f"model-{shape}", folder / f"{shape}-merged"
+
+    def write() -> Measured:
         shutil.rmtree(model, ignore_errors=True)  # half of one
-        yield Measured(
-            "write random weights", *run("scripts/dev/write_random_model.py", str(model), "--shape", shape)[1:]
-        )
+        return Measured(*run("scripts/dev/write_random_model.py", str(model), "--shape", shape)[1:])
+
+    yield "write random weights", write
     for method in ("lora", "qlora"):
         saved = folder / f"{shape}-{method}"
-        shutil.rmtree(saved, ignore_errors=True)
-        flags = training(model, shape, method, saved)
-        estimated = estimated_peak(run("finetune_visualglm.py", *flags, "--dry_run")[0])
-        _, seconds, peak = run("finetune_visualglm.py", *flags)
-        yield Measured(f"{method}: train {STEPS + 1} steps, save", seconds, peak, estimated)
-        [checkpoint] = saved.iterdir()
-        shutil.rmtree(checkpoint / str(STEPS + 1))  # as if the run had been killed after the first save
-        (checkpoint / "latest").write_text(str(STEPS))
-        _, seconds, peak = run("finetune_visualglm.py", "--resume", str(checkpoint))
-        yield Measured(f"{method}: resume at step {STEPS}", seconds, peak, estimated)
-        words = ("--from_pretrained", str(checkpoint), "--data", str(first_rows(folder)), "--max_length", "80")
-        quantized = ("--quant", "4") if method == "qlora" else ()
-        yield Measured(f"{method}: evaluate {ROWS} rows", *run("scripts/evaluate.py", *words, *quantized)[1:])
-    [checkpoint] = (folder / f"{shape}-lora").iterdir()
-    merged = folder / f"{shape}-merged"
-    shutil.rmtree(merged, ignore_errors=True)
-    yield Measured("lora: merge", *run("scripts/merge_lora.py", str(checkpoint), str(merged))[1:])
-    shutil.rmtree(merged)
+        yield f"{method}: train {STEPS + 1} steps, save", partial(_train, model, shape, method, saved)
+        yield f"{method}: resume at step {STEPS}", partial(_resume, saved)
+        yield f"{method}: evaluate {ROWS} rows", partial(_evaluate, folder, saved, method)
+
+    def merge() -> Measured:
+        shutil.rmtree(merged, ignore_errors=True)
+        [checkpoint] = (folder / f"{shape}-lora").iterdir()
+        return Measured(*run("scripts/merge_lora.py", str(checkpoint), str(merged))[1:])
+
+    yield "lora: merge", merge
+
+
+def _train(model: Path, shape: str, method: str, saved: Path) -> Measured:
+    shutil.rmtree(saved, ignore_errors=True)
+    flags = training(model, shape, method, saved)
+    estimated = estimated_peak(run("finetune_visualglm.py", *flags, "--dry_run")[0])
+    return Measured(*run("finetune_visualglm.py", *flags)[1:], estimated)
+
+
+def _resume(saved: Path) -> Measured:
+    [checkpoint] = saved.iterdir()
+    shutil.rmtree(checkpoint / str(STEPS + 1), ignore_errors=True)  # as if the run had been killed after the first save
+    (checkpoint / "latest").write_text(str(STEPS))
+    return Measured(*run("finetune_visualglm.py", "--resume", str(checkpoint))[1:])
+
+
+def _evaluate(folder: Path, saved: Path, method: str) -> Measured:
+    [checkpoint] = saved.iterdir()
+    words = ["--from_pretrained", str(checkpoint), "--data", str(first_rows(folder)), "--max_length", "80"]
+    return Measured(*run("scripts/evaluate.py", *words, *(["--quant", "4"] if method == "qlora" else []))[1:])
+
+
+def rehearse(folder: Path, shape: str) -> Iterator[tuple[str, Measured]]:
+    """Every command by its name, one after another, when it has been measured; those of an earlier call at once."""
+    file = folder / f"measured-{shape}.json"
+    done = {name: Measured(**one) for name, one in json.loads(file.read_text()).items()} if file.is_file() else {}
+    for name, measure in stages(folder, shape):
+        if name not in done:
+            warn(f"{time.strftime('%H:%M:%S')} {name} …")
+            done[name] = measure()
+            file.write_text(json.dumps({name: vars(one) for name, one in done.items()}, indent=1))
+        yield name, done[name]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the model and what is trained are put")
+    parser.add_argument("--keep", action="store_true", help="leave the models on the disk")
     parser.add_argument("--shape", choices=tuple(DISK), default="6b", help="of benchmark.py (default %(default)s)")
     with command("rehearse_6b.py"):
         options = parser.parse_args(argv)
-        needed = DISK[options.shape] // (2 if (options.folder / f"model-{options.shape}/latest").is_file() else 1)
+        needed = DISK[options.shape] // (2 if (options.folder / f"measured-{options.shape}.json").is_file() else 1)
         raise_problems(folder_problems("FOLDER", str(options.folder), needed))
         folder = options.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         say("| command | seconds | peak of host memory, GiB | --dry_run, GiB |\n| --- | --- | --- | --- |")
-        for one in rehearse(folder, options.shape):
+        started = time.monotonic()
+        for name, one in rehearse(folder, options.shape):
             estimated = "" if one.estimated is None else f"{one.estimated:.2f}"
-            say(f"| {one.name} | {one.seconds:.0f} | {one.peak:.2f} | {estimated} |")
+            say(f"| {name} | {one.seconds:.0f} | {one.peak:.2f} | {estimated} |")
+        if not options.keep:
+            for made in (
+                f"model-{options.shape}",
+                *(f"{options.shape}-{name}" for name in ("lora", "qlora", "merged")),
+            ):
+                shutil.rmtree(folder / made, ignore_errors=True)
+        say(f"This call took {duration(time.monotonic() - started)}.")
 
 
 if __name__ == "__main__":

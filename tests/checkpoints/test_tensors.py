@@ -1,8 +1,20 @@
 """Tensors under SAT's names: each is read when it is asked for, and at no other time."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from model.checkpoints.tensors import LazyTensor, LazyTensors, by_layer, shapes, size_in_bytes
+from model.checkpoints.tensors import (
+    LazyTensor,
+    LazyTensors,
+    by_layer,
+    load_tensors,
+    one_by_one,
+    shapes,
+    size_in_bytes,
+)
+from model.checkpoints.weights import fingerprint
 
 
 def watched(reads: list[str], **sizes: int) -> LazyTensors:
@@ -51,3 +63,38 @@ def test_by_layer_gives_every_tensor_once_and_one_layer_at_a_time() -> None:
     assert sorted(name for group in groups for name in group) == sorted(names)
     assert {"transformer.layers.0.a", "transformer.layers.0.b"} in groups
     assert [set(group) for group in by_layer(dict(lazy))] == [set(names)]  # what is mapped already costs nothing
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of torch's with a matrix, a part of it, and one that lies the other way."""
+    path, matrix = tmp_path / "weights.pt", torch.arange(600.0).reshape(20, 30)
+    torch.save({"module": {"matrix": matrix, "part": matrix[3:5], "turned": matrix.bfloat16().clone().T}}, path)
+    return path
+
+
+def test_some_numbers_of_a_tensor_are_those_of_the_whole_one(file: Path) -> None:
+    in_memory = LazyTensors({"matrix": LazyTensor.of(torch.arange(600.0).reshape(20, 30))})
+    for tensors in (one_by_one(file, load_tensors(file)["module"]), in_memory):
+        assert isinstance(tensors, LazyTensors)
+        found = tensors.entries["matrix"].some([0, 31, 598], 3)
+        assert [numbers.tolist() for numbers in found] == [[0, 1, 2], [31, 32, 33], [598, 599]]
+
+
+def test_fingerprint_of_tensors_read_in_places_is_that_of_the_mapped_ones(file: Path) -> None:
+    mapped = load_tensors(file)["module"]
+    assert fingerprint(one_by_one(file, mapped)) == fingerprint(mapped)
+
+
+def test_fingerprint_of_a_file_reads_places_only(file: Path) -> None:
+    opened = one_by_one(file, load_tensors(file)["module"])
+    assert isinstance(opened, LazyTensors)
+    assert opened.entries["matrix"].read_some is not None
+    assert opened.entries["turned"].read_some is None  # its numbers aren't in its own order there
+
+
+def test_file_that_was_written_anew_is_looked_into_anew(file: Path) -> None:
+    one_by_one(file, load_tensors(file)["module"])
+    file.unlink()
+    torch.save({"module": {"other": torch.ones(2)}}, file)
+    assert list(one_by_one(file, load_tensors(file)["module"])) == ["other"]

@@ -103,9 +103,10 @@ def test_merged_config_is_that_of_an_ordinary_checkpoint_with_its_origin(lora, u
     assert {key: config[key] for key in sizes} == {key: upstream_config[key] for key in sizes}
 
 
-def test_qlora_is_merged_into_the_weights_that_it_was_trained_over(upstream_checkpoint, tmp_path):
+def test_qlora_is_merged_into_the_weights_that_it_was_trained_over(upstream_checkpoint, tmp_path, capsys):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "qlora", use_qlora=True, lora_rank=2, layer_range=[1])
     folder = merge(str(tuned), str(tmp_path / "merged"))
+    assert "The base was packed into 4 bits by this project's code for a CPU." in capsys.readouterr().out
     torch.testing.assert_close(
         logits(load_for_answering(str(folder))[0]), logits(load_for_answering(str(tuned))[0]), rtol=1e-5, atol=1e-5
     )

@@ -30,7 +30,8 @@ def settings_with_fp16(options: Any, fp16: bool) -> dict[str, Any]:
 
 
 def recording_step(report: Any, writer: Any, optimizer: Any, rate: float, loss: float, *rest: Any) -> None:
-    parameter = optimizer.param_groups[0]["params"][0]
+    # At ZeRO stage 3 they hold no parameters between steps.
+    parameter = (optimizer.param_groups[0]["params"] or optimizer.fp16_groups[0])[0]
     seen["losses"].append(loss)
     seen["scales"].append(getattr(optimizer, "loss_scale", None))
     seen.update(dtype=str(parameter.dtype), optimizer=type(optimizer).__name__)

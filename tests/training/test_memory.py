@@ -12,7 +12,18 @@ from model import attention, loss
 from model.adapter_config import AdapterConfig
 from model.cpu import PrepackedLinear
 from model.training import feature_cache, memory
-from model.training.memory import Batch, Setup, activation_bytes, fit_into_memory, optimizer_bytes, weight_bytes
+from model.training.memory import (
+    Batch,
+    Setup,
+    activation_bytes,
+    estimate,
+    fit_into_memory,
+    has_room_to_pack,
+    holes_bytes,
+    optimizer_bytes,
+    second_order_bytes,
+    weight_bytes,
+)
 from scripts.dev.benchmark import SHAPES
 
 SETUP = Setup(SHAPES["6b"], AdapterConfig(("lora",), layers=(0, 14), dropout=0.1), "fp16")
@@ -22,6 +33,10 @@ RELEASED = Batch(rows=4, seq=320, answers=4 * 256, images=0)
 def of_golden_model(checkpoint):
     config = json.loads((checkpoint / "model_config.json").read_text())
     return Setup(config, AdapterConfig(("lora",), rank=2, layers=(0,)), on_gpu=False)
+
+
+def not_asked():
+    raise AssertionError("the data was counted, which takes seconds, although the longest rows of all fit")
 
 
 def model(checkpointing=False):
@@ -64,7 +79,7 @@ def test_zero_shares_the_optimizer_and_from_stage_2_the_gradients():
 def test_activations_that_fit_are_kept(free, capsys):
     free(40)
     kept = model()
-    fit_into_memory(kept, SETUP, RELEASED)
+    fit_into_memory(kept, SETUP, RELEASED, not_asked)
     assert not kept.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
 
@@ -72,15 +87,23 @@ def test_activations_that_fit_are_kept(free, capsys):
 def test_activations_that_do_not_fit_are_recomputed_and_it_is_said(free, capsys):
     free(3.6)
     recomputed = model()
-    fit_into_memory(recomputed, SETUP, RELEASED)
+    fit_into_memory(recomputed, SETUP, RELEASED, lambda: RELEASED)
     assert recomputed.transformer.checkpoint_activations
     assert "3.5 GiB, 3.2 GiB can be used" in capsys.readouterr().out
+
+
+def test_activations_that_fit_with_the_rows_of_the_data_are_kept(free, capsys):
+    free(3.6)
+    kept = model()
+    fit_into_memory(kept, SETUP, RELEASED, lambda: Batch(rows=4, seq=72, answers=4 * 20, images=0))
+    assert not kept.transformer.checkpoint_activations
+    assert capsys.readouterr().out == ""
 
 
 def test_activations_when_checkpointing_was_typed_stay_recomputed_in_silence(free, capsys):
     free(1000)
     typed = model(checkpointing=True)
-    fit_into_memory(typed, SETUP, RELEASED)
+    fit_into_memory(typed, SETUP, RELEASED, not_asked)
     assert typed.transformer.checkpoint_activations
     assert capsys.readouterr().out == ""
 
@@ -105,7 +128,7 @@ def packed_linears(model):
 
 def test_frozen_linears_of_the_language_model_are_packed_where_there_is_room(lora, upstream_checkpoint, free):
     free(40)
-    fit_into_memory(lora, of_golden_model(upstream_checkpoint), Batch(1, 64, 8, 0))
+    fit_into_memory(lora, of_golden_model(upstream_checkpoint), Batch(1, 64, 8, 0), not_asked)
     packed = packed_linears(lora)
     assert len(packed) == 3 * 4 + 1  # every layer's linears, and the head
     assert "transformer.layers.0.attention.query_key_value.original" in packed
@@ -115,6 +138,36 @@ def test_frozen_linears_of_the_language_model_are_packed_where_there_is_room(lor
 def test_frozen_linears_stay_plain_where_their_second_copy_has_no_room(lora, upstream_checkpoint, free, capsys):
     weights = sum(p.nbytes for p in lora.parameters() if not p.requires_grad and p.dim() == 2)
     free(weights / 4 / 2**30)
-    fit_into_memory(lora, of_golden_model(upstream_checkpoint), Batch(1, 1, 1, 0))
+    fit_into_memory(lora, of_golden_model(upstream_checkpoint), Batch(1, 1, 1, 0), lambda: Batch(1, 1, 1, 0))
     assert packed_linears(lora) == []
     assert not lora.transformer.checkpoint_activations
+
+
+def test_room_for_a_second_order_is_told_before_loading(upstream_checkpoint):
+    setup, batch = of_golden_model(upstream_checkpoint), Batch(1, 64, 8, 0)
+    plain = estimate(setup, batch)
+    taken = plain.training["weights"] + plain.training["Python and its libraries"]
+    needed = int((sum(plain.training.values()) - taken + weight_bytes(setup)["language"]) / memory.USABLE) + taken
+    assert has_room_to_pack(setup, batch, needed)
+    assert not has_room_to_pack(setup, batch, needed - weight_bytes(setup)["language"])
+
+
+def test_qlora_has_a_second_order_of_the_head_alone_and_lora_of_the_layers_too():
+    head = 130528 * 4096 * 2
+    qlora = replace(SETUP, adapters=AdapterConfig(("qlora",), layers=(0, 14)))
+    assert second_order_bytes(qlora) == head
+    assert second_order_bytes(SETUP) == head + 28 * 12 * 4096 * 4096 * 2
+
+
+def test_unpacked_weights_leave_holes_in_the_heap_of_a_cpu_if_they_are_small():
+    """Those of the 6B take 32 MiB and more, which the C library maps by themselves."""
+    qlora = replace(SETUP, adapters=AdapterConfig(("qlora",), layers=(0, 14)), dtype="bf16", on_gpu=False)
+    narrow = replace(qlora, config=SETUP.config | {"hidden_size": 1024, "inner_hidden_size": 4096})
+
+    def of_weights(setup):
+        return holes_bytes(setup, RELEASED) - memory.HOLES_OF_ACTIVATIONS * activation_bytes(setup, RELEASED)
+
+    assert of_weights(qlora) == pytest.approx(0, abs=1)
+    assert of_weights(narrow) == pytest.approx(memory.HOLES_OF_UNPACKED * 28 * 3 * 1024 * 1024 * 2, rel=1e-6)
+    assert holes_bytes(replace(narrow, on_gpu=True), RELEASED) == 0
+    assert of_weights(replace(narrow, adapters=SETUP.adapters)) == pytest.approx(0, abs=1)

@@ -137,12 +137,14 @@ def in_fp16(runs, *flags):
 
 @pytest.mark.run
 def test_fp16_learns_as_fast_as_float32_at_every_zero_stage():
-    zero = [f"--zero-stage,{stage}" for stage in (0, 1, 2)]
+    zero = [f"--zero-stage,{stage}" for stage in (0, 1, 2, 3)]
     found, _ = in_fp16([*zero[:2], *(f"--fp16,{stage}" for stage in zero)], "--train-iters", "8")
-    without_zero, with_zero, *halves = [run["losses"] for run in found]  # stages 1 and 2 have other betas than 0
-    assert [run["optimizer"] for run in found[2:]] == ["FP16_UnfusedOptimizer"] + 2 * ["DeepSpeedZeroOptimizer"]
+    without_zero, with_zero, *halves = [run["losses"] for run in found]  # from stage 1 on, Adam has other betas
+    assert found[-1]["dtype"] == "torch.float16"
+    optimizers = ["FP16_UnfusedOptimizer", *2 * ["DeepSpeedZeroOptimizer"], "DeepSpeedZeroOptimizer_Stage3"]
+    assert [run["optimizer"] for run in found[2:]] == optimizers
     assert without_zero[-1] < without_zero[0] - 1
-    for losses, expected in zip(halves, (without_zero, with_zero, with_zero), strict=True):
+    for losses, expected in zip(halves, (without_zero, *3 * [with_zero]), strict=True):
         assert losses == pytest.approx(expected, abs=0.005)  # fp16 rounds at the fourth digit
 
 

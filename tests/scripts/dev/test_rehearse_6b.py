@@ -1,10 +1,12 @@
 """The rehearsal of the 6B, at the smallest shape that it knows."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from scripts.dev import rehearse_6b
+from scripts.dev.rehearse_6b import stages
 
 REPORT = """\
   all while training         13.83
@@ -37,9 +39,43 @@ def test_failing_command_is_told_with_its_reason() -> None:
         rehearse_6b.run("scripts/merge_lora.py", "nowhere", "out")
 
 
+def table(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("|")][2:]
+
+
+def test_rehearsal_goes_on_after_an_end_says_where_it_is_and_removes_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measuring(script: str, *words: str) -> tuple[str, float, float]:
+        if len(measured) == 2:
+            measured.append("the end")
+            raise rehearse_6b.InputError("stopped")
+        measured.append(script)
+        if "--save" in words and "--dry_run" not in words:
+            (tmp_path / "mini-lora" / "run" / "4").mkdir(parents=True)
+        return REPORT, 61.0, 1.25
+
+    monkeypatch.setattr(rehearse_6b, "run", measuring)
+    monkeypatch.setattr(rehearse_6b, "stages", lambda *given: itertools.islice(stages(*given), 3))
+    with pytest.raises(SystemExit):
+        rehearse_6b.main([str(tmp_path), "--shape", "mini"])
+    (tmp_path / "model-mini").mkdir()
+    rehearse_6b.main([str(tmp_path), "--shape", "mini"])
+    said = capsys.readouterr()
+    assert [name for name in measured if "write" in name] == ["scripts/dev/write_random_model.py"]
+    assert table(said.out)[-3:] == [
+        "| write random weights | 61 | 1.25 |  |",
+        "| lora: train 4 steps, save | 61 | 1.25 | 14.10 |",
+        "| lora: resume at step 3 | 61 | 1.25 |  |",
+    ]
+    assert "lora: train 4 steps, save …" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["measured-mini.json"]
+
+
 @pytest.mark.long
 def test_rehearsal_of_the_mini_shape_measures_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rehearse_6b.main([str(tmp_path), "--shape", "mini"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert len(lines) == 8
-    assert not list(tmp_path.glob("*-merged"))
+    assert len(table(capsys.readouterr().out)) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"measured-mini.json", "rows.json"}

@@ -1,0 +1,123 @@
+"""How long a step will take, told before it begins: its matrix products, at the rate that this processor has in one of them.
+
+    rate = measured_rate(setup, batch, "cpu")     operations a second, measured in half a second
+    step_operations(setup, batch) / rate          seconds that a micro-batch takes at least
+
+A product of the step's own size and number format is measured: of few tokens, or with weights that no cache holds, a
+processor doesn't reach what it does in a large square one. What is no product is not counted: norms, GELU, softmax, sums,
+and Python itself, which takes most of a small model's step.
+
+Only the standard library and numbers of `model.training.memory` are imported at the top.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from model.training.memory import (
+    Batch,
+    Setup,
+    first_trained_layer,
+    image_positions,
+    inner_size,
+    layer_linears,
+)
+
+SECONDS = 0.3  # that a rate is measured for; on a shared machine the best of several times is taken
+NUMBERS_UNPACKED = 2**23  # from 4 bits, in one measurement
+
+
+def step_operations(setup: Setup, batch: Batch) -> float:
+    """Floating-point operations of one micro-batch's products in a process, with pictures that are looked at in each step.
+
+    A product with a frozen weight takes 2 operations a number and token, and its gradient 2 more, from the first trained
+    layer up. The last layer works on what its attention gives at supervised positions only, as the head does.
+    """
+    config, tokens = setup.config, batch.tokens
+    hidden, layers, answers = config["hidden_size"], config["num_layers"], min(batch.answers, batch.tokens)
+    with_gradient = layers - first_trained_layer(setup)
+    passes = 2 * layers + 2 * with_gradient + (2 * with_gradient if setup.recomputed else 0)  # of a number and token
+    once = 6 if setup.recomputed else 4  # the same, of one layer that gradients come to
+    spared = once * (tokens - answers) * (layer_linears(config) - 3 * hidden * hidden)
+    products = passes * tokens * layer_linears(config) - spared + 4 * answers * config["vocab_size"] * hidden
+    keys = batch.seq + (setup.adapters.prefix_length if setup.adapters.has_ptuning else 0)
+    attention = 2 * tokens * keys * hidden * (passes + 2 * with_gradient)  # a gradient to each of its two factors
+    trained = 3 if setup.trains_vision else 1
+    return (products + attention) / setup.model_parallel + batch.images * trained * picture_operations(config)
+
+
+def picture_operations(config: Any) -> float:
+    """Floating-point operations of the products that ViT, Q-Former and projection do for a picture."""
+    vit, qformer = config["eva_args"], config["qformer_args"]
+    positions, queries = image_positions(config), qformer["vocab_size"]
+    width, hidden, seen = vit["hidden_size"], qformer["hidden_size"], qformer["cross_attn_hidden_size"]
+    decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
+    patch = vit["in_channels"] * vit["patch_size"] ** 2 * width
+    of_position = vit["num_layers"] * _of_layer(width, inner_size(vit)) + patch + 2 * decoders * seen * hidden
+    of_query = qformer["num_layers"] * _of_layer(hidden, inner_size(qformer)) + 2 * decoders * hidden * hidden
+    of_query += hidden * config["hidden_size"]
+    attention = 2 * positions * (vit["num_layers"] * positions * width + decoders * queries * hidden)
+    return 2.0 * (positions * of_position + queries * of_query + attention)
+
+
+def _of_layer(width: int, inner: int) -> int:
+    """Numbers in the matrices of a transformer's layer."""
+    return 4 * width * width + 2 * width * inner
+
+
+def unpacked_numbers(setup: Setup) -> int:
+    """Numbers that a micro-batch unpacks from 4 bits: a weight for its product, and again for the gradient."""
+    if not setup.is_4bit:
+        return 0
+    layers = setup.config["num_layers"]
+    times = layers + (layers - first_trained_layer(setup)) * (2 if setup.recomputed else 1)
+    return times * layer_linears(setup.config) // setup.model_parallel
+
+
+def measured_rate(setup: Setup, batch: Batch, device: str) -> float:
+    """Operations a second of the product that makes a layer wide, in the run's number format, as the run does it."""
+    import torch
+    import torch.nn.functional as F
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
+    hidden, inner = setup.config["hidden_size"], inner_size(setup.config) // setup.model_parallel
+    x = torch.ones(batch.tokens, hidden, device=device, dtype=dtype)
+    weight = torch.ones(inner, hidden, device=device, dtype=dtype)
+    product: Callable[[], Any] = lambda: F.linear(x, weight)  # noqa: E731
+    if setup.packed and not setup.is_4bit:
+        from model.cpu import can_pack, in_onednn_order, onednn_linear
+
+        if can_pack(weight):
+            packed = in_onednn_order(weight)
+            product = lambda: onednn_linear(x, packed, None)  # noqa: E731
+    return 2 * batch.tokens * hidden * inner / best_seconds(product, device)
+
+
+def measured_unpacking(setup: Setup, device: str) -> float:
+    """Numbers a second that are unpacked from 4 bits."""
+    import torch
+
+    from model.frozen import dequantized, quantized
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
+    packed, state = quantized(torch.ones(NUMBERS_UNPACKED // 1024, 1024, device=device))
+    return NUMBERS_UNPACKED / best_seconds(lambda: dequantized(packed, state, dtype), device)
+
+
+def best_seconds(call: Callable[[], Any], device: str) -> float:
+    """The shortest time that a call took, after one that makes plans and tables."""
+    import torch
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    call()
+    while best == float("inf") or time.perf_counter() < end:
+        wait()
+        started = time.perf_counter()
+        call()
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return best

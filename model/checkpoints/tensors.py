@@ -281,12 +281,13 @@ def load_tensors(path: Path, device: str = "cpu") -> Any:
     if problem:
         raise unreadable(path, problem)
     try:
-        try:
-            return torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location=device, weights_only=True)  # torch's format before 1.6
+        with torch.serialization.safe_globals(safe_checkpoint_types()):
+            try:
+                return torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location=device, weights_only=True)  # torch's format before 1.6
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
     except (RuntimeError, OSError) as error:
@@ -297,6 +298,25 @@ def load_tensors(path: Path, device: str = "cpu") -> Any:
             path,
             f"it asks for {asked_for[1]}, which is no tensor and could run code" if asked_for else NOT_OF_TORCH,
         ) from None
+
+
+def safe_checkpoint_types() -> list[Any]:
+    """What old checkpoints may hold besides tensors: numpy's random state.
+
+    `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
+    """
+    import numpy
+
+    reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    return [
+        reconstruct,
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
+        numpy.ndarray,
+        numpy.dtype,
+        numpy.dtypes.UInt32DType,
+        numpy.dtypes.Int64DType,
+        numpy.dtypes.Float64DType,
+    ]
 
 
 def _first_line(error: Exception) -> str:

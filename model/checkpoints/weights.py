@@ -634,27 +634,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, broken, or holds something else than weights.
     """
-    with torch.serialization.safe_globals(safe_checkpoint_types()):
-        content = load_tensors(path)
+    content = load_tensors(path)
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
     return content["module"]
-
-
-def safe_checkpoint_types() -> list[Any]:
-    """What old checkpoints may hold besides tensors: numpy's random state.
-
-    `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
-    """
-    import numpy
-
-    reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    return [
-        reconstruct,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
-        numpy.ndarray,
-        numpy.dtype,
-        numpy.dtypes.UInt32DType,
-        numpy.dtypes.Int64DType,
-        numpy.dtypes.Float64DType,
-    ]

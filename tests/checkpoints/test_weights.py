@@ -27,6 +27,7 @@ from conftest import (
 
 from model.checkpoints import weights as module
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.tensors import safe_checkpoint_types
 from model.checkpoints.weights import load_checkpoint, read_weights, save_checkpoint, write_unfinished
 from model.convert.merge_lora import merge
 from model.data.tokenizer import ChatGLMTokenizer
@@ -576,7 +577,7 @@ def test_base_models_class_reads_a_base_checkpoint_through_from_pretrained(upstr
 
 def test_safe_checkpoint_types_let_numpys_random_state_through(tmp_path):
     torch.save(numpy.random.get_state(), tmp_path / "state")
-    with torch.serialization.safe_globals(module.safe_checkpoint_types()):
+    with torch.serialization.safe_globals(safe_checkpoint_types()):
         name, keys, *_ = torch.load(tmp_path / "state", weights_only=True)
     assert name == "MT19937"
     assert numpy.array_equal(keys, numpy.random.get_state()[1])

@@ -223,6 +223,10 @@ SENTENCES = {
     " last checkpoint is worse than its start.": (
         "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
     ),
+    "The loss rose from {before} to {after} (the first step and the mean of the last {steps:d}). The run has diverged: its last"
+    " checkpoint is worse than its start.": (
+        "损失从 {before} 升到 {after}（第一步，和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
+    ),
     "The loss has hardly moved: {before}, then {after} (the mean of the first {steps:d} steps and of the last), no fall beyond"
     " its noise of {noise}. Little or nothing was learned.": (
         "损失几乎没有变化：先是 {before}，后来是 {after}（最初 {steps} 步和最后 {steps} 步的平均值），没有超出波动 {noise} 的下降。"

@@ -312,12 +312,14 @@ def told_of_runs() -> list[str]:
         Answered(step, [Result("", "?", "yes", text, False, False, 0.0, 1.0, 1)] * 2)
         for step, text in ((0, "no"), (9, "yes"), (9, "no"))
     )
+    worse = Answered(9, [Result("", "?", "yes", "no", False, False, 0.0, 9.0, 1)])
     evaluations = [Record(EVALUATION, step, loss, 0.0, split=VALIDATION) for step, loss in ((10, 0.5), (20, 1.5))]
     lines = []
     for losses, flags, more, answers in (
         (still, low, [], {"before": before, "after": same}),
         (still, {"lr": 0.1}, [], {"after": after}),
         (falling[::-1], {"lr": 0.1}, [], {}),
+        ([0.1, *falling], {"lr": 0.1}, [], {"before": before, "after": worse}),
         (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]

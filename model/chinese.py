@@ -223,18 +223,22 @@ SENTENCES = {
     " last checkpoint is worse than its start.": (
         "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
     ),
+    "The loss rose from {before} to {after} (the first step and the mean of the last {steps:d}). The run has diverged: its last"
+    " checkpoint is worse than its start.": (
+        "损失从 {before} 升到 {after}（第一步，和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
+    ),
     "The loss has hardly moved: {before}, then {after} (the mean of the first {steps:d} steps and of the last), no fall beyond"
     " its noise of {noise}. Little or nothing was learned.": (
         "损失几乎没有变化：先是 {before}，后来是 {after}（最初 {steps} 步和最后 {steps} 步的平均值），没有超出波动 {noise} 的下降。"
         "几乎什么也没有学到。"
     ),
-    "Of {rows}, answers right: {right}; ROUGE-L {rouge}.": "{rows}，答对 {right}；ROUGE-L {rouge}。",
     "Of {rows}, answers right: before {before}, after {after}; ROUGE-L {earlier}, then {later}; no answer has changed.": (
         "{rows}：训练前答对 {before}，训练后答对 {after}；ROUGE-L 从 {earlier} 到 {later}；没有一个回答改变。"
     ),
     "Of {rows}, answers right: before {before}, after {after}; ROUGE-L {earlier}, then {later}; {changed:d} changed.": (
         "{rows}：训练前答对 {before}，训练后答对 {after}；ROUGE-L 从 {earlier} 到 {later}；{changed} 个回答改变了。"
     ),
+    "Of {rows}, answers right: {right}; ROUGE-L {rouge}.": "{rows}，答对 {right}；ROUGE-L {rouge}。",
     "Likely: --lr {lr} is too high; try {lower}, or --find_lr, which proposes a rate. With --holdout, --keep_best keeps the best"
     " checkpoint.": (
         "可能的原因：--lr {lr} 太大；请试 {lower}，或用 --find_lr 得到建议的学习率。有 --holdout 时，--keep_best 会保留最好的检查点。"
@@ -249,7 +253,7 @@ SENTENCES = {
         "LoRA 的缩放系数 alpha/rank = {scale} 偏小；请试 --lora_alpha {rank}，即系数为 1"
     ),
     "LoRA is in {layers} only (--layer_range); without that flag it is in all": (
-        "只有 {layers} 有 LoRA（--layer_range）；不给这个参数则每一层都有"
+        "只有 {layers}有 LoRA（--layer_range）；不给这个参数则每一层都有"
     ),
     "{count:d} layers": "{count} 层",
     "{cut:d} of {rows:d} answers are cut off, so their ends are never learned; try --max_target_length auto": (

@@ -122,6 +122,15 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
             "my.json 第 7 等 4 条：label 是空的；它是模型要学的回答。",
         ),
         ("x.py: error: --lr -1.0: a number greater than 0 is needed.\n--lrr: unknown", "x.py：错误：--lr -1.0：需要大于 0 的数。\n--lrr: unknown"),
+        (
+            "Of 4 held-out rows, answers right: before 0/4, after 4/4; ROUGE-L 0.179, then 1.000; 4 changed.",
+            "4 条留出的数据：训练前答对 0/4，训练后答对 4/4；ROUGE-L 从 0.179 到 1.000；4 个回答改变了。",
+        ),
+        ("Of 1 training row, answers right: 1/1; ROUGE-L 1.000.", "1 条训练数据，答对 1/1；ROUGE-L 1.000。"),
+        ("Likely: LoRA is in 2 layers only (--layer_range); without that flag it is in all.",
+         "可能的原因：只有 2 层有 LoRA（--layer_range）；不给这个参数则每一层都有。"),
+        ("Likely: --lr 0.5 is too high; try 0.17, or --find_lr, which proposes a rate. With --holdout, --keep_best keeps the best checkpoint.",
+         "可能的原因：--lr 0.5 太大；请试 0.17，或用 --find_lr 得到建议的学习率。有 --holdout 时，--keep_best 会保留最好的检查点。"),
         ("A sentence that the table lacks.", "A sentence that the table lacks."),
         ('{"answers right: 3/50": 1}', '{"answers right: 3/50": 1}'),
         ("", ""),
@@ -158,6 +167,13 @@ def test_chinese_has_the_fields_of_the_english(english: str) -> None:
 
     assert names(SENTENCES[english]) == names(english)
     assert re.search("[\u4e00-\u9fff]", SENTENCES[english])
+
+
+@pytest.mark.parametrize(("number", "english"), enumerate(SENTENCES))
+def test_sentence_is_not_taken_for_a_more_general_one_before_it(number: int, english: str) -> None:
+    filled = re.sub(r"\{\w+\}", "a text", re.sub(r"\{\w+:d\}", "7", english))
+    fitting = [place for place, (pattern, _) in enumerate(chinese._patterns()) if pattern.fullmatch(filled)]
+    assert fitting[0] == number
 
 
 # --- the table against the commands -----------------------------------------------------------------------------------
@@ -312,12 +328,14 @@ def told_of_runs() -> list[str]:
         Answered(step, [Result("", "?", "yes", text, False, False, 0.0, 1.0, 1)] * 2)
         for step, text in ((0, "no"), (9, "yes"), (9, "no"))
     )
+    worse = Answered(9, [Result("", "?", "yes", "no", False, False, 0.0, 9.0, 1)] * 2)
     evaluations = [Record(EVALUATION, step, loss, 0.0, split=VALIDATION) for step, loss in ((10, 0.5), (20, 1.5))]
     lines = []
     for losses, flags, more, answers in (
         (still, low, [], {"before": before, "after": same}),
         (still, {"lr": 0.1}, [], {"after": after}),
         (falling[::-1], {"lr": 0.1}, [], {}),
+        ([0.1, *falling], {"lr": 0.1}, [], {"before": before, "after": worse}),
         (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]

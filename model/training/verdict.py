@@ -33,11 +33,12 @@ def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Map
     lines = []
     steps = [record for record in records if record.kind == STEP and math.isfinite(record.loss)]
     fall = fall_of([record.loss for record in steps])
+    diverged = None if fall is None else divergence(fall, answers)
     if fall is not None:
-        lines.append(fall.sentence)
+        lines.append(diverged or fall.sentence)
     changed = answers_sentence(answers)
     lines += [changed] if changed else []
-    if fall is not None and fall.is_rise:
+    if diverged:
         lines.append(rise_advice(settings))
     elif fall is not None and not fall.is_clear:
         lines += advice(settings)
@@ -49,6 +50,7 @@ class Fall:
 
     def __init__(self, first: Sequence[float], last: Sequence[float]) -> None:
         self.steps = len(first)
+        self.start = first[0]  # of the first step, before anything was changed
         self.before, self.after = fmean(first), fmean(last)
         self.noise = SIGMAS * math.sqrt(pvariance(first) / len(first) + pvariance(last) / len(last))
 
@@ -58,25 +60,34 @@ class Fall:
         return self.before - self.after > self.noise
 
     @property
-    def is_rise(self) -> bool:
-        """Whether it rose far beyond that: the run has diverged."""
-        return self.after - self.before > max(self.noise, DIVERGED * self.before)
-
-    @property
     def sentence(self) -> str:
         """For a person."""
         means = f"the mean of the first {self.steps} steps and of the last"
-        if self.is_rise:
-            return (
-                f"The loss rose from {self.before:.4f} to {self.after:.4f} ({means}). The run has diverged: its last "
-                "checkpoint is worse than its start."
-            )
         if self.is_clear:
             return f"The loss fell from {self.before:.4f} to {self.after:.4f} ({means})."
         return (
             f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({means}), no fall beyond its noise of "
             f"{self.noise:.2g}. Little or nothing was learned."
         )
+
+
+def divergence(fall: Fall, answers: Mapping[str, Any]) -> str | None:
+    """A sentence if the run has diverged, early or late.
+
+    A loss that rose far in the first steps may fall again, and stay above its start. Batches differ, so that one step says
+    little: the rows that are answered before and after tell.
+    """
+    if fall.after - fall.before > max(fall.noise, DIVERGED * fall.before):
+        before, what = fall.before, f"the mean of the first {fall.steps} steps and of the last"
+    else:
+        losses = [answers[name].measures["loss"] for name in ("before", "after") if name in answers]
+        if len(losses) < 2 or losses[1] <= (1 + DIVERGED) * losses[0] or fall.after <= fall.start:
+            return None
+        before, what = fall.start, f"the first step and the mean of the last {fall.steps}"
+    return (
+        f"The loss rose from {before:.4f} to {fall.after:.4f} ({what}). The run has diverged: its last checkpoint is worse "
+        "than its start."
+    )
 
 
 def fall_of(losses: Sequence[float]) -> Fall | None:

@@ -66,7 +66,9 @@ def test_signal_in_a_run_that_saves_nothing_says_so(run):
 
 @pytest.mark.run
 def test_second_signal_leaves_at_once_and_leaves_no_process(run, tmp_path):
-    one = run("--save", tmp_path / "saved", "--gradient-accumulation-steps", "100000", "--num-workers", "2")
+    one = run(
+        "--save", tmp_path / "saved", "--gradient-accumulation-steps", "100000", "--num-workers", "2", "--answers", "0"
+    )
     one.read_until("Trainable")
     time.sleep(1.5)  # in the midst of the first step, which takes hours
     one.send(signal.SIGTERM)

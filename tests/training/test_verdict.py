@@ -50,6 +50,20 @@ def test_run_whose_loss_rose_is_said_to_have_diverged_and_a_lower_rate_is_propos
 
 
 @pytest.mark.parametrize(
+    ("start", "loss_of_rows", "has_diverged"),
+    [(2.4, 1.2, True), (2.4, 1.05, False), (2.4, 0.5, False), (6.0, 1.2, False)],
+)
+def test_loss_that_rose_at_once_and_fell_again_has_diverged_if_the_same_rows_have_a_higher_loss(
+    start, loss_of_rows, has_diverged
+):
+    losses = [start, *(6.0 - 0.05 * step for step in range(59))]
+    answers = {"before": answered(0, "no"), "after": answered(60, "no", loss=loss_of_rows)}
+    told = said(losses, {"lr": 0.5}, answers=answers)
+    assert ("The loss rose from 2.4000 to 3.3750 (the first step and the mean of the last 12)" in told) == has_diverged
+    assert ("--lr 0.5 is too high" in told) == has_diverged
+
+
+@pytest.mark.parametrize(
     ("flags", "data", "part"),
     [
         ({}, {}, "100 of 100 steps had 5 % of --lr at most (5e-06), SAT's rule; try --auto_warmup_steps 0"),
@@ -70,8 +84,8 @@ def test_reason_that_does_not_hold_is_not_named():
     assert text.splitlines()[-1] == "Likely: more steps may be needed, or another rate: --find_lr proposes one."
 
 
-def answered(step, *answers):
-    return Answered(step, [Result("", "?", "yes", one, one == "yes", one == "yes", 0.0, 1.0, 1) for one in answers])
+def answered(step, *answers, loss=1.0):
+    return Answered(step, [Result("", "?", "yes", one, one == "yes", one == "yes", 0.0, loss, 1) for one in answers])
 
 
 def test_answers_before_and_after_are_counted_and_training_rows_called_so():

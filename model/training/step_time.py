@@ -5,7 +5,7 @@
 
 A product of the step's own size and number format is measured: of few tokens, or with weights that no cache holds, a
 processor doesn't reach what it does in a large square one. What is no product is not counted: norms, GELU, softmax, sums,
-and Python itself, which takes most of a small model's step.
+and Python itself. scripts/dev/BENCHMARKS.md says how much longer steps take.
 
 Only the standard library and numbers of `model.training.memory` are imported at the top.
 """

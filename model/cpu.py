@@ -86,9 +86,13 @@ class PrepackedLinear(FrozenLinear):
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.packed_transposed is None:
-            self.packed_transposed = in_onednn_order(self.weight_in_full().T)
+            self.packed_transposed = in_onednn_order(self._transposed())
             give_back_memory()
         return onednn_linear(gradient.contiguous(), self.packed_transposed, None)
+
+    def _transposed(self) -> torch.Tensor:
+        """The weight [in, out] as rows; the plain one is let go of before this one is packed."""
+        return self.weight_in_full().T.contiguous()
 
 
 def pack_linears(module: torch.nn.Module) -> None:

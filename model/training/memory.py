@@ -200,13 +200,19 @@ def weight_bytes(setup: Setup) -> dict[str, int]:
     }
 
 
-def second_order_bytes(setup: Setup) -> int:
-    """Of the frozen linears a second time, from the first trained layer up, and of the head: see `model.cpu`."""
+def second_order_bytes(setup: Setup) -> tuple[int, int]:
+    """Of the frozen linears a second time, for the gradient: the layers' from the first trained one up, and the head's.
+
+    See `model.cpu`.
+    """
     if setup.zero_stage == 3:
-        return 0
+        return 0, 0
     layers = 0 if setup.is_4bit else setup.config["num_layers"] - first_trained_layer(setup)
-    numbers = layers * layer_linears(setup.config) + setup.config["vocab_size"] * setup.config["hidden_size"]
-    return numbers * setup.bytes // setup.model_parallel
+    head = setup.config["vocab_size"] * setup.config["hidden_size"]
+    of_layers, of_head = (
+        numbers * setup.bytes // setup.model_parallel for numbers in (layers * layer_linears(setup.config), head)
+    )
+    return of_layers, of_head
 
 
 def holes_bytes(setup: Setup, batch: Batch) -> int:
@@ -337,12 +343,15 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     weights, size, queries = weight_bytes(setup), setup.bytes, setup.config["qformer_args"]
     adapters = sum(adapter_numbers(setup).values()) * size // setup.model_parallel
     gradients, optimizer = optimizer_bytes(setup)
+    of_layers, of_head = second_order_bytes(setup) if setup.packed else (0, 0)
     vision = weights["vision"] if batch.images else 0
     shared = setup.data_parallel if setup.zero_stage == 3 else 1
     itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU + setup.is_4bit * QUANTIZER_ON_CPU
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
-        "weights for gradients": second_order_bytes(setup) if setup.packed else 0,
+        "weights for gradients": of_layers + of_head,
+        # The head is packed first, when the layers' aren't there yet; it is there as rows too for that moment.
+        "packing the head": max(0, of_head - of_layers),
         "adapters": adapters // shared,
         "gradients": gradients,
         "optimizer": optimizer,

@@ -5,11 +5,13 @@
 
 A product of the step's own size and number format is measured: of few tokens, or with weights that no cache holds, a
 processor doesn't reach what it does in a large square one. What is no product is not counted: norms, GELU, softmax, sums,
-and Python itself, which takes most of a small model's step.
+and Python itself. scripts/dev/BENCHMARKS.md says how much longer steps take.
 
 Only the standard library and numbers of `model.training.memory` are imported at the top.
 """
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +25,8 @@ from model.training.memory import (
     layer_linears,
 )
 
-SECONDS = 0.3  # that a rate is measured for; on a shared machine the best of several times is taken
+SECONDS = 0.3  # that a rate is measured for
+OF_WEIGHTS = 2**28  # bytes of weights that it is measured with, or one of them: more than a cache holds
 NUMBERS_UNPACKED = 2**23  # from 4 bits, in one measurement
 
 
@@ -75,22 +78,27 @@ def unpacked_numbers(setup: Setup) -> int:
 
 
 def measured_rate(setup: Setup, batch: Batch, device: str) -> float:
-    """Operations a second of the product that makes a layer wide, in the run's number format, as the run does it."""
+    """Operations a second of the product that makes a layer wide, in the run's number format, as the run does it.
+
+    As in a step, the weights of many layers come in turns. So a cache holds them here only if it does so there.
+    """
     import torch
     import torch.nn.functional as F
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
     hidden, inner = setup.config["hidden_size"], inner_size(setup.config) // setup.model_parallel
     x = torch.ones(batch.tokens, hidden, device=device, dtype=dtype)
-    weight = torch.ones(inner, hidden, device=device, dtype=dtype)
-    product: Callable[[], Any] = lambda: F.linear(x, weight)  # noqa: E731
+    count = max(1, min(setup.config["num_layers"], OF_WEIGHTS // (inner * hidden * setup.bytes)))
+    weights = [torch.ones(inner, hidden, device=device, dtype=dtype) for _ in range(count)]
+    product: Callable[[Any], Any] = lambda weight: F.linear(x, weight)  # noqa: E731
     if setup.packed and not setup.is_4bit:
         from model.cpu import can_pack, in_onednn_order, onednn_linear
 
-        if can_pack(weight):
-            packed = in_onednn_order(weight)
-            product = lambda: onednn_linear(x, packed, None)  # noqa: E731
-    return 2 * batch.tokens * hidden * inner / best_seconds(product, device)
+        if can_pack(weights[0]):
+            weights = [in_onednn_order(weight) for weight in weights]
+            product = lambda weight: onednn_linear(x, weight, None)  # noqa: E731
+    in_turns = itertools.cycle(weights)
+    return 2 * batch.tokens * hidden * inner / typical_seconds(lambda: product(next(in_turns)), device)
 
 
 def measured_unpacking(setup: Setup, device: str) -> float:
@@ -101,23 +109,23 @@ def measured_unpacking(setup: Setup, device: str) -> float:
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
     packed, state = quantized(torch.ones(NUMBERS_UNPACKED // 1024, 1024, device=device))
-    return NUMBERS_UNPACKED / best_seconds(lambda: dequantized(packed, state, dtype), device)
+    return NUMBERS_UNPACKED / typical_seconds(lambda: dequantized(packed, state, dtype), device)
 
 
-def best_seconds(call: Callable[[], Any], device: str) -> float:
-    """The shortest time that a call took, after one that makes plans and tables."""
+def typical_seconds(call: Callable[[], Any], device: str) -> float:
+    """The median time of a call, after one that makes plans and tables."""
     import torch
 
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    best, end = float("inf"), time.perf_counter() + SECONDS
+    times: list[float] = []
     call()
-    while best == float("inf") or time.perf_counter() < end:
+    while sum(times) < SECONDS:
         wait()
         started = time.perf_counter()
         call()
         wait()
-        best = min(best, time.perf_counter() - started)
-    return best
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

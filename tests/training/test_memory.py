@@ -155,8 +155,10 @@ def test_room_for_a_second_order_is_told_before_loading(upstream_checkpoint):
 def test_qlora_has_a_second_order_of_the_head_alone_and_lora_of_the_layers_too():
     head = 130528 * 4096 * 2
     qlora = replace(SETUP, adapters=AdapterConfig(("qlora",), layers=(0, 14)))
-    assert second_order_bytes(qlora) == head
-    assert second_order_bytes(SETUP) == head + 28 * 12 * 4096 * 4096 * 2
+    assert second_order_bytes(qlora) == (0, head)
+    assert second_order_bytes(SETUP) == (28 * 12 * 4096 * 4096 * 2, head)
+    on_cpu = [replace(setup, dtype="bf16", on_gpu=False, packed=True) for setup in (qlora, SETUP)]
+    assert [estimate(setup, RELEASED).training["packing the head"] for setup in on_cpu] == [head, 0]
 
 
 def test_unpacked_weights_leave_holes_in_the_heap_of_a_cpu_if_they_are_small():

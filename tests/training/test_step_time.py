@@ -74,16 +74,16 @@ def test_operations_are_those_that_torch_counts_in_a_step_of_a_real_model(
     assert told == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_time_of_a_products_rate_is_the_best_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third, end = (0.0, 0.2), (0.2, 0.25), (0.25, 0.4), 0.4
-    times = iter([0.0, *first, first[1], *second, second[1], *third, end])  # the clock is asked for the end in between
+def test_time_of_a_product_is_the_median_of_as_many_as_fill_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, times = [0], iter([0.0, 0.05, 0.05, 0.25, 0.25, 0.31])  # 0.05, 0.2 and 0.06 s
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(times))
-    assert step_time.best_seconds(lambda: None, "cpu") == pytest.approx(0.05)
+    assert step_time.typical_seconds(lambda: calls.append(1), "cpu") == pytest.approx(0.06)
+    assert sum(calls) == 4
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_rate_is_that_of_a_product_as_the_run_does_it(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    monkeypatch.setattr(step_time, "best_seconds", lambda call, _: call().shape[0] / 1e6)
+    monkeypatch.setattr(step_time, "typical_seconds", lambda call, _: call().shape[0] / 1e6)
     narrow = replace(SIX_B, dtype="fp32", config=SIX_B.config | {"hidden_size": 64, "inner_hidden_size": 256})
     rate = measured_rate(replace(narrow, packed=packed), Batch(2, 8, 4, images=0), "cpu")
     assert rate == pytest.approx(2 * 16 * 64 * 256 / 16e-6)

@@ -513,10 +513,7 @@ def _unmapped(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> Ma
 
     A process that looks into a mapped file seems to take all of its bytes: the system maps megabytes around each look.
     """
-    if not _is_one_file(checkpoint):
-        return weights
-    with torch.serialization.safe_globals(safe_checkpoint_types()):
-        return one_by_one(checkpoint.weights_file(), weights)
+    return one_by_one(checkpoint.weights_file(), weights) if _is_one_file(checkpoint) else weights
 
 
 def open_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:

@@ -217,13 +217,17 @@ def in_ui_language(text: str, stream: object = None) -> str:
     """
     if not speaks_chinese() or text.startswith(("{", "[")):
         return text
-    lines = [_line_in_chinese(line) for line in text.split("\n")]
-    translated = "\n".join(lines)
+    translated = in_chinese(text)
     try:
         translated.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return text
     return translated
+
+
+def in_chinese(text: str) -> str:
+    """text with the lines that the table has in Chinese, whatever language is asked for."""
+    return "\n".join(_line_in_chinese(line) for line in text.split("\n"))
 
 
 def _line_in_chinese(line: str) -> str:

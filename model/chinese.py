@@ -146,6 +146,18 @@ SENTENCES = {
     "the question and its history take {tokens:d} tokens; --max_length must be more, not {length:d}.": (
         "问题和对话历史共 {tokens} 个 token，超过了 --max_length {length}；输入 clear 重新开始，或增大 --max_length。"
     ),
+    "the question and its history take {tokens:d} tokens, the answer not counted; fewer than {length:d} are needed.": (
+        "问题和对话历史共 {tokens} 个 token（不含回答），须少于 {length} 个；请开始新对话，或缩短问题。"
+    ),
+    "{url}: leads to this machine or into a private network; a public address is needed.": (
+        "{url}：指向本机或内部网络；需要公网上的网址。"
+    ),
+    "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed.": (
+        "{name} 不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP 或 AVIF）。"
+    ),
+    "{name} has more than {number} million pixels; a smaller picture is needed.": (
+        "{name} 超过 {number} 百万像素；需要一张更小的图片。"
+    ),
     "--max_length {asked:d}: this model takes {positions:d} tokens (max_sequence_length), so less is needed.": (
         "--max_length {asked}：这个模型最多接受 {positions} 个 token（max_sequence_length），请减小。"
     ),

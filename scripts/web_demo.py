@@ -140,12 +140,14 @@ def speakers(checkpoints: Sequence[Checkpoint], options: argparse.Namespace, sta
     from model.inference.serving import Service
     from model.inference.talk import Speaker
 
-    for checkpoint in checkpoints:
+    short = [Path(checkpoint.name).name or checkpoint.folder.resolve().name for checkpoint in checkpoints]
+    names = short if len(set(short)) == len(short) else [checkpoint.name for checkpoint in checkpoints]
+    for name, checkpoint in zip(names, checkpoints, strict=True):
         model, tokenizer = load_for_answering(
             checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
         )
         service = Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue)
-        yield Speaker(checkpoint.name, stack.enter_context(service), model, tokenizer)
+        yield Speaker(name, stack.enter_context(service), model, tokenizer)
 
 
 def first_language(checkpoints: Sequence[Checkpoint], options: argparse.Namespace) -> bool | None:

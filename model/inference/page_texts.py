@@ -32,8 +32,10 @@ TEXTS = {
     "top_k": ("top_k", "top_k"),
     "max_tokens": ("Longest answer, in tokens", "回答的最大长度（token）"),
     "seed": ("Seed (empty: by chance)", "随机种子（留空则随机）"),
-    "examples": ("Examples, held out of training", "示例（未参与训练的数据）"),
-    "label": ("Right answer", "标准答案"),
+    "examples": (
+        "Examples, held out of training: picture, question, right answer",
+        "示例（未参与训练的数据）：图片、问题、标准答案",
+    ),
     "empty": ("Choose a picture, and ask.", "选一张图片，然后提问。"),
     "first_question": ("Describe the image.", "描述这张图片。"),
     # notes

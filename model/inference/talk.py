@@ -54,21 +54,31 @@ class Wish:
     seconds: float = 120.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
-    """A question, and each speaker's answer so far. finished says why one ends, as `Growth`'s; empty if it was stopped."""
+    """A question, and each speaker's answer so far. finished says why one has ended, as `Growth`'s."""
 
     question: str
     answers: list[str]
     finished: list[str]
+    is_stopped: bool = False  # the answers are to end where they are
 
 
 @dataclass
 class Talk:
-    """What was said about a picture; images has it as each speaker takes it, and is empty without a picture."""
+    """What was said about a picture.
+
+    images has it as each speaker takes it, and is empty without a picture. right_answers has those of an example, by question.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     images: list["torch.Tensor"] = field(default_factory=list)
+    right_answers: dict[str, str] = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """Let the answers in hand end where they are, within half a second. From any thread."""
+        if self.turns and not all(self.turns[-1].finished):
+            self.turns[-1].is_stopped = True
 
     def look(self, content: bytes | None, speakers: Sequence[Speaker], limits: Limits) -> None:
         """Begin a new conversation about the picture in a file of this content, or about none.
@@ -79,7 +89,8 @@ class Talk:
         from model.inference.chat import image_tensor
         from model.inference.load import image_size
 
-        self.turns, self.images = [], []
+        self.stop()
+        self.turns, self.images, self.right_answers = [], [], {}
         if content is not None:
             self.images = [
                 image_tensor(opened(content, image_size(speaker.model), limits), speaker.model) for speaker in speakers
@@ -88,7 +99,7 @@ class Talk:
     async def asked(self, question: str, speakers: Sequence[Speaker], wish: Wish) -> AsyncGenerator[Turn, None]:
         """The new turn, which is the last of turns: once before it has an answer, and whenever one has grown.
 
-        Whoever leaves early stops the answers, which stay as they are. A question that can't be asked leaves no turn.
+        `stop` ends them, and so does whoever leaves early. A question that can't be asked leaves no turn.
 
         Raises:
             BusyError, FailedError, InputError: as `growing`; the conversation is too long.
@@ -98,11 +109,15 @@ class Talk:
             await asyncio.to_thread(self._question, question, past, number, speaker, wish)
             for number, speaker in enumerate(speakers)
         ]
+        turn = Turn(question, [""] * len(speakers), [""] * len(speakers))
+
+        async def is_stopped() -> bool:
+            return turn.is_stopped
+
         streams = [
-            growing(one.service, asks, one.tokenizer, english=wish.english, seconds=wish.seconds)
+            growing(one.service, asks, one.tokenizer, english=wish.english, seconds=wish.seconds, is_gone=is_stopped)
             for one, asks in zip(speakers, questions, strict=True)
         ]
-        turn = Turn(question, [""] * len(speakers), [""] * len(speakers))
         self.turns.append(turn)
         try:
             yield turn

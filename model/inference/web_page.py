@@ -9,6 +9,7 @@ What a visitor says is in a `Talk`, which stays here. Of what a browser sends, o
 
 import io
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -36,16 +37,17 @@ from model.inference.web_guard import Guard, OnlyPaths
 API = "/gradio_api"
 PATHS = (
     "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/assets/", "/static/", "/svelte/",
-    "/login", "/login/", "/logout", f"{API}/queue/join", f"{API}/queue/data", f"{API}/cancel", f"{API}/upload",
+    "/login", "/login/", "/logout", f"{API}/queue/join", f"{API}/run/predict", f"{API}/queue/data", f"{API}/cancel", f"{API}/upload",
     f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events", f"{API}/reset",
     f"{API}/login_check", f"{API}/login_check/", f"{API}/user", f"{API}/info", f"{API}/app_id", "/pwa_icon",
 )  # fmt: skip
-STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}"
+STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:45vh!important}}"
 PLACES = 64  # requests that send something, at once
 PICTURES_AT_ONCE = 4  # that are fetched or opened
 FORM = 2**18  # bytes of an upload beside its picture
 EXAMPLE_EDGE = 1024  # pixels; larger pictures of held-out rows are shrunk
 SECONDS_KEPT = 3600  # of pictures, and of conversations whose page is closed
+SECONDS_BETWEEN_LOOKS = 0.05  # at an answer that grows
 HEIGHT = "clamp(300px, 55vh, 640px)"  # of a conversation
 
 
@@ -130,7 +132,8 @@ class Page:
             self.chats = [
                 gr.Chatbot(
                     label=speaker.name, placeholder=self.text("empty"), render_markdown=False, latex_delimiters=[],
-                    buttons=["copy_all"], height=HEIGHT, min_width=280, elem_id=f"chat{number}", feedback_options=[],
+                    buttons=["copy_all"], height=HEIGHT, min_width=280, elem_id=f"chat{number}", elem_classes=["chat"],
+                    feedback_options=[],
                 )
                 for number, speaker in enumerate(self.speakers)
             ]  # fmt: skip
@@ -155,7 +158,7 @@ class Page:
         columns = [gr.Image(visible=False, type="filepath"), gr.Textbox(visible=False), gr.Textbox(visible=False)]
         self.table = gr.Dataset(
             components=columns, samples=shown, type="index", label=self.text("examples"), samples_per_page=6,
-            headers=[self.text("picture"), self.text("question"), self.text("label")], elem_id="examples",
+            layout="table", elem_id="examples",
         )  # fmt: skip
 
     # --- what happens -------------------------------------------------------------------------------------------------
@@ -166,37 +169,35 @@ class Page:
         how = [self.language, self.temperature, self.top_p, self.top_k, self.max_tokens, self.seed]
         plain: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         many = plain | {"concurrency_limit": None}  # the services count them
-        asking = [
-            gr.on([self.send.click, self.box.submit], self.ask, [self.talk, self.box, *how], shown, **many),
-            self.retry.click(self.ask_again, [self.talk, *how], shown, **many),
-        ]
-        ends = plain | {"cancels": asking}
-        self.stop.click(self.stopped, [self.talk], shown, **ends)
-        self.undo.click(self.undone, [self.talk], shown, **ends)
-        gr.on([self.clear.click, *(chat.clear for chat in self.chats)], self.cleared, [self.talk], shown, **ends)
+        gr.on([self.send.click, self.box.submit], self.ask, [self.talk, self.box, *how], shown, **many)
+        self.retry.click(self.ask_again, [self.talk, *how], shown, **many)
+        # Gradio's own way to cancel loses what follows it, now and then: an answer is asked to end instead.
+        self.stop.click(self.stopped, [self.talk], None, **plain)
+        self.undo.click(self.undone, [self.talk], shown, **plain)
+        gr.on([self.clear.click, *(chat.clear for chat in self.chats)], self.cleared, [self.talk], shown, **plain)
         with_picture = [self.picture, *shown]
-        self.picture.upload(self.look, [self.talk, self.picture], with_picture, preprocess=False, **ends)
-        self.picture.clear(self.look, [self.talk, self.picture], with_picture, preprocess=False, **ends)
-        gr.on([self.fetch.click, self.url.submit], self.fetched, [self.talk, self.url], with_picture, **ends)
+        uploads = [self.picture.upload, self.picture.clear]
+        gr.on(uploads, self.look, [self.talk, self.picture], with_picture, preprocess=False, **plain)
+        gr.on([self.fetch.click, self.url.submit], self.fetched, [self.talk, self.url], with_picture, **plain)
         if self.examples:
-            self.table.click(self.chosen, [self.talk, self.table], [self.language, *with_picture], **ends)
+            self.table.click(self.chosen, [self.talk, self.table], [self.language, *with_picture], **plain)
         blocks.load(self.welcome, None, [self.language, self.box], **plain)
 
     def shown(self, talk: Talk, note: str = "", question: Any = None, busy: bool = False) -> list[Any]:
         """What the conversation's parts show: chats, note, box, send, stop. Without a question the box keeps its text."""
         chats = [messages(talk, number) for number in range(len(self.speakers))]
         box = gr.skip() if question is None else question
-        return [*chats, f"<p>{escaped(note)}</p>", box, gr.update(visible=not busy), gr.update(visible=busy)]
+        return [*chats, said(note), box, gr.update(visible=not busy), gr.update(visible=busy)]
 
     def reads(self, request: gr.Request) -> str:
         """The visitor's language."""
         return language_of(request.headers.get("accept-language", ""), self.settings.ui_language)
 
-    def welcome(self, request: gr.Request) -> tuple[str, str]:
+    def welcome(self, request: gr.Request) -> list[str]:
         """The language that the model is asked in, and a first question."""
         english = self.settings.english
         language = self.reads(request) if english is None else ENGLISH if english else CHINESE
-        return language, texts(language)["first_question"]
+        return [language, texts(language)["first_question"]]
 
     async def ask(
         self, talk: Talk, question: str, language: str, temperature: float, top_p: float, top_k: float,
@@ -232,16 +233,33 @@ class Page:
             wish = self.wish(*how)
             waits = max(speaker.service.before_a_new_one for speaker in self.speakers)
             async with aclosing(talk.asked(question, self.speakers, wish)) as growing:
+                shown_at = 0.0
+                typed: str | None = ""
                 async for turn in growing:
+                    if time.monotonic() - shown_at < SECONDS_BETWEEN_LOOKS:
+                        continue  # a browser that is behind would show a stop late
+                    shown_at = time.monotonic()
                     has_begun = all(turn.answers) or not waits
                     note = "" if has_begun else words["waiting"].format(number=waits)
-                    yield self.shown(talk, note, "", busy=True)
-            yield self.shown(talk, words["cut"] if "length" in turn.finished else "")
+                    yield self.shown(talk, note, typed, busy=True)
+                    typed = None  # meanwhile the next question may be typed
+            yield self.shown(talk, self.last_note(talk, words))
         except (InputError, BusyError, FailedError) as problem:
             if before is not None:
                 talk.turns.append(before)
             told = {BusyError: words["busy"], FailedError: words["failed"]}.get(type(problem), str(problem))
             yield self.shown(talk, sentence(told, language), question)
+
+    def last_note(self, talk: Talk, words: dict[str, str]) -> str:
+        """What is to be said of the last answer: how it ended, and the right one if there is one."""
+        if not talk.turns:
+            return ""  # it was undone meanwhile
+        turn, notes = talk.turns[-1], []
+        if turn.is_stopped or "length" in turn.finished:
+            notes.append(words["stopped" if turn.is_stopped else "cut"])
+        if turn.question in talk.right_answers:
+            notes.append(words["expected"].format(label=talk.right_answers[turn.question]))
+        return " ".join(notes)
 
     def wish(self, language: str, temperature: float, top_p: float, top_k: float, max_tokens: float, seed: str) -> Wish:
         """How the page's fields ask for an answer.
@@ -258,18 +276,20 @@ class Page:
         sampling = Sampling(temperature, top_p, int(top_k), penalty, forbidden, number)
         return Wish(sampling, english, self.settings.max_length, int(max_tokens), self.settings.seconds)
 
-    def stopped(self, talk: Talk, request: gr.Request) -> list[Any]:
+    def stopped(self, talk: Talk) -> None:
         """The answer in hand ends where it is."""
-        return self.shown(talk, texts(self.reads(request))["stopped"])
+        talk.stop()
 
     def undone(self, talk: Talk, request: gr.Request) -> list[Any]:
         """The last question is typed again, and not asked."""
         if not talk.turns:
             return self.shown(talk, texts(self.reads(request))["no_turn"])
+        talk.stop()
         return self.shown(talk, "", talk.turns.pop().question)
 
     def cleared(self, talk: Talk) -> list[Any]:
         """A new conversation about the same picture."""
+        talk.stop()
         talk.turns.clear()
         return self.shown(talk)
 
@@ -300,6 +320,7 @@ class Page:
         """A new conversation about an example."""
         path, row = self.examples[number]
         talk.look(path.read_bytes(), self.speakers, replace(self.settings.limits, most_bytes=LARGEST_DOWNLOAD))
+        talk.right_answers = {row.prompt: row.label}
         note = texts(self.reads(request))["expected"].format(label=row.label)
         language = gr.skip() if row.lang is None else row.lang
         return [language, str(path), *self.shown(talk, note, row.prompt)]
@@ -350,8 +371,13 @@ def messages(talk: Talk, number: int) -> list[dict[str, str]]:
     return [
         {"role": role, "content": text}
         for turn in talk.turns
-        for role, text in (("user", turn.question), ("assistant", turn.answers[number] or "…"))
+        for role, text in (("user", escaped(turn.question)), ("assistant", escaped(turn.answers[number] or "…")))
     ]
+
+
+def said(note: str) -> str:
+    """A note as HTML."""
+    return f"<p>{escaped(note)}</p>"
 
 
 def kept(content: bytes) -> str:

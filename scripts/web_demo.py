@@ -127,6 +127,7 @@ def gradio_settings() -> Iterator[None]:
     try:
         with tempfile.TemporaryDirectory(prefix="visualglm-", ignore_cleanup_errors=True) as folder:
             os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+            os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else it counts all events anew after each
             yield
     finally:
         os.environ.clear()

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,8 @@ class Talk:
                     turn.answers[number], turn.finished[number] = growth.text, growth.finished
                     yield turn
         finally:
-            if not any(turn.answers) and not any(turn.finished) and turn in self.turns:
+            is_answered = any(turn.answers) or any(turn.finished) or turn.is_stopped
+            if not is_answered and turn in self.turns:
                 self.turns.remove(turn)
 
     def _question(self, question: str, past: Sequence[Turn], number: int, speaker: Speaker, wish: Wish) -> Any:
@@ -173,10 +175,10 @@ async def together(streams: Sequence[AsyncIterator[Growth]]) -> AsyncGenerator[t
 
 def held_out_rows(file: Path, most: int) -> list[Row]:
     """Rows that a run held out of training, and whose pictures are still there, at most so many; none without the file."""
-    if most < 1 or not file.is_file():
+    if not file.is_file():
         return []
     try:
         rows, _ = scan_rows(file)
     except InputError:  # damaged; the page works without examples
         return []
-    return rows[:most]
+    return list(islice((row for row in rows if row.img and Path(row.img).is_file()), most))

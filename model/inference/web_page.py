@@ -9,6 +9,7 @@ What a visitor says is in a `Talk`, which stays here. Of what a browser sends, o
 
 import io
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -36,10 +37,9 @@ from model.inference.web_guard import Guard, OnlyPaths
 # What a browser needs of Gradio's routes. Others fetch addresses for whoever asks, or tell what the page doesn't show.
 API = "/gradio_api"
 PATHS = (
-    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/assets/", "/static/", "/svelte/",
-    "/login", "/login/", "/logout", f"{API}/queue/join", f"{API}/run/predict", f"{API}/queue/data", f"{API}/cancel", f"{API}/upload",
-    f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events", f"{API}/reset",
-    f"{API}/login_check", f"{API}/login_check/", f"{API}/user", f"{API}/info", f"{API}/app_id", "/pwa_icon",
+    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/assets/", "/static/", "/login",
+    "/login/", "/logout", f"{API}/login_check", f"{API}/queue/join", f"{API}/queue/data", f"{API}/cancel",
+    f"{API}/upload", f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events",
 )  # fmt: skip
 STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:45vh!important}}"
 PLACES = 64  # requests that send something, at once
@@ -205,7 +205,8 @@ class Page:
     ) -> AsyncGenerator[list[Any], None]:  # fmt: skip
         """Answer a question, word for word."""
         how = (language, temperature, top_p, top_k, max_tokens, seed)
-        async with aclosing(self.answering(talk, question.strip(), how, self.reads(request))) as answering:
+        question = question.encode("utf-8", "replace").decode().strip()  # half a character can't be shown again
+        async with aclosing(self.answering(talk, question, how, self.reads(request))) as answering:
             async for shown in answering:
                 yield shown
 
@@ -360,10 +361,10 @@ def launched(page: Page, host: str, port: int, auth: str | None, share: bool) ->
 
 
 def closed(page: Page) -> None:
-    """End the page's public address and its server."""
+    """End the page's public address, and its server soon: Gradio waits some seconds for visitors."""
     for tunnel in tunneling.CURRENT_TUNNELS:
         tunnel.kill()
-    page.blocks.close(verbose=False)
+    threading.Thread(target=page.blocks.close, args=(False,), daemon=True).start()
 
 
 def messages(talk: Talk, number: int) -> list[dict[str, str]]:

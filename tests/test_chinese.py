@@ -10,14 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, run_python
+from PIL import Image
 
 from model import chinese, progress
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
 from model.cli.preflight import preflight, warm_up_notes
 from model.data.image_check import check_rows
+from model.data.remote_images import STRANGERS, downloaded, opened
 from model.data.rows import read_rows
-from model.errors import exit_on_input_error
+from model.errors import InputError, exit_on_input_error
+from model.inference.api_formats import Asked
+from model.inference.chat import checked_question
+from model.inference.load import load_for_answering
+from model.inference.sampling import GREEDY
 from model.progress import say
 from scripts import check_data, cli_demo, predict
 
@@ -189,6 +195,23 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
         yield [*good, str(folder / f"{name}.json"), "--bad_rows", "skip"]
 
 
+def told_to_visitors() -> Iterator[str]:
+    """What the page says of pictures and questions that can't be used."""
+    large = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(large, "PNG")
+    model, tokenizer = load_for_answering("model/tiny")
+    asked = Asked("?", [], None, GREEDY)
+    for act in (
+        lambda: opened(b"no picture"),
+        lambda: opened(large.getvalue()),
+        lambda: downloaded("http://127.0.0.1/a.png", STRANGERS),
+        lambda: checked_question(asked, None, model, tokenizer, 5, english=False),
+    ):
+        with pytest.raises(InputError) as problem:
+            act()
+        yield f"{problem.value}\n"
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data files, of which most are wrong."""
@@ -240,6 +263,7 @@ def checked(data: Path) -> list[str]:
         text += printed_by(cli_demo.main, [*demo, "gone.png"]) + printed_by(cli_demo.main, [*demo, "model"])
         text += printed_by(cli_demo.main, [*demo, "http://127.0.0.1:9/a.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
+        text += "".join(told_to_visitors())
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])

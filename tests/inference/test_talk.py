@@ -99,7 +99,9 @@ def test_whoever_leaves_early_frees_the_rows(talk, speakers):
 def test_more_than_may_wait_are_told_and_leave_no_turn(talk, speakers):
     async def crowd():
         talks = [Talk() for _ in range(4)]
-        return talks, await asyncio.gather(*(heard(one, QUESTION, speakers) for one in talks), return_exceptions=True)
+        return talks, await asyncio.gather(
+            *(heard(one, QUESTION, speakers, LONG) for one in talks), return_exceptions=True
+        )
 
     talks, results = asyncio.run(crowd())
     refused = [isinstance(result, BusyError) for result in results]

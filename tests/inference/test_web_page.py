@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-from conftest import GOLDEN, PROJECT, load_model
+from conftest import GOLDEN, PROJECT, load_model, upstream_weights, write_checkpoint
 from PIL import Image
 
 from model.data.remote_images import Limits
@@ -30,21 +30,24 @@ QUESTION = "这是什么？"
 API = "/gradio_api"
 # small limits, so that a test reaches them soon
 LIMITS = Limits(most_bytes=2**19, most_pixels=2_000_000, seconds=5.0)
+LENGTH = 2000  # tokens of a conversation
 HOW = ["zh", 0, 0.4, 100, 12, ""]  # language, temperature, top_p, top_k, max_tokens, seed
 
 
 @pytest.fixture(scope="module")
-def serve(upstream_checkpoint):
-    """A function that serves a page of its own; every page has a model with one row."""
+def serve(tmp_path_factory, upstream_config):
+    """A function that serves a page of its own; every page has a model with one row, whose answers take seconds."""
+    config = upstream_config | {"max_sequence_length": LENGTH}
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "long", config, upstream_weights())
     with ExitStack() as stack:
         tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
-        model = load_model(upstream_checkpoint)
-        service = stack.enter_context(Service(Engine(model, tokenizer, 1, 500), 1))
+        model = load_model(checkpoint)
+        service = stack.enter_context(Service(Engine(model, tokenizer, 1, LENGTH), 1))
         stack.enter_context(gradio_settings())
         from model.inference.web_page import Page, Settings, closed, launched
 
         row = Row(str(PICTURE), "描述这张图片。", "一只猫。", "held_out.json row 1", lang="zh")
-        settings = Settings(GREEDY, None, 500, 60.0, LIMITS, "auto", [row, row._replace(img="gone.png")])
+        settings = Settings(GREEDY, None, LENGTH, 60.0, LIMITS, "auto", [row, row._replace(img="gone.png")])
 
         def served(auth=None):
             page = Page([Speaker("small", service, model, tokenizer)], settings)
@@ -223,7 +226,7 @@ HOSTILE = {
         lambda one: one.note("look", file(None, url=f"data:image/png;base64,{IN_BASE64}")), "None|was uploaded here",
     ),
     "text as an upload": (lambda one: one.note("look", "/etc/passwd"), "None|was uploaded here"),
-    "100,000 tokens": (lambda one: one.note("ask", "猫 " * 100_000, *HOW), "characters; there is room for 500 tokens"),
+    "100,000 tokens": (lambda one: one.note("ask", "猫 " * 100_000, *HOW), "characters; there is room for 2000 tokens"),
     "2,000 tokens": (lambda one: one.note("ask", "猫 " * 2_000, *HOW), r"take \d+ tokens"),
     "half a character": (lambda one: one.note("ask", "\ud800", *HOW), "cut off at its greatest length"),
     "wrong types": (lambda one: one.note("ask", 5, {}, [], "a", None, "b", 7), "not in the list of choices"),
@@ -273,7 +276,7 @@ def test_other_visitors_conversation_stays_theirs(address):
 
 def test_queue_says_who_waits_and_who_finds_no_room(address):
     first, second, third = (Visitor(address) for _ in range(3))
-    how = [*HOW[:4], 400, ""]
+    how = [*HOW[:4], LENGTH, ""]
     first.send("ask", QUESTION, *how)
     waiting = second.send("ask", QUESTION, *how)
     *_, note, box, send, stop = third.asks("ask", QUESTION, *how)["output"]["data"]

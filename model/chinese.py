@@ -166,6 +166,19 @@ SENTENCES = {
     "{flag} {value}: the same as --from_pretrained; another checkpoint is needed.": (
         "{flag} {value}：与 --from_pretrained 相同；需要另一个模型。"
     ),
+    # web_demo.py
+    "The page is at {url}": "网页地址：{url}",
+    "--host {host}: whoever reaches this machine can use the page.": "--host {host}：能访问这台机器的人都能使用该网页。",
+    "--share: {url} is open to the whole internet, for up to a week or until this command ends. Whoever has this address can"
+    " use the page and see the examples; what is said passes Gradio's servers.": (
+        "--share：{url} 对整个互联网开放，最长一周，或到本命令结束为止。"
+        "任何人有了这个网址，都能使用网页、看到示例；对话内容经过 Gradio 的服务器。"
+    ),
+    "--share: no public address could be had from Gradio's servers.": "--share：未能从 Gradio 的服务器获得公网地址。",
+    "Nobody is asked for a password; --auth NAME:PASSWORD does that.": "没有设置密码；可用 --auth 用户名:密码 设置。",
+    "--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.": (
+        "--auth：不是 用户名:密码 的形式；需要用户名、冒号和密码，或不给 --auth。"
+    ),
     # evaluate.py and check_data.py
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (
         "完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}，每 token 损失 {loss}"

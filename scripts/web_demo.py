@@ -199,16 +199,19 @@ def serve(options: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Non
 def tell(addresses: Sequence[str], options: argparse.Namespace) -> None:
     """Say where the page is, and who can use it."""
     here, *public = addresses
-    warning = "" if options.auth else " Without --auth nobody is asked for a password."
+    is_open = bool(public)
     if not options.host.startswith("127.") and options.host not in ("::1", "localhost"):
-        warn(f"--host {options.host}: whoever reaches this machine can use the page.{warning}")
+        is_open = True
+        warn(f"--host {options.host}: whoever reaches this machine can use the page.")
     if public:
         warn(
             f"--share: {public[0]} is open to the whole internet, for up to a week or until this command ends. Whoever has "
-            f"this address can use the page and see the examples; what is said passes Gradio's servers.{warning}"
+            "this address can use the page and see the examples; what is said passes Gradio's servers."
         )
     elif options.share:
-        warn("--share: no public address could be had from Gradio's servers; the page is for this machine alone.")
+        warn("--share: no public address could be had from Gradio's servers.")
+    if is_open and not options.auth:
+        warn("Nobody is asked for a password; --auth NAME:PASSWORD does that.")
     say(f"The page is at {here}")
 
 

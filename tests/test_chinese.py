@@ -25,7 +25,7 @@ from model.inference.chat import checked_question
 from model.inference.load import load_for_answering
 from model.inference.sampling import GREEDY
 from model.progress import say
-from scripts import check_data, cli_demo, predict
+from scripts import check_data, cli_demo, predict, web_demo
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
@@ -264,6 +264,11 @@ def checked(data: Path) -> list[str]:
         text += printed_by(cli_demo.main, [*demo, "http://127.0.0.1:9/a.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
         text += "".join(told_to_visitors())
+        here, public = "http://127.0.0.1:7860/", "https://a.example"
+        for host, addresses in (("0.0.0.0", [here]), ("127.0.0.1", [here, public]), ("127.0.0.1", [here])):
+            flags = SimpleNamespace(host=host, share=True, auth=None)
+            text += printed_by(web_demo.tell, addresses, flags)
+        text += printed_by(web_demo.main, [*demo[:2], "--auth", "secret"])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import GOLDEN, PROJECT, run_python, upstream_weights, write_checkpoint
 
-from scripts.web_demo import first_language, main
+from scripts.web_demo import first_language, main, tell
 
 pytestmark = pytest.mark.run
 
@@ -210,16 +211,29 @@ def test_help_says_plainly_what_share_opens():
     assert "whoever has it can use the page" in words
 
 
+@pytest.mark.parametrize(("host", "public", "share", "auth", "told"), [
+    ("127.0.0.1", [], False, None, []),
+    ("0.0.0.0", [], False, None, ["--host 0.0.0.0: whoever", "Nobody is asked"]),
+    ("127.0.0.1", ["https://a.example"], True, None, ["--share: https://a.example is open", "Nobody is asked"]),
+    ("127.0.0.1", ["https://a.example"], True, "me:secret", ["--share: https://a.example is open"]),
+    ("127.0.0.1", [], True, None, ["--share: no public address"]),
+])  # fmt: skip
+def test_who_can_use_the_page_is_told(capsys, host, public, share, auth, told):
+    tell(["http://127.0.0.1:7860/", *public], Namespace(host=host, share=share, auth=auth))
+    out, err = capsys.readouterr()
+    assert out == "The page is at http://127.0.0.1:7860/\n"
+    lines = err.splitlines()
+    assert len(lines) == len(told)
+    assert all(map(str.startswith, lines, told)), lines
+
+
 @pytest.mark.parametrize(("configs", "flag", "english"), [
     ([{}], False, None), ([{}], True, True), ([{}, {"finetuning": {"asked_as": {"lang": "en"}}}], False, True),
     ([{"finetuning": {}}], False, False), ([{"finetuning": {"asked_as": None}}], True, True),
 ])  # fmt: skip
 def test_tuned_model_is_asked_as_it_was_trained(configs, flag, english):
-    class Some:
-        def __init__(self, **values):
-            self.__dict__.update(values)
-
-    assert first_language([Some(config=config) for config in configs], Some(english=flag)) is english
+    checkpoints = [Namespace(config=config) for config in configs]
+    assert first_language(checkpoints, Namespace(english=flag)) is english
 
 
 def test_sigterm_ends_it_within_two_seconds_and_leaves_nothing(server, temporary):

@@ -43,6 +43,7 @@ TEXTS = {
     "no_turn": ("Nothing has been asked yet.", "还没有提过问题。"),
     "new_picture": ("The conversation is about this picture now.", "现在开始谈这张图片。"),
     "no_picture": ("No picture: the model hears only the words.", "没有图片：模型只看到文字。"),
+    "fetching": ("Fetching the picture …", "正在获取图片……"),
     "waiting": ("Waiting for a free place; {number} ask before you.", "正在排队，前面还有 {number} 个问题。"),
     "busy": ("Too many are asking now. Try again in a moment.", "现在提问的人太多，请稍后再试。"),
     "failed": ("The model couldn't go on with this answer. Try again.", "模型没能完成这个回答，请重试。"),

@@ -7,8 +7,8 @@ async for _ in talk.asked(question, speakers, wish):     after each token; talk.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # flags are checked before torch is loaded
     import torch
 
     from model.visualglm import VisualGLMModel
+
+
+SECONDS_BETWEEN_LOOKS = 0.05  # whether a picture is there
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,16 @@ class Talk:
     turns: list[Turn] = field(default_factory=list)
     images: list["torch.Tensor"] = field(default_factory=list)
     right_answers: dict[str, str] = field(default_factory=dict)
+    changes: int = 0  # pictures that are on their way; questions wait for them
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside the block another picture is got; what is asked meanwhile is asked about that one."""
+        self.changes += 1
+        try:
+            yield
+        finally:
+            self.changes -= 1
 
     def stop(self) -> None:
         """Let the answers in hand end where they are, within half a second. From any thread."""
@@ -105,6 +118,8 @@ class Talk:
         Raises:
             BusyError, FailedError, InputError: as `growing`; the conversation is too long.
         """
+        while self.changes:
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
         past = list(self.turns)
         questions = [
             await asyncio.to_thread(self._question, question, past, number, speaker, wish)

@@ -11,7 +11,7 @@ import io
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ PATHS = (
     "/login/", "/logout", f"{API}/login_check", f"{API}/queue/join", f"{API}/queue/data", f"{API}/cancel",
     f"{API}/upload", f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events",
 )  # fmt: skip
-STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:45vh!important}}"
+STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:38vh!important}}"
 PLACES = 64  # requests that send something, at once
 PICTURES_AT_ONCE = 4  # that are fetched or opened
 FORM = 2**18  # bytes of an upload beside its picture
@@ -189,6 +189,10 @@ class Page:
         box = gr.skip() if question is None else question
         return [*chats, said(note), box, gr.update(visible=not busy), gr.update(visible=busy)]
 
+    def noted(self, note: str) -> list[Any]:
+        """A note, and nothing else that changes."""
+        return [*[gr.skip()] * len(self.chats), said(note), *[gr.skip()] * 3]
+
     def reads(self, request: gr.Request) -> str:
         """The visitor's language."""
         return language_of(request.headers.get("accept-language", ""), self.settings.ui_language)
@@ -218,6 +222,7 @@ class Page:
         if not talk.turns:
             yield self.shown(talk, texts(self.reads(request))["no_turn"])
             return
+        talk.stop()
         how, last = (language, temperature, top_p, top_k, max_tokens, seed), talk.turns.pop()
         async with aclosing(self.answering(talk, last.question, how, self.reads(request), last)) as answering:
             async for shown in answering:
@@ -298,29 +303,34 @@ class Page:
         """A new conversation about an uploaded picture, or about none."""
         words = texts(self.reads(request))
         try:
-            # Gradio has seen to it that the path is an upload's.
-            talk.look(Path(upload["path"]).read_bytes() if upload else None, self.speakers, self.settings.limits)
+            with talk.changing():  # Gradio has seen to it that the path is an upload's
+                talk.look(Path(upload["path"]).read_bytes() if upload else None, self.speakers, self.settings.limits)
         except (InputError, KeyError, OSError, TypeError) as problem:
             told = str(problem) if isinstance(problem, InputError) else words["not_uploaded"]
             return [None, *self.shown(talk, sentence(told, self.reads(request)))]
         return [gr.skip(), *self.shown(talk, words["new_picture" if upload else "no_picture"])]
 
-    def fetched(self, talk: Talk, url: str, request: gr.Request) -> list[Any]:
+    def fetched(self, talk: Talk, url: str, request: gr.Request) -> Iterator[list[Any]]:
         """A new conversation about the picture of an address."""
         words, limits = texts(self.reads(request)), self.settings.limits
         if not url.strip():
-            return [gr.skip(), *self.shown(talk, words["no_address"])]
+            yield [gr.skip(), *self.noted(words["no_address"])]
+            return
+        yield [gr.skip(), *self.noted(words["fetching"])]
         try:
-            content = downloaded(url.strip(), limits).getvalue()
-            talk.look(content, self.speakers, limits)
+            with talk.changing():
+                content = downloaded(url.strip(), limits).getvalue()
+                talk.look(content, self.speakers, limits)
         except InputError as problem:
-            return [gr.skip(), *self.shown(talk, sentence(str(problem), self.reads(request)))]
-        return [kept(content), *self.shown(talk, words["new_picture"])]
+            yield [gr.skip(), *self.noted(sentence(str(problem), self.reads(request)))]
+        else:
+            yield [kept(content), *self.shown(talk, words["new_picture"])]
 
     def chosen(self, talk: Talk, number: int, request: gr.Request) -> list[Any]:
         """A new conversation about an example."""
         path, row = self.examples[number]
-        talk.look(path.read_bytes(), self.speakers, replace(self.settings.limits, most_bytes=LARGEST_DOWNLOAD))
+        with talk.changing():
+            talk.look(path.read_bytes(), self.speakers, replace(self.settings.limits, most_bytes=LARGEST_DOWNLOAD))
         talk.right_answers = {row.prompt: row.label}
         note = texts(self.reads(request))["expected"].format(label=row.label)
         language = gr.skip() if row.lang is None else row.lang

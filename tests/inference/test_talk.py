@@ -128,6 +128,22 @@ def test_new_picture_begins_anew_and_a_bad_one_leaves_none(talk, speakers):
     assert talk.images == []
 
 
+def test_question_waits_for_a_picture_that_is_on_its_way(talk, speakers):
+    async def asked_too_early():
+        with talk.changing():
+            answer = asyncio.create_task(heard(talk, QUESTION, speakers))
+            await asyncio.sleep(0.2)
+            assert talk.turns == []
+            talk.look(None, speakers, Limits())
+        await answer
+
+    asyncio.run(heard(talk, QUESTION, speakers))
+    with_picture = talk.turns.pop().answers
+    asyncio.run(asked_too_early())
+    [turn] = talk.turns
+    assert turn.answers != with_picture
+
+
 def test_what_one_stream_raises_ends_the_others():
     ended = []
 

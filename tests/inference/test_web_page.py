@@ -6,7 +6,8 @@ import json
 import re
 import struct
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -55,7 +56,10 @@ def serve(tmp_path_factory, upstream_config):
                 port = found.getsockname()[1]
             stack.callback(closed, page)
             [address] = launched(page, "127.0.0.1", port, auth, share=False)
+            served.pages.append(page)
             return address.rstrip("/")
+
+        served.pages = []
 
         yield served
 
@@ -85,12 +89,18 @@ class Visitor:
             f"{API}/queue/join", content=json.dumps(body), headers={"content-type": "application/json"}
         )
 
+    @contextmanager
+    def hears(self):
+        """The lines that this visitor's events send."""
+        with self.http.stream("GET", f"{API}/queue/data", params={"session_hash": self.session}) as stream:
+            yield stream.iter_lines()
+
     def asks(self, name, *values):
         """What an event leads to at its end: the message that the page gets."""
         sent = self.send(name, *values)
         assert sent.status_code == 200, sent.text
-        with self.http.stream("GET", f"{API}/queue/data", params={"session_hash": self.session}) as stream:
-            for line in stream.iter_lines():
+        with self.hears() as lines:
+            for line in lines:
                 message = json.loads(line.removeprefix("data: ")) if line else {"msg": ""}
                 if message["msg"] == "process_completed":
                     return message
@@ -271,6 +281,16 @@ def test_other_visitors_conversation_stays_theirs(address):
     assert one.asks("undone")["output"]["data"][2] == QUESTION
 
 
+def test_uploads_are_deleted_after_a_while_and_examples_stay(serve, visitor):
+    from gradio.route_utils import delete_files_created_by_app
+
+    [path] = visitor.upload(PICTURE.read_bytes()).json()
+    example = visitor.asks("chosen", 0)["output"]["data"][1]["path"]
+    delete_files_created_by_app(serve.pages[0].blocks, 0)
+    assert not Path(path).exists()
+    assert Path(example).exists()
+
+
 # Places
 
 
@@ -278,15 +298,15 @@ def test_queue_says_who_waits_and_who_finds_no_room(address):
     first, second, third = (Visitor(address) for _ in range(3))
     how = [*HOW[:4], LENGTH, ""]
     first.send("ask", QUESTION, *how)
-    waiting = second.send("ask", QUESTION, *how)
-    *_, note, box, send, stop = third.asks("ask", QUESTION, *how)["output"]["data"]
-    assert waiting.status_code == 200
+    with first.hears() as answer:
+        assert any('"append"' in line for line in answer)  # it has a row
+        second.send("ask", QUESTION, *how)
+        with second.hears() as waiting:
+            assert any("Waiting for a free place; 1 ask before you." in line for line in waiting)
+            *_, note, box, send, stop = third.asks("ask", QUESTION, *how)["output"]["data"]
     assert note == "<p>Too many are asking now. Try again in a moment.</p>"
     assert box == QUESTION  # it isn't lost
     assert (send["visible"], stop["visible"]) == (True, False)
-    with second.http.stream("GET", f"{API}/queue/data", params={"session_hash": second.session}) as stream:
-        assert any("Waiting for a free place; 1 ask before you." in line for line in stream.iter_lines())
-    third.asks("stopped")
     for visitor in (first, second):
         visitor.send("stopped")
 

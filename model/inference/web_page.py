@@ -42,10 +42,25 @@ PATHS = (
     f"{API}/upload", f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events",
 )  # fmt: skip
 STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:38vh!important}}"
+# Gradio's picture takes what its paste button finds, and on https or this machine only; notes are to be read aloud.
+SCRIPT = """() => {
+    document.querySelector("#note").setAttribute("aria-live", "polite");
+    document.addEventListener("paste", event => {
+        const picture = [...event.clipboardData.files].find(file => file.type.startsWith("image/"));
+        const field = document.querySelector("#picture input[type=file]");
+        if (!picture || !field) return;
+        event.preventDefault();
+        const files = new DataTransfer();
+        files.items.add(picture);
+        field.files = files.files;
+        field.dispatchEvent(new Event("change", {bubbles: true}));
+    });
+}"""
 PLACES = 64  # requests that send something, at once
 PICTURES_AT_ONCE = 4  # that are fetched or opened
 FORM = 2**18  # bytes of an upload beside its picture
 EXAMPLE_EDGE = 1024  # pixels; larger pictures of held-out rows are shrunk
+CONVERSATIONS = 500  # that are kept; each has its picture, 0.6 MB, and the oldest goes
 SECONDS_KEPT = 3600  # of pictures, and of conversations whose page is closed
 SECONDS_BETWEEN_LOOKS = 0.05  # at an answer that grows
 HEIGHT = "clamp(300px, 55vh, 640px)"  # of a conversation
@@ -113,14 +128,11 @@ class Page:
                 label=self.text("language"), info=self.text("language_info"),
             )  # fmt: skip
             self.temperature = gr.Slider(
-                0,
-                2,
-                sampling.temperature,
-                step=0.05,
-                label=self.text("temperature"),
-                info=self.text("temperature_info"),
-            )
-            self.top_p = gr.Slider(0.05, 1, sampling.top_p, step=0.05, label=self.text("top_p"))
+                0, max(2, sampling.temperature), sampling.temperature, step=0.01,
+                label=self.text("temperature"), info=self.text("temperature_info"),
+            )  # fmt: skip
+            least = min(0.05, sampling.top_p)
+            self.top_p = gr.Slider(least, 1, sampling.top_p, step=0.01, label=self.text("top_p"))
             self.top_k = gr.Slider(1, max(200, sampling.top_k), sampling.top_k, step=1, label=self.text("top_k"))
             most = self.settings.max_length
             self.max_tokens = gr.Slider(1, most, most, step=1, label=self.text("max_tokens"))
@@ -361,10 +373,10 @@ def launched(page: Page, host: str, port: int, auth: str | None, share: bool) ->
     name, _, password = (auth or "").partition(":")
     page.blocks.queue(max_size=PLACES, default_concurrency_limit=PICTURES_AT_ONCE)
     page.blocks.launch(
-        server_name=host, server_port=port, share=share, auth=(name, password) if auth else None,
+        state_session_capacity=CONVERSATIONS, server_name=host, server_port=port, share=share, auth=(name, password) if auth else None,
         quiet=True, prevent_thread_lock=True, inline=False, ssr_mode=False, run_history=False, enable_monitoring=False,
         mcp_server=False, pwa=False, allowed_paths=[], max_file_size=most, footer_links=[], i18n=page.i18n,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, js=SCRIPT,
         app_kwargs={"middleware": [Middleware(OnlyPaths, paths=PATHS), guard]},
     )  # fmt: skip
     return [page.blocks.local_url or "", *filter(None, [page.blocks.share_url])]

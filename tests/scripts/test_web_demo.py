@@ -1,5 +1,6 @@
 """The page in a real browser: a picture, words that come, stop, retry, undo, two models side by side; flags, and the end."""
 
+import base64
 import json
 import os
 import re
@@ -22,6 +23,11 @@ QUESTION = "#question textarea"
 # One row, and one place to wait, so that a third visitor finds no room. The models of random numbers never end an answer.
 FLAGS = ("--rows", 1, "--queue", 1, "--temperature", 0, "--port", 0, "--max_length", 1000, "--max_pixels", 2)
 is_there = "document.querySelector({!r})?.checkVisibility()".format
+PASTE = """(() => {
+    const bytes = Uint8Array.from(atob("%s"), letter => letter.charCodeAt(0)), data = new DataTransfer();
+    data.items.add(new File([bytes], "a.png", {type: "image/png"}));
+    document.activeElement.dispatchEvent(new ClipboardEvent("paste", {bubbles: true, clipboardData: data}));
+})()"""
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -138,6 +144,8 @@ def test_example_on_a_phone_in_chinese_by_keyboard(server, browser):
     page.until("document.querySelector('#note').innerText.includes('标准答案：A cat.')")
     assert page.js(f"document.querySelector({QUESTION!r}).value") == "What is this?"
     page.focus(QUESTION)
+    page.js(PASTE % base64.b64encode(PICTURE.read_bytes()).decode())
+    page.until("document.querySelector('#note').innerText.includes('现在开始谈这张图片。')")
     page.press("Enter", 13)
     page.until(is_there("#stop"))
     page.js("document.querySelector('#stop').focus()")
@@ -150,19 +158,17 @@ def test_example_on_a_phone_in_chinese_by_keyboard(server, browser):
 @pytest.mark.long
 def test_queue_says_who_waits_and_who_finds_no_room_and_a_closed_tab_makes_room(server, browser):
     pages = [opened(browser, server[1]) for _ in range(3)]
-    for page in pages:
-        page.click("#send")
-    busy, waits = "Too many are asking now. Try again in a moment.", "Waiting for a free place; 1 ask before you."
-    notes = []
-    end = time.monotonic() + 10
-    while notes != [busy, waits] and time.monotonic() < end:
-        notes = sorted(filter(None, (page.text_of("#note") for page in pages)))
-    assert notes == [busy, waits]
-    refused = next(page for page in pages if "Too many" in page.text_of("#note"))
+    note = "document.querySelector('#note').innerText == {!r}".format
+    answers, waits, refused = pages
+    answers.click("#send")
+    answers.until("document.querySelector('#chat0').innerText.length > 60")
+    waits.click("#send")
+    waits.until(note("Waiting for a free place; 1 ask before you."))
+    refused.click("#send")
+    refused.until(note("Too many are asking now. Try again in a moment."))
     assert refused.js(f"document.querySelector({QUESTION!r}).value") == "Describe the image."  # it isn't lost
-    for page in pages:
-        if page is not refused:
-            page.close()
+    answers.close()
+    waits.close()
     end = time.monotonic() + 10
     while "Describe" not in chats(refused)[0] and time.monotonic() < end:
         if refused.js(is_there("#send")):

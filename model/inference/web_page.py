@@ -7,6 +7,7 @@
 What a visitor says is in a `Talk`, which stays here. Of what a browser sends, only texts, numbers and uploaded files are taken.
 """
 
+import html
 import io
 import tempfile
 import threading
@@ -61,7 +62,7 @@ PICTURES_AT_ONCE = 4  # that are fetched or opened
 FORM = 2**18  # bytes of an upload beside its picture
 EXAMPLE_EDGE = 1024  # pixels; larger pictures of held-out rows are shrunk
 CONVERSATIONS = 500  # that are kept; each has its picture, 0.6 MB, and the oldest goes
-SECONDS_KEPT = 3600  # of pictures, and of conversations whose page is closed
+SECONDS_KEPT = 3600  # of files of pictures
 SECONDS_BETWEEN_LOOKS = 0.05  # at an answer that grows
 HEIGHT = "clamp(300px, 55vh, 640px)"  # of a conversation
 
@@ -101,7 +102,7 @@ class Page:
         with gr.Blocks(
             analytics_enabled=False, title=f"VisualGLM: {name}", delete_cache=(SECONDS_KEPT // 4, SECONDS_KEPT)
         ) as blocks:
-            self.talk = gr.State(Talk(), time_to_live=SECONDS_KEPT)
+            self.talk = gr.State(Talk())
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
                     self.picture_column()
@@ -193,7 +194,7 @@ class Page:
         gr.on([self.fetch.click, self.url.submit], self.fetched, [self.talk, self.url], with_picture, **plain)
         if self.examples:
             self.table.click(self.chosen, [self.talk, self.table], [self.language, *with_picture], **plain)
-        blocks.load(self.welcome, None, [self.language, self.box], **plain)
+        blocks.load(self.welcome, None, [self.talk, self.language, self.box], **plain)
 
     def shown(self, talk: Talk, note: str = "", question: Any = None, busy: bool = False) -> list[Any]:
         """What the conversation's parts show: chats, note, box, send, stop. Without a question the box keeps its text."""
@@ -209,11 +210,11 @@ class Page:
         """The visitor's language."""
         return language_of(request.headers.get("accept-language", ""), self.settings.ui_language)
 
-    def welcome(self, request: gr.Request) -> list[str]:
-        """The language that the model is asked in, and a first question."""
+    def welcome(self, request: gr.Request) -> list[Any]:
+        """A conversation, which Gradio forgets an hour after its page; the language to ask in, and a first question."""
         english = self.settings.english
         language = self.reads(request) if english is None else ENGLISH if english else CHINESE
-        return [language, texts(language)["first_question"]]
+        return [Talk(), language, texts(language)["first_question"]]
 
     async def ask(
         self, talk: Talk, question: str, language: str, temperature: float, top_p: float, top_k: float,
@@ -392,9 +393,9 @@ def closed(page: Page) -> None:
 def messages(talk: Talk, number: int) -> list[dict[str, str]]:
     """The conversation with a speaker, as Gradio shows it."""
     return [
-        {"role": role, "content": text}
+        {"role": role, "content": html.escape(text, quote=False)}  # Gradio would take it for HTML
         for turn in talk.turns
-        for role, text in (("user", escaped(turn.question)), ("assistant", escaped(turn.answers[number] or "…")))
+        for role, text in (("user", turn.question), ("assistant", turn.answers[number] or "…"))
     ]
 
 

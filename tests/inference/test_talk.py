@@ -17,7 +17,7 @@ from model.inference.talk import Speaker, Talk, Turn, Wish, held_out_rows, toget
 
 PICTURE = GOLDEN / "upstream/images/0.png"
 QUESTION = "这是什么？"
-SHORT, LONG = Wish(GREEDY, False, 300, max_tokens=12), Wish(GREEDY, False, 300)
+SHORT, LONG = Wish(GREEDY, False, 300, max_tokens=12), Wish(GREEDY, False, 300, max_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_each_speaker_answers_as_chat_does_with_what_was_said_before(talk, speak
         taken = len(tokenizer.encode(turn.answers[0]))
         assert turn.answers[0] == turn.answers[1]
         assert taken > 3
-        whole, _, _ = chat(PICTURE, model, tokenizer, turn.question, history, max_length=300, temperature=0,
+        whole, _, _ = chat(PICTURE, model, tokenizer, turn.question, history, max_length=100, temperature=0,
                            repetition_penalty=1)  # fmt: skip
         assert whole.startswith(turn.answers[0])
         history.append((turn.question, turn.answers[0]))

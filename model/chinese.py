@@ -315,6 +315,18 @@ SENTENCES = {
     "the question and its history take {tokens:d} tokens; --max_length must be more, not {length:d}.": (
         "问题和对话历史共 {tokens} 个 token，超过了 --max_length {length}；输入 clear 重新开始，或增大 --max_length。"
     ),
+    "the question and its history take {tokens:d} tokens, the answer not counted; fewer than {length:d} are needed.": (
+        "问题和对话历史共 {tokens} 个 token（不含回答），须少于 {length} 个；请开始新对话，或缩短问题。"
+    ),
+    "{url}: leads to this machine or into a private network; a public address is needed.": (
+        "{url}：指向本机或内部网络；需要公网上的网址。"
+    ),
+    "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed.": (
+        "{name} 不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP 或 AVIF）。"
+    ),
+    "{name} has more than {number} million pixels; a smaller picture is needed.": (
+        "{name} 超过 {number} 百万像素；需要一张更小的图片。"
+    ),
     "--max_length {asked:d}: this model takes {positions:d} tokens (max_sequence_length), so less is needed.": (
         "--max_length {asked}：这个模型最多接受 {positions} 个 token（max_sequence_length），请减小。"
     ),
@@ -327,6 +339,19 @@ SENTENCES = {
     "{name} answers at http://{host}:{port}/v1": "{name} 正在 http://{host}:{port}/v1 提供服务",
     "--host {host} without --api_key: whoever reaches this machine may ask.": (
         "--host {host} 而没有 --api_key：能访问这台机器的人都可以提问。"
+    ),
+    # web_demo.py
+    "The page is at {url}": "网页地址：{url}",
+    "--host {host}: whoever reaches this machine can use the page.": "--host {host}：能访问这台机器的人都能使用该网页。",
+    "--share: {url} is open to the whole internet, for up to a week or until this command ends. Whoever has this address can"
+    " use the page and see the examples; what is said passes Gradio's servers.": (
+        "--share：{url} 对整个互联网开放，最长一周，或到本命令结束为止。"
+        "任何人有了这个网址，都能使用网页、看到示例；对话内容经过 Gradio 的服务器。"
+    ),
+    "--share: no public address could be had from Gradio's servers.": "--share：未能从 Gradio 的服务器获得公网地址。",
+    "Nobody is asked for a password; --auth NAME:PASSWORD does that.": "没有设置密码；可用 --auth 用户名:密码 设置。",
+    "--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.": (
+        "--auth：不是 用户名:密码 的形式；需要用户名、冒号和密码，或不给 --auth。"
     ),
     # evaluate.py and check_data.py
     "asked  {text}": "问题  {text}",
@@ -397,13 +422,17 @@ def in_ui_language(text: str, stream: object = None) -> str:
     """
     if not speaks_chinese() or text.startswith(("{", "[")):
         return text
-    lines = [_line_in_chinese(line) for line in text.split("\n")]
-    translated = "\n".join(lines)
+    translated = in_chinese(text)
     try:
         translated.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return text
     return translated
+
+
+def in_chinese(text: str) -> str:
+    """text with the lines that the table has in Chinese, whatever language is asked for."""
+    return "\n".join(_line_in_chinese(line) for line in text.split("\n"))
 
 
 def _line_in_chinese(line: str) -> str:

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -79,7 +78,7 @@ from model.inference.api_formats import (
 )
 from model.inference.serving import BusyError, FailedError, Growth, Service, growing
 from model.inference.text import new_text
-from model.inference.web_guard import Guard
+from model.inference.web_guard import Guard, listening
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released API
 KEY_VARIABLE = "VISUALGLM_API_KEY"
@@ -258,30 +257,16 @@ class Api:
         Raises:
             InputError: the picture can't be had, or the text is too long.
         """
-        from model.inference.chat import chat_question, image_tensor
+        from model.inference.chat import checked_question, image_tensor
         from model.inference.load import image_size
 
-        room = min(self.options.max_length, asked.max_length or self.options.max_length)
-        asked.refuse_text(room)
+        asked.refuse_text(self.options.max_length)  # before its picture is fetched
         image = None
         if asked.image:
             image = image_tensor(opened(asked.image, image_size(self.model), self.limits), self.model)
-        question = chat_question(
-            image,
-            self.model,
-            self.tokenizer,
-            asked.query,
-            asked.history,
-            max_length=room,
-            sampling=asked.sampling,
-            lang=self.lang(asked),
+        return checked_question(
+            asked, image, self.model, self.tokenizer, self.options.max_length, lang=self.lang(asked)
         )
-        taken = len(question.input_ids)
-        if taken >= room:
-            raise InputError(
-                f"the question and its history take {taken} tokens, the answer not counted; fewer than {room} are needed."
-            )
-        return replace(question, max_length=room if asked.max_tokens is None else min(room, taken + asked.max_tokens))
 
     async def events(
         self, first: Growth | None, growths: AsyncIterator[Growth], identity: str, tells_usage: bool
@@ -362,24 +347,6 @@ class Server(uvicorn.Server):
         if self.should_exit:
             end_now(sig)
         super().handle_exit(sig, frame)
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket of that address, found before a model is loaded.
-
-    Raises:
-        InputError: it can't be had.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
-        raise InputError(
-            f"--host {host} --port {port}: can't be listened to ({error.strerror}); another one is needed."
-        ) from None
-    return found
 
 
 def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:

@@ -37,10 +37,10 @@ from model.inference.flags import (
     sampling_of,
 )
 from model.inference.keyboard import line_editing, typed_path
+from model.inference.sampling import CHINESE_TOKENS
 from model.progress import printable, say
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
-CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; --english forbids them
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, run_python
+from PIL import Image
 
 import finetune_visualglm
 from model import chinese, progress
@@ -26,9 +27,14 @@ from model.cli.options import parse
 from model.cli.preflight import preflight, warm_up_notes
 from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
+from model.data.remote_images import STRANGERS, downloaded, opened
 from model.data.rows import read_rows
 from model.errors import InputError, exit_on_input_error
 from model.finetune import by_kind
+from model.inference.api_formats import Asked
+from model.inference.chat import checked_question
+from model.inference.load import load_for_answering
+from model.inference.sampling import GREEDY
 from model.inference.scores import Result
 from model.progress import GOES_ON, say
 from model.training.answers import Answered
@@ -39,7 +45,7 @@ from model.training.signals import STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
-from scripts import check_data, cli_demo, predict
+from scripts import check_data, cli_demo, predict, web_demo
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
@@ -243,6 +249,23 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
         yield [*good, str(folder / f"{name}.json"), "--bad_rows", "skip"]
 
 
+def told_to_visitors() -> Iterator[str]:
+    """What the page says of pictures and questions that can't be used."""
+    large = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(large, "PNG")
+    model, tokenizer = load_for_answering("model/tiny")
+    asked = Asked("?", [], None, GREEDY)
+    for act in (
+        lambda: opened(b"no picture"),
+        lambda: opened(large.getvalue()),
+        lambda: downloaded("http://127.0.0.1/a.png", STRANGERS),
+        lambda: checked_question(asked, None, model, tokenizer, 5, lang="zh"),
+    ):
+        with pytest.raises(InputError) as problem:
+            act()
+        yield f"{problem.value}\n"
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data files, of which most are wrong."""
@@ -306,6 +329,12 @@ def checked(data: Path) -> list[str]:
         with serving(data) as url:
             text += printed_by(cli_demo.main, [*demo, f"{url}/gone.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
+        text += "".join(told_to_visitors())
+        here, public = "http://127.0.0.1:7860/", "https://a.example"
+        for host, addresses in (("0.0.0.0", [here]), ("127.0.0.1", [here, public]), ("127.0.0.1", [here])):
+            flags = SimpleNamespace(host=host, share=True, auth=None)
+            text += printed_by(web_demo.tell, addresses, flags)
+        text += printed_by(web_demo.main, [*demo[:2], "--auth", "secret"])
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])

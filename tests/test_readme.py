@@ -46,6 +46,7 @@ NEEDS_GPU = "bash scripts/dev/benchmark_gpu.sh"
 # These take minutes or have no end; other tests run them at small size. Here, --help must know the flags in their lines.
 HELP_ONLY = (
     "python scripts/api.py",  # it answers until it is stopped; tests/scripts/test_api.py runs it
+    "python scripts/web_demo.py",  # so does it; tests/scripts/test_web_demo.py
     "python scripts/dev/load_test.py",  # 15 seconds at its smallest
     "python scripts/dev/benchmark.py",  # 15 seconds at its smallest
     "python scripts/dev/benchmark_answers.py",  # 20 seconds at its smallest

@@ -4,8 +4,9 @@ picture, question, past turns → context ids … [gMASK] <sop> → one token af
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +16,15 @@ from model.data.images import open_image
 from model.data.prompt import context_ids
 from model.data.remote_images import image_file
 from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
 from model.inference.engine import Engine, Question, model_positions
 from model.inference.load import image_size
 from model.inference.sampling import Sampling
 from model.inference.text import GrowingText
 from model.visualglm import VisualGLMModel
+
+if TYPE_CHECKING:  # it needs pydantic, which only servers need
+    from model.inference.api_formats import Asked
 
 Turn = tuple[str, str]  # question, answer
 
@@ -107,6 +112,45 @@ def chat_question(
     ids, pre_image = context_ids(prefix + query, past, image is not None, tokenizer, model.image_length, english)
     length = answer_length(model_positions(model), max_length, RELEASED_LENGTH)
     return Question(ids, pre_image, image, max_length=length, sampling=sampling)
+
+
+def checked_question(
+    asked: "Asked",
+    image: torch.Tensor | None,
+    model: VisualGLMModel,
+    tokenizer: ChatGLMTokenizer,
+    max_length: int,
+    *,
+    lang: str | None,
+) -> Question:
+    """What a stranger asks, as the engine takes it: a text of any length is refused before it takes long.
+
+    Args:
+        image: [1, 3, H, W], or None; in place of asked.image.
+        max_length: tokens of context and answer together, at most.
+        lang: as `chat_question` takes it.
+
+    Raises:
+        InputError: the text is too long, or no text.
+    """
+    room = min(max_length, asked.max_length or max_length)
+    asked.refuse_text(room)
+    question = chat_question(
+        image,
+        model,
+        tokenizer,
+        asked.query,
+        asked.history,
+        max_length=room,
+        sampling=asked.sampling,
+        lang=lang,
+    )
+    taken = len(question.input_ids)
+    if taken >= room:
+        raise InputError(
+            f"the question and its history take {taken} tokens, the answer not counted; fewer than {room} are needed."
+        )
+    return replace(question, max_length=room if asked.max_tokens is None else min(room, taken + asked.max_tokens))
 
 
 def answer_so_far(

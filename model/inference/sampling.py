@@ -13,6 +13,7 @@ from model.errors import InputError, raise_problems
 if TYPE_CHECKING:  # commands check their flags before torch is loaded
     import torch
 
+CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; forbidden where English is asked for
 FORBIDDEN = -65504.0  # SAT's score of a token that must not be answered
 
 

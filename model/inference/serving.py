@@ -66,6 +66,11 @@ class Service:
         """Whether questions are answered."""
         return self._thread.is_alive() and not self._closing
 
+    @property
+    def before_a_new_one(self) -> int:
+        """How many of the questions in hand have to be answered until a new one has a row."""
+        return max(0, len(self._listeners) - self.engine.rows + 1)
+
     def submit(self, question: "Question", on_change: Callable[[], object]) -> "Answer":
         """The answer, still empty; on_change is called after each of its tokens and when it is finished.
 

@@ -1,19 +1,22 @@
-"""What stands between the network and the answers: the key, the places, the limits on a request's body, the counts.
+"""What stands between the network and the answers: the socket, the key, the places, limits on a request's body, the counts.
 
 An ASGI application around another one, so that a request is refused before its body is read.
 
     Guard(app, key="…", places=36, most_bytes=16 * 2**20, seconds=20.0)
+    OnlyPaths(app, ["/", "/config", "/assets/"])      for a page of a library that has more routes than it needs
 """
 
 import asyncio
 import hmac
 import json
+import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from model.errors import InputError
 from model.inference.api_formats import error_body
 
 Message = MutableMapping[str, Any]
@@ -151,6 +154,45 @@ class Guard:
             lines.append(f'visualglm_request_seconds_bucket{{le="{bound}"}} {total}')
         lines += [f"visualglm_request_seconds_sum {self.total_seconds:.6f}", f"visualglm_request_seconds_count {total}"]
         return [*lines, "# TYPE visualglm_requests_in_hand gauge", f"visualglm_requests_in_hand {self.in_hand}"]
+
+
+class OnlyPaths:
+    """An application around `app` that answers these paths alone, and 404 for others.
+
+    Args:
+        paths: each is a whole path, or, with a / or = at its end, the beginning of one.
+    """
+
+    def __init__(self, app: App, paths: Sequence[str]) -> None:
+        self.app = app
+        self.whole = {path for path in paths if path == "/" or path[-1] not in "/="}
+        self.beginnings = tuple(path for path in paths if path not in self.whole)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        path = scope.get("path", "")
+        if scope["type"] == "http" and not (path in self.whole or path.startswith(self.beginnings)):
+            await refuse(send, 404, "Not Found", {})
+        else:
+            await self.app(scope, receive, send)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket of that address, found before a model is loaded.
+
+    Raises:
+        InputError: it can't be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: can't be listened to ({error.strerror}); another one is needed."
+        ) from None
+    return found
 
 
 async def refuse(send: Send, status: int, message: str, headers: dict[str, str]) -> None:

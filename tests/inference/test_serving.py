@@ -106,3 +106,15 @@ def test_answer_that_gets_no_row_in_time_is_told(model, tokenizer, question):
 ])  # fmt: skip
 def test_text_ends_before_a_stop_and_its_beginning_is_held_back(text, stops, finished, expected):
     assert before_stop(text, stops, finished) == expected
+
+
+def test_new_question_is_told_how_many_are_before_it(model, tokenizer, question):
+    with Service(Engine(model, tokenizer, rows=2), queue=2) as service:
+        assert service.before_a_new_one == 0
+        with service._changed:  # the engine waits
+            service.submit(question, lambda: None)
+            assert service.before_a_new_one == 0
+            service.submit(question, lambda: None)
+            assert service.before_a_new_one == 1
+            service.submit(question, lambda: None)
+            assert service.before_a_new_one == 2

@@ -1,9 +1,12 @@
-"""What is around the API: places and counts. tests/scripts/test_api.py asks a real server for the rest."""
+"""What is around the API and the page: places, counts, paths. The tests of both ask real servers for the rest."""
 
 import asyncio
 import json
 
-from model.inference.web_guard import Guard
+import pytest
+
+from model.errors import InputError
+from model.inference.web_guard import Guard, OnlyPaths, listening
 
 POST = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -63,3 +66,21 @@ def test_key_is_asked_for_everywhere_but_for_health():
     assert answered(guard, POST)[0] == 401
     assert answered(guard, POST | {"headers": [(b"authorization", b"Bearer key")]})[0] == 200
     assert answered(guard, POST | {"method": "GET", "path": "/health"})[0] == 200
+
+
+@pytest.mark.parametrize(("path", "status"), [
+    ("/", 200), ("/config", 200), ("/assets/a.js", 200), ("/file=/tmp/a", 200), ("/config/", 404), ("/configs", 404),
+    ("/assets", 404), ("/file=http://a", 404), ("/monitoring", 404), ("//", 404), ("", 404),
+])  # fmt: skip
+def test_only_the_paths_that_are_named_are_answered(path, status):
+    only = OnlyPaths(app, ["/", "/config", "/assets/", "/file=/"])
+    for method in ("GET", "POST"):
+        assert answered(only, POST | {"method": method, "path": path})[0] == status
+
+
+def test_address_that_is_taken_is_refused():
+    with listening("127.0.0.1", 0) as found:
+        found.listen()
+        port = found.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: can't be listened to"):
+            listening("127.0.0.1", port)

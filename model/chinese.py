@@ -285,8 +285,12 @@ SENTENCES = {
     ),
     "It does not fit: {there}. What would make it fit, the cheapest first:": "放不下：{there}。下面的办法可以放下，代价小的在前：",
     "{usable} of {memory} GiB can be used ({device})": "{memory} GiB 中有 {usable} GiB 可用（{device}）",
-    "Time per step: can't be measured without the weights; a run prints it from its first steps on.": (
-        "每步时间：没有加载权重，无法测量；训练开始后就会显示。"
+    "Time per step: can't be measured for a GPU that isn't here; a run prints it from its first steps on.": (
+        "每步时间：所说的 GPU 不在这台机器上，无法测量；训练开始后就会显示。"
+    ),
+    "Time per step: about {seconds} s for the largest batch, by this processor's rate in such products just now, "
+    "{rate}. What is no product comes on top.": (
+        "每步时间：最大的批约 {seconds} 秒，按本处理器此刻计算这类矩阵乘法的速度（{rate}）估算；矩阵乘法以外的运算另计。"
     ),
     "Opening pictures: {done:d} of {total:d}, {left} left": "正在打开图片：{done}/{total}，剩余 {left}",
     "Checking pictures: {done:d} of {total:d}, {left} left": "正在检查图片：{done}/{total}，剩余 {left}",

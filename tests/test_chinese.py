@@ -306,6 +306,9 @@ def checked(data: Path) -> list[str]:
         for words in [*wrong_command_lines(data), *good_command_lines(data)]:
             text += printed_by(check, words)
         text += printed_by(finetune_visualglm.main, [*RUN[1:], "--train-data", DATA, "--dry_run"])
+        text += printed_by(
+            finetune_visualglm.main, [*RUN[1:], "--train-data", DATA, "--dry_run", "--gpu_memory", "24GB"]
+        )
         text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
         text += printed_by(check_data.main, [str(data / "bad.json")])
         asked = [

@@ -292,6 +292,7 @@ SENTENCES = {
     "{rate}. What is no product comes on top.": (
         "每步时间：最大的批约 {seconds} 秒，按本处理器此刻计算这类矩阵乘法的速度（{rate}）估算；矩阵乘法以外的运算另计。"
     ),
+    "Before the first step each picture is looked at, for about {seconds} s.": "第一步之前先处理每张图片，约需 {seconds} 秒。",
     "Opening pictures: {done:d} of {total:d}, {left} left": "正在打开图片：{done}/{total}，剩余 {left}",
     "Checking pictures: {done:d} of {total:d}, {left} left": "正在检查图片：{done}/{total}，剩余 {left}",
     "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",

@@ -211,7 +211,7 @@ def time_per_step(plan: Plan, device: Device) -> str:
     if unpacked:
         seconds += unpacked / measured_unpacking(setup, where)
     looked = picture_operations(setup.config) / rate
-    pictures = "" if batch.images else f" Before the first one each picture is looked at, for about {looked:.2g} s."
+    pictures = "" if batch.images else f"\nBefore the first step each picture is looked at, for about {looked:.2g} s."
     return (
         f"Time per step: about {seconds * plan.accumulated:.2g} s for the largest batch, by this processor's rate in such "
         f"products just now, {rate / 1e9:.0f} GFLOP/s{'; 4 bits are unpacked in it' if unpacked else ''}. What is no product "

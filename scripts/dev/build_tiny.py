@@ -1,11 +1,12 @@
-"""Train a small VisualGLM from nothing: tokenizer, vision part and language model, in twenty minutes on two idle cores.
+"""Train a small VisualGLM from nothing, in about twenty minutes of one core's time.
 
     python scripts/dev/build_tiny.py
     python scripts/dev/build_tiny.py --out model/tiny --seed 1
     python scripts/dev/build_tiny.py --out tiny-try --steps 100
 
 It learns from drawn scenes (`scenes.py`) and what can be said of them in Chinese and English (`scene_talk.py`). What
-`make_fewshot_data.py` teaches is kept from it. The result has the layout of the 6B's checkpoint:
+`make_fewshot_data.py` teaches is kept from it. Each part is taught by itself, and what it makes of the pictures is kept
+for the next: the tokenizer, the vision tower, the Q-Former, the language model. The result has the layout of the 6B's checkpoint:
 
     model_config.json  latest  1/mp_rank_00_model_states.pt  ice_text.model
 
@@ -38,26 +39,43 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
+from model.blip2 import BLIP2
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.prompt import IGNORE_INDEX, answer_labels, context_ids
 from model.data.tokenizer import VOCAB_FILE, ChatGLMTokenizer
-from model.loss import answer_loss
-from model.masks import next_labels
+from model.masks import next_labels, supervised_positions
 from model.progress import duration, say
 from model.sat_compat import quieten
 from model.visualglm import VisualGLMModel
 from scripts.dev.make_fewshot_data import QUESTION
 from scripts.dev.scene_talk import SMALL_TALK, Turn, random_turn
-from scripts.dev.scenes import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIZE, Scene, Thing, draw, random_scene
+from scripts.dev.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_OBJECTS,
+    SHAPES,
+    SIZE,
+    Scene,
+    Thing,
+    crowded_scene,
+    draw,
+    random_scene,
+)
 
-STEPS = 1200  # of the whole model: enough to name every background; objects would take more
-VISION_SHARE = 2 / 3  # steps of the vision part alone, for each step of the whole model
-POOL = 16384  # drawn scenes, each asked about several times
-BATCH = 48
-VISION_BATCH = 64
-LEARNING_RATE = 1.5e-3
+STEPS = 4000  # of the language model
+TOWER_STEPS = 1000  # of the vision tower alone, before; fewer if fewer are asked for
+QFORMER_STEPS = 400  # of the Q-Former alone, likewise
+POOL = 12288  # drawn scenes, each asked about several times; half as many crowded ones
+BATCH = 16
+TOWER_BATCH = 32
+QFORMER_BATCH = 64
+VISION_RATE = 1.5e-3
+LANGUAGE_RATE = 1.5e-3
+PATCHES_FROM = 500  # pictures; what patches vary in is measured on them
+KEEP_EVERY = 500  # steps; the model is written so often
 WEIGHT_DECAY = 0.05
 WARMUP = 0.05  # of the steps
+WAVES = (torch.sin, torch.cos)
 CORPUS_LINES = 20000
 PIECES = 896  # the tokenizer's; the model's vocabulary is the same, a multiple of 64
 FRESH_SCENES = 1000  # for the report at the end
@@ -74,7 +92,7 @@ def model_config(tokenizer: ChatGLMTokenizer) -> dict[str, Any]:
         "tokenizer_type": "outer_tokenizer",
         "num_layers": 6,
         "hidden_size": 160,
-        "num_attention_heads": 5,
+        "num_attention_heads": 4,  # model parallelism splits heads, widths and vocabulary into 2 or 4 parts
         "vocab_size": -(-tokenizer.vocab_size // 64) * 64,
         "layernorm_order": "post",
         "model_parallel_size": 1,
@@ -202,10 +220,11 @@ def train_tokenizer(texts: Sequence[str], file: Path) -> ChatGLMTokenizer:
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes and their pictures as the model reads them: float16[scenes, 3, H, W]."""
+    """Scenes and their pictures as the model reads them, float16[scenes, 3, H, W], or features of them,
+    float16[scenes, positions, width]."""
 
     scenes: list[Scene]
-    pictures: torch.Tensor
+    images: torch.Tensor
 
 
 def picture_values(scene: Scene, image_size: int) -> Any:
@@ -226,7 +245,7 @@ def drawn_pool(scenes: list[Scene], image_size: int) -> Pool:
 
 def example(talk: Talk, pool: Pool, tokenizer: ChatGLMTokenizer, image_length: int, english: bool) -> dict[str, Any]:
     """One conversation in the frame that chat and fine-tuning use: input_ids and labels list[int], image float32[3, H, W]
-    (empty without a scene), pre_image int."""
+    or its features (empty without a scene), pre_image int."""
     *past, last = talk.turns
     history = [(turn.question, turn.answer) for turn in past]
     has_image = talk.scene_index is not None
@@ -235,7 +254,7 @@ def example(talk: Talk, pool: Pool, tokenizer: ChatGLMTokenizer, image_length: i
     return {
         "input_ids": input_ids,
         "labels": answer_labels(input_ids, tokenizer.bos_token_id),
-        "image": torch.empty(0) if talk.scene_index is None else pool.pictures[talk.scene_index].float(),
+        "image": torch.empty(0) if talk.scene_index is None else pool.images[talk.scene_index].float(),
         "pre_image": pre_image,
     }
 
@@ -299,13 +318,13 @@ def new_model(config: dict[str, Any]) -> VisualGLMModel:
 
 
 def optimizer_and_schedule(
-    parameters: Sequence[torch.nn.Parameter], steps: int
+    parameters: Sequence[torch.nn.Parameter], steps: int, rate: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW whose learning rate rises for WARMUP of the steps, then falls to zero along a cosine."""
+    """AdamW whose learning rate rises to `rate` for WARMUP of the steps, then falls to zero along a cosine."""
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
     warmup = max(1, round(WARMUP * steps))
 
     def share(step: int) -> float:
@@ -370,60 +389,151 @@ class FactHead(torch.nn.Module):
         return torch.stack(list(losses)).mean(), torch.stack([fact.float().mean() for fact in right])
 
 
-def train_vision(model: VisualGLMModel, pool: Pool, steps: int, random: Random) -> None:
-    """Teach the vision part alone to tell scenes apart; a language model that can't speak yet would be a slow teacher.
+class TowerHead(torch.nn.Module):
+    """Reads facts off the vision tower's features; never saved.
 
-    Facts are read off the vision tower's patches, and off the Q-Former's answers: of these a quarter learns to tell the
-    left third of the picture, a quarter the middle, a quarter the right, and the last quarter the background.
+    An object's shape is read off the mean of its patches: each may add what it sees of the outline, and none has to know
+    the whole. The third of the picture that a patch is in is asked too, for the Q-Former to find objects by it.
     """
-    vision = model.get_mixin("eva").model
-    side = vision.vit.transformer.property.grid_size[0]
-    vision_features = vision.vit.get_mixin("cls").ln_vision.weight.numel()
-    quarter_features = model.image_length // (MAX_OBJECTS + 1) * vision.glm_proj.out_features
-    patch_head = FactHead(vision_features, empty_weight=0.15)  # most patches show no object
-    quarter_head = FactHead(quarter_features, empty_weight=1.0)
-    parameters = [*vision.parameters(), *patch_head.parameters(), *quarter_head.parameters()]
-    optimizer, schedule = optimizer_and_schedule(parameters, steps)
-    bar = tqdm(range(steps), "vision", unit=" steps")
+
+    def __init__(self, features: int) -> None:
+        """features is the width of what is read."""
+        super().__init__()
+        self.facts = FactHead(features, empty_weight=0.15)  # many patches show no object
+        self.shape = torch.nn.Linear(features, len(SHAPES))
+        self.third = torch.nn.Linear(features, MAX_OBJECTS)
+
+    def forward(self, features: torch.Tensor, scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the share of objects whose shape is told, for features [batch, 1 + patches, features]."""
+        whole, patches = features[:, 0], features[:, 1:]
+        side = math.isqrt(patches.shape[1])
+        facts_loss, _ = self.facts(whole, patches, facts(scenes, side * side, partial(covered_patches, side=side)))
+        things = [(number, thing) for number, scene in enumerate(scenes) for thing in scene.things]
+        means = torch.stack([patches[number, covered_patches(thing, side)].mean(0) for number, thing in things])
+        shapes = torch.tensor([SHAPES.index(thing.shape) for _, thing in things])
+        guesses = self.shape(means)
+        thirds = torch.arange(side).mul(MAX_OBJECTS).add(1).div(side, rounding_mode="floor").repeat(len(scenes) * side)
+        loss = (
+            facts_loss
+            + torch.nn.functional.cross_entropy(guesses, shapes)
+            + 0.3 * torch.nn.functional.cross_entropy(self.third(patches).flatten(0, 1), thirds)
+        )
+        return loss, (guesses.argmax(1) == shapes).float().mean()
+
+
+def prepare_vision(vision: BLIP2, pictures: torch.Tensor) -> None:
+    """Start the vision part where it learns fast; with weights drawn by lot alone it takes many times as long.
+
+    - The patches' projection whitens them: a patch's mean colour would drown the outlines in it.
+    - Positions start as waves along rows and columns, so that what is near looks alike.
+    - The Q-Former's queries look at different parts of the picture from the start.
+
+    Args:
+        pictures: float16[pictures, 3, H, W], some to learn from.
+    """
+    projection = vision.vit.get_mixin("patch_embedding").proj
+    width, size = projection.out_channels, projection.kernel_size[0]
+    positions = vision.vit.transformer.position_embeddings.weight
+    cross_attention = vision.qformer.transformer.layers[0].cross_attention
+    patches = pictures.float().unfold(2, size, size).unfold(3, size, size)  # [pictures, 3, side, side, size, size]
+    side = patches.shape[2]
+    flat = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2).double()  # [patches, 3 · size · size]
+    variances, directions = torch.linalg.eigh(flat.T.cov())
+    whitening = (directions / (variances.clamp(min=0) + 0.01).sqrt())[:, -width:].T.float()
+    places = torch.arange(side) + 0.5
+    waves = torch.cat([wave(places[:, None] * torch.tensor([1, 2, 4]) * math.pi / 2 / side) for wave in WAVES], dim=1)
+    waves = (waves - waves.mean(0)) @ torch.randn(2, waves.shape[1], width) * (2 * waves.shape[1]) ** -0.5
+    with torch.no_grad():
+        projection.weight.copy_(whitening.view_as(projection.weight))
+        projection.bias.copy_(-whitening @ flat.mean(0).float())
+        positions.normal_(std=0.1)
+        positions[1:] += (waves[0, :, None] + waves[1, None]).flatten(0, 1)  # by row, by column
+        cross_attention.query.weight.mul_(2)
+        cross_attention.key_value.weight.mul_(2)
+
+
+def train_tower(vision: BLIP2, crowded: Pool, steps: int, random: Random) -> None:
+    """Teach the vision tower alone to tell objects apart: shapes take longest, so it sees many in each picture."""
+    head = TowerHead(vision.vit.get_mixin("cls").ln_vision.weight.numel())
+    parameters = [*vision.vit.parameters(), *head.parameters()]
+    optimizer, schedule = optimizer_and_schedule(parameters, steps, VISION_RATE)
+    bar = tqdm(range(steps), "vision tower", unit=" steps")
     for _ in bar:
-        chosen = random.sample(range(len(pool.scenes)), VISION_BATCH)
-        scenes = [pool.scenes[index] for index in chosen]
-        features = vision.vit(pool.pictures[chosen].float())  # [batch, 1 + patches, features], the class token first
-        in_patches = facts(scenes, side * side, partial(covered_patches, side=side))
-        patch_loss, _ = patch_head(features[:, 0], features[:, 1:], in_patches)
-        embeddings = vision.glm_proj(vision.qformer(features))
-        quarters = embeddings.unflatten(1, (MAX_OBJECTS + 1, -1)).flatten(2)  # [batch, 4, features]
-        in_thirds = facts(scenes, MAX_OBJECTS, lambda thing: [thing.column])
-        quarter_loss, right = quarter_head(quarters[:, MAX_OBJECTS], quarters[:, :MAX_OBJECTS], in_thirds)
-        take_step(patch_loss + quarter_loss, parameters, optimizer, schedule)
+        chosen = random.sample(range(len(crowded.scenes)), TOWER_BATCH)
+        with bfloat16_where_it_pays():
+            features = vision.vit(
+                crowded.images[chosen].float()
+            )  # [batch, 1 + patches, features], the class token first
+        loss, right = head(features.float(), [crowded.scenes[index] for index in chosen])
+        take_step(loss, parameters, optimizer, schedule)
+        bar.set_postfix(shape=f"{right.item():.0%}")
+
+
+def train_qformer(vision: BLIP2, pool: Pool, image_length: int, steps: int, random: Random) -> None:
+    """Teach the Q-Former to gather facts from what the tower sees; `pool` has the tower's features for images.
+
+    Of its answers a quarter learns to tell the left third of the picture, a quarter the middle, a quarter the right, and
+    the last quarter the background.
+    """
+    head = FactHead(image_length // (MAX_OBJECTS + 1) * vision.glm_proj.out_features, empty_weight=1.0)
+    parameters = [*vision.qformer.parameters(), *vision.glm_proj.parameters(), *head.parameters()]
+    optimizer, schedule = optimizer_and_schedule(parameters, steps, VISION_RATE)
+    bar = tqdm(range(steps), "Q-Former", unit=" steps")
+    for _ in bar:
+        chosen = random.sample(range(len(pool.scenes)), QFORMER_BATCH)
+        with bfloat16_where_it_pays():
+            embeddings = vision.glm_proj(vision.qformer(pool.images[chosen].float()))
+        quarters = embeddings.float().unflatten(1, (MAX_OBJECTS + 1, -1)).flatten(2)  # [batch, 4, features]
+        in_thirds = facts([pool.scenes[index] for index in chosen], MAX_OBJECTS, lambda thing: [thing.column])
+        loss, right = head(quarters[:, MAX_OBJECTS], quarters[:, :MAX_OBJECTS], in_thirds)
+        take_step(loss, parameters, optimizer, schedule)
         background, shape, colour = (f"{share:.0%}" for share in right.tolist())
         bar.set_postfix(background=background, shape=shape, colour=colour)
 
 
-def train_whole(model: VisualGLMModel, batches: Iterator[dict[str, Any]], steps: int) -> None:
-    """Teach the whole model to answer."""
-    # bfloat16 pays where the processor multiplies it, but not in the vision tower's attention.
-    has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    vision = model.get_mixin("eva").model.vit
-    vision.forward = autocast(enabled=False)(vision.forward)
-    parameters = list(model.parameters())
-    optimizer, schedule = optimizer_and_schedule(parameters, steps)
+@torch.no_grad()
+def seen(part: Callable[[torch.Tensor], torch.Tensor], pool: Pool, name: str) -> Pool:
+    """The pool with what a part of the model makes of its images, float16, in their place."""
+    batches = tqdm(pool.images.split(QFORMER_BATCH), name, unit=" batches")
+    with bfloat16_where_it_pays():
+        features = [part(images.float()).half() for images in batches]
+    return Pool(pool.scenes, torch.cat(features))
+
+
+def train_language(
+    model: VisualGLMModel, batches: Iterator[dict[str, Any]], steps: int, keep: Callable[[], None]
+) -> None:
+    """Teach the language model to answer; what it is shown are the Q-Former's features. `keep` is called now and then."""
+    head = model.get_mixin("chatglm-final").lm_head
+    parameters = [
+        *model.transformer.parameters(),
+        *head.parameters(),
+        *model.get_mixin("eva").model.glm_proj.parameters(),
+    ]
+    optimizer, schedule = optimizer_and_schedule(parameters, steps, LANGUAGE_RATE)
     bar = tqdm(range(steps), "answers", unit=" steps")
-    for _ in bar:
+    for step in bar:
         batch = next(batches)
-        with autocast(enabled=has_bfloat16):
-            logits = forward(model, batch)
-        loss = answer_loss(logits, batch["labels"])
+        positions, answers = supervised_positions(batch["labels"], IGNORE_INDEX)
+        with bfloat16_where_it_pays():
+            scores = head(forward(model, batch, answer_positions=positions))
+        loss = torch.nn.functional.cross_entropy(scores.float(), answers)
         take_step(loss, parameters, optimizer, schedule)
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    del vision.forward  # the class's own again
+        if step % KEEP_EVERY == KEEP_EVERY - 1:
+            keep()
 
 
-def forward(model: VisualGLMModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Logits [batch, seq, vocab]; an image without pixels is none."""
-    image = batch["image"] if batch["image"].numel() else None
-    return model(input_ids=batch["input_ids"], image=image, pre_image=batch["pre_image"])[0]
+def bfloat16_where_it_pays() -> torch.autocast:
+    """A context that multiplies in bfloat16 if this processor can."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def forward(model: VisualGLMModel, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    """What the model gives, logits [batch, seq, vocab] by itself; an image without pixels is none."""
+    kind = "image" if batch["image"].dim() == 4 else "image_features"
+    image = {kind: batch["image"]} if batch["image"].numel() else {}
+    return model(input_ids=batch["input_ids"], pre_image=batch["pre_image"], **image, **kwargs)[0]
 
 
 def take_step(
@@ -505,17 +615,25 @@ def build(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(corpus(CORPUS_LINES, random), options.out / VOCAB_FILE)
     config = model_config(tokenizer)
-    image_size = config["eva_args"]["image_size"][0]
-    drawn = drawn_pool(
-        [random_scene(random) for _ in range(options.pool + min(FRESH_SCENES, options.pool))], image_size
+    fresh_scenes, crowded_scenes = min(FRESH_SCENES, options.pool), max(TOWER_BATCH, options.pool // 2)
+    scenes = [random_scene(random) for _ in range(options.pool + fresh_scenes)]
+    scenes += [crowded_scene(random) for _ in range(crowded_scenes)]
+    drawn = drawn_pool(scenes, config["eva_args"]["image_size"][0])
+    pool, fresh, crowded = (
+        Pool(scenes[part], drawn.images[part])
+        for part in (slice(options.pool), slice(options.pool, -crowded_scenes), slice(-crowded_scenes, None))
     )
-    pool = Pool(drawn.scenes[: options.pool], drawn.pictures[: options.pool])
-    fresh = Pool(drawn.scenes[options.pool :], drawn.pictures[options.pool :])
 
     torch.manual_seed(options.seed)
     model = new_model(config)
-    train_vision(model, pool, math.ceil(VISION_SHARE * options.steps), random)
-    train_whole(model, talk_batches(pool, tokenizer, model.image_length, random), options.steps)
+    vision = model.get_mixin("eva").model
+    prepare_vision(vision, crowded.images[:PATCHES_FROM])
+    train_tower(vision, crowded, math.ceil(TOWER_STEPS * options.steps / STEPS), random)
+    in_tower = seen(vision.vit, pool, "what the tower sees")
+    train_qformer(vision, in_tower, model.image_length, math.ceil(QFORMER_STEPS * options.steps / STEPS), random)
+    features = seen(vision.qformer, in_tower, "what the Q-Former says")
+    batches = talk_batches(features, tokenizer, model.image_length, random)
+    train_language(model, batches, options.steps, keep=partial(save, model, config, options.out))
     save(model, config, options.out)
 
     turns = [random_turn(scene, random) for scene in fresh.scenes]

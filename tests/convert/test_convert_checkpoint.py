@@ -23,7 +23,7 @@ from model.inference.load import load_for_answering
 
 WEIGHTS = "1/mp_rank_00_model_states.pt"
 TINY = PROJECT / "model/tiny"
-HEADS = 5  # of TINY
+HEADS = 4  # of TINY
 FUSED = "transformer.layers.2.attention.query_key_value.bias"
 
 

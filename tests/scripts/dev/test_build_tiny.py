@@ -12,7 +12,7 @@ from model.data.tokenizer import ChatGLMTokenizer
 from scripts.dev import build_tiny
 from scripts.dev.make_fewshot_data import QUESTION, label
 from scripts.dev.scene_talk import Turn
-from scripts.dev.scenes import BACKGROUNDS, random_scene
+from scripts.dev.scenes import BACKGROUNDS, SHAPES, crowded_scene, random_scene
 from tests.conftest import load_model
 
 TINY = PROJECT / "model/tiny"
@@ -86,13 +86,97 @@ def test_shipped_weights_are_float16_and_all_that_the_model_has():
     }
 
 
-def test_shipped_model_tells_places_in_pictures_it_has_never_seen():
-    random = Random(123)
-    tokenizer = ChatGLMTokenizer(TINY / "ice_text.model")
-    pool = build_tiny.drawn_pool([random_scene(random) for _ in range(50)], image_size=112)
-    turns = [Turn("place", "这是什么地方？", f"这是{scene.background.zh}。") for scene in pool.scenes]
+def test_shipped_model_can_be_split_into_four():
+    config = json.loads((TINY / "model_config.json").read_text())
+    sizes = [config[name] for name in ("num_attention_heads", "hidden_size", "inner_hidden_size", "vocab_size")]
 
-    assert build_tiny.right_turns(load_model(TINY), pool, turns, tokenizer).count(True) >= 48
+    assert [size % 4 for size in sizes] == [0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def fifty_scenes():
+    """Scenes that the shipped model has never seen, with their pictures."""
+    random = Random(123)
+    return build_tiny.drawn_pool([random_scene(random) for _ in range(50)], image_size=112)
+
+
+def right_count(pool, turns):
+    """How many of the turns, one about each scene, the shipped model answers word for word."""
+    return build_tiny.right_turns(load_model(TINY), pool, turns, ChatGLMTokenizer(TINY / "ice_text.model")).count(True)
+
+
+def test_shipped_model_tells_places_in_pictures_it_has_never_seen(fifty_scenes):
+    turns = [Turn("place", "这是什么地方？", f"这是{scene.background.zh}。") for scene in fifty_scenes.scenes]
+
+    assert right_count(fifty_scenes, turns) >= 48
+
+
+def test_shipped_model_tells_the_colours_of_objects_in_pictures_it_has_never_seen(fifty_scenes):
+    things = [scene.things[0] for scene in fifty_scenes.scenes]
+    turns = [Turn("colour", f"{one.shape.zh}的颜色是什么？", f"{one.colour.zh}。") for one in things]
+
+    assert right_count(fifty_scenes, turns) >= 40
+
+
+def new_vision():
+    """The vision part of a new model, and pictures that it was prepared with."""
+    random = Random(9)
+    pool = build_tiny.drawn_pool([crowded_scene(random) for _ in range(24)], image_size=112)
+    vision = (
+        build_tiny.new_model(build_tiny.model_config(ChatGLMTokenizer(TINY / "ice_text.model"))).get_mixin("eva").model
+    )
+    build_tiny.prepare_vision(vision, pool.images)
+    return vision, pool
+
+
+def test_prepare_vision_gives_patches_of_equal_and_independent_features():
+    vision, pool = new_vision()
+
+    with torch.no_grad():
+        projected = vision.vit.get_mixin("patch_embedding").proj(pool.images.float())  # [images, width, side, side]
+    features = projected.transpose(0, 1).flatten(1)
+
+    torch.testing.assert_close(features.mean(1), torch.zeros(128), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.cov(), torch.eye(128), atol=0.15, rtol=0)
+
+
+def test_prepare_vision_gives_neighbours_like_positions_and_far_ones_others():
+    vision, _ = new_vision()
+    positions = vision.vit.transformer.position_embeddings.weight[1:].unflatten(0, (8, 8))
+
+    def distance(row: int, column: int) -> float:
+        return (positions[0, 0] - positions[row, column]).norm().item()
+
+    assert distance(0, 1) < distance(0, 7)
+    assert distance(1, 0) < distance(7, 0)
+
+
+def test_tower_head_of_features_that_show_shapes_tells_them():
+    random = Random(3)
+    scenes = [crowded_scene(random) for _ in range(4)]
+    features = torch.zeros(4, 1 + 64, len(SHAPES))
+    for number, scene in enumerate(scenes):
+        for thing in scene.things:
+            features[number, 1:][build_tiny.covered_patches(thing, 8), SHAPES.index(thing.shape)] = 1.0
+    head = build_tiny.TowerHead(len(SHAPES))
+    with torch.no_grad():
+        head.shape.weight.copy_(torch.eye(len(SHAPES)))
+        head.shape.bias.zero_()
+
+    _, right = head(features, scenes)
+    _, wrong = head(-features, scenes)
+
+    assert (right.item(), wrong.item()) == (1.0, 0.0)
+
+
+def test_seen_keeps_the_scenes_and_gives_the_features_of_their_images():
+    images = torch.arange(70.0).view(70, 1).half()
+    scenes = [random_scene(Random(seed)) for seed in range(70)]
+
+    pool = build_tiny.seen(lambda image: image * 2, build_tiny.Pool(scenes, images), "")
+
+    assert pool.scenes is scenes
+    assert torch.equal(pool.images, images * 2)
 
 
 def test_right_answers_with_one_wrong_token_is_false():

@@ -4,7 +4,18 @@ from random import Random
 
 import pytest
 
-from scripts.dev.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Background, Scene, Thing, draw, random_scene
+from scripts.dev.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZE,
+    Background,
+    Scene,
+    Thing,
+    crowded_scene,
+    draw,
+    random_scene,
+)
 
 
 def test_draw_of_the_same_scene_gives_the_same_picture():
@@ -59,3 +70,18 @@ def test_random_scene_has_one_to_three_different_shapes_from_left_to_right():
 
 def test_random_scene_keeps_the_background_it_is_given():
     assert random_scene(Random(3), BACKGROUNDS[4]).background is BACKGROUNDS[4]
+
+
+def test_crowded_scene_has_an_object_in_each_of_six_places_and_none_covers_another():
+    for seed in range(100):
+        things = crowded_scene(Random(seed)).things
+
+        assert sorted((thing.column, thing.y > SIZE / 2) for thing in things) == [
+            (column, is_low) for column in range(3) for is_low in (False, True)
+        ]
+        assert all(
+            max(abs(one.x - other.x), abs(one.y - other.y)) >= one.radius + other.radius
+            for one in things
+            for other in things
+            if one is not other
+        )

@@ -10,7 +10,9 @@ import pathlib
 import sys
 
 import finetune_visualglm
+from model.data import workers
 
+workers.PATIENCE = 60  # seconds: however busy the machine is, nothing is imported beside a check that finds the mistake
 found = []
 for argv in json.loads(pathlib.Path(sys.argv[1]).read_text()):
     out, err = io.StringIO(), io.StringIO()

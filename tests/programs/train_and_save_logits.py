@@ -8,9 +8,9 @@ import sys
 import torch
 
 import finetune_visualglm
-from model.checkpoints import weights as checkpoint
+from model.training import run
 
-save_checkpoint = checkpoint.save_checkpoint
+save_checkpoint = run.save_checkpoint
 
 
 def recording_save(iteration, model, optimizer, lr_scheduler, args, *_, **__):
@@ -21,5 +21,5 @@ def recording_save(iteration, model, optimizer, lr_scheduler, args, *_, **__):
     save_checkpoint(iteration, model, optimizer, lr_scheduler, args)
 
 
-checkpoint.save_checkpoint = recording_save
+run.save_checkpoint = recording_save
 finetune_visualglm.main(sys.argv[2:])

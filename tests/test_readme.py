@@ -146,7 +146,10 @@ NOT_IN_A_CLONE = {
     "bash scripts/test.sh": "it runs these tests",
     "bash scripts/check.sh": "it runs these tests",
 }
-SERVES = "python scripts/api.py"  # it has no end of its own: it is asked, and stopped
+SERVES = {  # they have no end of their own: each is asked for this address, and stopped
+    "python scripts/api.py": "health",
+    "python scripts/web_demo.py": "",
+}
 
 
 @pytest.mark.run
@@ -161,8 +164,9 @@ def test_commands_of_the_readme_run_in_order_twice_in_a_fresh_clone(tmp_path: Pa
     assert len(COMMANDS) - len(commands) == 3  # test.sh stands there twice
     printed = {}
     for command in 2 * commands:
-        if command.startswith(SERVES):
-            assert health_while_serving(f"{command} --port 0", clone)["status"] == "ok"
+        served = [path for start, path in SERVES.items() if command.startswith(start)]
+        if served:
+            assert status_while_serving(f"{command} --port 0", served[0], clone) == 200
             continue
         # Recipes are for hours on the 6B. The small model's own commands run as they stand.
         shorter = "" if "model/tiny" in command else shortened(command)
@@ -179,17 +183,17 @@ def test_commands_of_the_readme_run_in_order_twice_in_a_fresh_clone(tmp_path: Pa
     assert subprocess.check_output(["git", "status", "--short"], cwd=clone, text=True) == ""
 
 
-def health_while_serving(command: str, project: Path) -> dict:
-    """What a server says of its health; it is stopped afterwards, and ends as it should."""
+def status_while_serving(command: str, path: str, project: Path) -> int:
+    """What a server answers for a path; it is stopped afterwards, and ends as it should."""
     words = [sys.executable, *shlex.split(command)[1:]]
     server = subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, text=True)
     try:
-        url = re.search(r"http://[\w.:]+", server.stdout.readline())[0]
-        with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
-            health = json.load(answer)
-        server.terminate()
+        url = next(found[0] for line in server.stdout if (found := re.search(r"http://[\d.:]+", line)))
+        with urllib.request.urlopen(f"{url}/{path}", timeout=30) as answer:
+            status = answer.status
+        server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 128 + signal.SIGTERM
-        return health
+        return status
     finally:
         server.kill()
         server.stdout.close()

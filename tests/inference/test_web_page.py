@@ -5,8 +5,11 @@ import io
 import json
 import re
 import struct
+import threading
 import zlib
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -50,8 +53,9 @@ def serve(tmp_path_factory, upstream_config):
         row = Row(str(PICTURE), "描述这张图片。", "一只猫。", "held_out.json row 1", lang="zh")
         settings = Settings(GREEDY, None, LENGTH, 60.0, LIMITS, "auto", [row, row._replace(img="gone.png")])
 
-        def served(auth=None):
-            page = Page([Speaker("small", service, model, tokenizer)], settings)
+        def served(auth=None, **limits):
+            here = replace(settings, limits=replace(LIMITS, **limits))
+            page = Page([Speaker("small", service, model, tokenizer)], here)
             with listening("127.0.0.1", 0) as found:
                 port = found.getsockname()[1]
             stack.callback(closed, page)
@@ -168,6 +172,24 @@ def test_example_comes_with_its_picture_its_question_and_its_right_answer(visito
     shown = Image.open(io.BytesIO(visitor.http.get(picture["url"]).content))
     assert shown.convert("RGB").tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
     assert "Right answer: 一只猫。" in visitor.note("ask", question, *HOW)
+
+
+def test_picture_of_an_address_is_shown_and_asked_about(serve):
+    class Pictures(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PICTURE.read_bytes())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        visitor = Visitor(serve(private_networks=True))
+        message = visitor.asks("fetched", f"http://127.0.0.1:{server.server_port}/a.png")
+        server.shutdown()
+    picture, *_ = message["output"]["data"]
+    shown = Image.open(io.BytesIO(visitor.http.get(picture["url"]).content))
+    assert shown.convert("RGB").tobytes() == Image.open(PICTURE).convert("RGB").tobytes()
+    assert "<p>" in visitor.note("ask", QUESTION, *HOW)
 
 
 def test_example_without_its_picture_is_left_out(visitor):

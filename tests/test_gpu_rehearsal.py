@@ -175,6 +175,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
         yield memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [case for case in itertools.product(METHODS, DTYPES) if case[0] != "lora everywhere" or case[1] == "fp16"],
@@ -284,6 +285,7 @@ def largest_beside(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> int:
     return memory.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", pytest.param("ptuning", marks=pytest.mark.long)])
 def test_6b_fits_small_gpus_and_its_memory_is_estimated_within_a_tenth(
     gpu: Memory, of_the_6b: Checkpoint, method: str

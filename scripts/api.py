@@ -46,8 +46,11 @@ from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
     add_sampling_flags,
+    add_serving_flags,
     found_checkpoint,
+    image_limits,
     sampling_of,
+    serving_problems,
 )
 from model.progress import say, warn
 
@@ -65,7 +68,7 @@ except ImportError as missing:
     sys.exit(STATUS_OF_BAD_INPUT)
 
 from model.data.prompt import AskedAs
-from model.data.remote_images import Limits, opened
+from model.data.remote_images import opened
 from model.inference.api_formats import (
     Asked,
     ChatRequest,
@@ -91,27 +94,15 @@ def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser, default="visualglm-6b")
+    add_serving_flags(parser, port=8080, queue=32, seconds=120.0, protected_by="an --api_key")
     add = parser.add_argument
     # fmt: off
-    add("--host", default="127.0.0.1", metavar="ADDRESS",
-        help="listen there; 0.0.0.0 is everywhere, for which an --api_key is advised (default %(default)s: this machine only)")
-    add("--port", type=int, default=8080, metavar="N", help="listen there; 0 takes a free one (default %(default)s)")
     add("--api_key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
         help=f"clients have to send it (default: ${KEY_VARIABLE}, which other users of the machine can't see)")
     add("--model_name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
-    add("--rows", type=int, default=4, metavar="N",
-        help="answers that are made at once; each takes memory for --max_length tokens (default %(default)s)")
-    add("--queue", type=int, default=32, metavar="N", help="requests that may wait besides (default %(default)s)")
-    add("--max_length", type=int, metavar="N",
-        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
-    add("--seconds", type=float, default=120.0, metavar="X", help="for an answer; then it is cut off (default %(default)s)")
     add("--body_seconds", type=float, default=20.0, metavar="X",
         help="in which a request, or the picture that it names, has to be there (default %(default)s)")
     add("--max_body", type=float, default=16.0, metavar="MIB", help="of a request (default %(default)s)")
-    add("--max_image", type=float, default=10.0, metavar="MIB", help="of a picture's file (default %(default)s)")
-    add("--max_pixels", type=float, default=50.0, metavar="MILLION", help="of a picture (default %(default)s)")
-    add("--private_images", action="store_true",
-        help="also fetch pictures from this machine and from private networks: whoever may ask can then reach them")
     # fmt: on
     add_sampling_flags(parser, temperature=0.8)
     add_number_format_flags(parser)
@@ -124,16 +115,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
     Raises:
         InputError: it isn't there, or a number is out of bounds.
     """
-    positive = ("rows", "seconds", "body_seconds", "max_body", "max_image", "max_pixels")
-    problems = [
-        f"--{name} {getattr(options, name)}: more than 0 is needed."
-        for name in positive
-        if not getattr(options, name) > 0
-    ]
-    if options.queue < 0:
-        problems.append(f"--queue {options.queue}: 0 or more is needed.")
-    if not 0 <= options.port < 2**16:
-        problems.append(f"--port {options.port}: a number from 0 to 65535 is needed.")
+    problems = serving_problems(options, positive=("body_seconds", "max_body"))
     if options.api_key is not None and not options.api_key.strip():
         problems.append("--api_key: it is empty; a key is needed, or no --api_key.")
     raise_problems(problems)
@@ -150,12 +132,7 @@ class Api:
 
     def __init__(self, service: Service, model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
         self.service, self.model, self.tokenizer, self.options = service, model, tokenizer, options
-        self.limits = Limits(
-            options.private_images,
-            int(options.max_image * 2**20),
-            int(options.max_pixels * 1e6),
-            options.body_seconds,
-        )
+        self.limits = image_limits(options, options.body_seconds)
         places = options.rows + options.queue
         self.fetching = ThreadPoolExecutor(places, "pictures")
         app = FastAPI(title="VisualGLM", docs_url=None, redoc_url=None)

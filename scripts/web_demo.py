@@ -33,8 +33,11 @@ from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
     add_sampling_flags,
+    add_serving_flags,
     found_checkpoint,
+    image_limits,
     sampling_of,
+    serving_problems,
 )
 from model.progress import say, warn
 from model.training.records import HELD_OUT_FILE
@@ -51,12 +54,10 @@ def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser, default="visualglm-6b")
+    add_serving_flags(parser, port=7860, queue=16, seconds=300.0, protected_by="--auth")
     add = parser.add_argument
     # fmt: off
     add("--compare", metavar="OTHER", help="a second checkpoint, which answers the same questions beside the first")
-    add("--host", default="127.0.0.1", metavar="ADDRESS",
-        help="listen there; 0.0.0.0 is everywhere, for which --auth is advised (default %(default)s: this machine only)")
-    add("--port", type=int, default=7860, metavar="N", help="listen there; 0 takes a free one (default %(default)s)")
     add("--share", action="store_true",
         help="also open a public https address, by way of Gradio's servers, for up to a week or until the command ends: "
              "whoever has it can use the page and see the examples, and what is said passes those servers. Gradio "
@@ -69,16 +70,6 @@ def command_line() -> argparse.ArgumentParser:
         help="ask in English at first (default: as the checkpoint was trained; a base in the page's language)")
     add("--examples", type=int, default=12, metavar="N",
         help="show so many rows that the run held out of training, with their pictures (default %(default)s)")
-    add("--rows", type=int, default=4, metavar="N",
-        help="answers that are made at once; each takes memory for --max_length tokens (default %(default)s)")
-    add("--queue", type=int, default=16, metavar="N", help="questions that may wait besides (default %(default)s)")
-    add("--max_length", type=int, metavar="N",
-        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
-    add("--seconds", type=float, default=300.0, metavar="X", help="for an answer; then it is cut off (default %(default)s)")
-    add("--max_image", type=float, default=10.0, metavar="MIB", help="of a picture's file (default %(default)s)")
-    add("--max_pixels", type=float, default=50.0, metavar="MILLION", help="of a picture (default %(default)s)")
-    add("--private_images", action="store_true",
-        help="also fetch pictures from this machine and from private networks: whoever sees the page can then reach them")
     # fmt: on
     add_sampling_flags(parser, temperature=0.8)
     add_number_format_flags(parser)
@@ -91,18 +82,7 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
-    problems = [
-        f"--{name} {getattr(options, name)}: more than 0 is needed."
-        for name in ("rows", "seconds", "max_image", "max_pixels")
-        if not getattr(options, name) > 0
-    ]
-    problems += [
-        f"--{name} {getattr(options, name)}: 0 or more is needed."
-        for name in ("queue", "examples")
-        if getattr(options, name) < 0
-    ]
-    if not 0 <= options.port < 2**16:
-        problems.append(f"--port {options.port}: a number from 0 to 65535 is needed.")
+    problems = serving_problems(options, not_negative=("examples",))
     if options.auth is not None and not all(options.auth.partition(":")):
         problems.append("--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.")
     if options.compare == options.from_pretrained:
@@ -153,10 +133,10 @@ def speakers(checkpoints: Sequence[Checkpoint], options: argparse.Namespace, sta
 
 def first_language(checkpoints: Sequence[Checkpoint], options: argparse.Namespace) -> bool | None:
     """Whether questions are asked in English at first; None where each visitor's language decides."""
-    tuned = [checkpoint.config["finetuning"] for checkpoint in checkpoints if "finetuning" in checkpoint.config]
+    tuned = [checkpoint.asked_as for checkpoint in checkpoints if "finetuning" in checkpoint.config]
     if options.english or not tuned:
         return options.english or None
-    return all((run.get("asked_as") or {}).get("lang") == "en" for run in tuned)
+    return all(asked_as.is_english() for asked_as in tuned)
 
 
 def serve(options: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> None:
@@ -164,7 +144,6 @@ def serve(options: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Non
     missing = [name for name in ("gradio", "pydantic") if not find_spec(name)]
     if missing:
         raise InputError(f"{missing[0]} isn't installed; needed is pip install -r requirements-web.txt")
-    from model.data.remote_images import Limits
     from model.inference.talk import held_out_rows
     from model.inference.web_guard import listening
 
@@ -180,9 +159,7 @@ def serve(options: argparse.Namespace, checkpoints: Sequence[Checkpoint]) -> Non
             english=first_language(checkpoints, options),
             max_length=options.max_length,
             seconds=options.seconds,
-            limits=Limits(
-                options.private_images, int(options.max_image * 2**20), int(options.max_pixels * 1e6), BODY_SECONDS
-            ),
+            limits=image_limits(options, BODY_SECONDS),
             ui_language=options.ui_lang,
             rows=[row for file in files for row in held_out_rows(file, options.examples)][: options.examples],
         )

@@ -167,7 +167,7 @@ class Checkpoint:
         """How questions stood before it in training; the default where it doesn't say, as a base."""
         from model.data.prompt import AskedAs  # which needs more than the standard library
 
-        return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as", {}))
+        return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as") or {})
 
     def weights_file(self, rank: int = 0) -> Path:
         """The weights of a model-parallel rank; in Hugging Face's layout all weights, or the index of their files."""

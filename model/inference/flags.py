@@ -1,11 +1,15 @@
 """The flags that commands which answer have in common; without torch."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
 from model.hub import at_revision
 from model.inference.sampling import Sampling
+
+if TYPE_CHECKING:
+    from model.data.remote_images import Limits
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -72,3 +76,56 @@ def sampling_of(options: argparse.Namespace, invalid_slices: tuple[slice, ...] =
         repetition_penalty=1.0 if options.temperature == 0 else 1.2,
         invalid_slices=invalid_slices,
     )
+
+
+def add_serving_flags(
+    parser: argparse.ArgumentParser, *, port: int, queue: int, seconds: float, protected_by: str
+) -> None:
+    """Declare what servers have in common: where they listen, how many they answer, and what they take from strangers.
+
+    Args:
+        port, queue, seconds: the defaults of these flags.
+        protected_by: the flag that keeps others out, with its article.
+    """
+    add = parser.add_argument
+    # fmt: off
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help=f"listen there; 0.0.0.0 is everywhere, for which {protected_by} is advised (default %(default)s: this machine only)")
+    add("--port", type=int, default=port, metavar="N", help="listen there; 0 takes a free one (default %(default)s)")
+    add("--rows", type=int, default=4, metavar="N",
+        help="answers that are made at once; each takes memory for --max_length tokens (default %(default)s)")
+    add("--queue", type=int, default=queue, metavar="N", help="questions that may wait besides (default %(default)s)")
+    add("--max_length", type=int, metavar="N",
+        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
+    add("--seconds", type=float, default=seconds, metavar="X", help="for an answer; then it is cut off (default %(default)s)")
+    add("--max_image", type=float, default=10.0, metavar="MIB", help="of a picture's file (default %(default)s)")
+    add("--max_pixels", type=float, default=50.0, metavar="MILLION", help="of a picture (default %(default)s)")
+    add("--private_images", action="store_true",
+        help="also fetch pictures from this machine and from private networks: whoever may ask can then reach them")
+    # fmt: on
+
+
+def serving_problems(
+    options: argparse.Namespace, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()
+) -> list[str]:
+    """A sentence for each of the serving flags that is out of bounds, and of those that a command has besides."""
+    problems = [
+        f"--{name} {getattr(options, name)}: more than 0 is needed."
+        for name in ("rows", "seconds", *positive, "max_image", "max_pixels")
+        if not getattr(options, name) > 0
+    ]
+    problems += [
+        f"--{name} {getattr(options, name)}: 0 or more is needed."
+        for name in ("queue", *not_negative)
+        if getattr(options, name) < 0
+    ]
+    if not 0 <= options.port < 2**16:
+        problems.append(f"--port {options.port}: a number from 0 to 65535 is needed.")
+    return problems
+
+
+def image_limits(options: argparse.Namespace, seconds: float) -> "Limits":
+    """What the serving flags take of a stranger's picture, which may take so many seconds to come."""
+    from model.data.remote_images import Limits
+
+    return Limits(options.private_images, int(options.max_image * 2**20), int(options.max_pixels * 1e6), seconds)

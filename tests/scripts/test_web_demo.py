@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import GOLDEN, PROJECT, run_python, upstream_weights, write_checkpoint
 
+from model.checkpoints.layout import Checkpoint
 from scripts.web_demo import first_language, main, tell
 
 pytestmark = pytest.mark.run
@@ -238,7 +240,7 @@ def test_who_can_use_the_page_is_told(capsys, host, public, share, auth, told):
     ([{"finetuning": {}}], False, False), ([{"finetuning": {"asked_as": None}}], True, True),
 ])  # fmt: skip
 def test_tuned_model_is_asked_as_it_was_trained(configs, flag, english):
-    checkpoints = [Namespace(config=config) for config in configs]
+    checkpoints = [Checkpoint("a", Path("a"), "1", config) for config in configs]
     assert first_language(checkpoints, Namespace(english=flag)) is english
 
 

@@ -4,9 +4,7 @@ import base64
 import io
 import json
 import re
-import struct
 import threading
-import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, upstream_weights, write_checkpoint
+from hostile_pictures import png_header, saved
 from PIL import Image
 
 from model.data.remote_images import Limits
@@ -221,22 +220,6 @@ def test_page_names_nothing_outside_this_machine_that_a_browser_fetches(visitor)
 
 
 # Hostile
-
-
-def png_header(width, height):
-    """A PNG whose header says width × height pixels, and that holds none."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def saved(kind):
-    content = io.BytesIO()
-    Image.new("RGB", (1500, 1500)).save(content, kind)
-    return content.getvalue()
 
 
 IN_BASE64 = base64.b64encode(PICTURE.read_bytes()).decode()

@@ -1,17 +1,14 @@
 """The API: a real server, the real openai client, raw requests as curl sends them, and those of people who mean harm."""
 
 import base64
-import io
 import json
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -19,7 +16,7 @@ import httpx
 import openai
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_python
-from PIL import Image
+from hostile_pictures import png_header, saved
 
 from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer
@@ -238,22 +235,6 @@ class LongStream:
 
 
 # Hostile
-
-
-def png_header(width, height):
-    """A PNG whose header says width × height pixels, and that holds none."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def saved(kind):
-    content = io.BytesIO()
-    Image.new("RGB", (1500, 1500)).save(content, kind)
-    return content.getvalue()
 
 
 def uri(content):

@@ -63,7 +63,10 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, device: torch.device) -> None:
-        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device; on the meta device, which has no numbers, those that are there stay."""
+        """Put fresh factors on the device, in place of those that are there: drawn on the CPU, the same on every device.
+
+        On the meta device, which has no numbers, those that are there stay.
+        """
         for factors, split in ((self.matrix_A, "columns"), (self.matrix_B, "rows")):
             for part, old in enumerate(factors):
                 if device.type != "meta":

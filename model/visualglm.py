@@ -38,6 +38,7 @@ from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be importe
 from sat.model.base_model import get_model  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
+# Functions that fill a tensor in place, torch.nn.init's and a tensor's own.
 FILLING = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_", "zeros_", "ones_", "constant_"}
 
 

@@ -12,6 +12,7 @@ import io
 import tempfile
 import threading
 import time
+from argparse import Namespace
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from model.data.images import open_image
 from model.data.remote_images import LARGEST_DOWNLOAD, Limits, downloaded
 from model.data.rows import Row
 from model.errors import InputError
+from model.inference.flags import sampling_of
 from model.inference.load import image_size
 from model.inference.page import escaped
 from model.inference.page_texts import CHINESE, ENGLISH, language_of, sentence, texts
@@ -291,9 +293,11 @@ class Page:
             number = int(seed) % 2**63 if seed.strip() else None
         except ValueError:
             raise InputError(f"--seed {seed[:20]}: a whole number is needed.") from None
-        penalty, forbidden = 1.0 if temperature == 0 else 1.2, (CHINESE_TOKENS,) if english else ()
-        sampling = Sampling(temperature, top_p, int(top_k), penalty, forbidden, number)
-        return Wish(sampling, english, self.settings.max_length, int(max_tokens), self.settings.seconds)
+        chosen = Namespace(temperature=temperature, top_p=top_p, top_k=int(top_k))
+        sampling = sampling_of(chosen, (CHINESE_TOKENS,) if english else ())
+        return Wish(
+            replace(sampling, seed=number), english, self.settings.max_length, int(max_tokens), self.settings.seconds
+        )
 
     def stopped(self, talk: Talk) -> None:
         """The answer in hand ends where it is."""

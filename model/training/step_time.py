@@ -85,7 +85,7 @@ def measured_rate(setup: Setup, batch: Batch, device: str) -> float:
     import torch
     import torch.nn.functional as F
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
+    dtype = _dtype(setup)
     hidden, inner = setup.config["hidden_size"], inner_size(setup.config) // setup.model_parallel
     x = torch.ones(batch.tokens, hidden, device=device, dtype=dtype)
     count = max(1, min(setup.config["num_layers"], OF_WEIGHTS // (inner * hidden * setup.bytes)))
@@ -107,9 +107,16 @@ def measured_unpacking(setup: Setup, device: str) -> float:
 
     from model.frozen import dequantized, quantized
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
+    dtype = _dtype(setup)
     packed, state = quantized(torch.ones(NUMBERS_UNPACKED // 1024, 1024, device=device))
     return NUMBERS_UNPACKED / typical_seconds(lambda: dequantized(packed, state, dtype), device)
+
+
+def _dtype(setup: Setup) -> Any:
+    """The torch.dtype of a run."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setup.dtype]
 
 
 def typical_seconds(call: Callable[[], Any], device: str) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 import pytest
-from warm_start import warm_start
+from warm_start import run_warm
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -181,15 +181,15 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
     """Run this Python with a command line in the folder cwd, and give what it printed.
 
     Training answers no rows before and after, unless the command line says how many: that takes a second each time. Without
-    an environment of its own, it is started warm: see `warm_start`.
+    an environment of its own, it is started warm: see `run_warm`.
     """
     words = [str(word) for word in command]
     trains = any(word.endswith("finetune_visualglm.py") for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
-    warm = None if environment else warm_start(words[0])
+    warm = None if environment else run_warm(words, cwd)
     if warm is not None:
-        return warm.run(words, cwd)
+        return warm
     return subprocess.run(
         [sys.executable, *words],
         cwd=cwd,

@@ -16,7 +16,6 @@ import select
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ ASKING = ("evaluate.py", "predict.py", "cli_demo.py", "merge_lora.py", "convert_
 
 
 class WarmStart:
-    """A process that waits for command lines, and the way to give it one."""
+    """A process that waits for command lines, and the way to give it one at a time."""
 
     def __init__(self, script: str) -> None:
         self._process = subprocess.Popen(
@@ -58,15 +57,23 @@ class WarmStart:
             return subprocess.CompletedProcess(words, status, *texts)
 
 
-def warm_start(script: str) -> WarmStart | None:
-    """The one of this process for a script, started when it is first asked for; None for other scripts."""
-    name = Path(script).name
+def run_warm(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str] | None:
+    """Run a script with its words in cwd, and give what it printed; None if it is none that starts warm."""
+    name = Path(words[0]).name
     if name in (TRAINING, "resume_and_record.py") or name.startswith("train_"):  # the latter are of tests/programs
-        return _warm_start(TRAINING)
-    return _warm_start(ASKING[0]) if name in ASKING else None
+        script = TRAINING
+    elif name in ASKING:
+        script = ASKING[0]
+    else:
+        return None
+    idle = _idle[script]  # of threads that run something at the same time, each takes another
+    process = idle.pop() if idle else WarmStart(script)
+    completed = process.run(words, cwd)
+    idle.append(process)
+    return completed
 
 
-_warm_start = cache(WarmStart)
+_idle: dict[str, list[WarmStart]] = {TRAINING: [], ASKING[0]: []}
 
 
 def serve() -> dict[str, Any] | None:

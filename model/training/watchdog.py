@@ -73,7 +73,7 @@ SECONDS_TO_FINISH = 20.0  # a checkpoint that lies ready
 TIMEOUTS_WITHOUT_A_LAUNCHER = 10  # then this process ends, saved or not
 CAUSE = "cause"
 
-_BROKEN_CONNECTION = re.compile("Connection closed|Connection reset|Broken pipe|gloo|NCCL|Socket|recvValue|sendBytes")
+_BROKEN_CONNECTION = re.compile("Connection closed|Connection reset|Broken pipe|gloo|NCCL|Socket")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Watchdog:
             return
         told_by_command = isinstance(error, InputError | SystemExit | BrokenPipeError)  # `model.errors`
         with handling(lambda *_: None):  # the launcher ends all as soon as one has ended
-            if isinstance(error, RuntimeError) and _BROKEN_CONNECTION.search(str(error)):
+            if is_broken_connection(error):
                 self.patience = min(self.patience, SECONDS_AFTER_A_BROKEN_CONNECTION)
                 time.sleep(SECONDS_FOR_A_CAUSE)  # the thread ends this process in the midst of it
             with self._leaving:
@@ -348,6 +348,14 @@ class Watchdog:
                 child.kill()
             sys.stdout.flush()
             os._exit(cause.status)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether error is what a process meets when another has gone: in gloo, in NCCL, or in the store of the first."""
+    import torch
+
+    of_the_store = isinstance(error, torch.distributed.DistError)
+    return of_the_store or (isinstance(error, RuntimeError) and bool(_BROKEN_CONNECTION.search(str(error))))
 
 
 def _beat(rank: int) -> str:

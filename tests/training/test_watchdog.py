@@ -3,10 +3,16 @@
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+from datetime import timedelta
 
 import pytest
+import torch
 from conftest import GOLDEN, PROJECT, free_port, write_rows
+
+from model.training.watchdog import is_broken_connection
 
 HOST = socket.gethostname()
 NO_SIGN_OF_LIFE = (
@@ -27,7 +33,22 @@ def test_stopped_rank_ends_the_other_with_a_sentence_and_itself_once_it_goes_on(
     assert other.end(60) == 3
     assert re.fullmatch(NO_SIGN_OF_LIFE.format(stopped), other.output.splitlines()[-1])
     both[stopped].send(signal.SIGCONT)
-    assert both[stopped].end(60) == 3
+    assert both[stopped].end(60) == 3, both[stopped].output
+
+
+@pytest.mark.parametrize(
+    "use", [lambda store: store.get("key"), lambda store: store.check(["key"])], ids=["get", "check"]
+)
+def test_store_whose_process_has_gone_is_a_broken_connection(use):
+    first = "import sys, time, torch; store = torch.distributed.TCPStore('127.0.0.1', int(sys.argv[1]), None, True)"
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", f"{first}; time.sleep(60)", str(port)]) as process:
+        store = torch.distributed.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=30))
+        process.kill()
+    with pytest.raises(RuntimeError) as broken:
+        use(store)
+    assert is_broken_connection(broken.value)
+    assert not is_broken_connection(RuntimeError("shapes don't match"))
 
 
 @pytest.mark.run

@@ -24,6 +24,9 @@ PRIVATE_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn
 LOW_BIT_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured, packing for 64 or 1024 is as fast
 IDENTITY_WIDTH = 32  # numbers in a row that `gelu` multiplies by the identity
+WORTH_A_PRODUCT = (
+    2**15
+)  # numbers; torch's own GELU of fewer, as in a token of an answer, is done before oneDNN has begun
 
 
 @functools.cache
@@ -148,7 +151,7 @@ class _OnednnGelu(torch.autograd.Function):
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """ChatGLM's GELU, the tanh approximation. SAT spells it out in seven operations, each of which keeps a copy."""
-    if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and can_pack(x):
+    if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and x.numel() >= WORTH_A_PRODUCT and can_pack(x):
         return _OnednnGelu.apply(x) if torch.is_grad_enabled() else _onednn_gelu(x)
     return torch.nn.functional.gelu(x, approximate="tanh")
 

@@ -300,6 +300,7 @@ SENTENCES = {
     "Merged into {folder}.": "已合并到 {folder}。",
     # predict.py
     "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
+    "Answering, tokens at most: {done:d} of {total:d}, {left} left": "正在回答，词元最多：{done}/{total}，最多还需 {left}",
     "Answering: {done:d} of {total:d}, {left} left": "正在回答：{done}/{total}，剩余 {left}",
     "{file}: {done:d} of {rows:d} rows are done already.": "{file}：{rows} 条中已有 {done} 条处理完毕。",
     "--out {file}: begun with something else than now ({changes}); the same is needed to go on, or --overwrite to begin anew.": (

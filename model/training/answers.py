@@ -14,6 +14,7 @@ no row is answered: for each token all processes would send each other the whole
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -31,10 +32,10 @@ from model.data.split import same_file_warnings
 from model.distributed import from_first_process, is_first_process
 from model.errors import InputError
 from model.inference.batch import label_losses
-from model.inference.engine import Engine, Question, image_features, model_positions
+from model.inference.engine import Answer, Engine, Question, image_features, model_positions
 from model.inference.scores import Result, result_of, summary
 from model.inference.text import answer_text
-from model.progress import count_of, say, warn
+from model.progress import count_of, say, warn, with_progress
 from model.training.deepspeed_config import zero_stage
 from model.training.records import ANSWERS_FILE
 from model.training.run_state import put_back_random_state, random_state
@@ -151,8 +152,7 @@ class RowAnswers:
         questions = [_question(sample, module, args) for _, sample in self._rows]
         positions = max(question.max_length or 0 for question in questions)
         samples = [Sample(one["input_ids"], one["labels"], one["pre_image"], 0, 0) for _, one in self._rows]
-        engine = Engine(module, self.tokenizer, self.batch, positions)
-        answers = dict(engine.answers(questions))
+        answers = self._answers(Engine(module, self.tokenizer, self.batch, positions), questions)
         losses: list[tuple[float, int]] = []
         for start in range(0, len(samples), self.batch):
             some = slice(start, start + self.batch)
@@ -166,6 +166,16 @@ class RowAnswers:
             text = answer_text(answer.ids, self.tokenizer, (row.lang or getattr(args, "lang", "zh")) == "en")
             results.append(result_of(row, text, *losses[number], answer.finished == "length"))
         return results
+
+    def _answers(self, engine: Engine, questions: list[Question]) -> list[Answer]:
+        """All answers. It shows how far it is, by the tokens that answers of full length would take."""
+        answers = [engine.submit(question) for question in questions]
+        longest = max(answer.max_length - answer.length for answer in answers)
+        steps = iter(lambda: engine.busy and engine.step(), False)
+        most = longest * math.ceil(len(answers) / self.batch)
+        for _ in with_progress(steps, most, "Answering, tokens at most") if is_first_process() else steps:
+            pass
+        return answers
 
     # --- answers.json
 

@@ -5,8 +5,8 @@
 
 Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took.
 LoRA and QLoRA train for 3 steps, and go on for one more from the checkpoint; then 2 rows are evaluated and LoRA is merged.
-The answers are nonsense, as the weights are. Before a command of training, --dry_run says what it will take; the table has
-that beside what it took.
+The answers are nonsense, as the weights are, and never end: so none are given before and after a run. Before a command of
+training, --dry_run says what it will take; the table has that beside what it took.
 
 What has been measured is kept in the folder, in measured-<shape>.json. After a kill the same command goes on with the rest;
 without that file it begins anew. At the end the models, 33 GB of them, are removed; --keep leaves them.
@@ -86,7 +86,7 @@ def training(model: Path, shape: str, method: str, save: Path) -> list[str]:
     return [
         f"--use_{method}", "--layer_range", *LAYERS[shape], "--bf16", "--from_pretrained", str(model), "--mode", "finetune",
         "--train-data", str(PROJECT / "fewshot-data/dataset.json"), "--batch-size", "1", "--train-iters", str(STEPS + 1),
-        "--save", str(save), "--experiment-name", method, "--save-interval", str(STEPS),
+        "--save", str(save), "--experiment-name", method, "--save-interval", str(STEPS), "--answers", "0",
     ]  # fmt: skip
 
 

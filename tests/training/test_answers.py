@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import GOLDEN, run_program
 
+from model import progress
+from model.chinese import in_chinese
+from model.cli.options import parse
+from model.inference.engine import Engine, Question
 from model.inference.scores import Result
-from model.training.answers import Answered, read_answers
+from model.training.answers import Answered, RowAnswers, read_answers
 from model.training.records import read_records
 
 DATA = GOLDEN / "upstream/dataset.json"
@@ -101,6 +105,19 @@ def test_metadata_says_how_questions_were_asked(runs):
     assert config["finetuning"]["asked_as"] == {
         "lang": "zh", "source_prefix": "", "max_source_length": 64, "max_target_length": 64,
     }  # fmt: skip
+
+
+def test_answers_that_take_long_show_how_far_they_are(small_model, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOG_LINES", 0)
+    answers = RowAnswers(parse(["--answers", "3", "--train-data", str(DATA), "--eval-batch-size", "2"]), tokenizer)
+    questions = [Question([8, 9, 10], max_length=length) for length in (5, 7, 6)]
+    made = answers._answers(Engine(small_model, tokenizer, rows=2, positions=7), questions)
+    assert all(answer.finished for answer in made)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Answering, tokens at most: 1 of 8, ")
+    assert 1 <= len(lines) <= 8
+    assert in_chinese(lines[0]).startswith("正在回答，词元最多：1/8，")
 
 
 def test_answers_survive_the_file(tmp_path):

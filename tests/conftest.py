@@ -180,14 +180,14 @@ def run_program(name: str, *words: str | Path, cwd: Path = PROJECT, **environmen
 def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python with a command line in the folder cwd, and give what it printed.
 
-    Training answers no rows before and after, unless the command line says how many: that takes a second each time. Without
-    an environment of its own, it is started warm: see `run_warm`.
+    Training answers no rows before and after, unless the command line says how many: that takes a second each time. Where
+    the environment allows it, it is started warm: see `run_warm`.
     """
     words = [str(word) for word in command]
     trains = any(word.endswith("finetune_visualglm.py") for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
-    warm = None if environment else run_warm(words, cwd)
+    warm = run_warm(words, cwd, environment)
     if warm is not None:
         return warm
     return subprocess.run(

@@ -2,7 +2,7 @@
 
 Of the seconds that a small run takes, these imports are the larger part, and the tests make some 400 runs. So a process
 that has done them waits for command lines, and forks for each. What runs is a process of its own all the same, with its own
-streams, signals and status. A test that is about the start itself gives `run_python` an environment, and gets a cold one.
+streams, signals and status. What a start itself reads, such as PYTHONPATH, it reads cold: see `STAND_A_WARM_START`.
 
     python tests/warm_start.py finetune_visualglm.py
         reads a request a line, {"words", "cwd", "environment", "streams"}, and answers with the run's status
@@ -22,6 +22,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 LONGEST = 600  # seconds
 TRAINING = "finetune_visualglm.py"
+# What may be set for a run that starts warm: it is read by the project's own code, when the run has begun.
+STAND_A_WARM_START = {"CUDA_VISIBLE_DEVICES", "PATH", "SAT_HOME", "VIRTUAL_ENV", "VISUALGLM_UI_LANG", "XDG_CACHE_HOME"}
 ASKING = ("evaluate.py", "predict.py", "cli_demo.py", "merge_lora.py", "convert_checkpoint.py")
 
 
@@ -38,11 +40,11 @@ class WarmStart:
         )
         atexit.register(self._process.kill)
 
-    def run(self, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, words: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """Run a script with its words in cwd, and give what it printed; as `subprocess.run` does."""
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             streams = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
-            environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+            environment = {**os.environ, "PYTHONPATH": str(PROJECT), **variables}
             request = {"words": words, "cwd": str(cwd), "environment": environment, "streams": streams}
             assert self._process.stdin is not None
             assert self._process.stdout is not None
@@ -57,8 +59,14 @@ class WarmStart:
             return subprocess.CompletedProcess(words, status, *texts)
 
 
-def run_warm(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str] | None:
-    """Run a script with its words in cwd, and give what it printed; None if it is none that starts warm."""
+def run_warm(words: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
+    """Run a script with its words in cwd, and give what it printed; None if it must start cold.
+
+    Args:
+        variables: of the environment, beside this process's own.
+    """
+    if not {name for name in variables if variables[name] != os.environ.get(name)} <= STAND_A_WARM_START:
+        return None
     name = Path(words[0]).name
     if name in (TRAINING, "resume_and_record.py") or name.startswith("train_"):  # the latter are of tests/programs
         script = TRAINING
@@ -68,7 +76,7 @@ def run_warm(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str] | 
         return None
     idle = _idle[script]  # of threads that run something at the same time, each takes another
     process = idle.pop() if idle else WarmStart(script)
-    completed = process.run(words, cwd)
+    completed = process.run(words, cwd, variables)
     idle.append(process)
     return completed
 
@@ -111,10 +119,13 @@ def import_for(script: str) -> None:
 
     if script == TRAINING:
         import_sat(training=True)
-        import model.data.dataset
-        import model.training.report
-        import model.training.run
-    import model.inference.load  # noqa: F401
+    else:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        FakeTensorMode()  # `write_weights` has one, which takes all of torch's compiler
+    from model.frozen import import_bitsandbytes
+
+    import_bitsandbytes()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ python scripts/dev/benchmark_answers.py --from_pretrained random-6b --dtype bf16
 
 The released way: SAT's `filling_sequence` with its cache, in float32, with SAT's own attention and plain weights. Each
 figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
-The memory's rate is measured in each pair too: a token can't come faster than all weights are read. In a batch the released
+The memory's rate is measured in each pair too: a token can't come faster than all weights are read. So is how long the
+products of a token take one after another, without anything between them: what is left is ours to save. In a batch the released
 way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill does more.
 """
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,12 +169,42 @@ def read_rate(device: Any) -> float:
     return best
 
 
+def parts_of_a_token(model: Any) -> list[Any]:
+    """What each token goes through: the language model's layers and its head."""
+    return [model.transformer.layers, model.get_mixin("chatglm-final")]
+
+
+def products_alone(model: Any) -> float:
+    """Milliseconds of a token's products, one after another: the median of a few times."""
+    import torch
+
+    from model.frozen import FrozenLinear, plain_linears
+
+    weights = model.transformer.word_embeddings.weight
+    linears = [
+        module for part in parts_of_a_token(model) for module in part.modules() if isinstance(module, FrozenLinear)
+    ]
+    linears += [linear for part in parts_of_a_token(model) for _, _, linear in plain_linears(part)]
+    inputs = [
+        torch.ones(1, linear.in_features if isinstance(linear, FrozenLinear) else linear.weight.shape[1]).to(weights)
+        for linear in linears
+    ]
+    times = []
+    with torch.no_grad():
+        for _ in range(5):
+            start = time.perf_counter()
+            for linear, x in zip(linears, inputs, strict=True):
+                linear(x)
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
 def weight_bytes(model: Any) -> int:
-    """What is read for each token: the language model's layers and its head, in the form in which they are kept."""
+    """What is read for each token, in the form in which it is kept."""
     from model.cpu import PrepackedLinear
     from model.inference.quantize import Int4Linear
 
-    parts = [model.transformer.layers, model.get_mixin("chatglm-final")]
+    parts = parts_of_a_token(model)
     tensors = sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))
     modules = [module for part in parts for module in part.modules()]
     packed = [module for module in modules if isinstance(module, PrepackedLinear)]
@@ -198,29 +230,46 @@ def all_figures(way: Way) -> Times:
     return {name: value for rows in BATCHES for name, value in figures(way, rows).items()}
 
 
-def pairs(ours: Way, released: Way | None, count: int) -> list[tuple[Times, Times, float]]:
-    """Our figures, the released ones and the memory's rate, measured count times in turns, after one to warm up."""
-    measured = []
-    for _ in range(count + 1):
-        rate = read_rate(ours.device)
-        measured.append((all_figures(ours), all_figures(released) if released else {}, rate))
-    return measured[1:]
+@dataclass
+class Pair:
+    """What is measured one after another: both ways' figures, the memory's bytes a second, and a token's products."""
+
+    ours: Times
+    released: Times
+    rate: float
+    products: float  # milliseconds
 
 
-def report(measured: Sequence[tuple[Times, Times, float]], read: int) -> str:
+def pairs(ours: Way, released: Way | None, count: int) -> list[Pair]:
+    """As many as count, after one to warm up."""
+    return [
+        Pair(
+            all_figures(ours),
+            all_figures(released) if released else {},
+            read_rate(ours.device),
+            products_alone(ours.model),
+        )
+        for _ in range(count + 1)
+    ][1:]
+
+
+def report(measured: Sequence[Pair], read: int) -> str:
     """Print the table; the last line's ratios and shares are medians of pairs."""
     ratios: dict[str, list[float]] = {}
     say(f"{'milliseconds':24}{'released':>30}{'ours':>30}{'ratio':>24}")
-    for name in measured[0][0]:
-        ours = [one[name] for one, _, _ in measured]
-        others = [other[name] for _, other, _ in measured if other]
+    for name in measured[0].ours:
+        ours = [pair.ours[name] for pair in measured]
+        others = [pair.released[name] for pair in measured if pair.released]
         ratios[name] = [other / one for one, other in zip(ours, others, strict=False)]
         columns = [spread(values) if values else "" for values in (others, ours, ratios[name])]
         say(f"{name:24}{columns[0]:>30}{columns[1]:>30}{columns[2]:>24}")
     token = "a token, batch {}"
-    shares = [read / rate / (one[token.format(1)] / 1000) for one, _, rate in measured]
-    gains = [BATCHES[-1] * one[token.format(1)] / one[token.format(BATCHES[-1])] for one, _, _ in measured]
-    say(f"memory gives {spread([rate / 1e9 for *_, rate in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB")
+    shares = [read / pair.rate / (pair.ours[token.format(1)] / 1000) for pair in measured]
+    gains = [BATCHES[-1] * pair.ours[token.format(1)] / pair.ours[token.format(BATCHES[-1])] for pair in measured]
+    say(
+        f"memory gives {spread([pair.rate / 1e9 for pair in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB"
+    )
+    say(f"the products of a token alone take {spread([pair.products for pair in measured]).strip()} ms")
     ratio = f"ratio {statistics.median(ratios[token.format(1)]):.2f}, " if ratios[token.format(1)] else ""
     return (
         f"{ratio}bandwidth share {statistics.median(shares):.2f}, "

@@ -1,6 +1,6 @@
 """Trains, resumes, evaluates and merges a model of the true 6B shape with random weights, on whatever is here.
 
-    python scripts/dev/rehearse_6b.py rehearsal                  the 6B: 16 GB of disk, 20 of memory, half an hour on 2 cores
+    python scripts/dev/rehearse_6b.py rehearsal                  the 6B: 33 GB of disk, 20 of memory, a quarter of an hour
     python scripts/dev/rehearse_6b.py rehearsal --shape mini     to try it: a minute
 
 Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took.

@@ -6,7 +6,7 @@ from conftest import PROJECT, load_model
 from model.cpu import pack_linears
 from model.inference.load import load_for_answering
 from scripts.dev import benchmark_answers
-from scripts.dev.benchmark_answers import Ours, Released, main, report, weight_bytes
+from scripts.dev.benchmark_answers import Ours, Pair, Released, main, products_alone, report, weight_bytes
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -28,9 +28,27 @@ def test_weights_that_a_token_reads_are_counted_packed_or_not(small_model):
 def test_last_line_has_the_medians_of_pairs(capsys):
     ours = [{"a token, batch 1": one, "a token, batch 16": 4.0} for one in (2.0, 4.0, 2.0)]
     released = {"a token, batch 1": 6.0, "a token, batch 16": 8.0}
-    line = report([(one, released, 1e9) for one in ours], read=1_000_000)
+    line = report([Pair(one, released, 1e9, 1.5) for one in ours], read=1_000_000)
     assert line == "ratio 3.00, bandwidth share 0.50, batch 16 8.0 times the tokens/s of batch 1"
-    assert "6.00 (6.00 to 6.00)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6.00 (6.00 to 6.00)" in printed
+    assert "alone take 1.50 (1.50 to 1.50) ms" in printed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_products_alone_are_those_of_every_layer_and_the_head(small_model, packed):
+    if packed:
+        pack_linears(small_model.requires_grad_(False))
+    done = []
+    for name, module in small_model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: done.append(name))
+    assert products_alone(small_model) > 0
+    of_layers = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    expected = {
+        f"transformer.layers.{n}.{name}" for n in range(len(small_model.transformer.layers)) for name in of_layers
+    }
+    assert {*done} == expected | {"mixins.chatglm-final.lm_head"}
+    assert len(done) == 5 * len(expected | {"the head"})
 
 
 @pytest.mark.parametrize("quant", [(), ("--quant", "4")])

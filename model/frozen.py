@@ -11,6 +11,7 @@
 import abc
 import functools
 import logging
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -189,23 +190,24 @@ def make_plain(module: torch.nn.Module) -> None:
 def import_bitsandbytes() -> Any:
     """`bitsandbytes.functional`. What it logs at import, about kernels that a machine lacks, is not shown.
 
-    At import it has torch compile functions that nothing here needs. They are left as they are: torch's compiler alone
-    would take 2 s and 0.1 GiB of every start.
+    At import it has torch compile functions that nothing here needs, and torch tells its compiler to leave the others
+    alone. Neither is done: that compiler would take 2 s and 0.1 GiB of every start.
     """
-    compiler = torch.compile
-    torch.compile = _uncompiled  # type: ignore[assignment]
     logging.disable(logging.WARNING)
     try:
-        import bitsandbytes.functional
+        with ExitStack() as undo:
+            for name in ("compile", "_disable_dynamo"):
+                undo.callback(setattr, torch, name, getattr(torch, name))
+                setattr(torch, name, _left_alone)
+            import bitsandbytes.functional
 
-        return bitsandbytes.functional
+            return bitsandbytes.functional
     finally:
         logging.disable(logging.NOTSET)
-        torch.compile = compiler
 
 
-def _uncompiled(function: Any = None, **_: Any) -> Any:
-    """`torch.compile`, as a call or as a decorator, without compiling."""
+def _left_alone(function: Any = None, **_: Any) -> Any:
+    """In place of a decorator of torch's, with or without arguments: the function as it is."""
     return (lambda decorated: decorated) if function is None else function
 
 

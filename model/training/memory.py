@@ -20,7 +20,6 @@ GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is fragmentation
 CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
 PROCESS_ON_CPU = int(0.32 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
-QUANTIZER_ON_CPU = int(0.06 * GIB)  # bitsandbytes 0.50, and what packing leaves; measured
 # The heap of the C library (glibc 2.36): its holes lie between blocks that stay. Their shares were measured in steps of
 # a model of 2 GB, batches 4 and 16. Blocks of MAPPED bytes and more are mapped one by one, outside the heap.
 HOLES_OF_ACTIVATIONS, HOLES_OF_UNPACKED, MAPPED = 0.25, 0.75, 32 * 2**20
@@ -346,7 +345,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     of_layers, of_head = second_order_bytes(setup) if setup.packed else (0, 0)
     vision = weights["vision"] if batch.images else 0
     shared = setup.data_parallel if setup.zero_stage == 3 else 1
-    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU + setup.is_4bit * QUANTIZER_ON_CPU
+    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
         "weights for gradients": of_layers + of_head,

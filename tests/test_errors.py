@@ -214,13 +214,17 @@ def test_broken_pipe_of_something_else_is_a_bug_and_shown(capfd):
         raise BrokenPipeError
 
 
+def long(*words):
+    return pytest.param(words, marks=pytest.mark.long)
+
+
 @pytest.mark.run
 @pytest.mark.parametrize("words", [
     ("scripts/check_data.py", "fewshot-data/dataset.json", "--from_pretrained", "model/tiny"),
     ("scripts/check_data.py", "--help"),
-    ("scripts/cli_demo.py", "--from_pretrained", "model/tiny", "--query", "你好"),
+    long("scripts/cli_demo.py", "--from_pretrained", "model/tiny", "--query", "你好"),
     ("scripts/cli_demo.py", "--from_pretrained", "model/tiny"),
-    ("scripts/evaluate.py", "--from_pretrained", "model/tiny", "--data", "fewshot-data/dataset.json"),
+    long("scripts/evaluate.py", "--from_pretrained", "model/tiny", "--data", "fewshot-data/dataset.json"),
     ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune", "--train-data",
      "fewshot-data/dataset.json", "--train-iters", "1"),
 ])  # fmt: skip

@@ -63,6 +63,10 @@ HUB_NAME = "THUDM/visualglm-6b"  # here the folder of a small checkpoint in Hugg
 RUN_HERE = [
     command for command in ALL_COMMANDS if not command.startswith((*BY_THEMSELVES, *LONG, *HELP_ONLY, NEEDS_GPU))
 ]
+ALONE = (  # they need nothing of the others, nor the others of them
+    "python scripts/dev/",
+    "bash scripts/finetune_visualglm.sh --from_pretrained model/tiny --layer_range 0 2 --train-iters 20",
+)
 SHORTENED = {  # so that a run of minutes on a real model takes seconds here; nothing else is changed
     "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2 --answers 0",
     "python finetune_visualglm.py --": " --train-iters 2 --answers 0",
@@ -143,7 +147,10 @@ def environment_of(project: Path) -> dict[str, str]:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("command", RUN_HERE)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=pytest.mark.long if command.startswith(ALONE) else []) for command in RUN_HERE],
+)
 def test_command_of_the_pages_runs(command: str, project: Path) -> None:
     done = run_quickly(command + shortened(command), project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -358,8 +358,8 @@ def test_size_of_weights_is_hardly_more_than_their_file_takes(tuned, tmp_path):
 @pytest.mark.parametrize(("how", "reason"), [
     ("known", "are needed to save iteration 2"),
     ("filling", "can't be saved (No space left on device)"),
-    ("extra", "can't be saved (No space left on device)"),
-    ("read-only", "can't be saved (Read-only file system)"),
+    pytest.param("extra", "can't be saved (No space left on device)", marks=pytest.mark.long),
+    pytest.param("read-only", "can't be saved (Read-only file system)", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_save_onto_a_disk_without_room_is_a_sentence_and_leaves_the_one_before(
     upstream_checkpoint, tmp_path, how, reason

@@ -229,6 +229,7 @@ def test_tensor_without_a_place_is_named(upstream_config: dict, tmp_path: Path):
 # --- memory, and the command ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_converting_holds_one_tensor_at_a_time(tmp_path: Path):
     """A model of 400 MiB is converted there and back by a process whose own memory grows by far less."""

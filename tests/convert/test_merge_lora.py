@@ -176,6 +176,7 @@ def test_checkpoint_in_the_way_is_replaced_if_that_is_asked_for(lora, tmp_path):
         merge(str(lora), str(tmp_path / "notes"), overwrite=True)
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_writing_holds_one_tensor_at_a_time(tmp_path):
     """512 MiB in 32 tensors are written by a process whose own memory grows by far less."""

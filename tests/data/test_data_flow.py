@@ -101,7 +101,7 @@ def test_picture_that_breaks_while_training_follows_the_same_policy(tmp_path, up
     assert len(printed_losses(done.stdout)) == (0 if policy == "error" else 2)
 
 
-@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize("policy", [pytest.param("error", marks=pytest.mark.long), "skip"])
 def test_picture_that_breaks_on_one_of_two_processes_stops_both_or_none(tmp_path, upstream_checkpoint, policy):
     (tmp_path / "broken.jpg").write_text("no picture")
     data = write_rows(tmp_path, [SHAPES[0], SHAPES[2], SHAPES[0] | {"img": "broken.jpg"}, SHAPES[3]])
@@ -136,6 +136,7 @@ def test_same_file_for_training_and_evaluation_is_warned_about(tmp_path, upstrea
     assert f"WARNING: {copy} is given for training and for evaluation" in done.stdout
 
 
+@pytest.mark.long
 def test_evaluation_on_two_processes_is_the_same_as_on_one(tmp_path, upstream_checkpoint):
     data, valid = write_rows(tmp_path, SHAPES), write_rows(tmp_path, [*SHAPES, *SHAPES[2:]], "valid.json")
     flags = ("--valid-data", valid, "--train-iters", "1", "--lr", "1e-9", "--eval-batch-size", "2")

@@ -34,6 +34,7 @@ def demo(upstream_checkpoint, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_two_processes_that_share_the_model_answer_as_one_does(demo, upstream_checkpoint):
     words = ["--temperature", "0"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, free_port, load_model, run_python, write_rows, write_tuned
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_rows, write_tuned
 
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
@@ -245,8 +245,8 @@ def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--html", "/"], "--html /: a folder"),
     ],
 )
-def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, words, part):
-    run = run_python(COMMAND, *[str(upstream_checkpoint) if word == "BASE" else word for word in words])
+def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, capsys, words, part):
+    run = run_here(evaluate.main, capsys, *[upstream_checkpoint if word == "BASE" else word for word in words])
     assert run.returncode == 2
     assert part in run.stderr
     assert "Traceback" not in run.stderr

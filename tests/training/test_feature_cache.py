@@ -298,7 +298,7 @@ def in_two_processes(program, *words):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("in_folder", [pytest.param(False, marks=pytest.mark.long), True])
 def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_checkpoint, tmp_path):
     paths = ["gone.png", *(row.img for row in dataset.rows)]
     file = tmp_path / "cache/some.features" if in_folder else ""

@@ -56,6 +56,7 @@ def told_rate(lines):
     return float(told.split()[3].rstrip("."))
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_sweep_on_the_small_model_proposes_a_rate_and_saves_only_its_picture(tmp_path):
     lines = run_on_tiny(tmp_path, "--epochs", "3", "--find_lr", "--save", "saved", "--experiment-name", "look")

@@ -70,7 +70,7 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("method", ["--use_lora", "--use_ptuning", "--use_qlora"])
+@pytest.mark.parametrize("method", ["--use_lora", pytest.param("--use_ptuning", marks=pytest.mark.long), "--use_qlora"])
 def test_run_imports_none_of_the_slow_modules_that_it_does_not_need(upstream_checkpoint, tmp_path, method):
     rows = write_rows(tmp_path, [{"prompt": "?", "label": "a"}] * 2)
     done = run_program(

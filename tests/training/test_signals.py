@@ -13,7 +13,7 @@ from live_runs import FLAGS, last_step, saved_steps
 
 from model.progress import GOES_ON
 
-SIGNALS = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
+SIGNALS = ["SIGTERM", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGINT", "SIGUSR1", "SIGHUP"))]
 
 
 @pytest.mark.run
@@ -123,7 +123,12 @@ def two_ranks(ranks):
 @pytest.mark.run
 @pytest.mark.parametrize(
     "signalled",
-    [pytest.param((0,), marks=pytest.mark.long), (1,), (0, 1), pytest.param((1, 0), marks=pytest.mark.long)],
+    [
+        pytest.param((0,), marks=pytest.mark.long),
+        (1,),
+        pytest.param((0, 1), marks=pytest.mark.long),
+        pytest.param((1, 0), marks=pytest.mark.long),
+    ],
 )
 def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(two_ranks, tmp_path, signalled):
     for rank in signalled:
@@ -167,6 +172,7 @@ def many_rows(tmp_path):
     return many
 
 
+@pytest.mark.long
 @pytest.mark.run
 @pytest.mark.parametrize("signalled", [(1,), pytest.param((0, 1), marks=pytest.mark.long)])
 def test_signal_in_an_evaluation_of_two_processes_gives_it_up_and_saves_the_run(ranks, many_rows, tmp_path, signalled):

@@ -44,7 +44,7 @@ def test_nan_gradient_of_a_finite_loss_is_skipped_at_every_zero_stage_and_weight
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("normalization", ["micro_batch", "token"])
+@pytest.mark.parametrize("normalization", [pytest.param("micro_batch", marks=pytest.mark.long), "token"])
 def test_nan_loss_in_an_accumulated_step_skips_that_step_and_every_row_keeps_its_step(normalization):
     first_of_step_2 = "loss:3"
     (whole, broken), done = with_nan(

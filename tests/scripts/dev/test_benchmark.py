@@ -120,6 +120,7 @@ def test_last_line_begins_with_the_ratio_and_ends_with_its_spread(capsys: pytest
     )
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_command_ends_with_the_four_figures(tmp_path) -> None:
     figures = tmp_path / "figures.json"

@@ -4,6 +4,7 @@ import pytest
 from conftest import run_python
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_thousands_of_damaged_rows_and_pictures_get_the_right_verdicts() -> None:
     done = run_python("scripts/dev/fuzz_data.py")

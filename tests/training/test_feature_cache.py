@@ -314,6 +314,7 @@ def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_check
         assert sorted(part.name for part in file.parent.glob("*.features")) == ["some-1.features", "some.features"]
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint, dataset, tmp_path):
     paths = [row.img for row in dataset.rows]

@@ -153,6 +153,7 @@ def test_four_processes_stop_after_the_same_step(ranks, tmp_path, signalled):
     assert saved_steps(tmp_path / "saved") == [last_step(four[0].output)[0]]
 
 
+@pytest.mark.long
 @pytest.mark.run
 def test_second_signal_within_the_launchers_patience_counts_as_the_first(two_ranks, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):  # as deepspeed's runner passes Ctrl-C on

@@ -4,6 +4,7 @@ The quick launches train the released script's small model, whose vocabulary is 
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,39 +14,59 @@ from model.checkpoints.weights import read_weights
 from scripts.dev import layouts
 from scripts.dev.layouts import SAVED_AT, Layout, Record, compared, recorded
 
-LIKE = [
-    Layout("LoRA, ZeRO", 1, "LoRA, ZeRO", ("--zero-stage", "1")),
-    Layout("P-Tuning", 1, "P-Tuning"),
-    Layout(layouts.VISION, 1, layouts.VISION),
-]
+ALONE = Layout("LoRA, ZeRO", 1, "LoRA, ZeRO", ("--zero-stage", "1"))
 AT_ZERO_3 = Layout("2 processes, ZeRO 3", 2, "LoRA, ZeRO", ("--zero-stage", "3"))
 IN_PARTS = Layout("2 parts, ZeRO 2", 2, "LoRA, ZeRO", ("--zero-stage", "2"), model_parallel=2)
-TRAINED_VISION = Layout("a trained Q-Former in 2 parts", 2, layouts.VISION, model_parallel=2)
 PREFIXES_IN_PARTS = Layout("2 parts", 2, "P-Tuning", ("--checkpoint-activations",), model_parallel=2)
-RESUMED = [
-    Layout("ZeRO 3 → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), accumulation=2, resumes=AT_ZERO_3.name),
-    Layout("parts → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), resumes=IN_PARTS.name),
-    Layout("prefixes in parts → 1", 1, "P-Tuning", resumes=PREFIXES_IN_PARTS.name),
+# What is launched one after another, those of a list at the same time.
+LAUNCHES = [
+    [ALONE],
+    [AT_ZERO_3, IN_PARTS],
+    [
+        Layout("ZeRO 3 → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), accumulation=2, resumes=AT_ZERO_3.name),
+        Layout("parts → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), resumes=IN_PARTS.name),
+    ],
 ]
+FURTHER_LAUNCHES = [
+    [Layout("P-Tuning", 1, "P-Tuning"), Layout(layouts.VISION, 1, layouts.VISION)],
+    [PREFIXES_IN_PARTS, Layout("a trained Q-Former in 2 parts", 2, layouts.VISION, model_parallel=2)],
+    [Layout("prefixes in parts → 1", 1, "P-Tuning", resumes=PREFIXES_IN_PARTS.name)],
+]
+
+
+def records_of(launches: list[list[Layout]], folder: Path, base: Path) -> dict[str, list[Record]]:
+    records: dict[str, list[Record]] = {}
+    for launch in launches:
+        records |= recorded(launch, folder, str(base))
+    return records
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, upstream_checkpoint):
-    """The records of each layout above, and the folder with the runs."""
+    """The records of the layouts above, and the folder with the runs."""
     folder = tmp_path_factory.mktemp("layouts")
-    records: dict[str, list[Record]] = {}
-    for launch in (LIKE, [AT_ZERO_3, IN_PARTS, PREFIXES_IN_PARTS, TRAINED_VISION], RESUMED):
-        records |= recorded(launch, folder, str(upstream_checkpoint))
-    return folder, records
+    return folder, records_of(LAUNCHES, folder, upstream_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def further_records(tmp_path_factory, upstream_checkpoint):
+    """The records of the further ones."""
+    return records_of(FURTHER_LAUNCHES, tmp_path_factory.mktemp("further"), upstream_checkpoint)
 
 
 @pytest.mark.run
-@pytest.mark.parametrize(
-    "layout", [*LIKE, AT_ZERO_3, IN_PARTS, PREFIXES_IN_PARTS, TRAINED_VISION, *RESUMED], ids=lambda layout: layout.name
-)
+@pytest.mark.parametrize("layout", [*chain(*LAUNCHES)], ids=lambda layout: layout.name)
 def test_layout_has_the_losses_norms_and_rows_of_one_process(runs, layout):
     _, records = runs
     line, equal = compared(layout, records[layout.name], records[layout.like][0])
+    assert equal, line
+
+
+@pytest.mark.run
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [*chain(*FURTHER_LAUNCHES)], ids=lambda layout: layout.name)
+def test_layout_of_prefixes_or_trained_vision_has_those_of_one_process(further_records, layout):
+    line, equal = compared(layout, further_records[layout.name], further_records[layout.like][0])
     assert equal, line
 
 
@@ -76,15 +97,15 @@ def test_step_exchanges_only_its_loss_and_its_number_of_tokens_besides_what_deep
 @pytest.mark.run
 def test_another_loss_another_norm_and_other_rows_are_told(runs):
     _, records = runs
-    (like,) = records["P-Tuning"]
+    (like,) = records[ALONE.name]
     for change in (
         {"losses": [loss * 1.0001 for loss in like.losses]},
         {"norms": [norm * 1.0001 for norm in like.norms]},
         {"rows": like.rows[::-1]},
         {"problem": "it ended early"},
     ):
-        assert not compared(LIKE[1], [Record(**{**vars(like), **change})], like)[1]
-    assert compared(LIKE[1], [like], like)[1]
+        assert not compared(ALONE, [Record(**{**vars(like), **change})], like)[1]
+    assert compared(ALONE, [like], like)[1]
 
 
 # --- further settings

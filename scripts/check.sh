@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types and the quick tests, in under a minute: run it before each commit.
+# Format, lint, types and the quick tests, in a minute or two: run it before each commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt

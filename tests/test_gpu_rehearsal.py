@@ -201,6 +201,7 @@ def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest:
         step(model.train(), args, "features", gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "quant"), [("fp16", None), ("bf16", 8), ("fp16", 4)])
 def test_checkpoint_is_loaded_to_answer_on_a_gpu_in_every_number_format(
     gpu: Memory, smallest: Path, dtype: str, quant: int | None
@@ -467,6 +468,7 @@ BEFORE_LOADING = (drawn_in_float32, vision_sent_away)  # and all that is drawn o
 LOADED: dict[str, tuple[Memory, Any, Any]] = {}  # by method: mistakes of a step share one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistake_is_found(smallest: Path, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, kind, plant, found = MISTAKES[mistake]

@@ -97,6 +97,7 @@ def test_unknown_name_is_an_attribute_error(module):
         importlib.import_module(module).Nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["finetune_visualglm", *(f"model.{name}" for name in WITHOUT_TORCH)])
 def test_importing_what_needs_no_torch_stays_light_and_silent(module):
     done = run_python("-c", f"import sys, {module}\nprint([name for name in {HEAVY} if name in sys.modules])")

@@ -66,6 +66,7 @@ def test_text_is_printed_without_what_a_terminal_would_obey(capsys, text, printe
     assert capsys.readouterr() == (printed + "\n", printed + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("check_data.py", "ROWS"), ("evaluate.py", "--from_pretrained", PROJECT / "model/tiny", "--data", "ROWS"),
     ("merge_lora.py", "\x1b[2Jcheckpoint", "out"), ("convert_data.py", "\x1b[2Jtalk.json", "out"),

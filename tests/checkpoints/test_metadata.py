@@ -114,6 +114,7 @@ def test_fingerprint_changes_with_values_width_shape_and_names(change):
 # loading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["", "1", WEIGHTS])
 def test_adapter_is_loaded_from_a_folder_an_iterations_folder_or_its_weights_file(lora, part):
     model, _ = load_for_answering(str(lora / part))
@@ -121,6 +122,7 @@ def test_adapter_is_loaded_from_a_folder_an_iterations_folder_or_its_weights_fil
     assert torch.equal(logits(model), logits(expected))
 
 
+@pytest.mark.slow
 def test_adapter_and_full_checkpoint_of_the_same_tuning_give_the_same_logits(upstream_checkpoint, tmp_path):
     both = []
     for name, full in (("adapter", False), ("full", True)):

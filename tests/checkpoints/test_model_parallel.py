@@ -50,6 +50,7 @@ def test_joined_parts_are_the_whole_model(parts: list[dict], upstream_config: di
         assert found.entries[name].shape == tuple(tensor.shape), name
 
 
+@pytest.mark.slow
 def test_own_parts_of_the_language_model_are_those_of_sat(parts: list[dict]):
     for rank, part in enumerate(parts):
         found = own_parts(upstream_weights(), rank, RANKS)

@@ -236,6 +236,7 @@ def killed_at(operation, publish):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_kill_at_every_moment_of_a_save_leaves_a_checkpoint_that_is_whole(tuned, tmp_path, capsys):
     found, operation = [], 0
     while operation := operation + 1:

@@ -56,6 +56,7 @@ def test_model_with_hugging_faces_names_answers_as_ours(theirs: ChatGLM, upstrea
 # --- to PEFT ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     {"lora_rank": 3},
     {"lora_rank": 4, "lora_alpha": 6.0, "layer_range": [0, 2]},
@@ -115,6 +116,7 @@ def trained_by_peft(model: ChatGLM, folder: Path, **settings) -> tuple[torch.Ten
     return their_logits(tuned), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"r": 4, "lora_alpha": 8},
     {"r": 3, "lora_alpha": 5, "use_rslora": True},

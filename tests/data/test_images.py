@@ -355,6 +355,7 @@ def test_picture_of_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
     assert open_image(path, 224).size == (1500, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("a.jpg", (1300, 1300)), ("a.png", (3000, 2000))])
 def test_picture_of_another_format_or_a_smaller_jpeg_is_decoded_whole(tmp_path, name, size):
     path = saved(tmp_path, photo(*size), name)

@@ -381,6 +381,7 @@ def test_checks_before_training_import_neither_torch_nor_sat(module):
     assert (finished.stdout.strip(), finished.stderr) == ("[]", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["model.data.image_processor", "model.data.dataset"])
 def test_data_modules_do_not_import_sat(module):
     finished = run_program("loaded_modules", module, "sat")

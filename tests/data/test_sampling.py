@@ -72,6 +72,7 @@ def assert_as_recorded(name: str) -> None:
 # --- the recorded orders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named("drawn"))
 def test_samples_drawn_by_chance_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
@@ -95,11 +96,13 @@ def test_samples_and_steps_with_accumulation_are_those_recorded(name: str) -> No
         assert max(1, order_of(case).batch_count // case["accumulation"]) == case["steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named("split"))
 def test_samples_of_a_split_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named("ranks"))
 def test_samples_of_each_rank_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
@@ -134,6 +137,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_starting_at_a_batch_equals_skipping_those_before(name: str) -> None:
     case = CASES[name]
@@ -155,6 +159,7 @@ def test_starting_at_the_end_gives_no_batch(start: int) -> None:
     assert list(order.batches(start=start)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_order_does_not_depend_on_what_was_asked_before(name: str) -> None:
     order = order_of(CASES[name])

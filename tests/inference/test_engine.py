@@ -58,6 +58,7 @@ def never_ending(model, tokenizer):
 # SAT's answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_answers_of_any_kind_of_model_equal_sats_alone_and_in_a_refilled_batch(base, tokenizer, kind):
     model, questions = model_of(kind, base), recorded_questions(tokenizer)
@@ -182,6 +183,7 @@ def test_more_tokens_than_the_model_takes_are_refused_in_a_sentence(model, token
         Engine(model, tokenizer, positions=positions + 1)
 
 
+@pytest.mark.slow
 def test_answer_may_fill_every_position_of_the_model(never_ending, tokenizer):
     engine = Engine(never_ending, tokenizer)
     answer = engine.submit(text_question(tokenizer))

@@ -80,6 +80,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["base", "lora", "ptuning", "full", "qlora", "huggingface"])
 def test_every_number_format_of_every_checkpoint_is_near_full_width(
     upstream_checkpoint: Path, upstream_config: dict, tmp_path: Path, layout: str

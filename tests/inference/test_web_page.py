@@ -258,6 +258,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_event_gets_a_sentence_and_the_page_lives(address, name):
     visitor = Visitor(address)

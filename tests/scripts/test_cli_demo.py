@@ -124,6 +124,7 @@ def tuned(upstream_checkpoint, tmp_path_factory):
     return write_tuned(upstream_checkpoint, folder, use_lora=True, lora_rank=4)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_each_answer_with_their_name_and_begin_anew_together(demo, tuned, upstream_checkpoint):
     words = ("--compare", tuned, "--temperature", "0")
     alone = demo("--query", "你好", "--temperature", "0").stdout

@@ -39,6 +39,7 @@ def alone(picture, model, tokenizer, question, max_length):
 # batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [50, 70])
 def test_batched_answers_with_pictures_equal_those_one_by_one(model, tokenizer, max_length):
     image = torch.cat([image_tensor(picture, model) for picture in PICTURES])
@@ -50,6 +51,7 @@ def test_batched_answers_with_pictures_equal_those_one_by_one(model, tokenizer, 
     ]
 
 
+@pytest.mark.slow
 def test_batched_answers_without_pictures_equal_those_one_by_one(model, tokenizer):
     contexts = [context_ids(question, None, False, tokenizer, model.image_length) for question in QUESTIONS]
     answers = greedy_answers(contexts, None, model, tokenizer, 40)
@@ -145,6 +147,7 @@ def evaluate_here(*words):
     evaluate.main([str(word) for word in words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{"lang": "en", "source_prefix": "Look: "}, {"max_source_length": 46}, {}])
 def test_question_is_asked_as_the_checkpoint_was_trained(flags, upstream_checkpoint, tmp_path):
     from model.inference.load import load_for_answering
@@ -177,6 +180,7 @@ def test_chat_asks_as_the_checkpoint_was_trained(upstream_checkpoint, tmp_path):
         assert question.input_ids == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["zh", "en"])
 def test_row_is_asked_in_its_own_language_else_in_that_of_training_by_every_command(
     trained, upstream_checkpoint, tmp_path, capsys

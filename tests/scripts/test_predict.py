@@ -120,6 +120,7 @@ def test_data_file_that_grows_meanwhile_is_told(tmp_path):
 # sampling
 
 
+@pytest.mark.slow
 def test_drawn_answer_depends_on_the_seed_and_the_row_not_on_its_neighbours(predict, tmp_path):
     data = write_rows(tmp_path, [{"prompt": "你好"}] * 3)
 
@@ -137,6 +138,7 @@ def test_drawn_answer_depends_on_the_seed_and_the_row_not_on_its_neighbours(pred
 # going on
 
 
+@pytest.mark.slow
 def test_half_a_line_is_dropped_and_the_same_command_goes_on(predict, tmp_path):
     words = ["--data", write_rows(tmp_path, [*ROWS, BAD[0]]), "--out", tmp_path / "answers.jsonl"]
     predict(*words)
@@ -159,6 +161,7 @@ def test_answers_that_are_all_there_need_no_model(predict, tmp_path, monkeypatch
     assert run.stdout.splitlines()[0] == f"{words[-1]}: 5 of 5 rows are done already."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "part"),
     [

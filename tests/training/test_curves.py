@@ -57,6 +57,7 @@ def test_axis_is_not_stretched_by_one_loss_far_above_all_others():
     assert figure(made, [], "a-run").axes[0].get_ylim()[1] < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [
     records(1), [Record("step", 1, math.nan, 0.0, lr=0.0)], [Record("evaluation", 4, 1.0, 0.0, split="val")],
     [Record("step", 1, 0.0, 0.0, lr=1.0)],

@@ -124,6 +124,7 @@ def test_valid_and_test_data_are_gone_through_in_order(tmp_path, tokenizer):
     assert (args.test_last_shape, args.test_drop_number) == ([1], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "evaluated", "tested"), [("8,1,1", 2, 2), ("9,1", 2, 0), ("0.7", 6, 0), ("9,0,1", 0, 2)]
 )

@@ -36,6 +36,7 @@ def test_stopped_rank_ends_the_other_with_a_sentence_and_itself_once_it_goes_on(
     assert both[stopped].end(60) == 3, both[stopped].output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use", [lambda store: store.get("key"), lambda store: store.check(["key"])], ids=["get", "check"]
 )

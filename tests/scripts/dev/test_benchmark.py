@@ -53,6 +53,7 @@ def test_rows_of_the_released_way_are_padded_to_the_flags() -> None:
     assert batch["input_ids"].shape == (2, 320)
 
 
+@pytest.mark.slow
 def test_comparison_in_bfloat16_measures_the_released_way_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
     small = bench("--dtype", "bf16")
@@ -62,6 +63,7 @@ def test_comparison_in_bfloat16_measures_the_released_way_in_float32(monkeypatch
     assert results["gradient difference"] < 5e-2
 
 
+@pytest.mark.slow
 def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
     small, asked = bench(), []
@@ -75,6 +77,7 @@ def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch
     assert compare(small)["gradient difference"] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_both_ways_are_measured_in_turns_and_the_ratio_is_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     small, seconds = bench("--steps", "3"), iter([4.0, 2.0, 9.0, 1.0, 6.0, 2.0])
     sides, rates = [], iter([1e9, 2e9, 4e9])
@@ -133,6 +136,7 @@ def test_command_ends_with_the_four_figures(tmp_path) -> None:
     assert json.loads(figures.read_text())["ours"]["seconds per step"] > 0
 
 
+@pytest.mark.slow
 def test_profile_counts_the_products_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     small = bench("--dtype", "bf16")
     found, rate = benchmark.profile(small)

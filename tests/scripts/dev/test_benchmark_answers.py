@@ -51,6 +51,7 @@ def test_products_alone_are_those_of_every_layer_and_the_head(small_model, packe
     assert len(done) == 5 * len(expected | {"the head"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", [(), ("--quant", "4")])
 def test_command_measures_a_checkpoint(monkeypatch, capsys, quant):
     monkeypatch.setattr(benchmark_answers, "READ_BYTES", 2**22)

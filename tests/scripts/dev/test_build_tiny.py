@@ -39,6 +39,7 @@ def test_check_untaught_of_taught_words_is_refused(text):
         build_tiny.check_untaught(["你好", text])
 
 
+@pytest.mark.slow
 def test_train_tokenizer_with_the_seed_gives_the_shipped_tokenizer(tmp_path):
     build_tiny.train_tokenizer(build_tiny.corpus(build_tiny.CORPUS_LINES, Random(1)), tmp_path / "ice_text.model")
 

@@ -25,6 +25,7 @@ def test_run_whose_host_is_cut_off_ends_and_goes_on_on_the_other_as_on_one(launc
     assert done.stdout.splitlines()[-1] == "two hosts: as it should be"
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_hosts_have_names_and_reach_each_other_until_the_wire_is_cut():
     with two_hosts() as (first, second):

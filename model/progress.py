@@ -147,11 +147,14 @@ def count_of(number: int, what: str) -> str:
 
 
 def with_progress(items: Iterable[Item], total: int, what: str, stops_after: float = math.inf) -> Iterator[Item]:
-    """Yield items; after two quiet seconds, keep one line on stderr that says how many and the time left.
+    """Yield items; after two quiet seconds, keep one line on stderr, from rank 0 only, that says how many and the time left.
 
     Args:
         stops_after: seconds after which items end, however many there are.
     """
+    if not is_first_process():
+        yield from items
+        return
     on_screen = sys.stderr.isatty()
     start = time.monotonic()
     next_line = start + QUIET_SECONDS

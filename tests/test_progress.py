@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import PROJECT, run_python, write_rows
 
+from model import progress
 from model.distributed import is_first_process
 from model.progress import duration, printable, say, warn
 
@@ -89,3 +90,14 @@ def test_terminal_that_was_closed_is_printed_to_no_more(monkeypatch):
     os.close(controller)
     say("lost")
     say("lost too")
+
+
+def test_progress_is_shown_by_the_first_process_only_and_every_item_comes(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOG_LINES", 0)
+    shown = []
+    for is_first in (True, False):
+        monkeypatch.setattr(progress, "is_first_process", lambda is_first=is_first: is_first)
+        assert list(progress.with_progress(range(3), 3, "Items")) == [0, 1, 2]
+        shown.append(capsys.readouterr().err.count("Items: "))
+    assert shown == [3, 0]

@@ -173,7 +173,7 @@ class RowAnswers:
         longest = max(answer.max_length - answer.length for answer in answers)
         steps = iter(lambda: engine.busy and engine.step(), False)
         most = longest * math.ceil(len(answers) / self.batch)
-        for _ in with_progress(steps, most, "Answering, tokens at most") if is_first_process() else steps:
+        for _ in with_progress(steps, most, "Answering, tokens at most"):
             pass
         return answers
 

@@ -20,7 +20,7 @@ from model.blip2 import BLIP2
 from model.checkpoints.weights import fingerprint
 from model.data.dataset import FewShotDataset
 from model.data.images import checked_file, open_image
-from model.distributed import from_processes_here, is_first_process, processes_here
+from model.distributed import from_processes_here, processes_here
 from model.errors import InputError
 from model.progress import with_progress
 from model.training.feature_store import (
@@ -136,7 +136,7 @@ def _add_missing_features(
     made = set(known)
     told = f"Looking at the pictures, {IMAGES_AT_ONCE} at a time"
     with dead_workers_named(lambda pid: noted.opened_by(pid, paths.__getitem__)):
-        for handed_over in with_progress(batches, len(loader), told) if is_first_process() else batches:
+        for handed_over in with_progress(batches, len(loader), told):
             batch = received(handed_over)
             digests |= {path: digest for path, digest, _ in batch if digest is not None}
             new = {digest: image for _, digest, image in batch if image is not None and digest not in made}

@@ -24,9 +24,8 @@ PRIVATE_OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn
 LOW_BIT_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured, packing for 64 or 1024 is as fast
 IDENTITY_WIDTH = 32  # numbers in a row that `gelu` multiplies by the identity
-WORTH_A_PRODUCT = (
-    2**15
-)  # numbers; torch's own GELU of fewer, as in a token of an answer, is done before oneDNN has begun
+# Numbers. torch's own GELU of fewer, as in a token of an answer, is done before oneDNN has begun.
+WORTH_A_PRODUCT = 2**15
 
 
 @functools.cache

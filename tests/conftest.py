@@ -1,5 +1,6 @@
 """What several tests share: real checkpoints at small width, and real runs of the script."""
 
+import importlib
 import json
 import os
 import re
@@ -128,6 +129,12 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def uncompiled_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed sets up processes without half a minute of g++, as in a run (`sat_loop`)."""
+    monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
 
 
 class FakeTimers:

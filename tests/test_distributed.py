@@ -1,6 +1,5 @@
 """The processes of a run: what a launcher sets, and what a plain start is given."""
 
-import importlib
 import os
 import socket
 from pathlib import Path
@@ -16,11 +15,8 @@ from model.training.deepspeed_config import deepspeed_settings
 
 
 @pytest.mark.run
-def test_deepspeed_without_a_launcher_refuses_to_start(upstream_checkpoint, no_launcher, monkeypatch):
+def test_deepspeed_without_a_launcher_refuses_to_start(upstream_checkpoint, no_launcher, uncompiled_deepspeed):
     import deepspeed
-
-    communication = importlib.import_module("deepspeed.comm.torch")
-    monkeypatch.setattr(communication, "build_shm_op", lambda: None)  # half a minute of g++, and not what is tested
 
     load_model(upstream_checkpoint)  # sets up a process group
 

@@ -13,6 +13,7 @@ Traded away: a search for better scales, which would make loading several times 
 embeddings and the vision part, which are a quarter of the 6B's weights and lose more than the layers do.
 """
 
+import abc
 import functools
 import math
 from typing import Any
@@ -97,17 +98,17 @@ class QuantizedLinear(FrozenLinear):
         bias = self.own_bias
         return output if bias is None else output + bias.to(x.dtype)
 
+    @abc.abstractmethod
     def _takes_kernel(self, rows: int) -> bool:
         """Whether torch's kernel is right for an input of so many rows, or else the plain product."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, bfloat16[rows, in] → bfloat16[rows, out], by torch's own kernel."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _rows(self, some: slice, dtype: torch.dtype) -> torch.Tensor:
         """Some rows of the weight in full width, [some, in]."""
-        raise NotImplementedError
 
     def _wide_product(self, x: torch.Tensor, some: slice) -> torch.Tensor:
         """x W^T of some rows of the weight, [rows, in] → [rows, some]."""

@@ -9,10 +9,12 @@ python scripts/dev/benchmark_answers.py --from_pretrained random-6b --dtype bf16
 The released way: SAT's `filling_sequence` with its cache, in float32, with SAT's own attention and plain weights. Each
 figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
 The memory's rate is measured in each pair too: a token can't come faster than all weights are read. So is how long the
-products of a token take one after another, without anything between them: what is left is ours to save. In a batch the released
-way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill does more.
+products of a token take one after another, without anything between them: what is left is ours to save. In a batch the
+released way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill
+does more.
 """
 
+import abc
 import argparse
 import statistics
 import sys
@@ -66,7 +68,7 @@ def plain_model(options: argparse.Namespace, dtype: Any) -> Any:
     return random_model(SHAPES[options.shape], without_adapters, dtype, device).eval().requires_grad_(False)
 
 
-class Way:
+class Way(abc.ABC):
     """One way to answer a question, in batches of any size."""
 
     def __init__(self, model: Any, new_tokens: int) -> None:
@@ -80,9 +82,9 @@ class Way:
         slots = [model.pad_token_id] * model.image_length
         self.ids = [*words[:3], *slots, *words[3:], model.gmask_token_id, model.bos_token_id]
 
+    @abc.abstractmethod
     def run(self, rows: int) -> tuple[list[float], list[int]]:
         """Seconds of each token, the first of which reads the context, and the first row's token ids."""
-        raise NotImplementedError
 
 
 class Ours(Way):
@@ -178,17 +180,13 @@ def products_alone(model: Any) -> float:
     """Milliseconds of a token's products, one after another: the median of a few times."""
     import torch
 
-    from model.frozen import FrozenLinear, plain_linears
+    from model.frozen import PLAIN_LINEARS, FrozenLinear
+    from model.inference.quantize import sizes_of
 
+    modules = [module for part in parts_of_a_token(model) for module in part.modules()]
+    linears = [module for module in modules if isinstance(module, (FrozenLinear, *PLAIN_LINEARS))]
     weights = model.transformer.word_embeddings.weight
-    linears = [
-        module for part in parts_of_a_token(model) for module in part.modules() if isinstance(module, FrozenLinear)
-    ]
-    linears += [linear for part in parts_of_a_token(model) for _, _, linear in plain_linears(part)]
-    inputs = [
-        torch.ones(1, linear.in_features if isinstance(linear, FrozenLinear) else linear.weight.shape[1]).to(weights)
-        for linear in linears
-    ]
+    inputs = [torch.ones(1, sizes_of(linear)[0]).to(weights) for linear in linears]
     times = []
     with torch.no_grad():
         for _ in range(5):

@@ -25,9 +25,8 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle
 
 
 @pytest.fixture
-def sat_args(no_launcher, monkeypatch):
+def sat_args(no_launcher, uncompiled_deepspeed):
     """Gives SAT's namespace for a command line."""
-    monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # as in a run
 
     def given(*argv):
         argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json", *argv]

@@ -5,14 +5,15 @@ listed in `model.training.sat_loop`. Written for SwissArmyTransformer 0.4.12 on 
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, NoReturn
 
 from model.distributed import has_gpu
@@ -57,6 +58,29 @@ def model_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """What modules imported inside the block have torch compile is compiled at its first call.
+
+    torch imports its compiler, which takes three seconds, as soon as a function is to be compiled.
+    """
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *values, **named: compiled()(*values, **named))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 def import_sat(training: bool = False) -> types.ModuleType:
     """SAT's top module, imported without wandb, triton, and the parts of SAT that no run here uses.
 
@@ -90,6 +114,9 @@ def import_sat(training: bool = False) -> types.ModuleType:
             sat = importlib.import_module("sat")
             if training:
                 importlib.import_module(loop)
+                # DeepSpeed imports it in every run with ZeRO, to see whether it is the run's optimizer.
+                with compiled_when_called(), suppress(ImportError):
+                    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
             return sat
     finally:
         logging.disable(logging.NOTSET)

@@ -22,6 +22,23 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle
 # --- importing
 
 
+def test_what_is_to_be_compiled_at_import_is_compiled_once_when_it_is_called(monkeypatch):
+    compiled = []
+
+    def compile_now(function, **options):
+        compiled.append(options)
+        return lambda number: function(number) + 100
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with sat_compat.compiled_when_called():
+        plain = torch.compile(lambda number: number + 1)
+        with_options = torch.compile(dynamic=True)(lambda number: number + 2)
+    assert torch.compile is compile_now
+    assert compiled == []
+    assert [plain(1), with_options(1), with_options(2)] == [102, 103, 104]
+    assert compiled == [{}, {"dynamic": True}]
+
+
 @pytest.mark.run
 def test_plain_import_of_sat_without_wandb_and_triton_fails():
     done = run_program("import_plain_sat_without_wandb_and_triton")

@@ -71,11 +71,12 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts
 
 @pytest.mark.run
 @pytest.mark.parametrize("method", ["--use_lora", pytest.param("--use_ptuning", marks=pytest.mark.long), "--use_qlora"])
-def test_run_imports_none_of_the_slow_modules_that_it_does_not_need(upstream_checkpoint, tmp_path, method):
+@pytest.mark.parametrize("zero_stage", [pytest.param("0", marks=pytest.mark.long), "1"])
+def test_run_imports_none_of_the_slow_modules_that_it_does_not_need(upstream_checkpoint, tmp_path, method, zero_stage):
     rows = write_rows(tmp_path, [{"prompt": "?", "label": "a"}] * 2)
     done = run_program(
         "imported_by_a_run", "--from_pretrained", upstream_checkpoint, method, "--train-data", rows, "--train-iters", "1",
-        "--save", tmp_path / "saved",
+        "--zero-stage", zero_stage, "--save", tmp_path / "saved",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

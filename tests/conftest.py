@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 import pytest
-from warm_start import run_warm
+from warm_start import run_warm, wait_for_requests
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -31,6 +31,7 @@ os.environ["VISUALGLM_UI_LANG"] = "en"  # whatever this machine's locale is: the
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "run: runs the script or a command in a process of its own (seconds)")
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # pictures are remembered there: not the user's own
+    wait_for_requests()
     config.addinivalue_line("markers", "slow: takes seconds; left out of the quick tests of scripts/check.sh")
     config.addinivalue_line("markers", "long: left out of scripts/test.sh too, which runs them with `-m long`")
 
@@ -194,16 +195,9 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
     trains = any(word.endswith("finetune_visualglm.py") for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
-    warm = run_warm(words, cwd, environment)
-    if warm is not None:
-        return warm
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+    return run_warm(words, cwd, environment) or subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, PROJECT, free_port
+from warm_start import started_warm
 
 SCRIPT = PROJECT / "finetune_visualglm.py"
 MARK = "VISUALGLM_TEST_RUN"  # a variable that every process of a run inherits
@@ -25,25 +27,33 @@ LAUNCHERS = {
 
 
 class Run:
-    """A run of the script whose output is read while it goes on."""
+    """A run of the script whose output is read while it goes on, in a session of its own; it starts warm where it can."""
 
     def __init__(self, *words: object, **environment: str) -> None:
         self.output = ""
         self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=GOLDEN / "upstream",
-            env={**os.environ, "PYTHONPATH": str(PROJECT), MARK: self.mark, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=heed_signals,
-        )
+        command, folder = [*map(str, words)], str(GOLDEN / "upstream")
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+        reading, writing = os.pipe()
+        self.stdout = open(reading)  # noqa: SIM115  (the fixture closes it)
+        with open(os.devnull) as nothing, open(writing, "wb") as out:
+            streams = (nothing.fileno(), out.fileno(), out.fileno())
+            warm = (
+                None if _starts_more(command) else started_warm(command, folder, environment, streams, own_session=True)
+            )
+            self.process = warm or subprocess.Popen(
+                [sys.executable, *command],
+                cwd=folder,
+                env={**environment, MARK: self.mark},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=heed_signals,
+            )
 
     def read_until(self, text: str) -> None:
         """Read lines until one has text."""
-        for line in self.process.stdout:
+        for line in self.stdout:
             self.output += line
             if text in line:
                 return
@@ -57,7 +67,7 @@ class Run:
         limit = threading.Timer(seconds, self.kill)
         limit.start()
         try:
-            self.output += self.process.stdout.read()
+            self.output += self.stdout.read()
             return self.process.wait()
         finally:
             limit.cancel()
@@ -72,7 +82,8 @@ class Run:
         return [
             pid
             for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-            if self.mark == _environment(pid).get(MARK)
+            if (started_with := _environment(pid))
+            and (started_with.get(MARK) == self.mark or _session(pid) == self.process.pid)
         ]
 
     def rank(self, rank: int) -> int:
@@ -97,6 +108,18 @@ def heed_signals() -> None:
     """Take signals that may be ignored around us, as in the background of a shell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _starts_more(command: list[str]) -> bool:
+    """Whether it starts further processes of Python's, which are told by the variables that they started with."""
+    return not command[0].endswith(".py")
+
+
+def _session(pid: int) -> int | None:
+    """The session of a process; none of one that has ended."""
+    with suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
 
 
 def _environment(pid: int) -> dict[str, str]:
@@ -125,7 +148,7 @@ def run(upstream_checkpoint, tmp_path):
     for one in started:
         one.kill()
         one.process.wait()
-        one.process.stdout.close()
+        one.stdout.close()
 
 
 @pytest.fixture

@@ -256,7 +256,8 @@ def refused(tmp_path_factory, upstream_config):
         method = [] if flags == ["--use_none"] else ["--use_lora"]
         command_lines.append([*good, *method, *(flag for flag in flags if flag != "--use_none")])
     (home / "command_lines.json").write_text(json.dumps(command_lines))
-    done = run_program("main_with_each", home / "command_lines.json", cwd=folder, SAT_HOME=str(home / "models"))
+    file, sat_home = home / "command_lines.json", str(home / "models")
+    done = run_program("main_with_each", file, cwd=folder, SAT_HOME=sat_home, PYTHONUTF8="1")  # so it starts cold
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads(done.stdout), strict=True))
 

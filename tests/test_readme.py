@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python, write_checkpoint
-from warm_start import run_warm
+from warm_start import commands as warm_commands
 
 from scripts.dev import benchmark
 
@@ -71,6 +71,7 @@ SHORTENED = {  # so that a run of minutes on a real model takes seconds here; no
     "bash scripts/finetune_visualglm": " --train-iters 2 --eval-interval 2 --layer_range 0 2 --answers 0",
     "python finetune_visualglm.py --": " --train-iters 2 --answers 0",
     "cli_demo.py --from_pretrained checkpoints/my-6b": " --max_length 100",  # the model of random numbers never ends
+    "evaluate.py --from_pretrained checkpoints/my-6b": " --max_length 100",
     "deepspeed": " --train-iters 2 --answers 0",
     "torchrun": " --train-iters 2 --answers 0",
     "python scripts/dev/fuzz_data.py": " --rows 100 --pictures 20",
@@ -116,25 +117,20 @@ def add_what_users_have(copy: Path, config: dict) -> Path:
     return write_checkpoint(copy.parent / "sat_home" / "visualglm-6b", config, upstream_weights())
 
 
-def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command line in bash, from nothing."""
+def run(command: str, project: Path, cold: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command line in bash; cold: from nothing, where python, torchrun and deepspeed else start warm."""
+    environment = os.environ | environment_of(project) | {"OMP_NUM_THREADS": "1"}
+    if not cold:
+        environment["PATH"] = f"{warm_commands()}:{environment['PATH']}"
     return subprocess.run(
         ["bash", "-c", command],
         cwd=project,
-        env=os.environ | environment_of(project) | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=900,
     )
-
-
-def run_quickly(command: str, project: Path) -> subprocess.CompletedProcess[str]:
-    """The same; but a script that `python` runs, without anything for bash to do, starts warm where it can."""
-    words = shlex.split(command)
-    for_bash = "python" not in words[:1] or re.search(r"[*|&;<>$]", command)
-    warm = None if for_bash else run_warm([str(project / words[1]), *words[2:]], project, environment_of(project))
-    return run(command, project) if warm is None else warm
 
 
 def environment_of(project: Path) -> dict[str, str]:
@@ -152,7 +148,7 @@ def environment_of(project: Path) -> dict[str, str]:
     [pytest.param(command, marks=pytest.mark.long if command.startswith(ALONE) else []) for command in RUN_HERE],
 )
 def test_command_of_the_pages_runs(command: str, project: Path) -> None:
-    done = run_quickly(command + shortened(command), project)
+    done = run(command + shortened(command), project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -190,7 +186,7 @@ def test_commands_of_the_readme_run_in_order_twice_in_a_fresh_clone(tmp_path: Pa
             continue
         # Recipes are for hours on the 6B. The small model's own commands run as they stand.
         shorter = "" if "model/tiny" in command else shortened(command)
-        done = run(command + shorter, clone)
+        done = run(command + shorter, clone, cold=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         printed.setdefault(command, []).append(done.stdout)
     [evaluations] = [
@@ -221,7 +217,7 @@ def status_while_serving(command: str, path: str, project: Path) -> int:
 
 @pytest.mark.run
 def test_quickstart_teaches_the_small_model_and_installs_nothing_again(project: Path) -> None:
-    done = run("bash scripts/quickstart.sh", project)
+    done = run("bash scripts/quickstart.sh", project, cold=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Installing" not in done.stdout
     last = done.stdout.splitlines()[-1]

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from conftest import PROJECT, run_python, write_tuned
@@ -66,6 +65,8 @@ def test_model_with_hugging_faces_names_answers_as_ours(theirs: ChatGLM, upstrea
 def test_peft_on_hugging_faces_model_answers_as_ours(
     upstream_checkpoint: Path, theirs: ChatGLM, tmp_path: Path, flags: dict
 ):
+    import peft  # seconds, for whoever collects the tests
+
     tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", use_lora=True, **flags)
     expected = our_logits(tuned)
     base = their_logits(theirs)
@@ -77,6 +78,8 @@ def test_peft_on_hugging_faces_model_answers_as_ours(
 
 
 def test_files_are_pefts_and_the_vision_part_is_left_alone(upstream_checkpoint: Path, theirs: ChatGLM, tmp_path: Path):
+    import peft  # seconds, for whoever collects the tests
+
     tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", use_lora=True, lora_rank=3, layer_range=[1])
     adapter = to_peft(str(tuned), str(tmp_path / "adapter"))
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -95,6 +98,8 @@ def test_files_are_pefts_and_the_vision_part_is_left_alone(upstream_checkpoint: 
 
 
 def test_lora_of_a_full_checkpoint_goes_to_peft_too(upstream_checkpoint: Path, theirs: ChatGLM, tmp_path: Path):
+    import peft  # seconds, for whoever collects the tests
+
     tuned = write_tuned(upstream_checkpoint, tmp_path / "full", full=True, use_lora=True, lora_rank=2)
     adapter = to_peft(str(tuned), str(tmp_path / "adapter"))
     model = peft.PeftModel.from_pretrained(theirs, adapter).eval()
@@ -106,6 +111,8 @@ def test_lora_of_a_full_checkpoint_goes_to_peft_too(upstream_checkpoint: Path, t
 
 def trained_by_peft(model: ChatGLM, folder: Path, **settings) -> tuple[torch.Tensor, Path]:
     """Logits of a model with random LoRA of PEFT's, and where PEFT saved it."""
+    import peft  # seconds, for whoever collects the tests
+
     torch.manual_seed(3)
     pattern = settings.pop("target_modules", r"transformer\.layers\.\d+\.attention\.(query_key_value|dense)")
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=pattern, **settings)).eval()

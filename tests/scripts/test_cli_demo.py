@@ -13,6 +13,7 @@ import termios
 
 import pytest
 from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_tuned
+from warm_start import started_warm
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_so_far, chat
@@ -179,10 +180,12 @@ class Terminal:
         self.keyboard, self.screen = pty.openpty()
         self.settings = termios.tcgetattr(self.screen)
         self.written = b""
-        self.process = subprocess.Popen(
-            [sys.executable, COMMAND, "--temperature", "0", *words],
-            stdin=self.screen, stdout=self.screen, stderr=self.screen, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LANG": "C.UTF-8", **environment},
+        command = [*map(str, (COMMAND, "--temperature", "0", *words))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LANG": "C.UTF-8", **environment}
+        screens = (self.screen, self.screen, self.screen)
+        self.process = started_warm(command, os.getcwd(), environment, screens, own_session=True) or subprocess.Popen(
+            [sys.executable, *command],
+            stdin=self.screen, stdout=self.screen, stderr=self.screen, start_new_session=True, env=environment,
             preexec_fn=self._take,
         )  # fmt: skip
 

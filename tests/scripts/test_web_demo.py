@@ -88,6 +88,18 @@ def chats(page):
     return [page.text_of(f"#chat{number}").partition("\n")[2].strip() for number in (0, 1)]
 
 
+def until_both_have_grown_apart(page):
+    """Wait until both answers have come in steps, each its own way."""
+    lengths: tuple[set[int], set[int]] = set(), set()
+    first, second = "", ""
+    end = time.monotonic() + 30
+    while min(map(len, lengths)) < 3 or first.startswith(second) or second.startswith(first):
+        assert time.monotonic() < end, (lengths, first, second)
+        first, second = chats(page)
+        lengths[0].add(len(first))
+        lengths[1].add(len(second))
+
+
 @in_browser
 def test_visitor_uploads_asks_sees_words_come_stops_retries_and_undoes(server, browser, tmp_path):
     page = opened(browser, server[1])
@@ -101,12 +113,7 @@ def test_visitor_uploads_asks_sees_words_come_stops_retries_and_undoes(server, b
     page.until("document.querySelector('#note').innerText.includes('about this picture')")
     page.type(QUESTION, "What is <b>this</b>?")
     page.press("Enter", 13)
-    lengths: tuple[set[int], set[int]] = set(), set()
-    end = time.monotonic() + 30
-    while min(map(len, lengths)) < 3 and time.monotonic() < end:
-        for seen, text in zip(lengths, chats(page), strict=True):
-            seen.add(len(text))
-    assert min(map(len, lengths)) >= 3, lengths  # both grow, in steps
+    until_both_have_grown_apart(page)
     page.click("#stop")
     page.until("document.querySelector('#note').innerText == 'Stopped.'")
     page.until(is_there("#send"))

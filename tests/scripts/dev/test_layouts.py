@@ -4,11 +4,13 @@ The quick launches train the released script's small model, whose vocabulary is 
 """
 
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from warm_start import commands
 
 from model.checkpoints.weights import read_weights
 from scripts.dev import layouts
@@ -36,8 +38,10 @@ FURTHER_LAUNCHES = [
 
 def records_of(launches: list[list[Layout]], folder: Path, base: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
-    for launch in launches:
-        records |= recorded(launch, folder, str(base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(commands() / "python"))
+        for launch in launches:
+            records |= recorded(launch, folder, str(base))
     return records
 
 

@@ -517,6 +517,7 @@ def templates_in_the_code() -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", OF_THE_CODE)
 def test_sentence_that_is_rarely_printed_stands_in_the_code(start: str) -> None:
     templates = templates_in_the_code()
@@ -527,6 +528,7 @@ def test_sentence_that_is_rarely_printed_stands_in_the_code(start: str) -> None:
         assert template in templates, template
 
 
+@pytest.mark.slow
 def test_checks_print_every_sentence_of_theirs(checked: list[str]) -> None:
     of_checks = [
         sentence for sentence in SENTENCES if not sentence.startswith((*OF_A_RUN, *OF_THE_CODE, OF_SLOW_ANSWERS))

@@ -20,6 +20,7 @@ def loaded_later(checkpoint, **flags):
     return FineTuneVisualGLMModel.from_pretrained(str(checkpoint), args, language_later=True)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["use_lora", "use_qlora", "use_ptuning"])
 def test_language_model_is_loaded_after_the_vision_part_and_is_that_of_the_file(upstream_checkpoint, method):
     model = loaded_later(upstream_checkpoint, **{method: True})

@@ -274,6 +274,7 @@ def test_wrong_input_ends_with_a_sentence_and_status_2_before_torch_is_imported(
     assert found["torch"] is False
 
 
+@pytest.mark.slow
 def test_wrong_command_line_as_a_program_has_exit_status_2_and_prints_on_stderr_only(tmp_path):
     done = run_python(SCRIPT, "--train-data", "rows.json", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -281,6 +282,7 @@ def test_wrong_command_line_as_a_program_has_exit_status_2_and_prints_on_stderr_
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_wrong_command_line_in_two_processes_is_told_by_the_first_only(tmp_path):
     assert run_python(SCRIPT, cwd=tmp_path, RANK="1").stderr == ""
 

@@ -111,6 +111,7 @@ def test_importing_everything_prints_nothing_and_leaves_the_environment_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_only_what_stands_on_sat_imports_it():
     importing = {name for name, path in MODULES.items() if "sat" in imported_names(path)}
     assert importing <= WITH_SAT

@@ -24,6 +24,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield folder
 
 
+@pytest.mark.slow
 def test_released_name_is_downloaded_and_unpacked_into_sat_home(
     server: Path, upstream_checkpoint: Path, tmp_path: Path
 ):

@@ -87,6 +87,7 @@ def tuned(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tuned(published, folder, use_lora=True, lora_rank=2, layer_range=[1])
 
 
+@pytest.mark.slow
 def test_adapter_remembers_its_base_and_is_loaded_with_it(tuned: Path, published: Path):
     found = with_base(Checkpoint.find(tuned))
     assert found.base is not None
@@ -105,6 +106,7 @@ def test_adapter_finds_a_base_whose_name_is_gone_by_its_path(tuned: Path, publis
     assert with_base(Checkpoint.find(tuned)).base.folder == published
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adapter_is_merged_into_such_a_base(tuned: Path, tmp_path: Path):
     merged = merge(str(tuned), str(tmp_path / "merged"))
@@ -116,6 +118,7 @@ def test_adapter_is_merged_into_such_a_base(tuned: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_fingerprint_is_that_of_the_same_model_in_sats_layout(published: Path, tmp_path: Path):
     from model.convert.huggingface import convert
 
@@ -124,6 +127,7 @@ def test_fingerprint_is_that_of_the_same_model_in_sats_layout(published: Path, t
     assert fingerprint(open_huggingface(published, heads)) == fingerprint(read_weights(converted / WEIGHTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{"use_qlora": True}, {"use_ptuning": True}])
 def test_other_methods_start_from_such_a_base_too(published: Path, method: dict):
     model = load_tuning(published, **method)

@@ -204,6 +204,7 @@ def test_going_on_with_the_same_method_starts_from_its_factors(lora):
     assert torch.equal(logits(model), logits(load_for_answering(str(lora))[0]))
 
 
+@pytest.mark.slow
 def test_going_on_with_another_method_keeps_the_adapter_and_trains_the_new_one_alone(lora, tmp_path):
     both = write_tuned(lora, tmp_path / "both", **PTUNING)
     assert trained(start_from(lora, **PTUNING)[0]) == {f"mixins.ptuning.prefix.{layer}" for layer in range(3)}

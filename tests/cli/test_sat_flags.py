@@ -8,6 +8,8 @@ from conftest import run_program
 
 from model.cli.options import FlagParser, full_parser, script_parser
 
+pytestmark = pytest.mark.slow  # building SAT's parser imports SAT and DeepSpeed
+
 # Where a flag of ours is not SAT's on purpose: flag, fact, SAT's, ours.
 DIFFERENCES = [
     ("--log-interval", "default", 50, 1),  # a first run shows every loss

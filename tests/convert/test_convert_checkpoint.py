@@ -43,6 +43,7 @@ def same_bytes(a: dict, b: dict) -> bool:
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tiny_there_and_back_has_the_same_bytes_of_every_tensor(published: Path, tmp_path: Path):
     back = convert(str(published), str(tmp_path / "sat"), "sat")
     assert same_bytes(read_weights(back / WEIGHTS), read_weights(TINY / WEIGHTS))
@@ -51,6 +52,7 @@ def test_tiny_there_and_back_has_the_same_bytes_of_every_tensor(published: Path,
     assert {key: config[key] for key in before} == before
 
 
+@pytest.mark.slow
 def test_hugging_faces_files_there_and_back_are_the_same(published: Path, tmp_path: Path):
     sat = convert(str(published), str(tmp_path / "sat"), "sat")
     again = convert(str(sat), str(tmp_path / "hf"), "hf", max_shard_size=10**6)
@@ -93,6 +95,7 @@ def test_rotary_frequencies_stand_in_every_layer(published: Path):
     assert sum(name.endswith("rotary_emb.inv_freq") for name in index["weight_map"]) == 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_answers_are_the_same_in_either_layout(published: Path):
     input_ids = torch.tensor([[10, 20, 86, 89, 30]])
@@ -152,6 +155,7 @@ def test_old_file_ends_with_a_question_unless_told(old: Path, tmp_path: Path):
     assert convert(str(old), str(tmp_path / "hf"), "hf", old_sat=False).is_dir()
 
 
+@pytest.mark.slow
 def test_old_file_that_is_loaded_as_it_is_is_warned_of(old: Path, capsys: pytest.CaptureFixture[str]):
     load_for_answering(str(old))
     assert f"convert_checkpoint.py {old} DST --to sat --old_sat puts them in order" in capsys.readouterr().err
@@ -174,6 +178,7 @@ def test_what_has_the_layout_already_is_refused(published: Path, tmp_path: Path)
     assert "a checkpoint of SAT is needed" in refused(str(published), str(tmp_path / "x"), "sat", old_sat=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_lora_is_to_be_merged_first(upstream_checkpoint: Path, tmp_path: Path, full: bool):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", full, use_lora=True, lora_rank=2)

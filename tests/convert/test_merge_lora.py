@@ -103,6 +103,7 @@ def test_merged_config_is_that_of_an_ordinary_checkpoint_with_its_origin(lora, u
     assert {key: config[key] for key in sizes} == {key: upstream_config[key] for key in sizes}
 
 
+@pytest.mark.slow
 def test_qlora_is_merged_into_the_weights_that_it_was_trained_over(upstream_checkpoint, tmp_path, capsys):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "qlora", use_qlora=True, lora_rank=2, layer_range=[1])
     folder = merge(str(tuned), str(tmp_path / "merged"))
@@ -129,6 +130,7 @@ def test_is_packed_in_qlora_holds_for_linears_of_the_language_models_layers(name
     assert is_packed_in_qlora(name, torch.zeros(shape)) is packed
 
 
+@pytest.mark.slow
 def test_merged_model_can_be_merged_again_after_another_tuning(lora, tmp_path):
     once = merge(str(lora), str(tmp_path / "once"))
     again = write_tuned(once, tmp_path / "again", use_lora=True, lora_rank=2)

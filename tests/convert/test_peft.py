@@ -18,6 +18,8 @@ from model.convert.peft import from_peft, to_peft
 from model.errors import InputError
 from model.inference.load import load_for_answering
 
+pytestmark = pytest.mark.slow  # importing PEFT takes seconds
+
 WEIGHTS = "1/mp_rank_00_model_states.pt"
 INPUT_IDS = torch.tensor([[859, 775, 2685, 2676, 86, 89, 554, 17]])
 ALL_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -55,7 +57,6 @@ def test_model_with_hugging_faces_names_answers_as_ours(theirs: ChatGLM, upstrea
 # --- to PEFT ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     {"lora_rank": 3},
     {"lora_rank": 4, "lora_alpha": 6.0, "layer_range": [0, 2]},
@@ -123,7 +124,6 @@ def trained_by_peft(model: ChatGLM, folder: Path, **settings) -> tuple[torch.Ten
     return their_logits(tuned), folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"r": 4, "lora_alpha": 8},
     {"r": 3, "lora_alpha": 5, "use_rslora": True},

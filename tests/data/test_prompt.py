@@ -365,6 +365,7 @@ def test_context_with_history_holds_one_image(tokenizer):
     assert (ids, pre_image) == ([*IMG, *[PAD] * 32, *rest, GMASK, SOP], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

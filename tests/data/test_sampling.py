@@ -83,6 +83,7 @@ def test_samples_of_epochs_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named("files"))
 def test_samples_of_several_weighted_files_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
@@ -113,6 +114,7 @@ def test_samples_of_an_evaluation_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named("valid part", "test part"))
 def test_samples_drawn_from_the_parts_held_out_by_a_split_are_those_recorded(name: str) -> None:
     assert_as_recorded(name)
@@ -171,6 +173,7 @@ def test_order_does_not_depend_on_what_was_asked_before(name: str) -> None:
     assert [order_of(CASES[name])[place] for place in places[::97]] == forwards[::97]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_pickled_order_is_the_same_and_small(name: str) -> None:
     order = order_of(CASES[name])

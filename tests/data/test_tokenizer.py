@@ -281,6 +281,7 @@ def test_saved_folder_has_the_released_configuration(tokenizer, tmp_path):
     assert (config["num_image_tokens"], config["remove_space"], config["do_lower_case"]) == (0, False, False)
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_saved_configuration(tokenizer, tmp_path):
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 

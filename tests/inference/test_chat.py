@@ -54,6 +54,7 @@ def answer_without_cache(model, tokenizer, ids, pre_image, image, max_length, pe
 # generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "penalty"), [*((flags, 1.2) for flags in ADAPTERS), ({}, 1.0)])
 def test_greedy_answer_with_the_cache_equals_one_computed_without(upstream_checkpoint, tokenizer, flags, penalty):
     model = load_model(upstream_checkpoint, "FineTuneVisualGLMModel" if flags else "VisualGLMModel", **flags)
@@ -179,6 +180,7 @@ def test_picture_as_path_text_pillow_image_and_tensor_gives_the_same_answer(mode
     assert all(torch.equal(tensor, image) for _, _, tensor in results)
 
 
+@pytest.mark.slow
 def test_picture_as_url_gives_the_same_answer(model, tokenizer):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):

@@ -39,6 +39,7 @@ def test_load_for_answering_takes_a_checkpoint_that_was_found_before(upstream_ch
     assert torch.equal(found(input_ids=INPUT_IDS)[0], by_name(input_ids=INPUT_IDS)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_load_for_answering_of_an_adapter_or_full_checkpoint_gives_a_model_with_adapters(
     upstream_checkpoint: Path, tmp_path: Path, full: bool
@@ -103,6 +104,7 @@ def test_every_number_format_of_every_checkpoint_is_near_full_width(
         assert relative_error(scores(model), expected) < bound, (dtype, quant)
 
 
+@pytest.mark.slow
 def test_lora_in_4_bits_is_the_quantised_base_with_exact_factors_beside(
     upstream_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -27,9 +27,10 @@ from model.inference.talk import Speaker
 from model.inference.web_guard import listening
 from scripts.web_demo import gradio_settings
 
-pytestmark = pytest.mark.skipif(
-    find_spec("gradio") is None, reason="the page needs pip install -r requirements-web.txt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the page needs pip install -r requirements-web.txt"),
+]
 
 PICTURE = GOLDEN / "upstream/images/0.png"
 QUESTION = "这是什么？"

@@ -67,6 +67,7 @@ def test_one_question_prints_the_answer_alone_and_the_same_each_time_at_temperat
     assert runs[0].stderr == ""
 
 
+@pytest.mark.slow
 def test_sampled_answer_is_the_same_with_the_same_seed_and_another_with_another(demo):
     first, again, other = (demo("--query", "你好", "--seed", seed).stdout for seed in (3, 3, 4))
     assert first == again
@@ -142,6 +143,7 @@ def test_two_checkpoints_each_answer_with_their_name_and_begin_anew_together(dem
 # its language
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "variable", "prompt", "problem"),
     [
@@ -160,6 +162,7 @@ def test_prompts_and_problems_are_in_the_demos_language(demo, monkeypatch, words
     assert problem in run.stdout
 
 
+@pytest.mark.slow
 def test_checkpoint_that_was_trained_in_english_is_asked_in_english(demo, upstream_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("VISUALGLM_UI_LANG", "")
     monkeypatch.setattr("model.chinese._language", "auto")

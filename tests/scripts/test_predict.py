@@ -46,6 +46,7 @@ def lines_of(out: Path) -> list[dict]:
 # answers
 
 
+@pytest.mark.slow
 def test_answers_of_rows_of_any_kind_are_those_of_chat_in_the_files_order(predict, tmp_path, upstream_checkpoint):
     out = tmp_path / "answers.jsonl"
     run = predict("--data", write_rows(tmp_path, ROWS), "--out", out, "--batch-size", "2")
@@ -273,6 +274,7 @@ def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predi
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.slow
 def test_full_disk_is_a_sentence_and_the_command_goes_on_later(predict, tmp_path):
     words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -185,6 +185,7 @@ def test_odd_deepspeed_file_is_a_sentence(checked, settings):
         checked(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", TAKEN, ids=str)
 def test_good_deepspeed_file_is_taken(checked, settings):
     checked(settings)

@@ -86,6 +86,7 @@ def test_timers_are_stopped_again():
 # forward_step
 
 
+@pytest.mark.slow
 def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
     model, given, timers = process_group, batch(), FakeTimers()
     loss, metrics = forward_step(iter([given]), model, sat_args(), timers)

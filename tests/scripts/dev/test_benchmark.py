@@ -31,6 +31,7 @@ def loss_and_gradient(small: Bench, savings: list[str]) -> tuple[float, torch.Te
     return loss, small.gradient(small.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVINGS)
 def test_step_without_a_saving_has_the_same_loss_and_gradient(small: Bench, saving: str) -> None:
     loss, gradient = loss_and_gradient(small, list(SAVINGS))
@@ -40,6 +41,7 @@ def test_step_without_a_saving_has_the_same_loss_and_gradient(small: Bench, savi
     assert gradient.norm() > 0
 
 
+@pytest.mark.slow
 def test_step_without_any_saving_has_the_same_loss_and_gradient(small: Bench) -> None:
     loss, gradient = loss_and_gradient(small, list(SAVINGS))
     released_loss, released_gradient = loss_and_gradient(small, [])
@@ -93,6 +95,7 @@ def test_both_ways_are_measured_in_turns_and_the_ratio_is_the_median_of_pairs(mo
     assert results["ours"]["matrix-rate share"] == operations / 2e9  # the median of 2 s at 1e9, 1 s at 2e9, 2 s at 4e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_the_machine_is_measured_with_make_large_products(dtype: torch.dtype) -> None:
     device = torch.device("cpu")

@@ -61,6 +61,7 @@ def test_command_measures_a_checkpoint(monkeypatch, capsys, quant):
     assert ("torch.float32, 4 bits" in printed) == bool(quant)
 
 
+@pytest.mark.slow
 def test_weights_in_4_bits_are_counted_as_they_are_kept():
     in_float32 = weight_bytes(load_for_answering(PROJECT / "model/tiny")[0])
     in_4_bits = weight_bytes(load_for_answering(PROJECT / "model/tiny", quant=4)[0])

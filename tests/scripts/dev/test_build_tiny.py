@@ -23,6 +23,7 @@ def files_in(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_corpus_never_has_what_is_taught():
     texts = build_tiny.corpus(20000, Random(1))
 
@@ -106,6 +107,7 @@ def right_count(pool, turns):
     return build_tiny.right_turns(load_model(TINY), pool, turns, ChatGLMTokenizer(TINY / "ice_text.model")).count(True)
 
 
+@pytest.mark.slow
 def test_shipped_model_tells_places_in_pictures_it_has_never_seen(fifty_scenes):
     turns = [Turn("place", "这是什么地方？", f"这是{scene.background.zh}。") for scene in fifty_scenes.scenes]
 

@@ -19,6 +19,7 @@ def test_attention_is_measured_at_every_length_and_the_setting_is_left_alone() -
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
+@pytest.mark.slow
 def test_products_of_4_bits_are_measured_for_every_number_of_rows() -> None:
     found = list(gpu_choices.product_choices(CPU, torch.float32, hidden=64))
     assert len(found) == len(gpu_choices.ROWS_OF_PRODUCTS)

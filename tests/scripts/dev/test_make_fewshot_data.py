@@ -27,6 +27,7 @@ def made(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_main_run_twice_writes_the_same_bytes(made, tmp_path):
     main(["--out", str(tmp_path)])
 

@@ -19,6 +19,7 @@ def answers(scene: Scene) -> dict[str, str]:
     return {turn.question: turn.answer for turn in turns}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "answer"),
     [

@@ -15,6 +15,7 @@ What a start itself reads, such as PYTHONUTF8, it reads cold: see `STAND_A_WARM_
 import atexit
 import fcntl
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -164,6 +165,7 @@ def be_python(name: str, words: list[str]) -> None:
 # --- the processes that wait ------------------------------------------------------------------------------------------
 
 _waiting: list[Any] = []
+_ours: list[str] = []  # modules of model/ that `import_for` has imported
 
 
 def wait_for_requests() -> None:
@@ -255,6 +257,9 @@ def become(request: dict[str, Any], executable: str) -> None:
     sys.executable = executable
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     words: list[str] = request["words"]
+    if Path(words[0]).parent.name == "programs":  # they change some of our modules before others import them
+        for name in _ours:
+            del sys.modules[name]
     status = _run_as_main(words, request["cwd"])
     # As Python ends, but for the third of a second in which it would take apart what is imported.
     threading._shutdown()  # type: ignore[attr-defined]
@@ -292,21 +297,44 @@ def _run_as_main(words: list[str], folder: str) -> int:
 
 
 def import_for(kind: str) -> None:
-    """Import what such commands do, and what takes long."""
+    """Import what such commands do."""
     from model.sat_compat import import_sat
 
+    others = [
+        "numpy.random",
+        "sentencepiece",
+        "torch.utils.serialization",
+        "PIL.ImageOps",
+        "multiprocessing.sharedctypes",
+    ]
     if kind == TRAINING:
         import_sat(training=True)
+        others += [
+            "deepspeed.module_inject.auto_ep_layer",
+            *_modules("checkpoints", "cli", "data", "training", "inference"),
+        ]
     else:
+        others += ["matplotlib.figure", "matplotlib.backends.backend_agg", *_modules("checkpoints", "convert", "data")]
+        others += _modules("inference")
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         FakeTensorMode()  # `write_weights` has one, which takes all of torch's compiler
-        with suppress(ImportError):
-            import matplotlib.backends.backend_agg
-            import matplotlib.figure  # noqa: F401
     from model.frozen import import_bitsandbytes
 
     import_bitsandbytes()
+    before = set(sys.modules)
+    for name in others:
+        with suppress(ImportError):  # of another version, or of requirements-web.txt
+            importlib.import_module(name)
+    _ours.extend(name for name in sys.modules if name.startswith("model.") and name not in before)
+
+
+def _modules(*rooms: str) -> list[str]:
+    """The modules of these rooms of model/, but the one that imports Gradio."""
+    paths = [
+        path for room in rooms for path in sorted((PROJECT / "model" / room).glob("*.py")) if path.stem != "web_page"
+    ]
+    return [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths]
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def status_while_serving(command: str, path: str, project: Path) -> int:
 
 @pytest.mark.run
 def test_quickstart_teaches_the_small_model_and_installs_nothing_again(project: Path) -> None:
-    done = run("bash scripts/quickstart.sh", project, cold=True)
+    done = run("bash scripts/quickstart.sh", project)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Installing" not in done.stdout
     last = done.stdout.splitlines()[-1]

@@ -82,7 +82,15 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["base", "lora", "ptuning", "full", "qlora", "huggingface"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "base",
+        "lora",
+        "qlora",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("ptuning", "full", "huggingface")),
+    ],
+)
 def test_every_number_format_of_every_checkpoint_is_near_full_width(
     upstream_checkpoint: Path, upstream_config: dict, tmp_path: Path, layout: str
 ) -> None:

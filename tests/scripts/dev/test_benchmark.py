@@ -56,6 +56,7 @@ def test_rows_of_the_released_way_are_padded_to_the_flags() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_comparison_in_bfloat16_measures_the_released_way_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
     small = bench("--dtype", "bf16")

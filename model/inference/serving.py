@@ -69,7 +69,11 @@ class Service:
     @property
     def before_a_new_one(self) -> int:
         """How many of the questions in hand have to be answered until a new one has a row."""
-        return max(0, len(self._listeners) - self.engine.rows + 1)
+        return max(0, self._in_hand() - self.engine.rows + 1)
+
+    def _in_hand(self) -> int:
+        """How many questions are waited for. What was cancelled leaves at the next step, and takes nobody's place till then."""
+        return sum(not answer.is_cancelled for answer in tuple(self._listeners))
 
     def submit(self, question: "Question", on_change: Callable[[], object]) -> "Answer":
         """The answer, still empty; on_change is called after each of its tokens and when it is finished.
@@ -79,7 +83,7 @@ class Service:
             InputError: as `Engine.submit`.
         """
         with self._changed:
-            if len(self._listeners) >= self.engine.rows + self.queue:
+            if self._in_hand() >= self.engine.rows + self.queue:
                 raise BusyError
             answer = self.engine.submit(question)
             self._listeners[answer] = on_change

@@ -69,6 +69,17 @@ def test_more_questions_than_may_wait_are_refused(model, tokenizer, question):
         service.submit(question, lambda: None)
 
 
+def test_question_whose_asker_has_gone_takes_no_place_from_another(model, tokenizer, question):
+    service = Service(Engine(model, tokenizer, rows=1), queue=1)  # not started: no step has finished what was cancelled
+    answers = [service.submit(question, lambda: None) for _ in range(2)]
+    assert service.before_a_new_one == 2
+    answers[0].cancel()
+    assert service.before_a_new_one == 1
+    service.submit(question, lambda: None)
+    with pytest.raises(BusyError):
+        service.submit(question, lambda: None)
+
+
 def test_answer_that_is_left_early_frees_its_row(model, tokenizer, question):
     async def first():
         answer = growing(service, question, tokenizer)

@@ -291,7 +291,6 @@ def largest_beside(memory: Memory, tensors: Mapping[str, torch.Tensor]) -> int:
 @pytest.mark.parametrize(
     ("method", "cases"),
     [
-        ("lora", COUNTED),
         ("qlora", COUNTED),
         *(
             pytest.param(method, [*COUNTED, *COUNTED_BESIDES], marks=pytest.mark.long)

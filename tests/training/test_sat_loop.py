@@ -186,6 +186,7 @@ def test_run_that_saves_nothing_needs_no_place():
 
 
 @pytest.mark.run
+@pytest.mark.long
 def test_optimizer_step_is_the_same_without_torchs_compiler():
     plain, without = (run_program("optimize", *words).stdout.split(maxsplit=1) for words in ((), ("without",)))
     assert (plain[0], without[0]) == ("True", "False")

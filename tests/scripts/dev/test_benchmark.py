@@ -67,6 +67,7 @@ def test_comparison_in_bfloat16_measures_the_released_way_in_float32(monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_comparison_tells_the_worst_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "MEASURED_SECONDS", 0.0)
     small, asked = bench(), []

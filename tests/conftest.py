@@ -31,9 +31,9 @@ os.environ["VISUALGLM_UI_LANG"] = "en"  # whatever this machine's locale is: the
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "run: runs the script or a command in a process of its own (seconds)")
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # pictures are remembered there: not the user's own
-    wait_for_requests()
     config.addinivalue_line("markers", "slow: takes seconds; left out of the quick tests of scripts/check.sh")
     config.addinivalue_line("markers", "long: left out of scripts/test.sh too, which runs them with `-m long`")
+    wait_for_requests()
 
 
 def golden_values(name: str, shape: list[int]) -> numpy.ndarray:

@@ -309,13 +309,11 @@ def import_for(kind: str) -> None:
     ]
     if kind == TRAINING:
         import_sat(training=True)
-        others += [
-            "deepspeed.module_inject.auto_ep_layer",
-            *_modules("checkpoints", "cli", "data", "training", "inference"),
-        ]
+        others += ["deepspeed.module_inject.auto_ep_layer"]
+        rooms = ("checkpoints", "cli", "data", "training", "inference")
     else:
-        others += ["matplotlib.figure", "matplotlib.backends.backend_agg", *_modules("checkpoints", "convert", "data")]
-        others += _modules("inference")
+        others += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+        rooms = ("checkpoints", "convert", "data", "inference")
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         FakeTensorMode()  # `write_weights` has one, which takes all of torch's compiler
@@ -323,7 +321,7 @@ def import_for(kind: str) -> None:
 
     import_bitsandbytes()
     before = set(sys.modules)
-    for name in others:
+    for name in (*others, *_modules(*rooms)):
         with suppress(ImportError):  # of another version, or of requirements-web.txt
             importlib.import_module(name)
     _ours.extend(name for name in sys.modules if name.startswith("model.") and name not in before)
@@ -331,10 +329,8 @@ def import_for(kind: str) -> None:
 
 def _modules(*rooms: str) -> list[str]:
     """The modules of these rooms of model/, but the one that imports Gradio."""
-    paths = [
-        path for room in rooms for path in sorted((PROJECT / "model" / room).glob("*.py")) if path.stem != "web_page"
-    ]
-    return [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths]
+    paths = [path for room in rooms for path in sorted((PROJECT / "model" / room).glob("*.py"))]
+    return [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in paths if path.stem != "web_page"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.sat_compat import import_sat
+from model.sat_compat import import_sat, left_alone
 
 import_sat()
 
@@ -198,17 +198,12 @@ def import_bitsandbytes() -> Any:
         with ExitStack() as undo:
             for name in ("compile", "_disable_dynamo"):
                 undo.callback(setattr, torch, name, getattr(torch, name))
-                setattr(torch, name, _left_alone)
+                setattr(torch, name, left_alone)
             import bitsandbytes.functional
 
             return bitsandbytes.functional
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _left_alone(function: Any = None, **_: Any) -> Any:
-    """In place of a decorator of torch's, with or without arguments: the function as it is."""
-    return (lambda decorated: decorated) if function is None else function
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:

@@ -81,6 +81,11 @@ def compiled_when_called() -> Iterator[None]:
         torch.compile = compile_now
 
 
+def left_alone(function: Any = None, **_: Any) -> Any:
+    """In place of a decorator of torch's, with or without arguments: the function as it is."""
+    return (lambda decorated: decorated) if function is None else function
+
+
 def import_sat(training: bool = False) -> types.ModuleType:
     """SAT's top module, imported without wandb, triton, and the parts of SAT that no run here uses.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 import pytest
-from warm_start import run_warm, wait_for_requests
+from warm_start import commands, run_warm, wait_for_requests
 
 PROJECT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # pictures are remembered there: not the user's own
     config.addinivalue_line("markers", "slow: takes seconds; left out of the quick tests of scripts/check.sh")
     config.addinivalue_line("markers", "long: left out of scripts/test.sh too, which runs them with `-m long`")
-    wait_for_requests()
+    if not hasattr(config, "workerinput"):  # xdist's workers share those of the process that has started them
+        wait_for_requests()
 
 
 def golden_values(name: str, shape: list[int]) -> numpy.ndarray:
@@ -192,7 +193,7 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
     the environment allows it, it is started warm: see `run_warm`.
     """
     words = [str(word) for word in command]
-    trains = any(word.endswith("finetune_visualglm.py") for word in words)
+    trains = any(Path(word).name.startswith(("finetune_visualglm.py", "train_")) for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
@@ -238,7 +239,7 @@ def run_on_a_small_disk(name: str, disk: Path, *words: str | Path) -> subprocess
     mounting = PROJECT / "tests/programs/on_a_small_disk.sh"
     program = PROJECT / "tests/programs" / f"{name}.py"
     return subprocess.run(
-        ["unshare", "-m", "bash", mounting, disk, sys.executable, program, disk, *words],
+        ["unshare", "-m", "bash", mounting, disk, commands() / "python", program, disk, *words],
         env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
         capture_output=True,
         text=True,

@@ -17,8 +17,8 @@ from warm_start import started_warm
 SCRIPT = PROJECT / "finetune_visualglm.py"
 MARK = "VISUALGLM_TEST_RUN"  # a variable that every process of a run inherits
 FLAGS = (
-    "--use_lora", "--mode", "finetune", "--train-data", "dataset.json", "--batch-size", "2", "--max_source_length", "64",
-    "--max_target_length", "64", "--train-iters", "100000",
+    "--use_lora", "--mode", "finetune", "--answers", "0", "--train-data", "dataset.json", "--batch-size", "2",
+    "--max_source_length", "64", "--max_target_length", "64", "--train-iters", "100000",
 )  # fmt: skip
 LAUNCHERS = {
     "deepspeed": (Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port"),

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT, run_python
 from PIL import Image
+from warm_start import commands
 
 import finetune_visualglm
 from model import chinese, progress
@@ -441,7 +441,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def stopped_by_sigterm(words: list[str], environment: dict[str, str]) -> list[str]:
     """The lines that a run prints which is told to stop after a step."""
-    command = [sys.executable, *words]
+    command = [commands() / "python", *words]
     with subprocess.Popen(
         command, cwd=PROJECT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:

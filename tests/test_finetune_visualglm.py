@@ -126,7 +126,9 @@ def both(train, tmp_path_factory):
     """A saved run of LoRA and P-Tuning together, with the logits of the trained model."""
     folder = tmp_path_factory.mktemp("both")
     logits, saved = folder / "logits", folder / "saved"
-    run = train("--save", saved, launcher=(PROGRAMS / "train_and_save_logits.py", logits), method=BOTH)
+    run = train(
+        "--save", saved, "--answers", "8", launcher=(PROGRAMS / "train_and_save_logits.py", logits), method=BOTH
+    )
     return SimpleNamespace(**vars(run) | {"folder": folder}, logits=torch.load(logits))
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import PROJECT, run_python, small_disk
 from warm_start import commands, run_warm
 
 TELLING = "import sys; print(sys.argv[1:], 'torch' in sys.modules); print('problem', file=sys.stderr); "
@@ -42,6 +42,19 @@ def test_run_has_its_words_streams_and_status(script, tmp_path, end, status):
 def test_run_with_a_variable_that_an_import_may_read_starts_cold(script):
     for variables, is_warm in (({"SAT_HOME": "/nowhere"}, True), ({"OMP_NUM_THREADS": "2"}, False)):
         assert run_python(script(TELLING), **variables).stdout == f"[] {is_warm}\n"
+
+
+@pytest.mark.run
+@small_disk
+def test_process_sees_the_file_systems_of_whoever_asks(script, tmp_path):
+    program = script("import sys, os; print('torch' in sys.modules, os.listdir(sys.argv[1]))")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "file").touch()
+    mounting = ["unshare", "-m", "bash", PROJECT / "tests/programs/on_a_small_disk.sh", disk]
+    covered = subprocess.run([*mounting, commands() / "python", program, disk], capture_output=True, text=True)
+    assert (covered.stdout, covered.stderr) == ("True []\n", "")
+    assert run_python(program, disk).stdout == "True ['file']\n"
 
 
 @pytest.mark.run

@@ -13,6 +13,7 @@ What a start itself reads, such as PYTHONUTF8, it reads cold: see `STAND_A_WARM_
 """
 
 import atexit
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -37,12 +38,13 @@ TRAINING, ASKING = "training", "asking"
 LAUNCHERS = ("torchrun", "deepspeed", "torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 TRAINS = (  # and train_….py of tests/programs
     "finetune_visualglm.py", "resume_and_record.py", "layouts.py", "fail_in_the_first_step.py", "main_after_a_signal.py",
-    "main_three_times.py", "main_with_each.py", "image_features_of_one_of_two.py", "image_features_without_room.py",
+    "main_three_times.py", "main_with_each.py", "count_config_reads.py", "image_features_of_one_of_two.py", "image_features_without_room.py",
     "write_saved_configs.py", *LAUNCHERS,
 )  # fmt: skip
 ASKS = (
     "evaluate.py", "predict.py", "cli_demo.py", "merge_lora.py", "convert_checkpoint.py", "convert_data.py", "check_data.py",
-    "report.py", "load_and_merge.py", "answer_in_parts.py", "share_a_model.py", "model.training.curves",
+    "report.py", "load_and_merge.py", "answer_in_parts.py", "share_a_model.py", "save_without_room.py",
+    "model.training.curves",
 )  # fmt: skip
 # What may differ for a process that starts warm: it is read by our own code or a launcher's, when the run has begun.
 STAND_A_WARM_START = {
@@ -50,9 +52,10 @@ STAND_A_WARM_START = {
     "XDG_STATE_HOME", "MPLBACKEND", "LANG", "LC_ALL", "LC_MESSAGES", "TERM", "COLUMNS", "LINES", "PWD", "OLDPWD", "SHLVL", "_",
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "CRC32C_SW_MODE", SOCKETS,
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CXX", "CRC32C_SW_MODE", SOCKETS,
 }  # fmt: skip
 STARTS_OF_MORE = ("TORCHELASTIC_", "TORCH_NCCL_", "NCCL_", "PYTEST_")
+MOUNTED = "/proc/self/ns/mnt"  # the file systems that a process sees: those of whoever asks
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -106,7 +109,8 @@ def started_warm(
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(f"{os.environ[SOCKETS]}/{kind}")
     request = {"words": for_python, "cwd": cwd, "environment": environment, "own_session": own_session}
-    socket.send_fds(connection, [b"."], streams)
+    with open(MOUNTED) as mounted:
+        socket.send_fds(connection, [b"."], (*streams, mounted.fileno()))
     connection.sendall(json.dumps(request).encode() + b"\n")
     return WarmProcess(connection)
 
@@ -213,14 +217,17 @@ def serve(listening: socket.socket, kind: str) -> dict[str, Any]:
         connection.close()
     listening.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    streams = socket.recv_fds(connection, 1, 3)[1]
+    *streams, mounted = socket.recv_fds(connection, 1, 4)[1]
     request: dict[str, Any] = json.loads(connection.makefile().readline())
     pid = os.fork()
     if pid:
-        for stream in streams:
+        for stream in (*streams, mounted):
             os.close(stream)
         watch(pid, connection)
     connection.close()
+    if os.fstat(mounted).st_ino != os.stat(MOUNTED).st_ino and ctypes.CDLL(None, use_errno=True).setns(mounted, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(mounted)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

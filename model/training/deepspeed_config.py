@@ -1,4 +1,4 @@
-"""DeepSpeed's settings for a run, SAT's values or a user's own file completed, and three mends of its engine.
+"""DeepSpeed's settings for a run, SAT's values or a user's own file completed, and four mends of its engine.
 
 The mends are listed in the table of `model.training.sat_loop`. torch and DeepSpeed are imported where they are needed.
 """
@@ -156,6 +156,23 @@ def half_precision_optimizers() -> tuple[Any, Any]:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     return FP16_Optimizer, FP16_UnfusedOptimizer
+
+
+def cut_up_what_is_there(offload_class: Any) -> Callable[..., None]:
+    """`DeepSpeedZeRoOffload._convert_to_zero_parameters`, without parameters that have no numbers.
+
+    ZeRO 3 cuts up every parameter, and reads it for that. The vision part has left when all pictures have been looked at.
+    """
+    convert = offload_class._convert_to_zero_parameters
+
+    def converted(offload: Any, config: Any, module: Any, *rest: Any) -> None:
+        for part in module.modules():
+            for name, parameter in [*part.named_parameters(recurse=False)]:
+                if parameter.is_meta:
+                    setattr(part, name, None)
+        convert(offload, config, module, *rest)
+
+    return converted
 
 
 def scaled_backward(engine_class: Any) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
@@ -45,10 +46,11 @@ from model.distributed import (
 )
 from model.errors import InputError
 from model.progress import say, warn
-from model.sat_compat import broadcast_data, import_sat, quieten
+from model.sat_compat import broadcast_data, import_sat, left_alone, quieten
 from model.training.deepspeed_config import (
     clip_or_skip,
     completed_settings,
+    cut_up_what_is_there,
     deepspeed_settings,
     half_precision_optimizers,
     scaled_backward,
@@ -145,6 +147,7 @@ def replacements(hooks: Hooks) -> list[Replacement]:
     loop: Any = importlib.import_module("sat.training.deepspeed_training")
     helpers: Any = importlib.import_module("sat.helpers")
     engine: Any = importlib.import_module("deepspeed").DeepSpeedEngine
+    zero_3: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
     table = [
         Replacement(sat, "get_args", get_args_of_2023, "SAT's refuses its own DeepSpeed files, and to train on a CPU"),
         Replacement(sat, "get_tokenizer", tokenizer_of_checkpoint, "SAT's runs the hub's code, then takes a fake one"),
@@ -168,6 +171,9 @@ def replacements(hooks: Hooks) -> list[Replacement]:
         Replacement(engine, "clip_fp32_gradients", clip_or_skip, "DeepSpeed's lets NaN through"),
         Replacement(engine, "_broadcast_model", lambda _: None, "it sends frozen weights that all have read, 15 GB"),
         Replacement(engine, "backward", scaled_backward(engine), "without ZeRO, DeepSpeed's forgets fp16's scale"),
+        Replacement(
+            zero_3, "_convert_to_zero_parameters", cut_up_what_is_there(zero_3), "the vision part may have left"
+        ),
         *(
             Replacement(
                 optimizer, "initialize_optimizer_states", lambda _: None, "it decays the weights at a rate of 1"
@@ -206,24 +212,42 @@ def _without_gpu(loop: Any) -> list[Replacement]:
 
 
 def without_torchs_compiler() -> list[Replacement]:
-    """Importing torch's compiler takes a second of every start, only for it to leave Adam alone.
+    """Importing torch's compiler takes seconds of every start, only for it to leave some functions alone.
 
-    Three methods of every optimizer ask for the compiler at their first call and remember its answer at the function
-    itself. Adam's step tells the compiler at every call that it switches gradients off.
+    Methods of every optimizer, of ZeRO 3 and of activation checkpointing ask for the compiler at their first call. Adam's
+    step tells the compiler at every call that it switches gradients off.
     """
     import torch
 
-    names = ("add_param_group", "state_dict", "load_state_dict")
-    methods = [inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in names]
+    zero_3 = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    owners = (
+        torch.optim.Optimizer,
+        torch.utils.checkpoint,
+        importlib.import_module("deepspeed.runtime.activation_checkpointing.checkpointing"),
+        zero_3,
+        zero_3.PartitionedParameterCoordinator,
+    )
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
     return [
         *(
-            Replacement(method, "__dynamo_disable", method, "the compiler's answer, without asking")
-            for method in methods
+            Replacement(function, "__dynamo_disable", function, "the compiler's answer, without asking")
+            for owner in owners
+            for function in _asking_for_the_compiler(owner)
         ),
         Replacement(torch.optim.Adam, "step", step, "switches gradients off without telling the compiler"),
         Replacement(torch.optim.AdamW, "step", step, "the same"),
+        Replacement(torch.compiler, "disable", left_alone, "ZeRO 3 has the compiler leave each module's hooks alone"),
     ]
+
+
+def _asking_for_the_compiler(owner: Any) -> Iterator[Any]:
+    """The functions of a module or class that torch's decorator is around; it remembers the answer at the function."""
+    for value in [*vars(owner).values()]:
+        while isinstance(value, FunctionType):
+            inside = getattr(value, "__wrapped__", None) or inspect.getclosurevars(value).nonlocals.get("func")
+            if value.__code__.co_qualname == "_disable_dynamo.<locals>.inner":
+                yield inside
+            value = inside
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import termios
 
 import pytest
 from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_tuned
-from warm_start import started_warm
+from warm_start import commands, started_warm
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.chat import answer_so_far, chat
@@ -291,7 +291,7 @@ def test_signal_at_the_prompt_gives_the_terminal_back(tmp_path, number, status):
 def test_reader_that_goes_ends_the_demo_quietly():
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, COMMAND, *TINY, "--query", "你好", "--temperature", "0"]
+    words = [commands() / "python", COMMAND, *TINY, "--query", "你好", "--temperature", "0"]
     run = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (run.returncode, run.stderr) == (141, "")
@@ -300,7 +300,7 @@ def test_reader_that_goes_ends_the_demo_quietly():
 @pytest.mark.run
 def test_ctrl_c_ends_politely(upstream_checkpoint):
     process = subprocess.Popen(
-        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint],
+        [commands() / "python", COMMAND, "--from_pretrained", upstream_checkpoint],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         # Tests that run in the background of a shell ignore Ctrl-C, and so would what they start.

@@ -5,12 +5,12 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_here, write_rows, write_tuned
+from warm_start import commands
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
@@ -202,7 +202,7 @@ def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upst
     data, out = write_rows(tmp_path, ROWS * 3), tmp_path / "answers.jsonl"
     words = ["--data", data, "--out", out, "--batch-size", "1"]
     process = subprocess.Popen(
-        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "70", *words]
+        [commands() / "python", COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "70", *words]
     )
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 4):
         time.sleep(0.01)
@@ -229,7 +229,7 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint, "--out", "-", "--max_length", "70",
+        [commands() / "python", COMMAND, "--from_pretrained", upstream_checkpoint, "--out", "-", "--max_length", "70",
          "--data", write_rows(tmp_path, ROWS)],
         stdout=write, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

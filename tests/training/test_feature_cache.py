@@ -276,17 +276,30 @@ TRAINING = (
 )  # fmt: skip
 
 
-@pytest.mark.run
-def test_runs_with_a_feature_cache_have_the_losses_of_one_without(upstream_checkpoint, tmp_path):
-    def losses(*flags):
+@pytest.fixture
+def losses(upstream_checkpoint):
+    """The losses that a run with further flags prints."""
+
+    def of_a_run(*flags):
         command = (PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *TRAINING)
         run = run_python(*command, "--train-data", "dataset.json", *flags, cwd=GOLDEN / "upstream")
         assert run.returncode == 0, run.stderr
         return printed_losses(run.stdout)
 
+    return of_a_run
+
+
+@pytest.mark.run
+def test_runs_with_a_feature_cache_have_the_losses_of_one_without(losses, tmp_path):
     cache = ("--feature_cache", tmp_path / "cache")
     assert losses(*cache) == losses(*cache) == losses()
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".features", ".index"]
+
+
+@pytest.mark.run
+def test_vision_that_has_left_is_no_part_of_what_zero_3_cuts_up(losses, tmp_path):
+    cache = ("--feature_cache", tmp_path / "cache")
+    assert losses(*cache, "--zero-stage", "3") == pytest.approx(losses(*cache, "--zero-stage", "2"), abs=2e-4)
 
 
 def in_two_processes(program, *words):

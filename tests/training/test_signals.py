@@ -4,12 +4,12 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from conftest import GOLDEN, PROJECT, run_program
 from live_runs import FLAGS, last_step, saved_steps
+from warm_start import commands
 
 from model.progress import GOES_ON
 
@@ -96,7 +96,7 @@ def test_run_that_is_killed_leaves_no_data_worker_behind(run):
 def test_signal_in_an_evaluation_gives_it_up_and_saves_the_run(run, tmp_path):
     many = tmp_path / "many.json"
     row = '{"img": "images/1.png", "prompt": "?", "label": "a"}'
-    many.write_text("[" + ", ".join([row] * 100_000) + "]")
+    many.write_text("[" + ", ".join([row] * 20_000) + "]")
     one = run("--save", tmp_path / "saved", "--eval-interval", "2", "--valid-data", many, "--check_seconds", "0")
     one.read_until("step      2/")
     time.sleep(0.5)
@@ -229,7 +229,7 @@ def test_run_that_is_killed_in_its_last_evaluation_has_saved_its_last_step(run, 
 @pytest.mark.parametrize("pipe", ["|", pytest.param("2>&1 |", marks=pytest.mark.long)])
 def test_run_goes_on_and_is_saved_where_nobody_reads_its_output_any_more(upstream_checkpoint, tmp_path, pipe):
     words = [
-        sys.executable, PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2],
+        commands() / "python", PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, *FLAGS[:-2],
         "--train-iters", "3", "--save", tmp_path / "saved",
     ]  # fmt: skip
     shell = f"{shlex.join(map(str, words))} {pipe} head -1; exit ${{PIPESTATUS[0]}}"

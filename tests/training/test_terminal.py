@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GOLDEN, PROJECT
+from warm_start import commands
 
 from model.cli.options import parse
 from model.training import terminal as module
@@ -108,7 +109,7 @@ def on_a_terminal(*command, cwd):
     if pid == 0:
         os.chdir(cwd)
         os.execve(
-            sys.executable, [sys.executable, *map(str, command)], {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+            commands() / "python", ["python", *map(str, command)], {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
         )
     while True:
         try:

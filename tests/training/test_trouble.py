@@ -4,11 +4,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT, printed_losses, run_program, run_python, write_rows
+from warm_start import commands
 
 from model.training.trouble import longest
 
@@ -256,7 +256,7 @@ def with_small_file_system(folder, size, *words, full=False):
     mount = f"mount -t tmpfs -o size={size}k tmpfs {folder} && {{ {fill} true; }}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("a file system can be mounted by root only")
-    command = [sys.executable, "finetune_visualglm.py", *map(str, [*TRAIN, *words])]
+    command = [str(commands() / "python"), "finetune_visualglm.py", *map(str, [*TRAIN, *words])]
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"],
         cwd=PROJECT, capture_output=True, text=True, timeout=60,

@@ -26,7 +26,7 @@ echo "Training: LoRA on the 20 rows of fewshot-data/dataset.json."
     --mode finetune \
     --use_lora \
     --train-data fewshot-data/dataset.json \
-    --train-iters 200 \
+    --train-iters 120 \
     --auto_warmup_steps 0 \
     --batch-size 4 \
     --lr 0.01 \

@@ -9,4 +9,5 @@ tests=(tests)
 for word in "$@"; do if [ -e "${word%%::*}" ]; then tests=(); fi; done
 # One thread each: the models of the tests are too small to share, and two threads of two files get into each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest "${tests[@]}" -p no:cacheprovider -n 2 --dist loadfile -m "not long" "$@"
+# Files go to whoever is free in the order of tests/conftest.py.
+exec "$python" -m pytest "${tests[@]}" -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder -m "not long" "$@"

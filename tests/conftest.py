@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: left out of scripts/test.sh too, which runs them with `-m long`")
     if not hasattr(config, "workerinput"):  # xdist's workers share those of the process that has started them
         wait_for_requests()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many long tests come first: what comes last is short, and no worker waits long for the other."""
+    long = Counter(item.path for item in items if {"run", "slow"} & {mark.name for mark in item.iter_markers()})
+    items.sort(key=lambda item: -long[item.path])
 
 
 def golden_values(name: str, shape: list[int]) -> numpy.ndarray:

@@ -463,12 +463,12 @@ def _put_into(
             raise InputError(
                 f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
             ) from None
-        if on_meta:
-            for name, parameter in module.named_parameters():
-                vars(parameter).update(of_sat.get(name, {}) | vars(parameter))
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
         unexpected += unexpected_here
+    if on_meta:
+        for name, parameter in module.named_parameters():
+            vars(parameter).update(of_sat.get(name, {}) | vars(parameter))
     needed = [name for name in missing or () if is_asked_for(prefix + name) and not is_adapter_name(name)]
     if needed:
         raise InputError(

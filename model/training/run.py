@@ -90,8 +90,8 @@ class Run:
 
     def _complete(self, model: Any, args: argparse.Namespace, features: FeatureCache) -> Any:
         """The whole model. All pictures have been looked at, so the vision part makes room for the language model first."""
-        is_saved = args.save_full_model or args.load or any(name.startswith(VISION) for name in model.tuned_names)
-        features.offload_vision(bool(is_saved))
+        is_tuned = any(name.startswith(VISION) for name in model.tuned_names)
+        features.offload_vision(is_saved=bool(self.state.saves_every_weight(args) or args.load or is_tuned))
         model.finish_loading()
         model.freeze()
         seq, answers = args.max_source_length + args.max_target_length, args.batch_size * args.max_target_length

@@ -112,6 +112,12 @@ class RunState:
         self.best = best
         best.load_state_dict(self._stored.get("best", {}))
 
+    def saves_every_weight(self, args: argparse.Namespace) -> bool:
+        """Whether checkpoints hold the whole model: those of a run that goes on do if its first ones did."""
+        if self.resumed is None:
+            return bool(args.save_full_model)
+        return bool(self.resumed.checkpoint.config["finetuning"]["contents"] == "full")
+
     # --- what SAT's loop calls
 
     def place(self, args: argparse.Namespace, model: Any) -> None:
@@ -119,9 +125,9 @@ class RunState:
         if self.resumed is None:
             self.begin(args, model)
             return
-        folder, stored = self.resumed.checkpoint.folder, self.resumed.checkpoint.config["finetuning"]
+        folder = self.resumed.checkpoint.folder
         args.save, args.experiment_name, args.iteration = str(folder), folder.name, self.resumed.record.iteration
-        args.save_full_model = stored["contents"] == "full"
+        args.save_full_model = self.saves_every_weight(args)
         if args.save_full_model:
             if "qlora" in model.adapters.methods:
                 # The full weights are those that 4 bits stand for, and would not become the same 4 bits again.

@@ -7,10 +7,12 @@ import sys
 
 import torch
 
+from model.sat_compat import import_sat
 from model.training import sat_loop
 
 parameter = torch.nn.Parameter(torch.ones(2))
 if sys.argv[1:]:
+    import_sat(training=True)
     for owner, name, value, _ in sat_loop.without_torchs_compiler():
         setattr(owner, name, value)
 optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 0.1}])

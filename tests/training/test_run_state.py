@@ -53,6 +53,9 @@ QUICK = {
         3, "--use_qlora", "--train-iters", "5", "--save-interval", "3", "--zero-stage", "1", "--train_parts",
         "qformer=0.001", "--num-workers", "0",
     ),
+    "LoRA, every weight saved, at another image size": (
+        3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--image_size", "56",
+    ),
 }  # fmt: skip
 SLOW = {
     "bf16, ZeRO 0": (3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--bf16"),
@@ -64,9 +67,6 @@ SLOW = {
     "P-Tuning, ZeRO 1, packing": (3, "--use_ptuning", "--train-iters", "6", "--save-interval", "3", "--zero-stage", "1", "--packing"),
     "QLoRA, bf16, every weight saved": (
         3, "--use_qlora", "--train-iters", "6", "--save-interval", "3", "--bf16", "--save_full_model",
-    ),
-    "LoRA, every weight saved, at another image size": (
-        3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--image_size", "56",
     ),
     "feature cache, workers, grouping": (
         3, "--use_lora", "--train-iters", "6", "--save-interval", "3", "--feature_cache", "{folder}/features",

@@ -38,8 +38,8 @@ TRAINING, ASKING = "training", "asking"
 LAUNCHERS = ("torchrun", "deepspeed", "torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 TRAINS = (  # and train_….py of tests/programs
     "finetune_visualglm.py", "resume_and_record.py", "layouts.py", "fail_in_the_first_step.py", "main_after_a_signal.py",
-    "main_three_times.py", "main_with_each.py", "count_config_reads.py", "image_features_of_one_of_two.py", "image_features_without_room.py",
-    "write_saved_configs.py", *LAUNCHERS,
+    "main_three_times.py", "main_with_each.py", "count_config_reads.py", "image_features_of_one_of_two.py",
+    "image_features_without_room.py", "write_saved_configs.py", *LAUNCHERS,
 )  # fmt: skip
 ASKS = (
     "evaluate.py", "predict.py", "cli_demo.py", "merge_lora.py", "convert_checkpoint.py", "convert_data.py", "check_data.py",

@@ -7,7 +7,8 @@ import argparse
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FakeTimers, load_model, write_checkpoint
+from conftest import GOLDEN, PROJECT, FakeTimers, load_model, write_checkpoint
 from fake_gpu import CUDA, GIB, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
 
 from model import attention
 from model.adapter_config import AdapterConfig
-from model.blip2 import BLIP2
+from model.blip2 import BLIP2, BlipImageEvalProcessor
 from model.checkpoints import weights
 from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.metadata import VISION, Base
@@ -34,8 +35,10 @@ from model.inference import load
 from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
+from model.training import sat_loop
 from model.training import step as step_module
 from model.training.memory import CUDA_ITSELF, Batch, Setup, estimate, optimizer_bytes
+from model.training.metrics import TrainingReport
 from model.training.step import forward_step
 from model.visualglm import VisualGLMModel, without_memory
 from scripts.dev.benchmark import SHAPES
@@ -199,6 +202,41 @@ def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest:
         model.to(CUDA)  # DeepSpeed does that
         assert not any(p.device == CUDA for p in model.get_mixin("eva").model.vit.parameters())
         step(model.train(), args, "features", gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "fp32"), ("qlora", "fp16"), ("ptuning", "fp16")])
+def test_script_in_the_manner_of_2023_trains_on_a_gpu(
+    gpu: Memory, smallest: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
+    """Its own model, batch and forward step; SAT's and DeepSpeed's part is as in our runs."""
+    monkeypatch.setattr(sat_loop, "stay_adapted", lambda: None)  # until this test ends only
+    monkeypatch.chdir(GOLDEN / "upstream")
+    hooks = sat_loop.Hooks(weights.load_checkpoint, weights.save_checkpoint, TrainingReport())
+    with sat_loop.adapted(hooks):
+        script = SimpleNamespace(**runpy.run_path(str(PROJECT / "tests" / "programs" / "script_of_2023.py")))
+        monkeypatch.setattr(script.mpu, "broadcast_data", sent_to_the_gpu)
+        lengths = {"max_source_length": 64, "max_target_length": 64}
+        args = FineTuneVisualGLMModel.get_args(skip_init=True, **lengths, **METHODS[method])
+        vars(args).update(device="cpu", mode="finetune", fp16=dtype == "fp16")
+        model, args = script.MyModel.from_pretrained(smallest, args)
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        model = model.to(CUDA).train()
+        model.disable_untrainable_params()
+        processor = BlipImageEvalProcessor(args.eva_args["image_size"][0])
+        rows = with_numbers(script.Rows)("dataset.json", processor, tokenizer, args)
+        batch = with_numbers(script.data_collator)(rows[:2])
+        loss, _ = script.forward_step(iter([batch]), model, args, FakeTimers())
+        loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert len(gradients) == (2 if method == "ptuning" else 8)
+    assert {(gradient.device, gradient.dtype) for gradient in gradients} == {(CUDA, DTYPES[dtype])}
+
+
+def sent_to_the_gpu(keys: Sequence[str], data: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """SAT's `broadcast_data` to one process: it reads sizes back from the GPU, of which a fake one has none."""
+    assert {data[key].dtype for key in keys} == {dtype}
+    return {key: fake_tensor(data[key]).to(CUDA) for key in keys}
 
 
 @pytest.mark.slow

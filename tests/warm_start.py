@@ -319,14 +319,14 @@ def import_for(kind: str) -> None:
         others += ["deepspeed.module_inject.auto_ep_layer"]
         rooms = ("checkpoints", "cli", "data", "training", "inference")
     else:
-        others += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+        others += ["matplotlib.figure", "matplotlib.backends.backend_agg", "sacrebleu.metrics", "rapidfuzz.distance"]
         rooms = ("checkpoints", "convert", "data", "inference")
-        from torch._subclasses.fake_tensor import FakeTensorMode
+    from PIL import Image
 
-        FakeTensorMode()  # `write_weights` has one, which takes all of torch's compiler
     from model.frozen import import_bitsandbytes
 
     import_bitsandbytes()
+    Image.init()  # imports what reads each format
     before = set(sys.modules)
     for name in (*others, *_modules(*rooms)):
         with suppress(ImportError):  # of another version, or of requirements-web.txt

@@ -252,12 +252,8 @@ def write_weights(
     Args:
         like: tensors of the same names, shapes and dtypes.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # with all of torch's compiler, which takes 2 s
-
-    with FakeTensorMode():
-        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({"module": empty, "iteration": iteration}, path)
+    with torch.serialization.skip_data():
+        torch.save({"module": without_numbers(like), "iteration": iteration}, path)
     places = load_tensors(path, device="meta")["module"]
     with open(path, "r+b") as file:
         for name in with_progress(list(places), len(places), "Tensors written"):
@@ -266,6 +262,23 @@ def write_weights(
             assert len(numbers) == size, name
             file.seek(offset)
             file.write(numbers.numpy().data)
+
+
+def without_numbers(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors like these on the CPU, each in its own storage, for whom only asks for their names, shapes and dtypes.
+
+    Those of a dtype lie over each other in memory that is never read or written, so that it takes no room.
+    """
+    largest: dict[torch.dtype, int] = {}
+    for tensor in like.values():
+        largest[tensor.dtype] = max(tensor.numel(), largest.get(tensor.dtype, 0))
+    room = {dtype: torch.empty(numel, dtype=dtype).view(torch.uint8).numpy() for dtype, numel in largest.items()}
+    return {
+        name: torch.frombuffer(room[tensor.dtype], dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        if tensor.numel()
+        else torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in like.items()
+    }
 
 
 def load_tensors(path: Path, device: str = "cpu") -> Any:

@@ -18,7 +18,7 @@ from model.inference.sampling import Sampling
 
 PAIRS = [("这是什么？", "一只猫在这里。"), ("图片里有什么动物，它在做什么？", "狗。"), ("好", "好")]
 ROWS = [Row(None, prompt, label, "here") for prompt, label in PAIRS]
-LENGTH = 50
+LENGTH = 32  # tokens, those of a question with them: two processes wait for each other some ten times for each
 
 
 def found(checkpoint: str, quant: int | None) -> dict:

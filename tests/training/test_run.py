@@ -74,7 +74,7 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts
     ("flags", "zero_stages", "imported"),
     [
         (["--use_lora"], "1,3", []),
-        (["--use_qlora"], "1", []),
+        (["--use_qlora", "--save_full_model"], "1", []),
         *(
             pytest.param(flags, stages, imported, marks=pytest.mark.long)
             for flags, stages, imported in (

@@ -110,7 +110,7 @@ def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_ru
     iteration, *flags = case
     flags = [flag.format(folder=tmp_path) for flag in flags]
     done = run_program(
-        "resume_and_record", tmp_path, str(iteration), "--from_pretrained", base, *COMMON, *flags,
+        "resume_and_record", tmp_path, str(iteration), "--from_pretrained", base, "--answers", "0", *COMMON, *flags,
         cwd=GOLDEN / "upstream",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -80,7 +80,7 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
     """
     if checkpoint.base is not None or not is_adapter(checkpoint.config):
         return checkpoint
-    base = _found_base(checkpoint, given)
+    base = found_base(checkpoint, given)
     if is_adapter(base.config):
         raise InputError(
             f"{base.weights_file()}: an adapter checkpoint too; the model that {checkpoint.folder} was trained on is needed."
@@ -88,7 +88,12 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
     return replace(checkpoint, base=base, config=cast(ModelConfig, {**base.config, **checkpoint.config}))
 
 
-def _found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
+def found_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
+    """What a fine-tuned checkpoint was trained on: the given one, else by its name, else where it lay.
+
+    Raises:
+        InputError: it is in none of those places.
+    """
     if given is not None:
         return Checkpoint.find(given, "--base")
     recorded = base_of(checkpoint.config)

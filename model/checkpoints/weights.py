@@ -558,14 +558,26 @@ def whole_weights(
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
     _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
     found = fingerprint(_unmapped(checkpoint.base, opened))
-    if found != recorded.fingerprint and not force_base:
-        raise InputError(
-            f"{checkpoint.folder}: trained on other weights than those of {base_path} (fingerprint "
-            f"{recorded.fingerprint[:12]}, found {found[:12]}); --base with {recorded.name} as it was is needed, or "
-            "--force_base to use this one all the same."
-        )
+    used = Base(recorded.name, os.path.abspath(base_path), found)
+    if not force_base:
+        refuse_another_base(checkpoint, used)
     whole = base_weights.with_others(weights) if isinstance(base_weights, LazyTensors) else {**base_weights, **weights}
-    return whole, Base(recorded.name, os.path.abspath(base_path), found), set(weights)
+    return whole, used, set(weights)
+
+
+def refuse_another_base(checkpoint: Checkpoint, used: Base) -> None:
+    """Raise an error unless the base that is used is the one that a fine-tuned checkpoint was trained on.
+
+    Raises:
+        InputError: its weights are others.
+    """
+    recorded = base_of(checkpoint.config)
+    if used.fingerprint != recorded.fingerprint:
+        raise InputError(
+            f"{checkpoint.folder}: trained on other weights than those of {used.path} (fingerprint "
+            f"{recorded.fingerprint[:12]}, found {used.fingerprint[:12]}); --base with {recorded.name} as it was is needed, "
+            "or --force_base to use this one all the same."
+        )
 
 
 def _warn_of_old_rows(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> None:

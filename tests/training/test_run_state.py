@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, printed_losses, run_program, run_python, write_tuned
+from safetensors.torch import load_file, save_file
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import ROOM_FOR_THE_REST
@@ -22,6 +23,7 @@ from model.cli.options import parse
 from model.cli.preflight import checkpoint_size
 from model.training.records import MEASURED, read_records
 from model.training.run_state import can_be_kept, put_back_random_state, random_state
+from scripts import convert_checkpoint
 
 COMMON = (
     "--mode", "finetune", "--train-data", "dataset.json", "--max_source_length", "64", "--max_target_length", "64",
@@ -133,6 +135,26 @@ def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_ru
     )
     assert [record.loss for record in whole if record.kind == "step"] == losses["whole"]
     assert cut == whole
+
+
+@pytest.mark.run
+def test_qlora_run_that_saves_every_weight_goes_on_with_its_base_and_no_other(upstream_checkpoint, tmp_path):
+    base = tmp_path / "base"
+    convert_checkpoint.main([str(upstream_checkpoint), str(base), "--to", "hf"])
+    flags = ("--use_qlora", "--save_full_model", "--train-iters", "2", "--save-interval", "1", "--num-workers", "0")
+    done = run_program(
+        "resume_and_record", tmp_path, "1", "--from_pretrained", base, "--answers", "0", *COMMON, *flags,
+        cwd=GOLDEN / "upstream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses["cut"] == losses["whole"][1:]
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    path = base / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    other = run_python(PROJECT / "finetune_visualglm.py", "--resume", tmp_path / "whole/1", cwd=GOLDEN / "upstream")
+    assert other.returncode == 2
+    assert f"trained on other weights than those of {path}" in other.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

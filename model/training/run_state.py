@@ -29,10 +29,10 @@ from typing import Any
 import numpy
 import torch
 
-from model.checkpoints.metadata import base_of, found_base
+from model.checkpoints.metadata import VISION, base_of, found_base
 from model.checkpoints.model_parallel import gathered, own_part
 from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Resumed, RunRecord, digests, read_state, write_state
-from model.checkpoints.weights import load_checkpoint, refuse_another_base
+from model.checkpoints.weights import opened_for, refuse_another_base
 from model.cli.preflight import Inputs, training_samples
 from model.cli.resuming import CommandLine
 from model.distributed import is_first_process, whole_parameters
@@ -131,7 +131,8 @@ class RunState:
         if args.save_full_model:
             if "qlora" in model.adapters.methods:
                 # The full weights are those that 4 bits stand for, and would not become the same 4 bits again.
-                load_checkpoint(model, args, found_base(self.resumed.checkpoint, args.base))
+                put_into = opened_for(model, found_base(self.resumed.checkpoint, args.base), args)
+                put_into(lambda name: not name.startswith(VISION))
                 if not args.force_base:
                     refuse_another_base(self.resumed.checkpoint, model.base)
             model.base = base_of(self.resumed.checkpoint.config)  # and not the run's own checkpoint

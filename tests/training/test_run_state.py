@@ -141,7 +141,7 @@ def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_ru
 def test_qlora_run_that_saves_every_weight_goes_on_with_its_base_and_no_other(upstream_checkpoint, tmp_path):
     base = tmp_path / "base"
     convert_checkpoint.main([str(upstream_checkpoint), str(base), "--to", "hf"])
-    flags = ("--use_qlora", "--save_full_model", "--train-iters", "2", "--save-interval", "1", "--num-workers", "0")
+    flags = ("--use_qlora", "--image_size", "56", "--train-iters", "2", "--save-interval", "1", "--num-workers", "0")
     done = run_program(
         "resume_and_record", tmp_path, "1", "--from_pretrained", base, "--answers", "0", *COMMON, *flags,
         cwd=GOLDEN / "upstream",

@@ -21,6 +21,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -38,6 +39,7 @@ STATUS_OF_A_LOST_PROCESS = 3
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
 STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
 SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
+SECONDS_FOR_THE_FIRST_TO_TELL = 5.0  # what is wrong with the input, and for the launcher to end the others
 
 _is_a_program = False  # whether this process is a command's, and not a notebook's or a test's
 
@@ -71,12 +73,16 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     """End program with status 2 and a sentence on standard error where the block raises an InputError.
 
     The first process of each machine tells it, for files may be missing on one. A RowError is told by the process that met
-    the row.
+    the row. The others stay until they are ended: torchrun ends all as soon as one has ended, and the first one may be
+    slower. One that is left alone was the only one that met it, and tells it then.
     """
     try:
         yield
     except InputError as problem:
         tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
+        if not tells and _is_a_program:
+            time.sleep(SECONDS_FOR_THE_FIRST_TO_TELL)
+            tells = True
         if tells:
             warn_from_any_process(f"{program}: error: {problem}")
         sys.exit(STATUS_OF_BAD_INPUT)

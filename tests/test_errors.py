@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, write_rows
+from conftest import PROJECT, free_port, run_python, write_rows
 
 from model.errors import ENDING_SIGNALS, InputError, RowError, command, exit_on_input_error, raise_problems
 
@@ -65,6 +65,15 @@ def test_exit_on_input_error_in_another_process_tells_only_what_that_process_alo
     with pytest.raises(SystemExit), exit_on_input_error("x.py"):
         raise error("a row.")
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.run
+def test_first_process_that_is_slower_tells_it_all_the_same():
+    """Torchrun ends all processes as soon as one has ended."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    done = run_python(*launcher, PROJECT / "tests/programs/refused_late_by_the_first.py")
+    assert done.returncode == 1
+    assert done.stderr.count("x.py: error: no file.") == 1
 
 
 # --- signals

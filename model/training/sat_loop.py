@@ -289,8 +289,12 @@ def stay_adapted() -> None:
 def silence_known_warnings() -> None:
     """Hide what SAT and DeepSpeed make torch warn of and no user can change.
 
-    SAT pins memory for a GPU that may not be there. DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
+    SAT pins memory for a GPU that may not be there, and finds processes that it has not brought together itself.
+    DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
     """
+    warnings.filterwarnings(
+        "ignore", message="model_parallel_size > 1 but torch.distributed is not initialized via SAT"
+    )
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)

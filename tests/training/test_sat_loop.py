@@ -1,6 +1,7 @@
 """SAT's loop with our parts in it: each obstacle as it is, that it is gone, and that all is put back afterwards."""
 
 import importlib
+import inspect
 import json
 import re
 import warnings
@@ -159,6 +160,16 @@ def test_pinning_without_a_gpu_warns_of_nothing():
     assert pinning_warnings()
     adapt = True
     assert not pinning_warnings()
+
+
+def test_sats_warning_of_parts_of_a_model_is_not_shown():
+    text = "model_parallel_size > 1 but torch.distributed is not initialized via SAT."
+    assert text in inspect.getsource(importlib.import_module("sat.arguments").initialize_distributed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sat_loop.silence_known_warnings()
+        warnings.warn(text, stacklevel=1)
+    assert not caught
 
 
 def test_run_that_would_overwrite_an_earlier_one_is_saved_beside_it(upstream_checkpoint, tmp_path):

@@ -171,7 +171,7 @@ def whole_parameters(parameters: Iterable[Any], writer: int | None = None) -> It
     """Inside the block, parameters of which ZeRO 3 keeps a part on each process are whole on all of them.
 
     Args:
-        writer: the process, of those that share these parameters, whose changes in the block are kept.
+        writer: which process, counted among those that share these parameters, keeps its changes to them.
     """
     split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not split:

@@ -296,7 +296,7 @@ def put_back_parameters(engine: Any, optimizer: Any, states: Mapping[str, Mappin
     for name, parameter in _trained(engine):
         state = {key: own_part(name, value, rank, ranks) for key, value in states[name].items()}
         weight = state.pop(MASTER).to(parameter.device)
-        with whole_parameters([parameter], writer=rank):  # the first of the data-parallel processes
+        with whole_parameters([parameter], writer=0):
             parameter.copy_(weight)
         if flat:
             _put_into_flat(parameter, {MASTER: weight, **state})

@@ -321,6 +321,7 @@ def layouts() -> list[list[Layout]]:
             split(f"{VISION}, 2 times 2 parts, ZeRO 2", 4, 2, 2, VISION),
             resumed("2 processes, ZeRO 2 → 4 processes, ZeRO 3", 4, saved, 3),
             resumed("2 processes, ZeRO 2 → 2 times 2 parts, ZeRO 1", 4, saved, 1, 2),
+            resumed("2 processes, ZeRO 2 → 2 times 2 parts, ZeRO 3", 4, saved, 3, 2),
         ],
         [
             resumed("2 processes, ZeRO 2 → 1 process, ZeRO 1", 1, saved),
@@ -330,6 +331,7 @@ def layouts() -> list[list[Layout]]:
         [split("LoRA, 3 parts of 4 heads", 3, 3, refused=True)],
         [
             resumed("2 processes, ZeRO 2 → 2 parts, ZeRO 1", 2, saved, 1, 2),
+            resumed("2 parts, ZeRO 3 → 2 parts, ZeRO 3", 2, "LoRA, 2 parts, ZeRO 3", 3, 2),
             resumed("2 times 2 parts, ZeRO 3 → 2 processes, ZeRO 3", 2, "LoRA, 2 times 2 parts, ZeRO 3", 3),
         ],
     ]

@@ -28,6 +28,7 @@ LAUNCHES = [
         Layout("ZeRO 3 → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), accumulation=2, resumes=AT_ZERO_3.name),
         Layout("parts → 1", 1, "LoRA, ZeRO", ("--zero-stage", "1"), resumes=IN_PARTS.name),
     ],
+    [Layout("parts → parts, ZeRO 3", 2, "LoRA, ZeRO", ("--zero-stage", "3"), model_parallel=2, resumes=IN_PARTS.name)],
 ]
 FURTHER_LAUNCHES = [
     [Layout("P-Tuning", 1, "P-Tuning"), Layout(layouts.VISION, 1, layouts.VISION)],

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model.checkpoints.layout import Checkpoint
 from model.errors import command
 from model.hub import at_revision
-from model.progress import say
+from model.progress import say, warn
 
 BYTES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -75,6 +75,8 @@ def converted(options: argparse.Namespace) -> Path:
 
         return from_peft(options.source, options.destination, options.base, options.tokenizer)
     checkpoint = Checkpoint.find(at_revision(options.source, options.revision), "SRC")  # before torch is loaded
+    if options.to != "sat":
+        warn_of_what_stood_around_questions(checkpoint)
     if options.to == "peft":
         from model.convert.peft import to_peft
 
@@ -84,6 +86,18 @@ def converted(options: argparse.Namespace) -> Path:
     return convert(
         checkpoint, options.destination, options.to, options.max_shard_size, options.old_sat, options.tokenizer
     )
+
+
+def warn_of_what_stood_around_questions(checkpoint: Checkpoint) -> None:
+    """Say so if the model was trained on questions that nobody asks it by themselves in another layout than SAT's."""
+    asked_as = checkpoint.asked_as
+    flags = [f'--source_prefix "{asked_as.source_prefix}"'] * bool(asked_as.source_prefix)
+    flags += ["--lang en"] * asked_as.is_english()
+    if flags:
+        warn(
+            f"{checkpoint.name}: trained with {' and '.join(flags)}, for which the other layout has no place; questions have to "
+            "be put so there by whoever asks."
+        )
 
 
 if __name__ == "__main__":

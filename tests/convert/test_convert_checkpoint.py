@@ -20,6 +20,7 @@ from model.convert.merge_lora import merge
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.load import load_for_answering
+from scripts import convert_checkpoint
 
 WEIGHTS = "1/mp_rank_00_model_states.pt"
 TINY = PROJECT / "model/tiny"
@@ -179,6 +180,24 @@ def test_what_has_the_layout_already_is_refused(published: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({}, ""),
+        ({"lang": "en"}, "trained with --lang en, "),
+        ({"lang": "en", "source_prefix": "看图："}, 'trained with --source_prefix "看图：" and --lang en, '),
+    ],
+)
+def test_what_stood_around_questions_is_told_where_the_layout_has_no_place_for_it(
+    upstream_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict, told: str
+):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", use_lora=True, lora_rank=2, **flags)
+    convert_checkpoint.main([str(tuned), str(tmp_path / "adapter"), "--to", "peft"])
+    printed = capsys.readouterr().err
+    assert told in printed
+    assert ("no place" in printed) == bool(told)
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_lora_is_to_be_merged_first(upstream_checkpoint: Path, tmp_path: Path, full: bool):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", full, use_lora=True, lora_rank=2)

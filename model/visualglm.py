@@ -34,7 +34,8 @@ from model.sat_compat import import_sat, parallel_output_once, whole_on_every_pr
 
 import_sat()
 
-from sat.model import BaseMixin, ChatGLMModel  # noqa: E402  (sat can be imported only after import_sat)
+from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
+from sat.model import BaseMixin, ChatGLMModel  # noqa: E402
 from sat.model.base_model import get_model  # noqa: E402
 from sat.model.official.chatglm_model import ChatGLMFinalMixin, ChatGLMLayerMixin  # noqa: E402
 
@@ -165,20 +166,50 @@ class ImageMixin(BaseMixin):
             words = embeddings(input_ids)
         else:  # SAT's own forward would wait for the device, to mask other processes' words
             words = torch.nn.functional.embedding(input_ids, embeddings.weight)
-        if input_ids.shape[1] < pre_image + self.image_length:
-            return words
         used = self.model if image_features is None else self.model.glm_proj
-        is_trained = any(parameter.requires_grad for parameter in used.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            if image_features is None and image is not None and len(image):
-                image_features = self.model.features(image.to(words.dtype))
+        given = image if image_features is None else image_features
+        if given is not None and not len(given):
+            return self._without_images(words, used)
+        if given is None or input_ids.shape[1] < pre_image + self.image_length:
+            return words
+        with self._gradient_of(used):
             if image_features is None:
-                return words
+                image_features = self.model.features(given.to(words.dtype))
             embedded = self.model.glm_proj(image_features.to(words.dtype)).to(words.dtype)
         if image_slots is None:
             return torch.cat((words[:, :pre_image], embedded, words[:, pre_image + self.image_length :]), dim=1)
         slots = image_slots.flatten()
         return words.flatten(0, 1).index_copy(0, slots, embedded.flatten(0, 1)).view_as(words)
+
+    def _without_images(self, words: torch.Tensor, used: torch.nn.Module) -> torch.Tensor:
+        """words as they are, where no row of the batch has an image, as another process's may.
+
+        If ZeRO exchanges weights or gradients of what is used there, each process must use it in each step: the others
+        would wait for this one. So an empty image is looked at, and no number of it is taken.
+        """
+        if self.model.is_away:
+            used = self.model.glm_proj
+        if not is_used_by_all(used):
+            return words
+        with self._gradient_of(used):
+            if used is self.model:
+                edge = self.model.vit.transformer.property.image_size[0]
+                features = self.model.features(words.new_zeros(1, 3, edge, edge))
+            else:
+                features = words.new_zeros(1, 1, self.model.glm_proj.in_features)
+            return words + self.model.glm_proj(features).to(words.dtype)[:0].sum()
+
+    def _gradient_of(self, used: torch.nn.Module) -> Any:
+        is_trained = any(parameter.requires_grad for parameter in used.parameters())
+        return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
+def is_used_by_all(part: torch.nn.Module) -> bool:
+    """Whether data-parallel processes exchange weights of part (ZeRO 3), or gradients, each time that it is used."""
+    if not mpu.model_parallel_is_initialized() or mpu.get_data_parallel_world_size() == 1:
+        return False
+    learns = torch.is_grad_enabled()
+    return any(hasattr(weight, "ds_id") or (learns and weight.requires_grad) for weight in part.parameters())
 
 
 def is_split(embeddings: Any) -> bool:

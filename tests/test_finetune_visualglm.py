@@ -204,6 +204,47 @@ def test_one_batch_of_four_trains_like_two_of_two_and_like_two_processes_of_two(
             assert (other[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
+@pytest.mark.run
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero_stage", "flags"),
+    [
+        ("3", ("--train-iters", "6")),  # rows come twice: the pictures have been looked at
+        ("2", ("--train_parts", "vit=0.001", "glm_proj")),
+        *(
+            pytest.param(stage, flags, marks=pytest.mark.long)
+            for stage, flags in (
+                ("1", ("--train_parts", "glm_proj", "--train-iters", "6")),
+                ("3", ("--train_parts", "qformer=0.001", "--packing")),
+                ("3", ()),
+            )
+        ),
+    ],
+)
+def test_two_processes_of_which_one_has_no_picture_in_a_step_train_like_one(train, tmp_path, zero_stage, flags):
+    pictures = json.loads((GOLDEN / "upstream/dataset.json").read_text())[:3]
+    texts = [{"prompt": f"问题{number}", "label": "没有图片的回答。"} for number in range(3)]
+    rows = [row | {"img": str(GOLDEN / "upstream" / row["img"])} for row in pictures] + texts
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    common = (
+        "--train-data",
+        tmp_path / "rows.json",
+        "--loss_normalization",
+        "token",
+        "--hidden-dropout",
+        "0",
+        "--holdout",
+        "1",
+    )
+    common += ("--attention-dropout", "0", "--drop-path", "0", "--train-iters", "4", *flags)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), SCRIPT)
+    one = train(*common, "--zero-stage", "1", "--batch-size", "2")
+    two = train(*common, "--zero-stage", zero_stage, "--batch-size", "1", launcher=torchrun)
+    assert len(one.losses) > 3
+    assert two.losses == pytest.approx(one.losses, abs=2e-4)
+    assert [line for line in two.out.splitlines() if "validation loss" in line]
+
+
 # --- wrong command lines and data: told before torch is even imported
 
 

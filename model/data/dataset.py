@@ -72,7 +72,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
 
             input_ids, labels                        list[int] of equal length
             image                                    float32[3, H, W]; None in a row of text only
-            image_features                           [queries, width], in place of image once they are known
+            image_features                           [queries, width], in place of image once they are known; None as well
             pre_image, image_length, pad_token_id    int
             where                                    str; names the row for a person
             problem                                  str; only with note_bad_images, if the image can't be opened
@@ -86,8 +86,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         except InputError as error:
             if not self.note_bad_images:
                 raise
-            image, problem = {"image": None}, f"{row.where}: {error}"
-            row = row._replace(img=None)
+            row, problem = row._replace(img=None), f"{row.where}: {error}"
+            image = self._image_or_features(row)
         sample = sample_from_row(row, self.tokenizer, self.lengths)
         labels = sample.labels if problem is None else [IGNORE_INDEX] * len(sample.labels)
         return {
@@ -114,8 +114,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         return self.processor(open_image(row.img, getattr(self.processor, "image_size", None)))
 
     def _image_or_features(self, row: Row) -> dict[str, torch.Tensor | None]:
-        if row.img in self.features:
-            return {"image_features": self.features[row.img]}
+        if row.img in self.features or (self.features and row.img is None):
+            return {"image_features": self.features[row.img] if row.img else None}
         return {"image": self._image(row)}
 
     @property
@@ -195,7 +195,7 @@ def data_collator(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     input_ids          int64[batch, seq]               padding is the pad id
     labels             int64[batch, seq]               padding is IGNORE_INDEX
-    image              float32[images, 3, H, W]        or image_features [images, queries, width]; [0, 3, 0, 0] without
+    image              float32[images, 3, H, W]        or image_features [images, queries, width]; empty without
     pre_image          int                             the same in every row with an image: the length of <img>
     image_slots        int64[images, image_length]     where each image goes in the flattened batch · seq
     answer_positions   int64[answers]                  which of the flattened batch · seq predict a supervised token
@@ -256,7 +256,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 first = number * seq + start + example["pre_image"]
                 slots.append(torch.arange(first, first + example["image_length"]))
                 with_image.append(example)
-    kind = "image_features" if with_image and "image_features" in with_image[0] else "image"
+    kind = "image_features" if "image_features" in (with_image or examples)[0] else "image"
     positions, answers = supervised_positions(labels, IGNORE_INDEX)
     batch = {
         "input_ids": input_ids,

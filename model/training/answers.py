@@ -235,7 +235,7 @@ def _question(sample: dict[str, Any], module: Any, args: argparse.Namespace) -> 
     features = sample.get("image_features")
     if features is not None:
         features = features.unsqueeze(0).to(weight.device, weight.dtype)
-    elif sample["image"] is not None:
+    elif sample.get("image") is not None:
         features = image_features(sample["image"].unsqueeze(0).to(weight.device), module)
     label_tokens = sum(label != IGNORE_INDEX for label in labels)
     room = min(args.max_target_length, 2 * label_tokens + ANSWER_ROOM)

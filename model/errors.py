@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from model.distributed import is_first_process
+from model.distributed import is_first_process, world_size
 from model.progress import any_text_printable, warn_from_any_process
 
 # The signals that ask a program to end; Windows lacks some.
@@ -80,7 +80,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
         yield
     except InputError as problem:
         tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
-        if not tells and _is_a_program:
+        if not tells and _is_a_program and world_size() > 1:
             time.sleep(SECONDS_FOR_THE_FIRST_TO_TELL)
             tells = True
         if tells:

@@ -155,11 +155,13 @@ def test_base_that_is_not_there_is_a_sentence_with_its_name(orphan):
         load_for_answering(str(orphan))
 
 
+@pytest.mark.slow
 def test_base_that_was_moved_is_given(orphan, lora, upstream_checkpoint, tmp_path):
     model, _ = load_for_answering(str(orphan), base=str(moved(upstream_checkpoint, tmp_path)))
     assert torch.equal(logits(model), logits(load_for_answering(str(lora))[0]))
 
 
+@pytest.mark.slow
 def test_full_checkpoint_of_the_base_serves_as_the_base(orphan, lora, full_lora):
     model, _ = load_for_answering(str(orphan), base=str(full_lora))
     assert torch.equal(logits(model), logits(load_for_answering(str(lora))[0]))
@@ -196,6 +198,7 @@ def test_going_on_from_an_adapter_keeps_the_bases_dropout(upstream_checkpoint, t
     assert with_base(Checkpoint.find(tuned)).config["hidden_dropout"] == 0.25
 
 
+@pytest.mark.slow
 def test_going_on_with_the_same_method_starts_from_its_factors(lora):
     model, args = start_from(lora, use_lora=True)
     assert (args.lora_rank, args.lora_alpha, args.layer_range) == (3, 6.0, [0, 2])
@@ -217,6 +220,7 @@ def test_going_on_with_another_method_keeps_the_adapter_and_trains_the_new_one_a
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
+@pytest.mark.slow
 def test_going_on_over_4_bits_keeps_the_factors(lora):
     model, args = start_from(lora, use_qlora=True)
     assert (args.use_lora, args.use_qlora) == (False, True)
@@ -224,6 +228,7 @@ def test_going_on_over_4_bits_keeps_the_factors(lora):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
+@pytest.mark.slow
 def test_going_on_from_a_merged_model_takes_the_typed_sizes(lora, tmp_path):
     merged = merge(str(lora), str(tmp_path / "merged"))
     model, args = start_from(merged, use_lora=True, lora_rank=5)
@@ -302,6 +307,7 @@ def test_parts_that_are_not_trained_stay_in_eval_mode(upstream_checkpoint):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_parts_in_an_adapter_are_kept_when_something_else_is_trained(upstream_checkpoint, tmp_path):
     first = write_tuned(upstream_checkpoint, tmp_path / "first", train_parts=["glm_proj"], **LORA)
     second = write_tuned(first, tmp_path / "second", use_lora=True)

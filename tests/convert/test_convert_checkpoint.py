@@ -179,7 +179,6 @@ def test_what_has_the_layout_already_is_refused(published: Path, tmp_path: Path)
     assert "a checkpoint of SAT is needed" in refused(str(published), str(tmp_path / "x"), "sat", old_sat=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -198,6 +197,7 @@ def test_what_stood_around_questions_is_told_where_the_layout_has_no_place_for_i
     assert ("no place" in printed) == bool(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_lora_is_to_be_merged_first(upstream_checkpoint: Path, tmp_path: Path, full: bool):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "lora", full, use_lora=True, lora_rank=2)

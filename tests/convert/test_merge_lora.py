@@ -48,6 +48,7 @@ def test_merged_weights_are_w_plus_b_a_alpha_over_r(lora, upstream_checkpoint, t
     assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in base.items()}
 
 
+@pytest.mark.slow
 def test_merged_checkpoint_of_every_target_gives_the_same_logits(lora, tmp_path):
     merged, _ = load_for_answering(str(merge(str(lora), str(tmp_path / "merged"))))
     assert type(merged).__name__ == "VisualGLMModel"

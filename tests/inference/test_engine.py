@@ -142,6 +142,7 @@ def test_rows_that_move_go_on_as_if_alone(never_ending, tokenizer):
     assert [finished(engine, answer).ids for answer in others] == [answer.ids for answer in alone[1:]]
 
 
+@pytest.mark.slow
 def test_other_threads_may_submit_and_cancel(never_ending, tokenizer):
     engine = Engine(never_ending, tokenizer, rows=2, positions=512)
     submitted = []

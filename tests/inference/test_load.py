@@ -32,6 +32,7 @@ def test_load_for_answering_of_a_base_gives_a_plain_model_in_eval_mode(upstream_
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_load_for_answering_takes_a_checkpoint_that_was_found_before(upstream_checkpoint: Path, tmp_path: Path) -> None:
     tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
     found, _ = load_for_answering(Checkpoint.find(tuned))
@@ -48,6 +49,7 @@ def test_load_for_answering_of_an_adapter_or_full_checkpoint_gives_a_model_with_
     assert type(load_for_answering(str(tuned))[0]).__name__ == "FineTuneVisualGLMModel"
 
 
+@pytest.mark.slow
 def test_load_for_answering_of_a_merged_checkpoint_gives_a_plain_model(
     upstream_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_lora_in_4_bits_is_the_quantised_base_with_exact_factors_beside(
     assert all(torch.equal(whole[name], quantised[name]) for name in factors)
 
 
+@pytest.mark.slow
 def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: Path) -> None:
     automatic, asked = (load_for_answering(upstream_checkpoint, dtype=dtype)[0] for dtype in ("auto", "fp32"))
     plain = load_model(upstream_checkpoint)

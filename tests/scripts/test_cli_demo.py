@@ -97,6 +97,7 @@ def test_end_of_input_ends_politely(demo):
     assert run.stdout.endswith("\n")
 
 
+@pytest.mark.slow
 def test_pictures_in_quotes_and_below_the_home_folder_are_found(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my picture.png").write_bytes(PICTURE.read_bytes())

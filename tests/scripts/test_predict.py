@@ -71,6 +71,7 @@ def test_answer_that_was_cut_off_is_marked(predict, tmp_path):
     assert lines_of(out)[0]["cut"] is True
 
 
+@pytest.mark.slow
 def test_bad_rows_keep_their_places_with_the_reason(predict, tmp_path):
     too_long = {"prompt": "很长的问题" * 100}
     data, out = tmp_path / "rows.json", tmp_path / "answers.jsonl"
@@ -88,6 +89,7 @@ def test_bad_rows_keep_their_places_with_the_reason(predict, tmp_path):
     assert lines[4]["prompt"] == "\ud800"
 
 
+@pytest.mark.slow
 def test_jsonl_with_a_broken_line_keeps_its_place(predict, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     data.write_text('{"prompt": "你好"}\n{"prompt": \n{"prompt": "你好"}\n', encoding="utf-8")
@@ -97,6 +99,7 @@ def test_jsonl_with_a_broken_line_keeps_its_place(predict, tmp_path):
     assert "not JSON" in broken["error"]
 
 
+@pytest.mark.slow
 def test_picture_that_goes_while_rows_are_answered_is_an_error_in_its_place(predict, tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.predict.CHECK_SECONDS", 0.0)
     picture = tmp_path / "cut.png"
@@ -153,6 +156,7 @@ def test_half_a_line_is_dropped_and_the_same_command_goes_on(predict, tmp_path):
         assert run.stdout.endswith(": 5 of 6 rows answered.\n")
 
 
+@pytest.mark.slow
 def test_answers_that_are_all_there_need_no_model(predict, tmp_path, monkeypatch):
     words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]
     predict(*words)
@@ -218,6 +222,7 @@ def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upst
 # standard output
 
 
+@pytest.mark.slow
 def test_standard_output_gets_the_lines_alone(predict, tmp_path):
     run = predict("--data", write_rows(tmp_path, ROWS), "--out", "-")
     assert [json.loads(line)["row"] for line in run.stdout.splitlines()] == [1, 2, 3, 4, 5]

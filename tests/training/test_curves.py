@@ -39,6 +39,7 @@ def labels(drawing):
     return [text.get_text() for text in drawing.axes[0].get_legend().get_texts()]
 
 
+@pytest.mark.slow
 def test_picture_shows_losses_evaluation_best_epochs_resumes_and_skipped_steps():
     drawing = figure(records(12, every=4), [8], "a-run")
     assert labels(drawing) == [

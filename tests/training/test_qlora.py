@@ -52,6 +52,7 @@ def test_model_has_no_parameter_of_the_packed_weights(model):
     assert names == ["transformer.layers.0.mlp.dense_h_to_4h.bias", "transformer.layers.0.mlp.dense_4h_to_h.bias"]
 
 
+@pytest.mark.slow
 def test_optimizer_steps_leave_the_packed_weights_as_they_are(model):
     model.disable_untrainable_params()
     packed = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".packed")}

@@ -241,6 +241,7 @@ def test_random_states_that_are_put_back_give_the_same_numbers_again():
     assert draw() == drawn
 
 
+@pytest.mark.slow
 def test_state_of_deepspeeds_fused_half_precision_optimizer_cannot_be_kept(small_model, uncompiled_deepspeed):
     import deepspeed
 

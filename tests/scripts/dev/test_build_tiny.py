@@ -114,6 +114,7 @@ def test_shipped_model_tells_places_in_pictures_it_has_never_seen(fifty_scenes):
     assert right_count(fifty_scenes, turns) >= 48
 
 
+@pytest.mark.slow
 def test_shipped_model_tells_the_colours_of_objects_in_pictures_it_has_never_seen(fifty_scenes):
     things = [scene.things[0] for scene in fifty_scenes.scenes]
     turns = [Turn("colour", f"{one.shape.zh}的颜色是什么？", f"{one.colour.zh}。") for one in things]
@@ -132,6 +133,7 @@ def new_vision():
     return vision, pool
 
 
+@pytest.mark.slow
 def test_prepare_vision_gives_patches_of_equal_and_independent_features():
     vision, pool = new_vision()
 

@@ -75,17 +75,19 @@ def converted(options: argparse.Namespace) -> Path:
 
         return from_peft(options.source, options.destination, options.base, options.tokenizer)
     checkpoint = Checkpoint.find(at_revision(options.source, options.revision), "SRC")  # before torch is loaded
-    if options.to != "sat":
-        warn_of_what_stood_around_questions(checkpoint)
     if options.to == "peft":
         from model.convert.peft import to_peft
 
-        return to_peft(checkpoint, options.destination)
-    from model.convert.huggingface import convert
+        folder = to_peft(checkpoint, options.destination)
+    else:
+        from model.convert.huggingface import convert
 
-    return convert(
-        checkpoint, options.destination, options.to, options.max_shard_size, options.old_sat, options.tokenizer
-    )
+        folder = convert(
+            checkpoint, options.destination, options.to, options.max_shard_size, options.old_sat, options.tokenizer
+        )
+    if options.to != "sat":
+        warn_of_what_stood_around_questions(checkpoint)
+    return folder
 
 
 def warn_of_what_stood_around_questions(checkpoint: Checkpoint) -> None:

@@ -43,7 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many long tests come first: what comes last is short, and no worker waits long for the other."""
     long = Counter(item.path for item in items if {"run", "slow"} & {mark.name for mark in item.iter_markers()})
     items.sort(key=lambda item: -long[item.path])
-    gc.freeze()  # what the test files have imported stays: Python needn't look through it again and again
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported stays: Python needn't look through it again and again."""
+    gc.freeze()
 
 
 def golden_values(name: str, shape: list[int]) -> numpy.ndarray:

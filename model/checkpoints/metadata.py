@@ -88,7 +88,7 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
     return replace(checkpoint, base=base, config=cast(ModelConfig, {**base.config, **checkpoint.config}))
 
 
-def found_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
+def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     """What a fine-tuned checkpoint was trained on: the given one, else by its name, else where it lay.
 
     Raises:

@@ -114,8 +114,10 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         return self.processor(open_image(row.img, getattr(self.processor, "image_size", None)))
 
     def _image_or_features(self, row: Row) -> dict[str, torch.Tensor | None]:
-        if row.img in self.features or (self.features and row.img is None):
-            return {"image_features": self.features[row.img] if row.img else None}
+        if row.img in self.features:
+            return {"image_features": self.features[row.img]}
+        if row.img is None and self.features:  # so that each process knows what the others' batches hold
+            return {"image_features": None}
         return {"image": self._image(row)}
 
     @property

@@ -31,8 +31,8 @@ def test_load_for_answering_of_a_base_gives_a_plain_model_in_eval_mode(upstream_
     assert tokenizer.vocab_file == str(upstream_checkpoint / "ice_text.model")
 
 
-@torch.no_grad()
 @pytest.mark.slow
+@torch.no_grad()
 def test_load_for_answering_takes_a_checkpoint_that_was_found_before(upstream_checkpoint: Path, tmp_path: Path) -> None:
     tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
     found, _ = load_for_answering(Checkpoint.find(tuned))

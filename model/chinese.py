@@ -168,6 +168,11 @@ SENTENCES = {
     "{folder}: iteration {done:d} of {steps:d} is done, so nothing is left to train. A higher {flag} goes on.": (
         "{folder}：{steps} 步中的第 {done} 步已经完成，没有可训练的了。把 {flag} 调大就能继续。"
     ),
+    "{folder}: the run ended at iteration {done:d} of {steps:d} (--early_stopping {patience:d}), so nothing is left to train."
+    " A higher --early_stopping goes on.": (
+        "{folder}：训练已在第 {done} 步（共 {steps} 步）提前结束（--early_stopping {patience}），没有可训练的了。"
+        "把 --early_stopping 调大就能继续。"
+    ),
     "--load {folder}: its weights, with a fresh optimizer; --resume would go on exactly.": (
         "--load {folder}：只取权重，优化器从头开始；--resume 才会完全接着训练。"
     ),

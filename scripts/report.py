@@ -18,9 +18,10 @@ from model.errors import InputError, command, interrupt_ends_quietly, raise_prob
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+from model.checkpoints.resume import SETTINGS_FILE
 from model.checkpoints.whole import write_whole
 from model.progress import say
-from model.training.records import METRICS_FILE, REPORT_FILE, SETTINGS_FILE
+from model.training.records import METRICS_FILE, REPORT_FILE
 
 SEVERAL = "runs.html"  # in the folder that the first run lies in
 

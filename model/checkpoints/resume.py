@@ -5,6 +5,9 @@
 
 The record is JSON, so that a command line can be checked before torch is loaded. The state is read as tensors, numbers and
 text only: nothing in the file is ever run. The record is written last: where it is, the state is whole.
+
+After the last step come an evaluation, answers and the report. Once all that is done, `settings.json` in the run's folder
+says so: an `Ending`.
 """
 
 import hashlib
@@ -20,7 +23,8 @@ from model.errors import InputError
 
 STATE_FILE = "training_state.pt"
 RECORD_FILE = "training_run.json"
-VERSION = 1  # of both files
+SETTINGS_FILE = "settings.json"  # in the run's folder
+VERSION = 1  # of the state and of the record
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,25 @@ def _fits(value: object, name: str) -> bool:
     if name == "data":
         return all(isinstance(digest, str) for digest in value.values())
     return all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in value.values())
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run has ended, after everything that comes behind its last step."""
+
+    iteration: int
+    early_stopping: int | None = None  # that flag's value, where it ended the run before its last step
+
+    @classmethod
+    def of(cls, folder: Path) -> "Ending | None":
+        """What the settings in a run's folder say; None if its last start has not come to an end."""
+        try:
+            ended = read_json_object(folder / SETTINGS_FILE, "The settings of a run").get("ended")
+        except InputError:
+            return None
+        values = ended if isinstance(ended, dict) else {}
+        iteration, patience = values.get("iteration"), values.get("early_stopping")
+        return cls(iteration, patience if type(patience) is int else None) if type(iteration) is int else None
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@
 Only the standard library is imported.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.resume import Resumed, digest, newest_run, resumed_from
+from model.checkpoints.resume import Ending, Resumed, digest, newest_run, resumed_from
 from model.cli.config_file import with_config_files
 from model.cli.options import Options, flag_names, flag_with_value, parse, shown, spelled_out
 from model.distributed import world_size
@@ -311,12 +312,27 @@ def finished_note(line: CommandLine, steps: int) -> str | None:
     Args:
         steps: of the whole run, with the flags of now.
     """
-    if line.resumed is None or line.steps_done < steps:
+    if line.resumed is None:
         return None
-    return (
-        f"{line.resumed.checkpoint.folder}: iteration {line.steps_done} of {steps} is done, so nothing is left to train. A "
-        f"higher {_length_flag(line.options)} goes on."
-    )
+    folder, done = line.resumed.checkpoint.folder, line.steps_done
+    ending = Ending.of(folder)
+    has_ended = ending is not None and ending.iteration == done
+    if done >= steps and (has_ended or done != line.resumed.record.steps):  # else it was killed after its last step
+        return (
+            f"{folder}: iteration {done} of {steps} is done, so nothing is left to train. A higher "
+            f"{_length_flag(line.options)} goes on."
+        )
+    if (
+        ending is not None
+        and has_ended
+        and ending.early_stopping
+        and (line.options.early_stopping or math.inf) <= ending.early_stopping
+    ):
+        return (
+            f"{folder}: the run ended at iteration {done} of {steps} (--early_stopping {ending.early_stopping}), so nothing "
+            "is left to train. A higher --early_stopping goes on."
+        )
+    return None
 
 
 def _length_flag(options: Options) -> str:

@@ -51,6 +51,11 @@ class BestEvaluation:
         if state.get("by") == self.by:
             self.values, self.since, self._is_known = state["values"], state["since"], True
 
+    @property
+    def is_over(self) -> bool:
+        """Whether as many evaluations in a row as --early_stopping allows were no better."""
+        return self.patience is not None and self.since >= self.patience
+
     def consider(
         self, model: torch.nn.Module, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]
     ) -> bool:
@@ -65,7 +70,7 @@ class BestEvaluation:
             self.values = values
             if self.save_checkpoint is not None:
                 self._keep(model, args, iteration, measures)
-        ends = self.patience is not None and self.since >= self.patience and args.iteration < args.train_iters
+        ends = self.is_over and args.iteration < args.train_iters
         if ends:
             say(
                 f"The last {count_of(self.since, 'evaluation')} were no better: the run ends (--early_stopping {self.patience})."

@@ -19,12 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.resume import SETTINGS_FILE
 from model.progress import warn
 from model.training.records import (
     EVALUATION,
     LOSS_FILE,
     METRICS_FILE,
-    SETTINGS_FILE,
     STEP,
     VALIDATION,
     Record,

@@ -41,7 +41,7 @@ class TrainingReport:
         self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
         self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
         self.epoch: Callable[[], float | None] = lambda: None
-        self._step = 0
+        self.steps_done = 0
         self._counted = (0, 0)  # skipped steps and empty batches that are in a record
         self._memory: int | None = None
         self._memory_asked = -math.inf
@@ -84,7 +84,7 @@ class TrainingReport:
         ranks, seconds = args.world_size // args.model_parallel_size, milliseconds / 1000
         counted = (self.skipped_steps, self.empty_batches)
         skipped, empty = (now - before for now, before in zip(counted, self._counted, strict=True))
-        self._counted, self._step = counted, step
+        self._counted, self.steps_done = counted, step
         record = Record(
             STEP, step, loss, time.time(), self.epoch(),
             lr=self.learning_rate,
@@ -118,7 +118,7 @@ class TrainingReport:
         self.evaluation_loss = loss
         self.terminal.evaluation(prefix, loss, perplexity, self.answers)
         record = Record(
-            EVALUATION, self._step if step is None else step, loss, time.time(), self.epoch(),
+            EVALUATION, self.steps_done if step is None else step, loss, time.time(), self.epoch(),
             perplexity=perplexity,
             split=self.split,
             answered=int(self.answers["rows"]) if self.answers else None,

@@ -23,7 +23,7 @@ from typing import IO
 from model.checkpoints.whole import write_whole
 from model.progress import warn
 
-METRICS_FILE, SETTINGS_FILE, LOSS_FILE = "metrics.jsonl", "settings.json", "loss.png"  # in a run's folder
+METRICS_FILE, LOSS_FILE = "metrics.jsonl", "loss.png"  # in a run's folder
 ANSWERS_FILE, REPORT_FILE, HELD_OUT_FILE = "answers.json", "report.html", "held_out.json"
 STEPS_PER_WINDOW, LARGEST_WINDOW = 15, 100  # of the running mean: a fifteenth of the run, 100 steps at most
 STEP, EVALUATION = "step", "evaluation"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.resume import SETTINGS_FILE
 from model.inference.page import Curve, chart, escaped, page, paragraphs, row_card, section, table
 from model.inference.scores import Result, worst_first
 from model.progress import duration
@@ -22,7 +23,6 @@ from model.training.records import (
     EVALUATION,
     HELD_OUT_FILE,
     METRICS_FILE,
-    SETTINGS_FILE,
     STEP,
     VALIDATION,
     Record,

@@ -110,7 +110,7 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
         InputError: what was met can be told in a sentence.
         SystemExit: a signal came; the run has been saved.
     """
-    options, saver = line.options, CheckpointSaver(save_checkpoint)
+    options, saver = line.options, CheckpointSaver(save_checkpoint, line.resumed)
     state = RunState(TrainingReport(Terminal.of_run(options)), line.resumed, saver.begin)
     hooks = Hooks(load_checkpoint, state.saving(saver.save), state.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
@@ -130,3 +130,4 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
         sweep.tell()
     folder.tell_what_was_learned()
     folder.wait_for_picture()
+    folder.note_end()

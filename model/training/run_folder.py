@@ -1,6 +1,6 @@
 """What a run leaves behind beside its checkpoints, in `<save>/<run>/`; with --save none, nothing.
 
-    settings.json    every flag as it held, the data files, each start of the run: packages and machine
+    settings.json    every flag as it held, the data files, each start of the run: packages and machine; and its end
     metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
     answers.json     some rows, answered before the first step and after the last: `model.training.answers`
     report.html      one page on all of this, made at the end: `model.training.report`
@@ -11,6 +11,7 @@
 
 These files are for people and for tools that show a run. Going on with a run needs none of them: --resume reads
 `training_run.json` beside the weights of an iteration (`model.checkpoints.resume`), which says what held at that iteration.
+Of `settings.json` it reads only whether the run has ended.
 """
 
 import argparse
@@ -21,13 +22,15 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from model.checkpoints.resume import digests
+from model.checkpoints.resume import SETTINGS_FILE, Ending, digests
 from model.checkpoints.whole import remove, write_whole
 from model.cli.config_file import flags_as_held
 from model.cli.preflight import Inputs
@@ -37,7 +40,7 @@ from model.data.split import Selection
 from model.distributed import is_first_process
 from model.progress import say, warn
 from model.training.curves import LossPicture
-from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, SETTINGS_FILE, MetricsFile
+from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, MetricsFile
 from model.training.run_state import RunState
 from model.training.sat_loop import Hooks
 from model.training.verdict import verdict
@@ -65,6 +68,8 @@ class RunFolder:
         self.is_stopping = is_stopping
         self.line, self.inputs, self.run, self.report = line, inputs, run, hooks.report
         self.folder: Path | None = None
+        self.args: argparse.Namespace | None = None  # whose iteration SAT counts
+        self.settings: dict[str, Any] = {}
         self.metrics: MetricsFile | None = None
         self.picture: LossPicture | None = None
         self.steps = line.steps_done
@@ -76,6 +81,7 @@ class RunFolder:
     def place(self, args: argparse.Namespace, model: Any) -> None:
         """Choose the run's folder, and write what is known of the run. SAT calls this on every process before training."""
         self.run.place(args, model)
+        self.args = args
         if not args.save:
             return
         self.folder = Path(args.save)
@@ -103,14 +109,22 @@ class RunFolder:
         assert self.folder is not None
         selection = self.inputs.selection
         settings = settings_of_run(self.line, self.inputs, args, self.run.data)
-        settings["starts"] = [*earlier_starts(self.folder, self.line.steps_done), start_of_run(self.line)]
-        write_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        settings["starts"] = []
+        if self.line.resumed is not None:
+            settings |= earlier_settings(self.folder, self.line.steps_done)
+        settings["starts"].append(start_of_run(self.line))
+        self._write_settings(settings)
         held_out = list(held_out_rows(selection, self.line.options.lang))
         if held_out:
             rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in held_out)
             write_text(self.folder / HELD_OUT_FILE, f"[\n{rows}\n]\n")
         if selection.problems:
             write_text(self.folder / BAD_ROWS_FILE, "\n".join(selection.problems) + "\n")
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        assert self.folder is not None
+        write_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        self.settings = settings
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.metrics is not None:
@@ -146,6 +160,15 @@ class RunFolder:
             warn(
                 f"{self.folder / REPORT_FILE} can't be made ({type(error).__name__}: {error}); the run itself is done."
             )
+
+    def note_end(self) -> None:
+        """Keep that nothing is left to do, for whoever resumes the run. Without it, all that comes at the end is done again."""
+        if not self.settings or self.args is None or not self.steps:
+            return
+        is_early = (self.report.last_step or 0) > self.args.iteration
+        ending = Ending(self.args.iteration, self.line.options.early_stopping if is_early else None)
+        with suppress(OSError):
+            self._write_settings(self.settings | {"ended": asdict(ending)})
 
     def wait_for_picture(self) -> None:
         """Return when `loss.png` shows the whole run, or after half a minute."""
@@ -225,13 +248,15 @@ def start_of_run(line: CommandLine) -> dict[str, Any]:
     }
 
 
-def earlier_starts(folder: Path, steps_done: int) -> list[Any]:
-    """The starts that `settings.json` in a folder has, without those after so many steps: their steps are taken again."""
+def earlier_settings(folder: Path, steps_done: int) -> dict[str, Any]:
+    """What stays of `settings.json` in a folder when its run goes on after so many steps: what it started from, and its
+    starts, without those after these steps, which are taken again."""
     try:
-        starts = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["starts"]
-        return [start for start in starts if start["after_step"] <= steps_done] if steps_done else []
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        starts = [start for start in settings["starts"] if start["after_step"] <= steps_done]
+        return {"checkpoint": settings["checkpoint"], "starts": starts}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # a run of an earlier version
+        return {}  # a run of an earlier version
 
 
 def versions() -> dict[str, str | None]:

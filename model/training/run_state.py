@@ -142,8 +142,11 @@ class RunState:
     ) -> None:
         self._evaluated_at = iteration
         if self.best is not None and self.best.consider(model, args, iteration, measures):
-            self.report.last_step = args.train_iters
-            args.train_iters = iteration  # SAT's loop ends here, and saves
+            self._end_here(args)
+
+    def _end_here(self, args: argparse.Namespace) -> None:
+        """SAT's loop ends after this iteration, and saves."""
+        self.report.last_step, args.train_iters = args.train_iters, args.iteration
 
     def schedule_start(self, iteration: int) -> int:
         """The iteration that the learning rate's schedule counts from: that of the run's first start."""
@@ -170,6 +173,9 @@ class RunState:
         self.report.load_state_dict(self._stored["report"])
         self._put_back_random_states(state.args.no_load_rng)
         say(f"Going on with {state.args.save} after iteration {state.args.iteration}.")
+        self.report.steps_done, self.report.evaluated_at = state.args.iteration, self._evaluated_at
+        if self.best is not None and self.best.is_over:
+            self._end_here(state.args)
         return self._evaluated_at < state.args.iteration
 
     def _put_back_random_states(self, leave: bool) -> None:

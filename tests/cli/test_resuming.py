@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_checkpoint, write_rows
 
-from model.checkpoints.resume import RECORD_FILE, STATE_FILE, RunRecord, digest, write_state
+from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Ending, RunRecord, digest, write_state
 from model.cli.resuming import command_line, finished_note, own_words, steps_problems
 from model.errors import InputError
 
@@ -200,6 +200,45 @@ def test_run_with_all_steps_done_has_nothing_left(run: Path) -> None:
     assert finished_note(line, 20) is None
     note = finished_note(line, 6)
     assert note == f"{run}: iteration 6 of 6 is done, so nothing is left to train. A higher --train-iters goes on."
+
+
+def test_run_whose_last_step_is_done_has_something_left_until_it_has_ended(run: Path) -> None:
+    record = run / "1" / RECORD_FILE
+    record.write_text(json.dumps({**json.loads(record.read_text()), "iteration": 20}))
+    line = command_line(["--resume", str(run)])
+    assert finished_note(line, 20) is None  # killed in the evaluation after the last step
+    write_ending(run, 10, None)
+    assert finished_note(line, 20) is None  # it ended there, and went on later
+    write_ending(run, 20, None)
+    note = finished_note(line, 20)
+    assert note == f"{run}: iteration 20 of 20 is done, so nothing is left to train. A higher --train-iters goes on."
+    assert finished_note(line, 30) is None
+
+
+def test_run_that_early_stopping_has_ended_goes_on_only_with_more_patience(run: Path) -> None:
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "words": [*record["words"], "--holdout", "1", "--early_stopping", "2"]}))
+    write_ending(run, 6, 2)
+    for words in ([], ["--early_stopping", "1"]):
+        assert finished_note(command_line(["--resume", str(run), *words]), 20) == (
+            f"{run}: the run ended at iteration 6 of 20 (--early_stopping 2), so nothing is left to train. A higher "
+            "--early_stopping goes on."
+        )
+    assert finished_note(command_line(["--resume", str(run), "--early_stopping", "3"]), 20) is None
+    write_ending(run, 4, 2)
+    assert finished_note(command_line(["--resume", str(run)]), 20) is None  # of an earlier iteration
+
+
+@pytest.mark.parametrize("settings", ["", "[]", "{}", '{"ended": 3}', '{"ended": {"iteration": "6"}}', '{"ended": {}}'])
+def test_settings_that_tell_of_no_ending_leave_a_run_unfinished(run: Path, settings: str) -> None:
+    (run / "settings.json").write_text(settings)
+    assert Ending.of(run) is None
+
+
+def write_ending(run: Path, iteration: int, early_stopping: int | None) -> None:
+    ended = {"iteration": iteration, "early_stopping": early_stopping}
+    (run / "settings.json").write_text(json.dumps({"ended": ended}))
 
 
 def test_record_with_a_flag_that_is_gone_is_refused_with_status_2(

@@ -125,6 +125,39 @@ def test_run_that_goes_on_adds_a_start_to_its_settings_and_its_steps_to_the_metr
 
 
 @pytest.mark.run
+def test_run_killed_after_its_last_step_makes_up_for_what_comes_then_and_saves_nothing_again(run, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(run.folder, folder)
+    (folder / "report.html").unlink()
+    metrics, answers, settings = (folder / name for name in ("metrics.jsonl", "answers.json", "settings.json"))
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    answers.write_text(json.dumps({**json.loads(answers.read_text(encoding="utf-8")), "after": None}))
+    ended = json.loads(settings.read_text(encoding="utf-8"))
+    assert ended.pop("ended") == {"iteration": 4, "early_stopping": None}
+    settings.write_text(json.dumps(ended))
+    saved = (folder / "4").stat().st_ino
+
+    again = run_python(SCRIPT, "--resume", folder, "--answers", "8", cwd=run.work)
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith(("step", "Saved"))] == []
+    assert (folder / "4").stat().st_ino == saved
+    records = [read_records(one / "metrics.jsonl") for one in (folder, run.folder)]
+    assert [(one.kind, one.step, one.loss) for one in records[0]] == [
+        (one.kind, one.step, one.loss) for one in records[1]
+    ]
+    assert answers.read_text() == (run.folder / "answers.json").read_text()
+    assert (folder / "report.html").is_file()
+    now = json.loads(settings.read_text(encoding="utf-8"))
+    assert now["ended"] == {"iteration": 4, "early_stopping": None}
+    assert now["checkpoint"] == ended["checkpoint"]
+    assert [start["after_step"] for start in now["starts"]] == [0, 4]
+    done = run_python(SCRIPT, "--resume", folder, cwd=run.work)
+    assert (
+        done.stdout == f"{folder}: iteration 4 of 4 is done, so nothing is left to train. A higher --epochs goes on.\n"
+    )
+
+
+@pytest.mark.run
 def test_run_that_saves_nothing_writes_nothing(upstream_checkpoint, tmp_path):
     done = run_python(
         SCRIPT, "--from_pretrained", upstream_checkpoint, "--use_ptuning", "--train-data", DATA, "--image_folder",

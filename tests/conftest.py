@@ -22,6 +22,7 @@ import pytest
 from warm_start import commands, run_warm, wait_for_requests
 
 PROJECT = Path(__file__).resolve().parent.parent
+RUNS = tempfile.TemporaryDirectory(prefix="runs-")  # of runs in the project's folder whose checkpoints nobody looks at
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(PROJECT))
 # The models here are so small that threads would wait for each other; set before torch is imported, for runs as well.
@@ -202,13 +203,15 @@ def run_program(name: str, *words: str | Path, cwd: Path = PROJECT, **environmen
 def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python with a command line in the folder cwd, and give what it printed.
 
-    Training answers no rows before and after, unless the command line says how many: that takes a second each time. Where
-    the environment allows it, it is started warm: see `run_warm`.
+    Training answers no rows before and after, unless the command line says how many: that takes a second each time; and it
+    leaves nothing in the project. Where the environment allows it, it is started warm: see `run_warm`.
     """
     words = [str(word) for word in command]
     trains = any(Path(word).name.startswith(("finetune_visualglm.py", "train_")) for word in words)
     if trains and not {"--answers", "--eval_answers", "--help"} & {*words}:
         words += ["--answers", "0"]
+    if trains and cwd == PROJECT and not {"--save", "--resume", "--help"} & {*words}:
+        words += ["--save", RUNS.name]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
     return run_warm(words, cwd, environment) or subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, printed_losses, run_program, run_python, write_rows
+from conftest import PROJECT, RUNS, printed_losses, run_program, run_python, write_rows
 from warm_start import commands
 
 from model.training.trouble import longest
@@ -256,7 +256,7 @@ def with_small_file_system(folder, size, *words, full=False):
     mount = f"mount -t tmpfs -o size={size}k tmpfs {folder} && {{ {fill} true; }}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("a file system can be mounted by root only")
-    command = [str(commands() / "python"), "finetune_visualglm.py", *map(str, [*TRAIN, *words])]
+    command = [str(commands() / "python"), "finetune_visualglm.py", *map(str, [*TRAIN, *words, "--save", RUNS.name])]
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"],
         cwd=PROJECT, capture_output=True, text=True, timeout=60,

@@ -188,6 +188,9 @@ SENTENCES = {
     "The last {count:d} evaluations were no better: the run ends (--early_stopping {patience:d}).": (
         "最近 {count} 次评估都没有变好：训练提前结束（--early_stopping {patience}）。"
     ),
+    "The last evaluation was no better: the run ends (--early_stopping {patience:d}).": (
+        "最近一次评估没有变好：训练提前结束（--early_stopping {patience}）。"
+    ),
     "Nobody reads the output any more: the run goes on without. Ctrl-C ends it after the step in hand, and saves it.": (
         "输出已经没有程序在读；训练照常继续。按 Ctrl-C 会在当前这步之后停止并保存。"
     ),

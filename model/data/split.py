@@ -120,7 +120,7 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
         share: a number of rows (1 or more), or a share of all (below 1).
 
     Raises:
-        InputError: nothing would be left to train on.
+        InputError: nothing would be left to train on, or all rows that are taken are left out as bad.
     """
     groups = _rows_by_image(selection, files)
     total = sum(map(len, groups))
@@ -148,6 +148,11 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
         held += smallest
     for file, index in sorted(held):
         selection.held_out.setdefault(file, []).append(index)
+    if not any(selection.chosen(file, training=False) for file in selection.held_out):
+        raise InputError(
+            f"--holdout {share:g} takes {count_of(len(held), 'row')}, all of them bad (--bad_rows skip), so nothing would be "
+            "left to evaluate on; more rows, or others by another --seed, are needed."
+        )
 
 
 def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 
 from model.distributed import from_first_process, is_first_process
-from model.progress import count_of, say
+from model.progress import say
 
 BEST_FOLDER = "best"  # in the experiment's folder, beside the iterations
 BEST_FILE = "evaluation.json"  # in the folder of the iteration: the two are there together, or neither is
 
 
 def mean_over_tokens(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mean loss of an evaluation, over supervised tokens rather than batches, as {"loss": scalar}.
+    """The mean loss of an evaluation, over supervised tokens rather than batches, as {"loss": scalar, "tokens": scalar}.
 
     Args:
-        metrics: "loss_sum" and "tokens" of every batch of every process, float[batches] each (`evaluation_step`).
+        metrics: "loss_sum" and "tokens" of every batch of every process, float32[batches] each (`evaluation_step`).
     """
-    return {"loss": metrics["loss_sum"].double().sum() / metrics["tokens"].double().sum().clamp(min=1)}
+    tokens = metrics["tokens"].double().sum()
+    return {"loss": metrics["loss_sum"].double().sum() / tokens.clamp(min=1), "tokens": tokens}
 
 
 class BestEvaluation:
@@ -72,9 +73,12 @@ class BestEvaluation:
                 self._keep(model, args, iteration, measures)
         ends = self.is_over and args.iteration < args.train_iters
         if ends:
-            say(
-                f"The last {count_of(self.since, 'evaluation')} were no better: the run ends (--early_stopping {self.patience})."
-            )
+            if self.since == 1:
+                say(f"The last evaluation was no better: the run ends (--early_stopping {self.patience}).")
+            else:
+                say(
+                    f"The last {self.since} evaluations were no better: the run ends (--early_stopping {self.patience})."
+                )
         return ends
 
     def _find(self, args: argparse.Namespace) -> None:

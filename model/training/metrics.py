@@ -113,8 +113,9 @@ class TrainingReport:
         SAT's loss is the mean of this rank's batches; metrics has the mean over the tokens of all.
         """
         if "loss" in metrics:
-            loss = float(metrics["loss"])
-            perplexity = math.exp(min(20.0, loss))
+            # No row could be used: that must not pass for the best evaluation.
+            loss = float(metrics["loss"]) if metrics.get("tokens", 1) else math.nan
+            perplexity = math.exp(min(loss, 20.0))  # NaN stays NaN
         self.evaluation_loss = loss
         self.terminal.evaluation(prefix, loss, perplexity, self.answers)
         record = Record(

@@ -110,6 +110,19 @@ def test_held_out_rows_are_the_same_ones_whether_or_not_others_are_left_out(tmp_
     assert held[0] not in (selection.chosen(file, training=True) or [])
 
 
+def test_holding_out_rows_of_which_none_can_be_used_is_refused(tmp_path: Path) -> None:
+    selection, _ = selection_of(tmp_path, texts(20))
+    (file,) = selection.rows
+    hold_out(selection, [file], 2, seed=1)
+    selection.left_out, selection.held_out = {file: selection.held_out[file]}, {}
+    with pytest.raises(InputError) as error:
+        hold_out(selection, [file], 2, seed=1)
+    assert str(error.value) == (
+        "--holdout 2 takes 2 rows, all of them bad (--bad_rows skip), so nothing would be left to evaluate on; more rows, or "
+        "others by another --seed, are needed."
+    )
+
+
 def shared(*pictures: str) -> list[dict]:
     return [{"img": picture, "prompt": f"{i}?", "label": "!"} for i, picture in enumerate(pictures)]
 

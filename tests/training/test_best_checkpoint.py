@@ -17,6 +17,7 @@ def test_mean_over_tokens_counts_every_token_alike():
 def test_mean_over_tokens_of_nothing_is_zero():
     metrics = {"loss_sum": torch.zeros(2), "tokens": torch.zeros(2)}
     assert mean_over_tokens(metrics)["loss"].item() == 0
+    assert mean_over_tokens(metrics)["tokens"].item() == 0  # by which the report knows that this is no result
 
 
 def test_best_loss_when_nothing_is_kept_is_infinite(tmp_path):

@@ -1,5 +1,7 @@
 """The record of a step and of an evaluation: what is printed of it, and where else it goes."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -228,6 +230,15 @@ def test_next_line_after_that_has_its_own_steps_loss_again(clock, capsys):
     for number in (1, 2):
         step(report, number, loss=2.0)
     assert ["loss 3.0000" in line for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
+def test_evaluation_in_which_no_row_could_be_used_has_no_loss(capsys):
+    report, seen = TrainingReport(), []
+    report.sinks.append(seen.append)
+    report.evaluation(None, "iteration 1", 0.0, 1.0, 1, ARGS, {"loss": 0.0, "tokens": 0.0})
+    assert capsys.readouterr().out == "iteration 1: validation loss nan, perplexity nan\n"
+    assert [json.loads(one.to_line())["loss"] for one in seen] == [None]
+    assert math.isnan(report.measures["loss"])
 
 
 def test_sinks_get_a_record_of_each_step_and_evaluation(clock, monkeypatch):

@@ -347,6 +347,8 @@ def _loaders(loop: Any, hooks: Hooks) -> Callable[..., tuple[Any, Any, Any]]:
 
 def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
     """SAT's evaluation, and what comes after it: only the first process knows the loss, and tells the others."""
+    import torch
+
     evaluate = loop.evaluate_and_print_results
 
     def evaluate_and_go_on(
@@ -355,11 +357,14 @@ def _evaluation(loop: Any, hooks: Hooks) -> Callable[..., Any]:
         if named["split"] == "val" and args.iteration >= args.train_iters:
             hooks.before_last_evaluation()
         hooks.report.split = named["split"]
+        random_state = torch.get_rng_state()
         try:
             with hooks.while_evaluating(named["split"]):
                 hooks.report.answers = hooks.answers(model, args) if named["split"] == "val" else {}
                 result = evaluate(prefix, iterator, model, iters, args, *rest, **named)
         except EvaluationGivenUp:
+            # Its loader has drawn a seed for its workers, and will again when the run goes on with this evaluation.
+            torch.set_rng_state(random_state)
             return None
         if named["split"] == "val":
             hooks.report.evaluated_at = args.iteration

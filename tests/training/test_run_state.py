@@ -157,6 +157,15 @@ def test_qlora_run_that_saves_every_weight_goes_on_with_its_base_and_no_other(up
     assert f"trained on other weights than those of {path}" in other.stderr.splitlines()[-1]
 
 
+@pytest.mark.run
+def test_run_that_a_signal_stopped_in_an_evaluation_goes_on_with_the_same_dropout(base, tmp_path):
+    flags = ["--from_pretrained", base, *COMMON, "--use_lora", "--train-iters", "4", "--num-workers", "0", *EVALUATED]
+    done = run_program("train_and_stop_evaluating", tmp_path, *flags, cwd=GOLDEN / "upstream")
+    assert "left with 143" in done.stdout, done.stdout + done.stderr
+    whole, cut = json.loads(done.stdout.splitlines()[-1])
+    assert cut == whole
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, base):
     """A whole run; one killed after 5 of 6 steps, 4 of them saved; and what `--resume auto` prints then."""

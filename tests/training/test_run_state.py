@@ -159,8 +159,19 @@ def test_qlora_run_that_saves_every_weight_goes_on_with_its_base_and_no_other(up
 
 @pytest.mark.run
 def test_run_that_a_signal_stopped_in_an_evaluation_goes_on_with_the_same_dropout(base, tmp_path):
-    flags = ["--from_pretrained", base, *COMMON, "--use_lora", "--train-iters", "4", "--num-workers", "0", *EVALUATED]
-    done = run_program("train_and_stop_evaluating", tmp_path, *flags, cwd=GOLDEN / "upstream")
+    flags = [
+        "--from_pretrained",
+        base,
+        *COMMON,
+        "--use_lora",
+        "--train-iters",
+        "3",
+        "--holdout",
+        "2",
+        "--eval-interval",
+        "2",
+    ]
+    done = run_program("train_and_stop_evaluating", tmp_path, *flags, "--num-workers", "0", cwd=GOLDEN / "upstream")
     assert "left with 143" in done.stdout, done.stdout + done.stderr
     whole, cut = json.loads(done.stdout.splitlines()[-1])
     assert cut == whole

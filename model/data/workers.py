@@ -8,8 +8,10 @@ A task may be any function, over any data: nothing is copied but the results, wh
 can't be forked, all of it is done here.
 """
 
+import atexit
 import ctypes
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -81,6 +83,19 @@ def leave_signals_to_the_parent(worker: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     end_with_parent()
     hush_threads()
+
+
+def end_children() -> None:
+    """Send SIGTERM to the processes that this one has started. At its end that is the first one of two.
+
+    Python sends one too, and then waits. After an error whose traceback keeps torch's iterator, its workers are still there,
+    and would take that one for the group's.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
+atexit.register(end_children)  # before multiprocessing's own function, which has been registered earlier
 
 
 def hush_threads() -> None:

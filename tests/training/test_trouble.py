@@ -250,6 +250,13 @@ def test_data_worker_that_is_killed_is_told_with_its_row(tmp_path, flags):
     assert "--num-workers 0" in line
 
 
+@pytest.mark.run
+def test_bug_in_a_step_ends_the_run_and_its_data_workers():
+    done = run_program("train_with_a_bug", *TRAIN, SHIPPED, "--train-iters", "9", "--num-workers", "2", cwd=PROJECT)
+    assert done.returncode == 1
+    assert "KeyError: 'a bug'" in done.stderr
+
+
 def with_small_file_system(folder, size, *words, full=False):
     """A run for which folder is a file system of so many KiB; skips where that isn't permitted."""
     fill = f"head -c {size * 1024} /dev/zero > {folder}/filled;" if full else ""

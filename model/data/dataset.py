@@ -61,7 +61,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.lengths = Lengths.from_args(args)
         self.note_bad_images = note_bad_images
-        self.features: dict[str, torch.Tensor] = {}  # by image path; see model.training.feature_cache
+        # By image path, if all images that could be opened have been looked at; see model.training.feature_cache.
+        self.features: dict[str, torch.Tensor] | None = None
         self._samples = _samples(self.rows, chosen)
 
     def __len__(self) -> int:
@@ -114,11 +115,14 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         return self.processor(open_image(row.img, getattr(self.processor, "image_size", None)))
 
     def _image_or_features(self, row: Row) -> dict[str, torch.Tensor | None]:
-        if row.img in self.features:
-            return {"image_features": self.features[row.img]}
-        if row.img is None and self.features:  # so that each process knows what the others' batches hold
+        if self.features is None:
+            return {"image": self._image(row)}
+        if row.img is None:  # so that each process knows what the others' batches hold
             return {"image_features": None}
-        return {"image": self._image(row)}
+        if row.img not in self.features:
+            self._image(row)  # tells why not
+            raise InputError(f"{row.img} could not be opened when all pictures were looked at, and can be now.")
+        return {"image_features": self.features[row.img]}
 
     @property
     def images(self) -> "Sequence[torch.Tensor | None]":
@@ -258,7 +262,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 first = number * seq + start + example["pre_image"]
                 slots.append(torch.arange(first, first + example["image_length"]))
                 with_image.append(example)
-    kind = "image_features" if "image_features" in (with_image or examples)[0] else "image"
+    kind = "image_features" if "image_features" in examples[0] else "image"
     positions, answers = supervised_positions(labels, IGNORE_INDEX)
     batch = {
         "input_ids": input_ids,

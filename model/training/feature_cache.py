@@ -173,12 +173,15 @@ class FeatureCache:
 
         return cls(model.get_mixin("eva").model, samples_planned, args.num_workers, folder)
 
-    def with_features(self, dataset: FewShotDataset) -> FewShotDataset:
+    def with_features(self, dataset: FewShotDataset, rows: int | None = None) -> FewShotDataset:
         """dataset, which has features from now on if they are fixed and worth their time.
 
         They are if training meets each row twice or more on average, or if they are kept for later runs.
+
+        Args:
+            rows: of all data sets that a batch may mix, so that all of them have features or none has; its own by default.
         """
-        rows = len(dataset)
+        rows = len(dataset) if rows is None else rows
         if self.vision.has_fixed_features() and (self.folder or self.samples_planned(rows) >= 2 * rows):
             file = feature_file(self.folder, self.vision, dataset.processor) if self.folder else None
             paths = dataset.image_paths()

@@ -159,12 +159,12 @@ def make_loaders(
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
-        return [
-            features.with_features(
-                create_dataset_function(file, args, selection.rows[file], selection.chosen(file, training))
-            )
+        datasets = [
+            create_dataset_function(file, args, selection.rows[file], selection.chosen(file, training))
             for file in files
         ]
+        rows = sum(map(len, datasets))
+        return [features.with_features(dataset, rows) for dataset in datasets]
 
     def loader_in_order(datasets: Sequence[FewShotDataset], part: int, split: str) -> Loader:
         order = SampleOrder(

@@ -1,6 +1,7 @@
 """Features of a picture stand for the picture: the same loss and gradient, computed once."""
 
 import gc
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python
+from conftest import GOLDEN, PROJECT, free_port, load_model, printed_losses, run_python, write_rows
 
 from model.data.dataset import FewShotDataset, data_collator
 from model.data.image_processor import BlipImageEvalProcessor
@@ -287,6 +288,19 @@ def losses(upstream_checkpoint):
         return printed_losses(run.stdout)
 
     return of_a_run
+
+
+@pytest.mark.run
+def test_files_of_which_one_alone_would_have_features_are_trained_on_together(losses, tmp_path):
+    rows = json.loads((GOLDEN / "upstream/dataset.json").read_text(encoding="utf-8"))
+    few = write_rows(tmp_path, [rows[0]])  # met twice or more in 6 samples, and the other file's six rows are not
+    assert len(losses("--train-data", "dataset.json", few, "--image_folder", GOLDEN / "upstream")) == 3
+
+
+def test_picture_that_can_be_opened_only_after_all_were_looked_at_is_a_bad_one(vision, dataset):
+    dataset.features = image_features([dataset.rows[1].img], dataset.processor, vision)
+    with pytest.raises(InputError, match="could not be opened when all pictures were looked at"):
+        dataset[0]
 
 
 @pytest.mark.run

@@ -36,7 +36,7 @@ def sat_args(**flags):
 
 
 class NoFeatures:
-    def with_features(self, dataset):
+    def with_features(self, dataset, rows):
         return dataset
 
 

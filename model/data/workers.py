@@ -10,6 +10,7 @@ can't be forked, all of it is done here.
 
 import atexit
 import ctypes
+import functools
 import multiprocessing
 import multiprocessing.util
 import os
@@ -85,17 +86,19 @@ def leave_signals_to_the_parent(worker: int = 0) -> None:
     hush_threads()
 
 
-def end_children() -> None:
-    """Send SIGTERM to the processes that this one has started. At its end that is the first one of two.
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Have the processes that left signals to this one end with it, also after an error whose traceback keeps them in use.
 
-    Python sends one too, and then waits. After an error whose traceback keeps torch's iterator, its workers are still there,
-    and would take that one for the group's.
+    At its exit, Python sends each one SIGTERM, the first, and waits for it. One more comes before that.
     """
-    for child in multiprocessing.active_children():
-        child.terminate()
 
+    def send_the_first() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises an error that its workers are killed
+        for child in multiprocessing.active_children():
+            child.terminate()
 
-atexit.register(end_children)  # before multiprocessing's own function, which has been registered earlier
+    atexit.register(send_the_first)  # what is registered last is called first
 
 
 def hush_threads() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from model.data.workers import end_workers_at_exit
 from model.errors import InputError, RowError
 from model.progress import warn_from_any_process
 
@@ -92,8 +93,10 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
         InputError: /dev/shm has no room for what its processes share to start with.
     """
     try:
-        if loader.num_workers > 0:  # asked beforehand: torch's half-made iterator prints a traceback when it is dropped
+        if loader.num_workers > 0:
+            # Asked beforehand: torch's half-made iterator prints a traceback when it is dropped.
             _ = [multiprocessing.Queue() for _ in range(loader.num_workers + LOCKS_AS_QUEUES)]
+            end_workers_at_exit()
         return iter(loader)
     except OSError as error:
         raise InputError(

@@ -205,11 +205,15 @@ class ImageMixin(BaseMixin):
 
 
 def is_used_by_all(part: torch.nn.Module) -> bool:
-    """Whether data-parallel processes exchange weights of part (ZeRO 3), or gradients, each time that it is used."""
-    if not mpu.model_parallel_is_initialized() or mpu.get_data_parallel_world_size() == 1:
+    """Whether every step of every process has to use part, whatever its batch holds.
+
+    Data-parallel processes exchange gradients, and with ZeRO 3 weights, each time that it is used. And DeepSpeed's ZeRO 3
+    learns in which order modules are used; it fails, now and then, where one step uses others than the step before.
+    """
+    if not mpu.model_parallel_is_initialized():
         return False
-    learns = torch.is_grad_enabled()
-    return any(hasattr(weight, "ds_id") or (learns and weight.requires_grad) for weight in part.parameters())
+    is_exchanged = torch.is_grad_enabled() and mpu.get_data_parallel_world_size() > 1
+    return any(hasattr(weight, "ds_id") or (is_exchanged and weight.requires_grad) for weight in part.parameters())
 
 
 def is_split(embeddings: Any) -> bool:

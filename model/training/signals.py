@@ -89,6 +89,8 @@ class StopAtSignal(StepWatcher):
         """evaluation_step, between whose batches the processes look whether one of them was asked to stop."""
 
         def step(*inputs: Any) -> Any:
+            if self._processes == 1 and self._evaluating == "val" and self.number:
+                raise EvaluationGivenUp  # what the signal raised went no further than a callback of Python's
             if self._evaluating == "val" and self._args is not None:
                 if self._is_the_end(self._args.iteration, self._batch):
                     self._end_the_loop(self._args)
@@ -119,10 +121,12 @@ class StopAtSignal(StepWatcher):
     def while_evaluating(self, split: str) -> Iterator[None]:
         """What a signal does inside the block is what it does while this split ("val" or "test") is evaluated."""
         self._evaluating, self._batch = split, 0
+        told = sys.unraisablehook
+        sys.unraisablehook = lambda error: None if error.exc_type is EvaluationGivenUp else told(error)
         try:
             yield
         finally:
-            self._evaluating = ""
+            self._evaluating, sys.unraisablehook = "", told
 
     def _begin(self, args: argparse.Namespace) -> None:
         import torch

@@ -158,21 +158,17 @@ def test_qlora_run_that_saves_every_weight_goes_on_with_its_base_and_no_other(up
 
 
 @pytest.mark.run
-def test_run_that_a_signal_stopped_in_an_evaluation_goes_on_with_the_same_dropout(base, tmp_path):
-    flags = [
-        "--from_pretrained",
-        base,
-        *COMMON,
-        "--use_lora",
-        "--train-iters",
-        "3",
-        "--holdout",
-        "2",
-        "--eval-interval",
-        "2",
-    ]
-    done = run_program("train_and_stop_evaluating", tmp_path, *flags, "--num-workers", "0", cwd=GOLDEN / "upstream")
+@pytest.mark.parametrize("where", ["here", "callback"])
+def test_run_that_a_signal_stopped_in_an_evaluation_goes_on_with_the_same_dropout(base, tmp_path, where):
+    flags = (
+        "--from_pretrained", base, *COMMON, "--use_lora", "--train-iters", "3", "--num-workers", "0", "--holdout", "2",
+        "--eval-interval", "2", "--eval-batch-size", "1",
+    )  # fmt: skip
+    done = run_program("train_and_stop_evaluating", tmp_path, where, *flags, cwd=GOLDEN / "upstream")
     assert "left with 143" in done.stdout, done.stdout + done.stderr
+    assert "Exception ignored" not in done.stderr
+    until_stopped = done.stdout.split("== cut off")[1].split("SIGTERM: stopped after step 2 of 3")[0]
+    assert "validation loss" not in until_stopped
     whole, cut = json.loads(done.stdout.splitlines()[-1])
     assert cut == whole
 

@@ -262,7 +262,7 @@ def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 first = number * seq + start + example["pre_image"]
                 slots.append(torch.arange(first, first + example["image_length"]))
                 with_image.append(example)
-    kind = "image_features" if "image_features" in examples[0] else "image"
+    kind = "image_features" if "image_features" in (with_image or examples)[0] else "image"
     positions, answers = supervised_positions(labels, IGNORE_INDEX)
     batch = {
         "input_ids": input_ids,

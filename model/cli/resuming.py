@@ -316,18 +316,14 @@ def finished_note(line: CommandLine, steps: int) -> str | None:
         return None
     folder, done = line.resumed.checkpoint.folder, line.steps_done
     ending = Ending.of(folder)
-    has_ended = ending is not None and ending.iteration == done
-    if done >= steps and (has_ended or done != line.resumed.record.steps):  # else it was killed after its last step
+    if ending is not None and ending.iteration != done:  # it went on since, or an earlier iteration is asked for
+        ending = None
+    if done >= steps and (ending or done != line.resumed.record.steps):  # else it was killed after its last step
         return (
             f"{folder}: iteration {done} of {steps} is done, so nothing is left to train. A higher "
             f"{_length_flag(line.options)} goes on."
         )
-    if (
-        ending is not None
-        and has_ended
-        and ending.early_stopping
-        and (line.options.early_stopping or math.inf) <= ending.early_stopping
-    ):
+    if ending and ending.early_stopping and (line.options.early_stopping or math.inf) <= ending.early_stopping:
         return (
             f"{folder}: the run ended at iteration {done} of {steps} (--early_stopping {ending.early_stopping}), so nothing "
             "is left to train. A higher --early_stopping goes on."

@@ -68,7 +68,6 @@ class RunFolder:
         self.is_stopping = is_stopping
         self.line, self.inputs, self.run, self.report = line, inputs, run, hooks.report
         self.folder: Path | None = None
-        self.args: argparse.Namespace | None = None  # whose iteration SAT counts
         self.settings: dict[str, Any] = {}
         self.metrics: MetricsFile | None = None
         self.picture: LossPicture | None = None
@@ -81,7 +80,6 @@ class RunFolder:
     def place(self, args: argparse.Namespace, model: Any) -> None:
         """Choose the run's folder, and write what is known of the run. SAT calls this on every process before training."""
         self.run.place(args, model)
-        self.args = args
         if not args.save:
             return
         self.folder = Path(args.save)
@@ -163,10 +161,11 @@ class RunFolder:
 
     def note_end(self) -> None:
         """Keep that nothing is left to do, for whoever resumes the run. Without it, all that comes at the end is done again."""
-        if not self.settings or self.args is None or not self.steps:
+        if not self.settings or not self.steps:
             return
-        is_early = (self.report.last_step or 0) > self.args.iteration
-        ending = Ending(self.args.iteration, self.line.options.early_stopping if is_early else None)
+        done = self.report.steps_done
+        is_early = (self.report.last_step or 0) > done
+        ending = Ending(done, self.line.options.early_stopping if is_early else None)
         with suppress(OSError):
             self._write_settings(self.settings | {"ended": asdict(ending)})
 

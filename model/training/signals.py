@@ -89,9 +89,9 @@ class StopAtSignal(StepWatcher):
         """evaluation_step, between whose batches the processes look whether one of them was asked to stop."""
 
         def step(*inputs: Any) -> Any:
-            if self._processes == 1 and self._evaluating == "val" and self.number:
-                raise EvaluationGivenUp  # what the signal raised went no further than a callback of Python's
             if self._evaluating == "val" and self._args is not None:
+                if self._processes == 1 and self.number:
+                    raise EvaluationGivenUp  # what the signal raised went no further than a callback of Python's
                 if self._is_the_end(self._args.iteration, self._batch):
                     self._end_the_loop(self._args)
                     raise EvaluationGivenUp

@@ -8,7 +8,8 @@ copy every input and output. So the private names are used, in this file only, a
 says no, `pack_linears` leaves plain linears as they are and `gelu` is torch's own: the same numbers, more slowly.
 
 Given plain rows, oneDNN brings a weight into its own order at every product. With a few hundred tokens that takes up to
-half of the time. A prepacked weight lies in that order from the start.
+half of the time. A prepacked weight lies in that order from the start. For answers in bfloat16, whose products mostly have
+one row of input, or a few, `RowsLinear` leaves the rows as they are, and takes public operations that read them so.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from model.frozen import FrozenLinear, plain_linears
 
@@ -26,6 +28,7 @@ TYPICAL_TOKENS = 256  # oneDNN asks how many rows a product will have; measured,
 IDENTITY_WIDTH = 32  # numbers in a row that `gelu` multiplies by the identity
 # Numbers. torch's own GELU of fewer, as in a token of an answer, is done before oneDNN has begun.
 WORTH_A_PRODUCT = 2**15
+FEW_ROWS = 96  # of an input; from about 120 on, a plain product is the faster one, measured with AMX
 
 
 @functools.cache
@@ -105,6 +108,43 @@ def pack_linears(module: torch.nn.Module) -> None:
     give_back_memory()
 
 
+class RowsLinear(FrozenLinear):
+    """A linear on a CPU in bfloat16, with its weight as it is, for products with one row of input, or a few.
+
+    One row is multiplied by torch's product of a matrix and a vector; oneDNN takes a quarter longer, packed or not. With a
+    few rows, oneDNN would bring the weight into its own order for every product. The other way round, W x^T, it brings
+    only x into it.
+    """
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.rows: torch.Tensor
+        self.register_buffer("rows", torch.empty(0, dtype=self.dtype), persistent=False)
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        self.rows = weight.to(self.dtype)
+
+    def weight_in_full(self) -> torch.Tensor:
+        return self.rows
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = x.reshape(-1, self.in_features)
+        if len(inputs) > FEW_ROWS:
+            return F.linear(x, self.rows, self.own_bias)
+        output = self.rows @ inputs[0] if len(inputs) == 1 else (self.rows @ inputs.T).T.contiguous()
+        output = output.view(*x.shape[:-1], self.out_features)
+        return output if self.own_bias is None else output + self.own_bias
+
+
+def keep_rows(module: torch.nn.Module) -> None:
+    """Replace every plain linear under module that a `RowsLinear` is faster than, in place; weights aren't copied."""
+    for parent, name, linear in plain_linears(module):
+        if linear.weight.dtype == torch.bfloat16 and can_pack(linear.weight) and not linear.weight.requires_grad:
+            rows = RowsLinear.like(linear)
+            rows.pack(linear.weight.detach())
+            setattr(parent, name, rows)
+
+
 def give_back_memory() -> None:
     """Give back to the system what was freed. glibc keeps it, below 32 MiB a piece; other C libraries aren't asked.
 
@@ -152,7 +192,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     """ChatGLM's GELU, the tanh approximation. SAT spells it out in seven operations, each of which keeps a copy."""
     if x.dtype == torch.bfloat16 and x.shape[-1] % IDENTITY_WIDTH == 0 and x.numel() >= WORTH_A_PRODUCT and can_pack(x):
         return _OnednnGelu.apply(x) if torch.is_grad_enabled() else _onednn_gelu(x)
-    return torch.nn.functional.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
 
 
 # --- weights in 8 and 4 bits ------------------------------------------------------------------------------------------

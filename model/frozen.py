@@ -4,6 +4,7 @@
     Nf4Linear         4 bits a number, for QLoRA: bitsandbytes' NF4 (Dettmers et al. 2023), in which a block of 64 numbers
                       shares a scale, and each number is one of 16 levels
     PrepackedLinear   in `model.cpu`: the order in which oneDNN reads a weight
+    RowsLinear        in `model.cpu`: the weight as it is, for products with few rows
 
 `state_dict` gives their weights in full width under ordinary names.
 """

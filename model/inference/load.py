@@ -17,7 +17,7 @@ from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
-from model.cpu import has_low_bit_kernels, has_onednn, pack_linears
+from model.cpu import has_low_bit_kernels, has_onednn, keep_rows, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.distributed import done_by_first_process, free_memory, unusable_gpu
 from model.errors import InputError, raise_problems
@@ -84,9 +84,19 @@ def load_for_answering(
         model.to(DTYPES[chosen.dtype])
         convert = conversion(model, chosen, device)
         load_checkpoint(model, args, load_path=checkpoint, convert=convert)
-    pack_linears(model.requires_grad_(False))
+    arrange_weights(model.requires_grad_(False))
     model.asked_as = checkpoint.asked_as
     return model.eval(), tokenizer
+
+
+def arrange_weights(model: VisualGLMModel) -> None:
+    """Bring a frozen model's weights in full width, in place, into what a CPU answers with fastest.
+
+    The language model mostly reads one token of each row, the vision part a whole picture.
+    """
+    for part in (model.transformer.layers, model.get_mixin("chatglm-final")):
+        keep_rows(part)
+    pack_linears(model)
 
 
 def refuse_quant(quant: int | None, device: torch.device) -> None:

@@ -45,8 +45,7 @@ Times = dict[str, float]
 
 def made_model(options: argparse.Namespace, dtype: Any) -> Any:
     """A model in dtype that answers, with its weights as `load_for_answering` keeps them."""
-    from model.cpu import pack_linears
-    from model.inference.load import load_for_answering
+    from model.inference.load import arrange_weights, load_for_answering
 
     if options.from_pretrained:
         return load_for_answering(options.from_pretrained, quant=options.quant, dtype=options.dtype)[0]
@@ -55,7 +54,7 @@ def made_model(options: argparse.Namespace, dtype: Any) -> Any:
             write_random_shape(Path(folder, "random"), options.shape)
             return load_for_answering(Path(folder, "random"), quant=options.quant, dtype=options.dtype)[0]
     model = plain_model(options, dtype)
-    pack_linears(model)
+    arrange_weights(model)
     return model
 
 

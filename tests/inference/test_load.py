@@ -13,7 +13,7 @@ from conftest import load_model, write_tuned
 from model.checkpoints.layout import Checkpoint
 from model.convert.huggingface import convert
 from model.convert.merge_lora import merge
-from model.cpu import pack_linears
+from model.cpu import PrepackedLinear, RowsLinear, has_onednn, pack_linears
 from model.errors import InputError
 from model.frozen import FrozenLinear
 from model.inference import load
@@ -67,9 +67,9 @@ FORMATS = [("fp32", None), ("bf16", None), ("fp16", None), ("fp32", 8), ("bf16",
 
 
 def kinds_of(model: torch.nn.Module) -> set[str]:
-    """Which kinds of FrozenLinear are in it, but for those at full width, in the order that the processor likes."""
+    """Which kinds of FrozenLinear are in it, but for those at full width, in the form that the processor likes."""
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, FrozenLinear)}
-    return kinds - {"PrepackedLinear"}
+    return kinds - {"PrepackedLinear", "RowsLinear"}
 
 
 @torch.no_grad()
@@ -132,6 +132,20 @@ def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: 
     pack_linears(plain.requires_grad_(False))
     for model in (automatic, asked):
         assert torch.equal(scores(model), scores(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available() or not has_onednn(torch.bfloat16), reason="about a CPU's bfloat16")
+def test_language_model_in_bfloat16_keeps_its_rows_and_the_vision_part_is_packed(
+    upstream_checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    model, _ = load_for_answering(tuned, dtype="bf16")
+    vision = model.get_mixin("eva")
+    kinds = {part: {type(module) for module in part.modules()} for part in (model.transformer, vision)}
+    assert kinds[model.transformer] & {RowsLinear, PrepackedLinear} == {RowsLinear}
+    assert kinds[vision] & {RowsLinear, PrepackedLinear} == {PrepackedLinear}
+    assert type(model.get_mixin("chatglm-final").lm_head) is RowsLinear
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about kernels of the CPU")

@@ -327,6 +327,7 @@ class VisualGLMModel(ChatGLMModel):
         if build_only:
             model = get_model(args, cls, **kwargs)
             return model.to(args.device), args  # SAT moves it too, but goes on after an error, such as no memory
+        args.use_gpu_initialization = False  # the weights that SAT would draw there are never made
         dtype = torch.half if getattr(args, "fp16", False) else torch.bfloat16 if getattr(args, "bf16", False) else None
         with without_memory():
             model = cls(args, params_dtype=dtype or torch.float32, **kwargs)

@@ -78,6 +78,13 @@ def test_from_pretrained_with_a_2023_namespace_adds_its_lora(upstream_checkpoint
 
 
 @pytest.mark.usefixtures("groups")
+def test_use_gpu_initialization_asks_for_no_gpu(upstream_checkpoint: Path) -> None:
+    args = Namespace(use_lora=True, lora_rank=4, use_gpu_initialization=True, device="cpu")
+    model, _ = FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.usefixtures("groups")
 def test_from_pretrained_leaves_the_namespace_that_it_was_given_alone(upstream_checkpoint: Path) -> None:
     args = Namespace(use_lora=True, lora_rank=4, num_layers=99)
     FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)

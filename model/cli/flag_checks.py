@@ -41,12 +41,12 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
          "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size",
-         "max_skipped_steps", "early_stopping"),
+         "max_skipped_steps", "early_stopping", "checkpoint_num_layers"),
     ),
     (
         lambda number: number >= 0,
         "0 or more is needed.",
-        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout", "answers", "eval_answers"),
+        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout", "answers", "eval_answers", "checkpoint_skip_layers"),
     ),
     (
         lambda number: 0 < number < math.inf,
@@ -320,6 +320,7 @@ def config_problems(options: Options, config: ModelConfig) -> list[str]:
         *_order_problems(path, config.get("layernorm_order")),
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
+        *_stretch_problems(options, config["num_layers"]),
         *_length_problems(options, config),
         *_image_size_problems(options, config["eva_args"]),
         *split_problems(options.model_parallel_size, config),
@@ -358,6 +359,17 @@ def _layer_problems(layers: list[int], num_layers: int) -> list[str]:
     if twice:
         problems.append(f"--layer_range {shown(layers)}: {shown(twice)} found twice; each layer is needed once.")
     return problems
+
+
+def _stretch_problems(options: Options, num_layers: int) -> list[str]:
+    """SAT asserts this also where no activations are checkpointed."""
+    stretch, skipped = options.checkpoint_num_layers, options.checkpoint_skip_layers
+    if stretch + skipped <= num_layers:
+        return []
+    return [
+        f"--checkpoint-num-layers {stretch} and --checkpoint-skip-layers {skipped}: {num_layers} layers found in this "
+        f"checkpoint; together no more than {num_layers} are needed."
+    ]
 
 
 def _length_problems(options: Options, config: ModelConfig) -> list[str]:

@@ -245,7 +245,7 @@ def _add_model_config_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-parallel-size", type=int, default=1, metavar="N",
         help="GPUs that share one copy of the model; checkpoints are whole all the same (default %(default)s).")
     add("--skip-init", action="store_true", help="Leave weights uninitialised until the checkpoint fills them: faster.")
-    add("--use-gpu-initialization", action="store_true", help="Build the model on the GPU.")
+    add("--use-gpu-initialization", action="store_true", help="Not used: each weight is read straight to where it belongs.")
     add("--num-multi-query-heads", type=int, default=0, metavar="N",
         help="Groups of keys and values in multi-query attention; 0 is ordinary attention (default %(default)s).")
     add("--is-gated-mlp", action="store_true", help="Use a gated feed-forward part.")

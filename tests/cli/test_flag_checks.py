@@ -84,6 +84,8 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--eval-batch-size", "-1"], ["--eval-batch-size -1: 1 or more is needed."]),
     (["--gradient-accumulation-steps", "0"], ["--gradient-accumulation-steps 0: 1 or more is needed."]),
     (["--eval-interval", "0"], ["--eval-interval 0: 1 or more is needed."]),
+    (["--checkpoint-num-layers", "0"], ["--checkpoint-num-layers 0: 1 or more is needed."]),
+    (["--checkpoint-skip-layers", "-1"], ["--checkpoint-skip-layers -1: 0 or more is needed."]),
     (["--save-interval", "0"], ["--save-interval 0: 1 or more is needed."]),
     (["--save_total_limit", "0"], ["--save_total_limit 0: 1 or more is needed."]),
     (["--experiment-name", "../x"], ["--experiment-name ../x: it leads out of --save", "is needed"]),
@@ -215,6 +217,9 @@ def test_config_problems_when_a_key_has_the_wrong_type_says_which(key: str, valu
     (["--layer_range", "0", "28"],
      "--layer_range 0 28: no layer 28 in this checkpoint; layers from 0 to 27 are needed."),
     (["--layer_range", "-1"], "--layer_range -1: no layer -1 in this checkpoint; layers from 0 to 27 are needed."),
+    (["--checkpoint-num-layers", "20", "--checkpoint-skip-layers", "9"],
+     "--checkpoint-num-layers 20 and --checkpoint-skip-layers 9: 28 layers found in this checkpoint; "
+     "together no more than 28 are needed."),
     (["--layer_range", "3", "3"], "--layer_range 3 3: 3 found twice; each layer is needed once."),
     (["--max_source_length", "1800"],
      "--max_source_length 1800 and --max_target_length 256: 2056 tokens together; "

@@ -74,6 +74,7 @@ def preflight(
     """
     raise_problems(flag_problems(options))
     notes = [] if options.save else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
+    notes += worker_notes(options)
     notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options, resumed)
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
@@ -89,6 +90,14 @@ def preflight(
     steps = training_steps(options, data.selection)
     raise_problems(steps_problems(options, steps))
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps, data.cut_labels)
+
+
+def worker_notes(options: Options) -> list[str]:
+    """A note where --num-workers asks for more processes than there are processors to run them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if options.num_workers <= count:
+        return []
+    return [f"--num-workers {options.num_workers}: {count_of(count, 'processor')} found; more workers read no faster."]
 
 
 def deepspeed_notes(options: Options) -> list[str]:

@@ -290,12 +290,13 @@ def silence_known_warnings() -> None:
     """Hide what SAT and DeepSpeed make torch warn of and no user can change.
 
     SAT pins memory for a GPU that may not be there, and finds processes that it has not brought together itself.
-    DeepSpeed's ZeRO calls a collective that torch 2.13 renames.
+    DeepSpeed's ZeRO calls a collective that torch 2.13 renames. Of more workers than processors, torch warns at each loader.
     """
     warnings.filterwarnings(
         "ignore", message="model_parallel_size > 1 but torch.distributed is not initialized via SAT"
     )
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
 
@@ -603,7 +604,11 @@ def _sat_args_on_this_port(
         if instead:
             numbers = "bfloat16" if options.bf16 else "float32"
             say(f"No GPU found: {numbers} and gloo on the CPU in place of {' and '.join(instead)}.")
-        words += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo"]
+        if options.profiling != -1:
+            say(
+                f"--profiling {options.profiling}: it starts CUDA's profiler, and no GPU was found. Nothing is profiled."
+            )
+        words += ["--device", os.environ["LOCAL_RANK"], "--distributed-backend", "gloo", "--profiling", "-1"]
         start_gloo()
     settings = _settings(options, fp16 and has_gpu())
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """What is checked before a model is loaded, the first problem first; and what is said of the data."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -134,6 +135,15 @@ def test_interval_of_evaluations_without_rows_for_them_is_told(good: Options) ->
     assert told in preflight(good).notes
     good.holdout = 2.0
     assert told not in preflight(good).notes
+
+
+def test_more_workers_than_processors_are_told(good: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5})
+    told = "--num-workers 3: 2 processors found; more workers read no faster."
+    good.num_workers = 2
+    assert told not in preflight(good).notes
+    good.num_workers = 3
+    assert told in preflight(good).notes
 
 
 def test_labels_that_are_cut_are_counted_for_each_file(good: Options) -> None:

@@ -1,5 +1,6 @@
 """When a run saves, in a folder of its own; and that writing beside the training loses nothing, its errors neither."""
 
+import os
 import re
 import threading
 from argparse import Namespace
@@ -210,8 +211,14 @@ def test_run_that_saves_nothing_says_so_loudly_and_has_the_same_losses(
         upstream_checkpoint, tmp_path, "--train-iters", "4", "--save-interval", "1", "--save_total_limit", "2"
     )
     (tmp_path / "none").mkdir()
-    none = train(upstream_checkpoint, tmp_path / "none", "--train-iters", "4", "--save", "none")
+    workers = len(os.sched_getaffinity(0)) + 1  # of which torch would warn at each loader
+    more = ["--num-workers", str(workers), "--profiling", "1"]
+    none = train(upstream_checkpoint, tmp_path / "none", "--train-iters", "4", "--save", "none", *more)
     assert none.out.startswith("NOTHING IS SAVED (--save none)")
+    assert f"--num-workers {workers}: {workers - 1} processor" in none.out
+    assert "UserWarning" not in none.err
+    if not torch.cuda.is_available():
+        assert "--profiling 1: it starts CUDA's profiler, and no GPU was found. Nothing is profiled." in none.out
     assert list((tmp_path / "none").glob("*")) == list((tmp_path / "none").glob("runs"))
     assert printed_losses(none.out) == printed_losses(often.out)
     assert often.saves == 4

@@ -72,7 +72,13 @@ def compiled_when_called() -> Iterator[None]:
         if function is None:
             return functools.partial(compile_later, **options)
         compiled = functools.cache(lambda: compile_now(function, **options))
-        return functools.wraps(function)(lambda *values, **named: compiled()(*values, **named))
+
+        @functools.wraps(function)
+        def called(*values: Any, **named: Any) -> Any:
+            # Called by another function that is being compiled, it becomes a part of that one.
+            return (function if torch.compiler.is_compiling() else compiled())(*values, **named)
+
+        return called
 
     torch.compile = compile_later  # type: ignore[assignment]
     try:

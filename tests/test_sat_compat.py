@@ -39,6 +39,14 @@ def test_what_is_to_be_compiled_at_import_is_compiled_once_when_it_is_called(mon
     assert compiled == [{}, {"dynamic": True}]
 
 
+def test_function_that_is_called_while_another_is_compiled_is_no_compiled_one_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("compiled"))
+    with sat_compat.compiled_when_called():
+        inner = torch.compile(lambda number: number + 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert inner(1) == 2
+
+
 @pytest.mark.run
 def test_plain_import_of_sat_without_wandb_and_triton_fails():
     done = run_program("import_plain_sat_without_wandb_and_triton")

@@ -41,7 +41,7 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         ("lora_rank", "pre_seq_len", "image_length", "max_source_length", "max_target_length", "train_iters", "epochs",
          "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_iters", "eval_interval", "save_interval",
          "save_total_limit", "log_interval", "lr_decay_iters", "model_parallel_size", "block_size", "prefetch_factor", "image_size",
-         "max_skipped_steps", "early_stopping", "checkpoint_num_layers"),
+         "max_skipped_steps", "early_stopping", "checkpoint_num_layers", "make_vocab_size_divisible_by"),
     ),
     (
         lambda number: number >= 0,
@@ -509,8 +509,8 @@ _DEEPSPEED_KINDS: Mapping[tuple[str, ...], Kind] = {
 }
 
 
-def deepspeed_problems(settings: Mapping[str, object], path: Path | str) -> list[str]:
-    """What SAT can't use in the settings of a --deepspeed_config file."""
+def deepspeed_problems(options: Options, settings: Mapping[str, object], path: Path | str) -> list[str]:
+    """What SAT can't use in the settings of a --deepspeed_config file, or DeepSpeed with these flags."""
     problems = problems_of_kind(settings, _DEEPSPEED_KINDS, str(path))
     for section in ("fp16", "bf16"):
         value = settings.get(section)
@@ -518,4 +518,9 @@ def deepspeed_problems(settings: Mapping[str, object], path: Path | str) -> list
             problems.append(f'{path}: no "enabled" in "{section}"; true or false is needed.')
     if _setting(settings, "fp16.enabled", False) and _setting(settings, "bf16.enabled", False):
         problems.append(f"{path}: fp16 and bf16 are both enabled; only one is needed.")
+    if options.use_ptuning and str(_setting(settings, "optimizer.type", "")).lower() == "muon":
+        problems.append(
+            f"--use_ptuning and Muon in {path}: DeepSpeed 0.19.8's fails for prefixes, which have four dimensions; AdamW is "
+            "needed."
+        )
     return problems

@@ -110,7 +110,7 @@ def deepspeed_notes(options: Options) -> list[str]:
     if not path:
         return []
     settings = read_json_object(path, "--deepspeed_config")
-    raise_problems(deepspeed_problems(settings, path))
+    raise_problems(deepspeed_problems(options, settings, path))
     return overridden_by_deepspeed(options, settings, path)
 
 

@@ -85,6 +85,7 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--gradient-accumulation-steps", "0"], ["--gradient-accumulation-steps 0: 1 or more is needed."]),
     (["--eval-interval", "0"], ["--eval-interval 0: 1 or more is needed."]),
     (["--checkpoint-num-layers", "0"], ["--checkpoint-num-layers 0: 1 or more is needed."]),
+    (["--make-vocab-size-divisible-by", "0"], ["--make-vocab-size-divisible-by 0: 1 or more is needed."]),
     (["--checkpoint-skip-layers", "-1"], ["--checkpoint-skip-layers -1: 0 or more is needed."]),
     (["--save-interval", "0"], ["--save-interval 0: 1 or more is needed."]),
     (["--save_total_limit", "0"], ["--save_total_limit 0: 1 or more is needed."]),
@@ -278,11 +279,19 @@ def test_overridden_by_deepspeed_names_the_users_flags_that_differ(
     ({"bf16": {}}, 'no "enabled" in "bf16"; true or false is needed.'),
 ])  # fmt: skip
 def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: dict[str, Any], sentence: str) -> None:
-    assert deepspeed_problems(settings, "ds.json") == [f"ds.json: {sentence}"]
+    assert deepspeed_problems(good(), settings, "ds.json") == [f"ds.json: {sentence}"]
 
 
 def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
-    assert deepspeed_problems({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "ds.json") == []
+    settings = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    assert deepspeed_problems(good(), settings, "ds.json") == []
+
+
+def test_muon_is_refused_for_prefixes_and_taken_for_lora() -> None:
+    settings = {"optimizer": {"type": "Muon"}}
+    assert deepspeed_problems(good(), settings, "ds.json") == []
+    [sentence] = deepspeed_problems(good("--use_ptuning"), settings, "ds.json")
+    assert sentence.startswith("--use_ptuning and Muon in ds.json: ")
 
 
 # --- data flags -------------------------------------------------------------------------------------------------------

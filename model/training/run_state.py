@@ -200,7 +200,8 @@ class RunState:
         def save(iteration: int, model: Any, optimizer: Any, scheduler: Any, args: argparse.Namespace) -> None:
             if not can_be_kept(optimizer):
                 self._say_once(
-                    f"The state of {type(optimizer).__name__} is not kept: no --resume from these checkpoints."
+                    f"The state of {type(optimizer).__name__} with {type(inner_optimizer(optimizer)).__name__} is not kept: "
+                    "no --resume from these checkpoints."
                 )
                 save_checkpoint(iteration, model, optimizer, scheduler, args)
                 return
@@ -262,9 +263,16 @@ def _set_fields(owner: Any, values: Mapping[str, Any]) -> None:
 def can_be_kept(optimizer: Any) -> bool:
     """Whether `parameter_states` knows where an optimizer has its state.
 
-    Not of FP16_Optimizer, which DeepSpeed takes at ZeRO 0 with its own FusedAdam, by a user's own --deepspeed_config.
+    By a user's own --deepspeed_config, DeepSpeed may take others: FP16_Optimizer at ZeRO 0, with its own FusedAdam; or Muon,
+    whose momentum ZeRO cuts up at other places than the weights.
     """
-    return not hasattr(optimizer, "fp32_groups_flat")
+    is_cut_muon = "muon" in type(inner_optimizer(optimizer)).__name__.lower() and _flat_masters(optimizer)
+    return not hasattr(optimizer, "fp32_groups_flat") and not is_cut_muon
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """torch's or DeepSpeed's own, inside the one that holds weights in float32 or in parts."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.Tensor]]:
@@ -273,7 +281,7 @@ def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.T
     Args:
         engine, optimizer: DeepSpeed's. Every process calls this: each may have a part.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     flat, masters = _flat_masters(optimizer), _own_masters(optimizer)
     _link_flat_states(optimizer)
     states = {}
@@ -293,7 +301,7 @@ def parameter_states(engine: Any, optimizer: Any) -> dict[str, dict[str, torch.T
 @torch.no_grad()
 def put_back_parameters(engine: Any, optimizer: Any, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """The opposite of `parameter_states`: engine and optimizer get what states holds by name."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     flat, masters = _flat_masters(optimizer), _own_masters(optimizer)
     if flat:
         _make_flat_states(engine, optimizer, flat, states)

@@ -274,6 +274,16 @@ def test_state_of_deepspeeds_fused_half_precision_optimizer_cannot_be_kept(small
     assert not can_be_kept(fused)
 
 
+def test_momentum_of_muon_is_kept_without_zero_alone() -> None:
+    class MuonWithAuxAdam:
+        pass
+
+    parts = [torch.zeros(4)]
+    for inner, is_kept in ((MuonWithAuxAdam(), False), (torch.optim.Adam([torch.zeros(1)]), True)):
+        assert can_be_kept(inner)
+        assert can_be_kept(SimpleNamespace(optimizer=inner, single_partition_of_fp32_groups=parts)) == is_kept
+
+
 # --- SAT's --load
 
 

@@ -15,6 +15,7 @@ does more, see `model.training.signals`. Only the standard library is imported.
 """
 
 import atexit
+import math
 import multiprocessing
 import os
 import select
@@ -39,6 +40,7 @@ STATUS_OF_A_LOST_PROCESS = 3
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
 STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
 SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
+SECONDS_FOR_A_HANDLER = 3.0  # of a signal that came to a process of several
 SECONDS_FOR_THE_FIRST_TO_TELL = 5.0  # what is wrong with the input, and for the launcher to end the others
 
 _is_a_program = False  # whether this process is a command's, and not a notebook's or a test's
@@ -146,6 +148,8 @@ def leaving_at_signals() -> Iterator[None]:
         SystemExit: a signal came. The status is 128 + its number. A program ends here instead.
     """
     leaving = Leaving()
+    if _is_a_program and world_size() > 1:
+        _listener.start()
     try:
         with handling(leaving.begin):
             yield
@@ -173,22 +177,32 @@ def ignore_signals_from_now_on() -> None:
 
 
 @contextmanager
-def handling(handler: Handler) -> Iterator[None]:
+def handling(handler: Handler, may_wait: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Let handler take the signals that ask a program to end, inside the block, but for those that are ignored.
 
     `nohup` has a program ignore SIGHUP. Only the main thread can handle signals: in another one nothing is changed.
+
+    Args:
+        may_wait: whether a signal now has time until handler is called, however long that takes.
     """
+
+    def called(number: int, frame: FrameType | None) -> Any:
+        _listener.called_at = time.monotonic()
+        return handler(number, frame)
+
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
         before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    _listener.may_wait.append(may_wait)
     try:
         for number in before:
-            signal.signal(number, handler)
+            signal.signal(number, called)
         yield
     finally:
+        _listener.may_wait.remove(may_wait)
         for number, old in before.items():
-            if signal.getsignal(number) == handler:
+            if signal.getsignal(number) == called:
                 signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
@@ -226,6 +240,43 @@ class Leaving:
         """The block has been left: put back what `begin` changed."""
         while self._undo:
             self._undo.pop()()
+
+
+class _Listener:
+    """Ends a process of several that a signal can't reach.
+
+    Python calls a handler between two of its own steps. A process that waits for another one makes none, as in gloo, where
+    that one has ended; a launcher would wait half a minute for it. A thread is told of each signal at once.
+    """
+
+    def __init__(self) -> None:
+        self.called_at = -math.inf  # when a handler was called last, in seconds
+        self.may_wait: list[Callable[[], bool]] = []  # of the handlers, the innermost last
+        self._is_started = False
+
+    def start(self) -> None:
+        """Listen from now on, until the process ends."""
+        if self._is_started or threading.current_thread() is not threading.main_thread():
+            return
+        self._is_started = True
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _listen(self, reader: int) -> None:
+        while True:
+            (number,) = os.read(reader, 1)
+            came_at = time.monotonic()
+            if number not in ENDING_SIGNALS:
+                continue
+            time.sleep(SECONDS_FOR_A_HANDLER)
+            if self.called_at < came_at - SECONDS_TO_CLEAN_UP and not (self.may_wait and self.may_wait[-1]()):
+                end_now(number)
+
+
+_listener = _Listener()
 
 
 def end_now(number: int) -> NoReturn:

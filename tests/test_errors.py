@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_first_process_that_is_slower_tells_it_all_the_same():
     done = run_python(*launcher, PROJECT / "tests/programs/refused_late_by_the_first.py")
     assert done.returncode == 1
     assert done.stderr.count("x.py: error: no file.") == 1
+
+
+@pytest.mark.run
+def test_process_that_waits_for_one_that_has_ended_takes_the_launchers_signal():
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    done = run_python(*launcher, PROJECT / "tests/programs/wait_for_one_that_fails.py")
+    assert done.returncode == 1
+    assert re.findall(r"exitcode  : (\d+|-\d+)", done.stderr) == ["143", "2"]  # and not -9, half a minute later
 
 
 # --- signals

@@ -58,7 +58,7 @@ class StopAtSignal(StepWatcher):
         self._processes = 1
         self._store: Any = None
         self._leaving = Leaving()
-        self._handling: AbstractContextManager[None] = handling(self._receive)
+        self._handling: AbstractContextManager[None] = handling(self._receive, self._may_wait)
 
     def __enter__(self) -> "StopAtSignal":
         self._handling.__enter__()
@@ -147,6 +147,9 @@ class StopAtSignal(StepWatcher):
         return bool(self.number)
 
     # --- what the system tells
+
+    def _may_wait(self) -> bool:
+        return self._args is not None and self._evaluating != "test"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._came is not None:

@@ -256,7 +256,7 @@ def evaluate(options: argparse.Namespace) -> None:
         written(options.html, page_of(results, measures), "--html")
     for number in worst_places(next(iter(results.values())))[:SHOWN]:
         row = rows[number]
-        say(f"{row.img}\n  asked  {row.prompt}\n  label  {row.label}")
+        say(f"{row.img or '(no picture)'}\n  asked  {row.prompt}\n  label  {row.label}")
         for checkpoint, of_checkpoint in results.items():
             source = f"  ({checkpoint})" if len(results) > 1 else ""
             say(f"  answer {of_checkpoint[number].answer}{source}")

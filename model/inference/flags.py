@@ -69,6 +69,8 @@ def sampling_of(options: argparse.Namespace, invalid_slices: tuple[slice, ...] =
     """
     if options.top_k < 1:
         raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
+    if options.seed is not None and not -(2**63) <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed}: a whole number of at most 18 digits is needed.")
     return Sampling(
         temperature=options.temperature,
         top_p=options.top_p,

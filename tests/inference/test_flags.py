@@ -41,7 +41,7 @@ def test_temperature_of_0_always_takes_the_likeliest_token() -> None:
     assert sampling_of(sampling_flags("--temperature", "0.5")).repetition_penalty == 1.2
 
 
-@pytest.mark.parametrize("words", [("--top_k", "0"), ("--top_p", "0"), ("--temperature", "-1")])
+@pytest.mark.parametrize("words", [("--top_k", "0"), ("--top_p", "0"), ("--temperature", "-1"), ("--seed", str(2**63))])
 def test_sampling_out_of_bounds_is_refused(words: tuple[str, str]) -> None:
     with pytest.raises(InputError, match=words[0]):
         sampling_of(sampling_flags(*words))

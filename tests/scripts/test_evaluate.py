@@ -219,6 +219,7 @@ def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upst
     out = capsys.readouterr().out
     assert "Left out, 1 bad row (--bad_rows skip):" in out
     assert out.splitlines()[-1] == "answers right: 0/2"
+    assert "(no picture)\n  asked  三\n" in out
     assert "2 answers were cut off (--max_length 60)." in out  # the model of random numbers never ends
     assert "&lt;b&gt;" in page.read_text()
     assert page.read_text().count('class="row') == 2

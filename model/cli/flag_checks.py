@@ -88,6 +88,11 @@ _CONFIG_KEYS: Mapping[str, type] = {
     "gmask_token_id": int,
     "pad_token_id": int,
 }
+_OF_CHATGLM = {
+    "num_multi_query_heads": 0,
+    "is_gated_mlp": False,
+    "hidden_size_per_attention_head": None,
+}  # SAT's defaults
 _TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
 NOT_WITH_ZERO_3 = (
     "ZeRO 3 keeps a part of the model on each process, and would send all of it anew for each token of an answer; "
@@ -321,6 +326,7 @@ def config_problems(options: Options, config: ModelConfig) -> list[str]:
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_stretch_problems(options, config["num_layers"]),
+        *_shape_problems(options, config),
         *_length_problems(options, config),
         *_image_size_problems(options, config["eva_args"]),
         *split_problems(options.model_parallel_size, config),
@@ -369,6 +375,15 @@ def _stretch_problems(options: Options, num_layers: int) -> list[str]:
     return [
         f"--checkpoint-num-layers {stretch} and --checkpoint-skip-layers {skipped}: {num_layers} layers found in this "
         f"checkpoint; together no more than {num_layers} are needed."
+    ]
+
+
+def _shape_problems(options: Options, config: Mapping[str, object]) -> list[str]:
+    """Which of SAT's flags would build layers that no ChatGLM has, where the config says nothing of them."""
+    return [
+        f"{flag_with_value(name, getattr(options, name))}: a ChatGLM's layers have another shape; the flag is needed left out."
+        for name, of_chatglm in _OF_CHATGLM.items()
+        if name not in config and getattr(options, name) != of_chatglm
     ]
 
 

@@ -221,6 +221,9 @@ def test_config_problems_when_a_key_has_the_wrong_type_says_which(key: str, valu
     (["--checkpoint-num-layers", "20", "--checkpoint-skip-layers", "9"],
      "--checkpoint-num-layers 20 and --checkpoint-skip-layers 9: 28 layers found in this checkpoint; "
      "together no more than 28 are needed."),
+    (["--num-multi-query-heads", "2"],
+     "--num-multi-query-heads 2: a ChatGLM's layers have another shape; the flag is needed left out."),
+    (["--is-gated-mlp"], "--is-gated-mlp: a ChatGLM's layers have another shape; the flag is needed left out."),
     (["--layer_range", "3", "3"], "--layer_range 3 3: 3 found twice; each layer is needed once."),
     (["--max_source_length", "1800"],
      "--max_source_length 1800 and --max_target_length 256: 2056 tokens together; "

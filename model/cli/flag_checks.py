@@ -88,11 +88,6 @@ _CONFIG_KEYS: Mapping[str, type] = {
     "gmask_token_id": int,
     "pad_token_id": int,
 }
-_OF_CHATGLM = {
-    "num_multi_query_heads": 0,
-    "is_gated_mlp": False,
-    "hidden_size_per_attention_head": None,
-}  # SAT's defaults
 _TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
 NOT_WITH_ZERO_3 = (
     "ZeRO 3 keeps a part of the model on each process, and would send all of it anew for each token of an answer; "
@@ -378,12 +373,17 @@ def _stretch_problems(options: Options, num_layers: int) -> list[str]:
     ]
 
 
-def _shape_problems(options: Options, config: Mapping[str, object]) -> list[str]:
+def _shape_problems(options: Options, config: ModelConfig) -> list[str]:
     """Which of SAT's flags would build layers that no ChatGLM has, where the config says nothing of them."""
+    of_chatglm = {
+        "num_multi_query_heads": (0,),
+        "is_gated_mlp": (False,),
+        "hidden_size_per_attention_head": (None, config["hidden_size"] // max(1, config["num_attention_heads"])),
+    }
     return [
         f"{flag_with_value(name, getattr(options, name))}: a ChatGLM's layers have another shape; the flag is needed left out."
-        for name, of_chatglm in _OF_CHATGLM.items()
-        if name not in config and getattr(options, name) != of_chatglm
+        for name, fitting in of_chatglm.items()
+        if name not in config and getattr(options, name) not in fitting
     ]
 
 

@@ -195,6 +195,8 @@ def test_split_row_problems_when_nothing_is_held_out_is_empty() -> None:
 
 def test_config_problems_when_all_is_well_is_empty() -> None:
     assert config_problems(good("--layer_range", "0", "27"), CONFIG) == []
+    width = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    assert config_problems(good("--hidden-size-per-attention-head", str(width)), CONFIG) == []
 
 
 def test_config_problems_when_keys_are_missing_names_them_and_the_file() -> None:

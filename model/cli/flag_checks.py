@@ -535,7 +535,7 @@ def deepspeed_problems(options: Options, settings: Mapping[str, object], path: P
         problems.append(f"{path}: fp16 and bf16 are both enabled; only one is needed.")
     if options.use_ptuning and str(_setting(settings, "optimizer.type", "")).lower() == "muon":
         problems.append(
-            f"--use_ptuning and Muon in {path}: DeepSpeed 0.19.8's fails for prefixes, which have four dimensions; AdamW is "
+            f"--use_ptuning and Muon in {path}: DeepSpeed's Muon takes matrices, and prefixes have four dimensions; AdamW is "
             "needed."
         )
     return problems

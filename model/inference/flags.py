@@ -1,6 +1,7 @@
 """The flags that commands which answer have in common; without torch."""
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
@@ -57,8 +58,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
     add("--top_k", type=int, default=100, metavar="N", help="sample from this many likeliest tokens (default %(default)s)")
     add("--temperature", type=float, default=temperature, metavar="X",
         help="of sampling; 0 always takes the likeliest token (default %(default)s)")
-    add("--seed", type=int, metavar="N", help="random seed: the same one gives the same answers")
+    add("--seed", type=_seed, metavar="N", help="random seed: the same one gives the same answers")
     # fmt: on
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", text):  # what torch's generators take, and a little less
+        raise argparse.ArgumentTypeError(f"{text} found; a whole number of at most 18 digits is needed")
+    return int(text)
 
 
 def sampling_of(options: argparse.Namespace, invalid_slices: tuple[slice, ...] = ()) -> Sampling:
@@ -69,8 +76,6 @@ def sampling_of(options: argparse.Namespace, invalid_slices: tuple[slice, ...] =
     """
     if options.top_k < 1:
         raise InputError(f"--top_k {options.top_k}: 1 or more is needed.")
-    if options.seed is not None and not -(2**63) <= options.seed < 2**63:
-        raise InputError(f"--seed {options.seed}: a whole number of at most 18 digits is needed.")
     return Sampling(
         temperature=options.temperature,
         top_p=options.top_p,

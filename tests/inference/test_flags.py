@@ -41,10 +41,18 @@ def test_temperature_of_0_always_takes_the_likeliest_token() -> None:
     assert sampling_of(sampling_flags("--temperature", "0.5")).repetition_penalty == 1.2
 
 
-@pytest.mark.parametrize("words", [("--top_k", "0"), ("--top_p", "0"), ("--temperature", "-1"), ("--seed", str(2**63))])
+@pytest.mark.parametrize("words", [("--top_k", "0"), ("--top_p", "0"), ("--temperature", "-1")])
 def test_sampling_out_of_bounds_is_refused(words: tuple[str, str]) -> None:
     with pytest.raises(InputError, match=words[0]):
         sampling_of(sampling_flags(*words))
+
+
+@pytest.mark.parametrize("seed", [str(10**18), "-" + "1" * 19, "1.5", ""])
+def test_seed_that_torch_would_not_take_is_refused(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sampling_flags("--seed", seed)
+    assert f"--seed: {seed} found; a whole number of at most 18 digits is needed" in capsys.readouterr().err
+    assert sampling_flags("--seed", "-" + "9" * 18).seed == 1 - 10**18
 
 
 def test_checkpoint_has_to_be_given_where_there_is_no_default() -> None:

@@ -72,14 +72,6 @@ class PrepackedLinear(FrozenLinear):
         self.packed: torch.Tensor  # not buffers: nothing of torch's can copy or convert them
         self.packed_transposed: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, linear: Any) -> "PrepackedLinear":
-        """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
-        packed = cls.like(linear)
-        packed.pack(linear.weight.detach())
-        linear.weight.data = linear.weight.data.new_empty(0)
-        return packed
-
     def _keep(self, weight: torch.Tensor) -> None:
         self.packed, self.packed_transposed = in_onednn_order(weight.to(self.dtype)), None
 
@@ -98,14 +90,6 @@ class PrepackedLinear(FrozenLinear):
     def _transposed(self) -> torch.Tensor:
         """The weight [in, out] as rows; the plain one is let go of before this one is packed."""
         return self.weight_in_full().T.contiguous()
-
-
-def pack_linears(module: torch.nn.Module) -> None:
-    """Replace every plain linear under module that can be packed and isn't learned, in place, by a `PrepackedLinear`."""
-    for parent, name, linear in plain_linears(module):
-        if can_pack(linear.weight) and not linear.weight.requires_grad:
-            setattr(parent, name, PrepackedLinear.of(linear))
-    give_back_memory()
 
 
 class RowsLinear(FrozenLinear):
@@ -136,13 +120,21 @@ class RowsLinear(FrozenLinear):
         return output if self.own_bias is None else output + self.own_bias
 
 
+def pack_linears(module: torch.nn.Module) -> None:
+    """Replace every plain linear under module that can be packed and isn't learned, in place, by a `PrepackedLinear`."""
+    _replace_plain(module, PrepackedLinear, (torch.float32, torch.bfloat16))
+    give_back_memory()
+
+
 def keep_rows(module: torch.nn.Module) -> None:
     """Replace every plain linear under module that a `RowsLinear` is faster than, in place; weights aren't copied."""
+    _replace_plain(module, RowsLinear, (torch.bfloat16,))
+
+
+def _replace_plain(module: torch.nn.Module, kind: type[FrozenLinear], dtypes: tuple[torch.dtype, ...]) -> None:
     for parent, name, linear in plain_linears(module):
-        if linear.weight.dtype == torch.bfloat16 and can_pack(linear.weight) and not linear.weight.requires_grad:
-            rows = RowsLinear.like(linear)
-            rows.pack(linear.weight.detach())
-            setattr(parent, name, rows)
+        if linear.weight.dtype in dtypes and can_pack(linear.weight) and not linear.weight.requires_grad:
+            setattr(parent, name, kind.of(linear))
 
 
 def give_back_memory() -> None:

@@ -105,6 +105,14 @@ class FrozenLinear(torch.nn.Module, abc.ABC):
         frozen.gathers = frozen.split == "rows" and linear.gather_output
         return frozen
 
+    @classmethod
+    def of(cls, linear: Any) -> Any:
+        """A plain linear's weight and bias; the plain one loses its weight, so that nobody holds it twice."""
+        frozen = cls.like(linear)
+        frozen.pack(linear.weight.detach())
+        linear.weight.data = linear.weight.data.new_empty(0)
+        return frozen
+
     def plain(self) -> torch.nn.Linear:
         """A plain linear with the same weight, in full width, and the same bias."""
         linear = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

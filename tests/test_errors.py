@@ -68,19 +68,22 @@ def test_exit_on_input_error_in_another_process_tells_only_what_that_process_alo
     assert capsys.readouterr().err == told
 
 
+def refused_late_by_the_first(what_the_other_does: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    return run_python(*launcher, PROJECT / "tests/programs/refused_late_by_the_first.py", what_the_other_does)
+
+
 @pytest.mark.run
 def test_first_process_that_is_slower_tells_it_all_the_same():
     """Torchrun ends all processes as soon as one has ended."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    done = run_python(*launcher, PROJECT / "tests/programs/refused_late_by_the_first.py")
+    done = refused_late_by_the_first("refuses")
     assert done.returncode == 1
     assert done.stderr.count("x.py: error: no file.") == 1
 
 
 @pytest.mark.run
 def test_process_that_waits_for_one_that_has_ended_takes_the_launchers_signal():
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    done = run_python(*launcher, PROJECT / "tests/programs/wait_for_one_that_fails.py")
+    done = refused_late_by_the_first("waits")
     assert done.returncode == 1
     assert re.findall(r"exitcode  : (\d+|-\d+)", done.stderr) == ["143", "2"]  # and not -9, half a minute later
 

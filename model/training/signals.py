@@ -149,6 +149,7 @@ class StopAtSignal(StepWatcher):
     # --- what the system tells
 
     def _may_wait(self) -> bool:
+        """Whether a signal waits for the step in hand; else the run leaves at once."""
         return self._args is not None and self._evaluating != "test"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -160,7 +161,7 @@ class StopAtSignal(StepWatcher):
         if self.number:  # another process was faster
             return
         self.number = number
-        if self._args is None or self._evaluating == "test":
+        if not self._may_wait():
             self._leaving.begin(number)
         if is_first_process():
             with suppress(
@@ -168,7 +169,7 @@ class StopAtSignal(StepWatcher):
             ):  # the terminal may have gone; and printing isn't allowed where a signal interrupts it
                 text = in_ui_language(f"{signal.Signals(number).name}: {STOPPING}", sys.stderr)
                 os.write(sys.stderr.fileno(), f"{text}\n".encode())
-        if self._processes == 1:
+        if self._processes == 1 and self._args is not None:
             self._end_the_loop(self._args)
             if self._evaluating:
                 raise EvaluationGivenUp

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 import pytest
-from warm_start import commands, run_warm, wait_for_requests
+from warm_start import SOCKETS, commands, run_warm, wait_for_requests
 
 PROJECT = Path(__file__).resolve().parent.parent
 RUNS = tempfile.TemporaryDirectory(prefix="runs-")  # of runs in the project's folder whose checkpoints nobody looks at
@@ -31,17 +31,37 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network, but for 
 os.environ["VISUALGLM_UI_LANG"] = "en"  # whatever this machine's locale is: the tests read messages
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run the tests marked `gpu`, and no others, on this machine's GPU; without it GPUs are hidden",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "run: runs the script or a command in a process of its own (seconds)")
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # pictures are remembered there: not the user's own
     config.addinivalue_line("markers", "slow: takes seconds; left out of the quick tests of scripts/check.sh")
     config.addinivalue_line("markers", "long: left out of scripts/test.sh too, which runs them with `-m long`")
+    config.addinivalue_line("markers", "gpu: what `--gpu` runs")
+    if config.getoption("--gpu"):  # every process starts cold: CUDA doesn't survive a fork
+        from model.distributed import has_gpu
+
+        if not has_gpu():
+            raise pytest.UsageError("--gpu: torch finds no GPU here.")
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers that the tests know are a CPU's
     if not hasattr(config, "workerinput"):  # xdist's workers share those of the process that has started them
         wait_for_requests()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with many long tests come first: what comes last is short, and no worker waits long for the other."""
+    if config.getoption("--gpu"):
+        others = [item for item in items if item.get_closest_marker("gpu") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     long = Counter(item.path for item in items if {"run", "slow"} & {mark.name for mark in item.iter_markers()})
     items.sort(key=lambda item: -long[item.path])
 
@@ -213,7 +233,8 @@ def run_python(*command: str | Path, cwd: Path = PROJECT, **environment: str) ->
     if trains and cwd == PROJECT and not {"--save", "--resume", "--help"} & {*words}:
         words += ["--save", RUNS.name]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
-    return run_warm(words, cwd, environment) or subprocess.run(
+    warm = run_warm(words, cwd, environment) if SOCKETS in environment else None
+    return warm or subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 

@@ -1,21 +1,28 @@
-"""What only a GPU can show; skipped without one."""
+"""What only a GPU can show: `scripts/test.sh --gpu` runs it, where there is one."""
 
+import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import FakeTimers, golden_values, load_model
+from conftest import PROJECT, FakeTimers, golden_values, load_model, printed_losses, run_python
 
 from model.cli.options import parse
 from model.data.dataset import data_collator
 from model.finetune import FineTuneVisualGLMModel
+from model.frozen import Nf4Linear
+from model.inference.quantize import Int8Linear
 from model.training.dry_run import device_of
 from model.training.memory import Batch, Setup, activation_bytes
 from model.training.step import forward_step, get_batch, loss_sum, next_batch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="scripts/test.sh --gpu runs it, on a GPU"),
+]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -132,3 +139,95 @@ def test_dry_run_names_the_gpu_that_is_there() -> None:
     device = device_of(parse([]))
     assert device.on_gpu
     assert torch.cuda.get_device_name() in device.name or torch.cuda.device_count() > 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 300])
+@pytest.mark.parametrize("kind", [Nf4Linear, Int8Linear])
+def test_product_with_a_packed_weight_is_that_with_the_unpacked_one(kind: Any, rows: int) -> None:
+    weight, bias = torch.randn(1000, 256, device="cuda"), torch.randn(1000, device="cuda", dtype=torch.float16)
+    linear = kind(256, 1000, bias, torch.float16)
+    linear.pack(weight)
+    x = torch.randn(2, rows, 256, device="cuda", dtype=torch.float16)
+    expected = x.float() @ linear.weight_in_full().float().T + bias.float()
+    with torch.no_grad():
+        difference = linear.to("cuda")(x).float() - expected
+    assert difference.norm() < 2e-3 * expected.norm()
+
+
+# --- whole commands ---------------------------------------------------------------------------------------------------
+
+TINY = PROJECT / "model/tiny"
+HELD_OUT = ("--data", PROJECT / "fewshot-data/heldout.json")
+
+
+def trained(folder: Path, *flags: str) -> Any:
+    """A run over the few-shot rows from the small model that ships with the project."""
+    done = run_python(
+        PROJECT / "finetune_visualglm.py", "--from_pretrained", TINY, "--mode", "finetune", "--train-data",
+        PROJECT / "fewshot-data/dataset.json", "--auto_warmup_steps", "0", "--lr", "0.01", "--save", folder, *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use_lora",
+        *(f"--use_lora --fp16 --zero-stage {stage}" for stage in range(4)),
+        "--use_lora --bf16 --zero-stage 3 --checkpoint-activations",
+        "--use_lora --fp16 --train_parts qformer=0.0001 --lora_dropout 0.1",
+        "--use_qlora --fp16 --zero-stage 1",
+        "--use_qlora --bf16 --packing --gradient-accumulation-steps 2",
+    ],
+)
+def test_run_learns_and_its_checkpoint_answers(flags: str, tmp_path: Path) -> None:
+    done = trained(tmp_path, *flags.split(), "--train-iters", "60", "--answers", "0")
+    losses = printed_losses(done.stdout)
+    assert losses[0] > 2
+    assert statistics.mean(losses[-5:]) < 0.1
+    assert "Warning" not in done.stderr
+    answers = run_python(PROJECT / "scripts/evaluate.py", "--from_pretrained", *tmp_path.iterdir(), *HELD_OUT)
+    assert answers.returncode == 0, answers.stderr
+    right = int(answers.stdout.splitlines()[-1].removeprefix("answers right: ").removesuffix("/50"))
+    assert right >= 48
+
+
+@pytest.mark.run
+def test_p_tuning_in_fp16_learns(tmp_path: Path) -> None:
+    losses = printed_losses(trained(tmp_path, "--use_ptuning", "--fp16", "--lr", "0.1", "--train-iters", "60").stdout)
+    assert losses[0] > 2
+    assert statistics.mean(losses[-5:]) < 0.1
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_run_in_fp16_that_goes_on_has_the_losses_of_the_whole_run(method: str, tmp_path: Path) -> None:
+    flags = (f"--use_{method}", "--fp16", "--zero-stage", "1", "--answers", "0")
+    whole = trained(tmp_path, *flags, "--train-iters", "6", "--save-interval", "3")
+    [checkpoint] = tmp_path.iterdir()
+    (checkpoint / "latest").write_text("3")  # as if it had been killed after its first save
+    cut = run_python(PROJECT / "finetune_visualglm.py", "--resume", checkpoint)
+    assert cut.returncode == 0, cut.stderr
+    assert printed_losses(cut.stdout) == pytest.approx(printed_losses(whole.stdout)[3:], rel=1e-3)
+    assert "loss scale 65536" in cut.stdout
+
+
+@pytest.mark.run
+def test_answers_are_those_of_the_cpu_in_every_number_format(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run"
+    trained(checkpoint, "--use_lora", "--train-iters", "60", "--answers", "0")
+
+    def results(name: str, *flags: str, **environment: str) -> dict[str, Any]:
+        command = (PROJECT / "scripts/evaluate.py", "--from_pretrained", *checkpoint.iterdir(), *HELD_OUT)
+        done = run_python(*command, *flags, "--out", tmp_path / name, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / name).read_text())
+
+    on_cpu = results("cpu", "--dtype", "fp32", CUDA_VISIBLE_DEVICES="")
+    on_gpu = results("gpu", "--dtype", "fp32")
+    assert [row["answer"] for row in on_gpu["results"]] == [row["answer"] for row in on_cpu["results"]]
+    assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], abs=1e-4)
+    for flags in (("--dtype", "fp16"), ("--dtype", "bf16"), ("--quant", "8"), ("--quant", "4")):
+        assert results("-".join(flags), *flags)["loss"] == pytest.approx(on_cpu["loss"], abs=0.05)

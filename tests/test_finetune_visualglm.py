@@ -96,7 +96,6 @@ def test_bf16_on_the_cpu_trains_near_float32(train, plain):
 
 
 @pytest.mark.run
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there fp16 is fp16")
 def test_fp16_without_a_gpu_trains_near_float32(train, plain):
     assert train("--fp16").losses == pytest.approx(plain.losses, rel=0.02)
 

@@ -16,8 +16,6 @@ from model.errors import InputError
 
 sat = sat_compat.import_sat()
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle is there without a GPU only")
-
 
 # --- importing
 
@@ -142,7 +140,6 @@ def test_broadcast_data_to_a_group_of_one_is_the_data(upstream_checkpoint):
     assert {tensor.dtype for tensor in received.values()} == {torch.int64}
 
 
-@without_gpu
 def test_sats_own_broadcast_data_without_a_gpu_fails(upstream_checkpoint):
     load_model(upstream_checkpoint)
     with pytest.raises((AssertionError, RuntimeError)):
@@ -150,7 +147,6 @@ def test_sats_own_broadcast_data_without_a_gpu_fails(upstream_checkpoint):
 
 
 @pytest.mark.run
-@without_gpu
 def test_data_and_batches_reach_both_processes_that_share_a_model(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_python(*launcher, PROJECT / "tests/programs/share_a_model.py", tmp_path)

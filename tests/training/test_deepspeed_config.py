@@ -17,8 +17,6 @@ from model.training.metrics import TrainingReport
 
 sat = import_sat()
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle is there without a GPU only")
-
 
 def settings(zero_stage=0, **values):
     return deepspeed_config.deepspeed_settings(

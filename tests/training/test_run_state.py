@@ -107,6 +107,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.run
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_run(case, base, tmp_path):
     iteration, *flags = case

@@ -278,7 +278,10 @@ def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.T
 
 
 class Nf4Linear(FrozenLinear):
-    """A linear whose weight is kept in NF4. It is unpacked for every product, and again for the gradient."""
+    """A linear whose weight is kept in NF4. It is unpacked for every product, and again for the gradient.
+
+    On a GPU bitsandbytes takes for a product of few rows a kernel that unpacks as it goes; which are few depends on the GPU.
+    """
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
@@ -290,10 +293,23 @@ class Nf4Linear(FrozenLinear):
         device = weight.device if self.packed.is_meta else self.packed.device
         self.packed, self.state = quantized(weight.to(device))
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cuda" or self.in_features % NF4_BLOCK:
+            return super().product(x)
+        import_bitsandbytes()
+        from bitsandbytes import matmul_4bit
+
+        product: torch.Tensor = matmul_4bit(x, self.packed, self._state_here(), bias=self.own_bias)
+        return product
+
     def weight_in_full(self) -> torch.Tensor:
+        return dequantized(self.packed, self._state_here(), self.dtype)
+
+    def _state_here(self) -> Any:
+        """bitsandbytes' state, on this linear's device."""
         if self.state.absmax.device != self.packed.device:
             self.state.to(self.packed.device)
-        return dequantized(self.packed, self.state, self.dtype)
+        return self.state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)

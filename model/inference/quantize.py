@@ -32,6 +32,8 @@ GROUP = 64  # numbers that share a scale in 4 bits; 32 is as fast and its error 
 BLOCK = 64  # outputs that torch's 4-bit kernel takes at a time; a weight is filled up to a multiple of them
 BYTES_IN_4_BITS = 0.5 + 4 / GROUP  # of a number, with its share of scale and zero; about the same in NF4
 ROWS_AT_A_TIME = 512  # of a weight: what is kept of them in full width fits into a core's cache
+POWER_OF_FLOAT16 = 2**9  # that an input is divided by: sums of codes, up to 127 each, would exceed what float16 holds
+NUMBERS_AT_A_TIME = 2**26  # of a weight, on a GPU: the largest of a 6B's layer at once, and its head in eight parts
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -92,8 +94,9 @@ class QuantizedLinear(FrozenLinear):
             output = self._kernel(rows.bfloat16().contiguous())
         else:
             wide = rows.to(wide_dtype(x))
-            starts = range(0, self.out_features, ROWS_AT_A_TIME)
-            output = torch.cat([self._wide_product(wide, slice(start, start + ROWS_AT_A_TIME)) for start in starts], 1)
+            some_rows = ROWS_AT_A_TIME if x.device.type == "cpu" else NUMBERS_AT_A_TIME // self.in_features
+            starts = range(0, self.out_features, some_rows)
+            output = torch.cat([self._wide_product(wide, slice(start, start + some_rows)) for start in starts], 1)
         output = output.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() > 1 else output[0].to(x.dtype)
         bias = self.own_bias
         return output if bias is None else output + bias.to(x.dtype)
@@ -153,7 +156,8 @@ class Int8Linear(QuantizedLinear):
 
     def _wide_product(self, x: torch.Tensor, some: slice) -> torch.Tensor:
         # The codes are exact in every dtype. Scaling the output takes less than scaling them.
-        return F.linear(x, self.codes[some].to(x.dtype)) * self.scales[some].to(x.dtype)
+        power = POWER_OF_FLOAT16 if x.dtype == torch.float16 else 1
+        return F.linear(x / power, self.codes[some].to(x.dtype)) * (self.scales[some] * power).to(x.dtype)
 
 
 class Int8Embedding(Int8Linear):

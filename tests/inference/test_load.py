@@ -135,7 +135,7 @@ def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available() or not has_onednn(torch.bfloat16), reason="about a CPU's bfloat16")
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="about a CPU's bfloat16")
 def test_language_model_in_bfloat16_keeps_its_rows_and_the_vision_part_is_packed(
     upstream_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +148,6 @@ def test_language_model_in_bfloat16_keeps_its_rows_and_the_vision_part_is_packed
     assert type(model.get_mixin("chatglm-final").lm_head) is RowsLinear
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about kernels of the CPU")
 def test_quant_without_the_kernels_is_refused_in_a_sentence(
     upstream_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,24 @@ def test_output_has_the_inputs_dtype_and_shape(linear, dtype) -> None:
         assert (output.dtype, output.shape) == (dtype, (*shape[:-1], 48))
 
 
+@pytest.mark.parametrize("size", [0.02, 0.0005], ids=["weights of a usual size", "small ones"])
+@pytest.mark.parametrize("large", [0.1, 30.0, 3000.0], ids=["small inputs", "large ones", "one that is very large"])
+def test_product_in_float16_neither_overflows_nor_loses_digits(
+    large: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: wide rows, with an input that the model's own float16 can have."""
+    monkeypatch.setattr(quantize, "wide_dtype", lambda x: x.dtype)
+    linear = packed(Int8Linear, size * torch.randn(64, 16384, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(KERNEL_ROWS[8], 16384, generator=torch.Generator().manual_seed(2))
+    x[:, 5] = large
+    if large == 30:
+        x *= large
+    expected = x.half().float() @ linear.weight_in_full().T
+    assert expected.abs().max() < torch.finfo(torch.float16).max
+    difference = linear.product(x.half()).float() - expected
+    assert difference.norm() < 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("linear", WIDTHS)
 def test_weights_that_are_all_equal_or_zero_stay_so(linear) -> None:
     for value in (0.0, 0.25, -0.25):

@@ -35,7 +35,6 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import read_json_object
-from model.distributed import has_gpu
 from model.progress import count_of, say
 
 TOKENIZER_IDS = {"bos_token_id": 130004, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3}
@@ -79,6 +78,7 @@ SHAPES = {
 ADAPTED_LAYERS = {"mini": [0, 3], "6b": [0, 14]}
 PROFILED = 20  # lines of the table of operations
 MEASURED_SECONDS = 3.0  # at least, of each way in all its turns
+LOSS_SCALE = 2.0**10  # without one, small gradients are lost in float16; a power of two changes no other number
 
 
 # --- the released way ---------------------------------------------------------------------------------------------
@@ -156,8 +156,10 @@ def recomputed_activations(model: Any) -> Iterator[None]:
     from model.training import sat_loop
 
     layers = importlib.import_module("sat.model.transformer")
-    checkpoint = layers.checkpoint if has_gpu() else sat_loop.checkpointed
-    with replaced(model.transformer, "checkpoint_activations", True), replaced(layers, "checkpoint", checkpoint):
+    with (
+        replaced(model.transformer, "checkpoint_activations", True),
+        replaced(layers, "checkpoint", sat_loop.checkpointed),
+    ):
         yield
 
 
@@ -180,13 +182,15 @@ def separate_lora_products(_: Any) -> Iterator[None]:
 def vision_on_the_device(model: Any) -> Iterator[None]:
     """The vision tower and the Q-Former where the language model is: without their features they are asked every step."""
     vision, device = model.get_mixin("eva").model, model.transformer.word_embeddings.weight.device
-    for part in (vision.vit, vision.qformer):
-        part.to(device)
+    tensors = [tensor for part in (vision.vit, vision.qformer) for tensor in (*part.parameters(), *part.buffers())]
+    kept = [tensor.data if tensor.device.type == "cpu" else tensor.cpu() for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.to(device)
     try:
         yield
     finally:
-        for part in (vision.vit, vision.qformer):
-            part.cpu()
+        for tensor, on_cpu in zip(tensors, kept, strict=True):  # nobody has changed them: no copy back
+            tensor.data = on_cpu
 
 
 @contextlib.contextmanager
@@ -429,9 +433,13 @@ class Side(NamedTuple):
 
 
 class Bench:
-    """A model, its rows, and the two ways of working on them."""
+    """A model, its rows, and the two ways of working on them.
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    Args:
+        model: one of these options' shape, method and dtype, which another bench has measured; None: it is made.
+    """
+
+    def __init__(self, options: argparse.Namespace, model: Any = None) -> None:
         import torch
 
         from model.sat_compat import quieten
@@ -445,7 +453,8 @@ class Bench:
             self.config = SHAPES[options.shape]
         else:
             self.config = read_json_object(options.shape, "--shape")
-        self.model = random_model(self.config, options, self.dtype, self.device)
+        self.model = model or random_model(self.config, options, self.dtype, self.device)
+        self.model.transformer.checkpoint_activations = False  # until they are found not to fit
         # The released script can't train in bfloat16: it is measured in float32, with the same weights.
         self.released_dtype = (
             torch.float32 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else self.dtype
@@ -486,18 +495,19 @@ class Bench:
         return known
 
     def step(self, way: Way, model: Any, dtype: Any, samples: Sequence[dict[str, Any]]) -> float:
-        """One forward and backward pass this way; the loss. Gradients stay in the model."""
+        """One forward and backward pass this way; the loss. Gradients, times LOSS_SCALE, stay in the model."""
         for parameter in trained_parameters(model):
             parameter.grad = None
         loss = way.loss(model, way.batch(samples, self.features, self.device, dtype))
-        loss.backward()
+        (loss * LOSS_SCALE).backward()
         return loss.item()
 
     def gradient(self, model: Any) -> Any:
         """All trainable gradients as one vector, float32."""
         import torch
 
-        return torch.cat([parameter.grad.flatten().float() for parameter in trained_parameters(model)])
+        gradients = [parameter.grad.flatten().float() for parameter in trained_parameters(model)]
+        return torch.cat(gradients) / LOSS_SCALE
 
     def learned(self, side: Side) -> list[tuple[float, Any]]:
         """The loss and the gradient of each of --steps steps, which warm up too."""
@@ -730,15 +740,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     with command("benchmark.py"):
         options = parsed(argv)
-        bench = Bench(options)
-        say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
-        figures: dict[str, Any]
-        if options.profile:
-            figures = profile_table(*profile(bench))
-        else:
-            figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
-        if options.json:
-            Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        measured(Bench(options))
+
+
+def measured(bench: Bench) -> dict[str, Any]:
+    """What the options ask for, printed as a table and written to --json: the figures."""
+    options = bench.options
+    say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
+    figures: dict[str, Any]
+    if options.profile:
+        figures = profile_table(*profile(bench))
+    else:
+        figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 def machine(device: Any) -> str:

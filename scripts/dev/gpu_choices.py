@@ -1,10 +1,10 @@
-"""Decides what only a GPU can: which kernels to take, and whether --dry_run's constants hold. Ends in a table for BENCHMARKS.md.
+"""Measures a GPU in one go: our step against the released one, and what only a GPU can decide. Ends in a table for BENCHMARKS.md.
 
-    python scripts/dev/gpu_choices.py figures                     after benchmark_gpu.sh's rows, whose figures are in this folder
+    bash scripts/dev/benchmark_gpu.sh                             the 6B shape with random weights
     python scripts/dev/gpu_choices.py figures --shape mini        small, to try it; without a GPU it runs on the CPU
 
-Each line of the table says what is done now, what was measured, and, if the two disagree, which line of the code to change.
-It takes a minute or two on a GPU. On a CPU its numbers mean nothing.
+What has been measured of each row goes to figures/<row>.json, and the table to figures/choices.md. Each line of it says what is
+done now, what was measured, and, if the two disagree, which line of the code to change. On a CPU its numbers mean nothing.
 """
 
 import argparse
@@ -21,11 +21,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a fil
 
 from model.distributed import has_gpu
 from model.errors import command
-from model.progress import say
-from scripts.dev.benchmark import SAVINGS, SHAPES, Bench, Side, Way, machine, parsed, synchronize, trained_parameters
+from model.progress import duration, say, warn
+from scripts.dev.benchmark import (
+    SAVINGS,
+    SHAPES,
+    Bench,
+    Side,
+    Way,
+    machine,
+    measured,
+    parsed,
+    synchronize,
+    trained_parameters,
+)
 
+# Rows of benchmark.py by name, and steps whose memory is held against --dry_run's, as (rows, tokens); one model a method.
+ROWS = {
+    "lora": {
+        "few-shot": "--batch-size 4",
+        "ablation": "--batch-size 4 --ablate",
+        "lora-batch-1": "--batch-size 1",
+        "full-batches": "--batch-size 16 --seq 1024 --max_source_length 512 --max_target_length 512 --steps 3",
+    },
+    "ptuning": {"ptuning": "--batch-size 4"},
+    "qlora": {"qlora-batch-1": "--batch-size 1"},
+}
+MEMORY = {"lora": ((4, 56), (4, 320)), "ptuning": (), "qlora": ((1, 56),)}
 LENGTHS = (64, 192, 320)  # tokens, at which cuDNN's gradients are reported NaN
-ROWS_OF_PRODUCTS = (1, 56, 320, 1280)
+ROWS_OF_PRODUCTS = (1, 4, 16, 56, 320, 1280)
 REPEATS = 5
 WORTH = 0.95  # a kernel is taken if it needs less than this share of the time
 TENTH = 0.1
@@ -84,7 +107,7 @@ def attention_choices(device: Any, dtype: Any, heads: int) -> Iterator[Choice]:
 
 
 def product_choices(device: Any, dtype: Any, hidden: int) -> Iterator[Choice]:
-    """Unpacking 4 bits for each product against bitsandbytes' own product."""
+    """bitsandbytes' own product, which takes a fused kernel or not by the GPU and the rows, against unpacking each time."""
     import bitsandbytes
     import torch
     import torch.nn.functional as F
@@ -96,12 +119,14 @@ def product_choices(device: Any, dtype: Any, hidden: int) -> Iterator[Choice]:
     for rows in ROWS_OF_PRODUCTS:
         x = torch.randn(rows, hidden, device=device, dtype=dtype)
         with torch.no_grad():
-            ours = seconds(lambda x=x: F.linear(x, dequantized(packed, state, dtype)), device)  # type: ignore[misc]
-            fused = seconds(lambda x=x: bitsandbytes.matmul_4bit(x, packed.t(), state), device)  # type: ignore[misc]
-        told = f"{1000 * ours:.3f} ms unpacked, {1000 * fused:.3f} ms fused"
-        verdict = f"call matmul_4bit up to {rows} rows in `Nf4Linear.product`, model/frozen.py"
+            unpacked = seconds(lambda x=x: F.linear(x, dequantized(packed, state, dtype)), device)  # type: ignore[misc]
+            theirs = seconds(lambda x=x: bitsandbytes.matmul_4bit(x, packed.t(), state), device)  # type: ignore[misc]
+        told = f"{1000 * unpacked:.3f} ms unpacked, {1000 * theirs:.3f} ms bitsandbytes'"
+        verdict = f"unpack it in `Nf4Linear.product`, model/frozen.py, at {rows} rows"
         yield Choice(
-            f"a product of 4 bits, {rows} rows (unpacked)", told, verdict if fused < WORTH * ours else "as it is"
+            f"a product of 4 bits, {rows} rows (bitsandbytes')",
+            told,
+            verdict if unpacked < WORTH * theirs else "as it is",
         )
 
 
@@ -129,52 +154,65 @@ def compile_choice(device: Any, dtype: Any, hidden: int) -> Choice:
     return Choice("torch.compile (not used)", told, verdict if compiled < 0.8 * plain else "as it is")
 
 
-def memory_choices(shape: str, dtype: str) -> Iterator[Choice]:
-    """The memory of a step beside what --dry_run says; and CUDA's own."""
+def row_choices(folder: Path, shape: str, dtype: str, only: Sequence[str]) -> Iterator[Choice]:
+    """The memory of steps; what is measured of each row goes to its file in folder, for `speed_choices`."""
     import torch
 
-    from model.training.memory import CUDA_ITSELF, GIB, Batch, Setup, estimate
-
-    for method, rows, seq in (("lora", 4, 56), ("lora", 4, 320), ("qlora", 1, 56)):
-        words = [
-            "--shape",
-            shape,
-            "--method",
-            method,
-            "--dtype",
-            dtype,
-            "--batch-size",
-            str(rows),
-            "--seq",
-            str(seq),
-            "--steps",
-            "1",
-        ]
-        bench = Bench(parsed(words))
-        figures, _ = bench.memory(Side(Way(list(SAVINGS), bench.options), bench.model, bench.dtype))
-        setup = Setup(bench.config, bench.model.adapters, dtype, hidden_dropout=0.0, attention_dropout=0.0)
-        told = estimate(setup, Batch(rows, seq, rows * (seq - 40), images=0)).training
-        estimated = sum(told.values()) - told["optimizer"] - CUDA_ITSELF
-        measured = figures["GPU GiB"] * GIB
-        off = estimated / measured - 1
-        yield Choice(
-            f"memory of {method}, {rows} × {seq}",
-            f"{measured / GIB:.2f} GiB measured, {estimated / GIB:.2f} estimated",
-            "as it is" if abs(off) <= TENTH else f"`activation_bytes` in model/training/memory.py is off by {off:+.0%}",
-        )
+    for method, rows in ROWS.items():
+        bench = model = None
+        common = ["--shape", shape, "--method", method, "--dtype", dtype]
+        for name, words in rows.items():
+            if name not in only:
+                continue
+            say(f"== {name}: {words}")
+            try:
+                bench = Bench(parsed([*common, *words.split(), "--json", str(folder / f"{name}.json")]), model)
+                model = bench.model
+                measured(bench)
+            except torch.OutOfMemoryError as error:
+                yield Choice(f"step of {name}", "it doesn't fit", str(error).split(". ")[0])
+        for size in MEMORY[method] if has_gpu() and model is not None else ():
+            yield memory_choice(model, common, *size)
+        del bench, model
         trained_parameters.cache_clear()  # it holds the model
-        del bench
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def memory_choice(model: Any, common: Sequence[str], rows: int, seq: int) -> Choice:
+    """The memory of a step beside what --dry_run says."""
+    from model.training.memory import CUDA_ITSELF, GIB, Batch, Setup, estimate
+
+    bench = Bench(parsed([*common, "--batch-size", str(rows), "--seq", str(seq), "--steps", "1"]), model)
+    options = bench.options
+    figures, _ = bench.memory(Side(Way(list(SAVINGS), options), bench.model, bench.dtype))
+    setup = Setup(bench.config, bench.model.adapters, options.dtype, hidden_dropout=0.0, attention_dropout=0.0)
+    told = estimate(setup, Batch(rows, seq, rows * (seq - 40), images=0)).training
+    estimated = sum(told.values()) - told["optimizer"] - CUDA_ITSELF
+    found = figures["GPU GiB"] * GIB
+    off = estimated / found - 1
+    return Choice(
+        f"memory of {options.method}, {rows} × {seq}",
+        f"{found / GIB:.2f} GiB measured, {estimated / GIB:.2f} estimated",
+        "as it is" if abs(off) <= TENTH else f"`activation_bytes` in model/training/memory.py is off by {off:+.0%}",
+    )
+
+
+def context_choice() -> Choice:
+    """The memory that CUDA takes for itself."""
+    import torch
+
+    from model.training.memory import CUDA_ITSELF, GIB
+
     free, total = torch.cuda.mem_get_info()
     itself = total - free - torch.cuda.memory_reserved()
     is_near = itself <= CUDA_ITSELF
     verdict = "as it is" if is_near else "CUDA_ITSELF in model/training/memory.py, if nobody else uses this GPU"
-    yield Choice("CUDA itself (0.60 GiB)", f"{itself / GIB:.2f} GiB", verdict)
+    return Choice(f"CUDA itself ({CUDA_ITSELF / GIB:.2f} GiB)", f"{itself / GIB:.2f} GiB", verdict)
 
 
 def speed_choices(folder: Path) -> Iterator[Choice]:
-    """The rows of benchmark_gpu.sh, by the figures in its folder: ours against the released way."""
+    """The rows of which folder has figures: ours against the released way."""
     for file in sorted(folder.glob("*.json")):
         figures = json.loads(file.read_text())
         if "ratio" not in figures:
@@ -188,34 +226,46 @@ def speed_choices(folder: Path) -> Iterator[Choice]:
         yield Choice(f"step of {file.stem}", told, verdict)
 
 
-def choices(folder: Path, shape: str) -> Iterator[Choice]:
+def choices(folder: Path, shape: str, dtype_name: str, only: Sequence[str]) -> Iterator[Choice]:
     """Every line of the table, each when it has been measured."""
     import torch
 
     device = torch.device("cuda" if has_gpu() else "cpu")
-    dtype = torch.float16 if has_gpu() else torch.float32
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     config = SHAPES[shape]
+    yield compile_choice(device, dtype, config["hidden_size"])
+    yield from row_choices(folder, shape, dtype_name, only)
     yield from attention_choices(device, dtype, config["num_attention_heads"])
     yield from product_choices(device, dtype, config["hidden_size"])
-    yield compile_choice(device, dtype, config["hidden_size"])
     if has_gpu():
-        yield from memory_choices(shape, "fp16")
+        yield context_choice()
     yield from speed_choices(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where benchmark_gpu.sh has put its figures")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the figures and the table are put")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="6b", help="sizes (default %(default)s)")
+    names = [name for rows in ROWS.values() for name in rows]
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="numbers (default %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ROW", help=f"of {', '.join(names)}")
     with command("gpu_choices.py"):
         options = parser.parse_args(argv)
         import torch
 
+        started = time.monotonic()
+        options.folder.mkdir(parents=True, exist_ok=True)
         where = machine(torch.device("cuda" if has_gpu() else "cpu"))
-        say(f"| {where} | measured | what to change |\n| --- | --- | --- |")
-        for choice in choices(options.folder, options.shape):
-            say(f"| {' | '.join(choice)} |")
+        lines = [f"| {where} | measured | what to change |", "| --- | --- | --- |"]
+        for choice in choices(options.folder, options.shape, options.dtype, options.only):
+            lines.append(f"| {' | '.join(choice)} |")
+            warn(lines[-1])
+        say("\n".join(lines))
+        (options.folder / "choices.md").write_text("\n".join(lines) + "\n")
+        say(f"This call took {duration(time.monotonic() - started)}.")
 
 
 if __name__ == "__main__":

@@ -291,12 +291,14 @@ def silence_known_warnings() -> None:
 
     SAT pins memory for a GPU that may not be there, and finds processes that it has not brought together itself.
     DeepSpeed's ZeRO calls a collective that torch 2.13 renames. Of more workers than processors, torch warns at each loader.
+    On a GPU DeepSpeed waits for the others without naming its device, which SAT has made the current one.
     """
     warnings.filterwarnings(
         "ignore", message="model_parallel_size > 1 but torch.distributed is not initialized via SAT"
     )
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
 

@@ -22,8 +22,6 @@ from model.training.metrics import TrainingReport
 
 sat = sat_compat.import_sat()
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the obstacle is there without a GPU only")
-
 
 @pytest.fixture
 def sat_args(no_launcher, uncompiled_deepspeed):
@@ -37,20 +35,17 @@ def sat_args(no_launcher, uncompiled_deepspeed):
     return given
 
 
-@without_gpu
 def test_sats_own_get_args_without_a_gpu_refuses_to_train(no_launcher):
     argv = ["--use_lora", "--mode", "finetune", "--train-iters", "4", "--train-data", "rows.json"]
     with pytest.raises(ValueError, match="inconsistent"):
         sat.get_args(argv, parser=script_parser())
 
 
-@without_gpu
 @pytest.mark.parametrize("flags", [[], ["--device", "0"], ["--distributed-backend", "nccl"]])
 def test_args_without_a_gpu_are_for_the_cpu(sat_args, flags):
     assert sat_args(*flags).device == "cpu"
 
 
-@without_gpu
 def test_args_with_fp16_without_a_gpu_are_float32(sat_args):
     args = sat_args("--fp16")
     assert args.fp16 is False
@@ -88,7 +83,6 @@ def test_args_with_a_deepspeed_file_hold_the_files_values_and_the_typed_ones_it_
     assert args.deepspeed_config["zero_optimization"] == {"stage": 2}
 
 
-@without_gpu
 def test_args_with_a_deepspeed_file_that_asks_for_fp16_are_float32_without_a_gpu(sat_args, tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"fp16": {"enabled": true, "min_loss_scale": 0.01}}')
@@ -120,7 +114,6 @@ def sat_timers():
     return importlib.import_module("sat.training.utils").Timers
 
 
-@without_gpu
 def test_sats_timers_without_a_gpu_fail():
     with pytest.raises((AssertionError, RuntimeError)):
         sat_timers()()("step").start()
@@ -144,7 +137,6 @@ def test_timers_of_one_name_are_one_timer():
     assert timers("step") is not timers("data loader")
 
 
-@without_gpu
 def test_pinning_without_a_gpu_warns_of_nothing():
     from torch.utils.data import DataLoader
 
@@ -162,9 +154,19 @@ def test_pinning_without_a_gpu_warns_of_nothing():
     assert not pinning_warnings()
 
 
-def test_sats_warning_of_parts_of_a_model_is_not_shown():
-    text = "model_parallel_size > 1 but torch.distributed is not initialized via SAT."
-    assert text in inspect.getsource(importlib.import_module("sat.arguments").initialize_distributed)
+@pytest.mark.parametrize(
+    ("text", "function"),
+    [
+        (
+            "model_parallel_size > 1 but torch.distributed is not initialized via SAT.",
+            "sat.arguments.initialize_distributed",
+        ),
+        ("barrier(): using the device under current context. ", "torch.distributed.distributed_c10d.barrier"),
+    ],
+)
+def test_warning_that_no_user_can_change_is_not_shown(text, function):
+    module, _, name = function.rpartition(".")
+    assert text in inspect.getsource(getattr(importlib.import_module(module), name))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sat_loop.silence_known_warnings()
@@ -224,7 +226,6 @@ def run(upstream_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.run
-@without_gpu
 def test_run_without_a_compiler_compiles_nothing(run):
     assert not list((run.folder / "extensions").rglob("*"))
 
@@ -343,6 +344,7 @@ def test_main_three_times_in_one_process_trains_each_time_as_the_first(upstream_
 
 
 @pytest.mark.run
+@pytest.mark.gpu
 def test_script_in_the_manner_of_2023_trains_as_ours_does(upstream_checkpoint, tmp_path):
     flags = (
         "--mode", "finetune", "--train-iters", "3", "--train-data", "dataset.json", "--max_source_length", "64",

@@ -145,12 +145,12 @@ def test_dry_run_names_the_gpu_that_is_there() -> None:
 @pytest.mark.parametrize("kind", [Nf4Linear, Int8Linear])
 def test_product_with_a_packed_weight_is_that_with_the_unpacked_one(kind: Any, rows: int) -> None:
     weight, bias = torch.randn(1000, 256, device="cuda"), torch.randn(1000, device="cuda", dtype=torch.float16)
-    linear = kind(256, 1000, bias, torch.float16)
+    linear = kind(256, 1000, bias, torch.float16).to("cuda")
     linear.pack(weight)
     x = torch.randn(2, rows, 256, device="cuda", dtype=torch.float16)
     expected = x.float() @ linear.weight_in_full().float().T + bias.float()
     with torch.no_grad():
-        difference = linear.to("cuda")(x).float() - expected
+        difference = linear(x).float() - expected
     assert difference.norm() < 2e-3 * expected.norm()
 
 

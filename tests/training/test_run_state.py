@@ -78,8 +78,12 @@ SLOW = {
         2, "--use_lora", "--train-iters", "6", "--save-interval", "2", "--checkpoint-activations", "--warmup", "0.5",
     ),
 }  # fmt: skip
+NOT_ON_A_GPU = "QLoRA, ZeRO 1, a part of the vision tower"  # its gradients are added up there in an order that varies
 CASES = [
-    *(pytest.param(case, id=name) for name, case in QUICK.items()),
+    *(
+        pytest.param(case, id=name, marks=() if name == NOT_ON_A_GPU else pytest.mark.gpu)
+        for name, case in QUICK.items()
+    ),
     *(pytest.param(case, id=name, marks=pytest.mark.long) for name, case in SLOW.items()),
 ]
 
@@ -107,7 +111,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.run
-@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_run_that_goes_on_has_the_losses_evaluations_and_weights_of_the_whole_run(case, base, tmp_path):
     iteration, *flags = case

@@ -300,6 +300,9 @@ SENTENCES = {
     "{rate}. What is no product comes on top.": (
         "每步时间：最大的批约 {seconds} 秒，按本处理器此刻计算这类矩阵乘法的速度（{rate}）估算；矩阵乘法以外的运算另计。"
     ),
+    "Starting a step's kernels takes a core about {seconds} s: on a GPU a short batch takes that long at least.": (
+        "启动一步的 GPU 内核约需一个 CPU 核 {seconds} 秒：再短的批也至少要这么久。"
+    ),
     "Before the first step each picture is looked at, for about {seconds} s.": "第一步之前先处理每张图片，约需 {seconds} 秒。",
     "Opening pictures: {done:d} of {total:d}, {left} left": "正在打开图片：{done}/{total}，剩余 {left}",
     "Checking pictures: {done:d} of {total:d}, {left} left": "正在检查图片：{done}/{total}，剩余 {left}",

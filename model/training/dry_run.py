@@ -22,6 +22,7 @@ from model.training.step_time import (
     measured_rate,
     measured_unpacking,
     picture_operations,
+    starting_seconds,
     step_operations,
     unpacked_numbers,
 )
@@ -210,13 +211,20 @@ def time_per_step(plan: Plan, device: Device) -> str:
     unpacked = unpacked_numbers(setup)
     if unpacked:
         seconds += unpacked / measured_unpacking(setup, where)
-    looked = picture_operations(setup.config) / rate
-    pictures = "" if batch.images else f"\nBefore the first step each picture is looked at, for about {looked:.2g} s."
-    return (
+    lines = [
         f"Time per step: about {seconds * plan.accumulated:.2g} s for the largest batch, by this processor's rate in such "
         f"products just now, {rate / 1e9:.0f} GFLOP/s{'; 4 bits are unpacked in it' if unpacked else ''}. What is no product "
-        f"comes on top.{pictures}"
-    )
+        "comes on top."
+    ]
+    if setup.on_gpu:
+        started = starting_seconds(setup) * plan.accumulated
+        lines.append(
+            f"Starting a step's kernels takes a core about {started:.2g} s: on a GPU a short batch takes that long at least."
+        )
+    if not batch.images:
+        looked = picture_operations(setup.config) / rate
+        lines.append(f"Before the first step each picture is looked at, for about {looked:.2g} s.")
+    return "\n".join(lines)
 
 
 def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:

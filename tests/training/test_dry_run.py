@@ -116,6 +116,20 @@ def test_report_on_a_machine_without_a_gpu_says_how_long_a_step_takes_by_its_rat
     assert ("4 bits" in found[2]) == bool(unpacking)
 
 
+@pytest.mark.parametrize(("flags", "seconds"), [([], 0.056), (["--checkpoint-activations"], 0.11)])
+def test_step_of_a_gpu_that_is_here_takes_at_least_as_long_as_its_kernels_are_started(
+    large: str, flags: list[str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "measured_rate", lambda *_: 3e14)
+    options = parse([*FLAGS, "--from_pretrained", large, "--fp16", *flags])
+    plan = plan_of(options, preflight(options), on_gpu=True)
+    said = dry_run.time_per_step(plan, dry_run.Device("1 GPU found", 2**37, on_gpu=True))
+    assert f"Starting a step's kernels takes a core about {seconds} s: on a GPU a short batch" in said
+    assert "Starting" not in dry_run.time_per_step(
+        plan.changed(on_gpu=False), dry_run.Device("CPU", 2**37, on_gpu=False)
+    )
+
+
 def test_two_processes_and_zero_2_are_counted(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = parse([*FLAGS, "--from_pretrained", large, "--fp16", "--zero-stage", "2", "--gpu_memory", "24GB"])

@@ -75,7 +75,7 @@ SHORTENED = {  # so that a run of minutes on a real model takes seconds here; no
     "python scripts/dev/fuzz_data.py": " --rows 100 --pictures 20",
 }
 # Flags of other people's commands.
-FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help", "--model", "--local_dir"}
+FOREIGN_FLAGS = {"--num_gpus", "--nproc-per-node", "--fix", "--help", "--model", "--local_dir", "--dist"}
 USERS_FILES = {"my.json": slice(8), "my-other.json": slice(8, 12)}
 CONVERSATION = {
     "image": "images/train00.png",
@@ -335,7 +335,7 @@ def test_scripts_readme_names_every_script() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names_exist(page: str) -> None:
-    sources = [*(PROJECT / "model").rglob("*.py"), *(PROJECT / "scripts").rglob("*.py")]
+    sources = [*(PROJECT / "model").rglob("*.py"), *(PROJECT / "scripts").rglob("*.py"), PROJECT / "tests/conftest.py"]
     declared = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
     assert flags_in(TEXTS[page]) <= declared | FOREIGN_FLAGS
 

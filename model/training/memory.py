@@ -7,9 +7,11 @@ for models that no device here can hold. Tests hold it against a count of the re
 Only the standard library is imported at the top. Units: bytes, unless a name says otherwise.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterConfig
@@ -19,7 +21,10 @@ from model.progress import say
 GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is fragmentation
 CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
-PROCESS_ON_CPU = int(0.32 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13
+PROCESS_ON_CPU = int(0.32 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13 for CPUs alone
+BUILT_FOR_CUDA = int(
+    0.34 * GIB
+)  # what torch's libraries take more if it is built for GPUs, whether one is there or not
 # The heap of the C library (glibc 2.36): its holes lie between blocks that stay. Their shares were measured in steps of
 # a model of 2 GB, batches 4 and 16. Blocks of MAPPED bytes and more are mapped one by one, outside the heap.
 HOLES_OF_ACTIVATIONS, HOLES_OF_UNPACKED, MAPPED = 0.25, 0.75, 32 * 2**20
@@ -337,6 +342,14 @@ def looking_bytes(setup: Setup, images: int) -> int:
     return images * image_positions(setup.config) * (4 * vit["hidden_size"] + 2 * inner_size(vit)) * setup.bytes
 
 
+def process_bytes() -> int:
+    """Of a process on a CPU, before it has a model."""
+    torch = importlib.util.find_spec("torch")
+    places = torch.submodule_search_locations if torch else None
+    for_cuda = any(Path(place, "lib/libtorch_cuda.so").exists() for place in places or ())
+    return PROCESS_ON_CPU + (BUILT_FOR_CUDA if for_cuda else 0)
+
+
 def estimate(setup: Setup, batch: Batch) -> Estimate:
     """The memory of one process of this run, on its device."""
     weights, size, queries = weight_bytes(setup), setup.bytes, setup.config["qformer_args"]
@@ -345,7 +358,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     of_layers, of_head = second_order_bytes(setup) if setup.packed else (0, 0)
     vision = weights["vision"] if batch.images else 0
     shared = setup.data_parallel if setup.zero_stage == 3 else 1
-    itself = CUDA_ITSELF if setup.on_gpu else PROCESS_ON_CPU
+    itself = CUDA_ITSELF if setup.on_gpu else process_bytes()
     training = {
         "weights": (weights["language"] + weights["projection"] + vision) // shared,
         "weights for gradients": of_layers + of_head,

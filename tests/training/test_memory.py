@@ -173,3 +173,12 @@ def test_unpacked_weights_leave_holes_in_the_heap_of_a_cpu_if_they_are_small():
     assert of_weights(narrow) == pytest.approx(memory.HOLES_OF_UNPACKED * 28 * 3 * 1024 * 1024 * 2, rel=1e-6)
     assert holes_bytes(replace(narrow, on_gpu=True), RELEASED) == 0
     assert of_weights(replace(narrow, adapters=SETUP.adapters)) == pytest.approx(0, abs=1)
+
+
+def test_process_on_a_cpu_takes_more_where_torch_is_built_for_gpus(tmp_path, monkeypatch):
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: found)
+    for_cpus = memory.process_bytes()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libtorch_cuda.so").touch()
+    assert memory.process_bytes() - for_cpus == pytest.approx(360e6, rel=0.05)  # measured with torch 2.13.0+cu130

@@ -15,6 +15,7 @@ one row of input, or a few, `RowsLinear` leaves the rows as they are, and takes 
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ def has_onednn(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
+
+
+def has_amx() -> bool:
+    """Whether this CPU has AMX, which oneDNN takes for products in bfloat16 of any size."""
+    asked: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and asked()
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -93,11 +100,11 @@ class PrepackedLinear(FrozenLinear):
 
 
 class RowsLinear(FrozenLinear):
-    """A linear on a CPU in bfloat16, with its weight as it is, for products with one row of input, or a few.
+    """A linear on a CPU with AMX in bfloat16, with its weight as it is, for products with one row of input, or a few.
 
     One row is multiplied by torch's product of a matrix and a vector; oneDNN takes a quarter longer, packed or not. With a
     few rows, oneDNN would bring the weight into its own order for every product. The other way round, W x^T, it brings
-    only x into it.
+    only x into it. Without AMX a packed weight is the faster, on an AMD EPYC by 2.5 times.
     """
 
     def __init__(self, *sizes: Any) -> None:

@@ -38,6 +38,24 @@ def test_fused_attention_equals_sats_for_few_keys_and_for_many(short: int, monke
     torch.testing.assert_close(found, standard_attention(query, key, value, mask))
 
 
+@pytest.mark.parametrize("keys", [1, 6, 400])
+@pytest.mark.parametrize("hidden", [0, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_attention_of_one_query_in_a_longer_cache_is_that_of_float64(
+    dtype: torch.dtype, tolerance: float, hidden: int, keys: int
+) -> None:
+    cache = torch.randn(2, 3, 4, keys + 5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    key, value = cache[..., :keys, :]  # as a row's keys lie: with room behind them
+    query = torch.randn(3, 4, 1, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    seen = torch.arange(keys)[None] < torch.tensor([keys, max(1, keys - hidden), keys])[:, None]
+    bias = attention.score_bias(seen[:, None, None].to(dtype), dtype) if hidden else None
+    found = attention.attention(query, key, value, bias)
+    scores = (query.double() @ key.double().mT / 4).masked_fill(~seen[:, None, None], -1e9)
+    expected = scores.softmax(-1) @ value.double()
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm() < tolerance * expected.norm()
+
+
 def test_fused_attention_when_everything_is_seen_equals_sats() -> None:
     mask = torch.ones(1, 1)
     query, key, value = heads("q", keys=2), heads("k"), heads("v")

@@ -136,16 +136,18 @@ def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="about a CPU's bfloat16")
-def test_language_model_in_bfloat16_keeps_its_rows_and_the_vision_part_is_packed(
-    upstream_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(("amx", "kind"), [(True, RowsLinear), (False, PrepackedLinear)])
+def test_language_model_in_bfloat16_keeps_its_rows_where_there_is_amx_and_the_vision_part_is_packed(
+    upstream_checkpoint: Path, tmp_path: Path, amx: bool, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(load, "has_amx", lambda: amx)
     tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
     model, _ = load_for_answering(tuned, dtype="bf16")
     vision = model.get_mixin("eva")
     kinds = {part: {type(module) for module in part.modules()} for part in (model.transformer, vision)}
-    assert kinds[model.transformer] & {RowsLinear, PrepackedLinear} == {RowsLinear}
+    assert kinds[model.transformer] & {RowsLinear, PrepackedLinear} == {kind}
     assert kinds[vision] & {RowsLinear, PrepackedLinear} == {PrepackedLinear}
-    assert type(model.get_mixin("chatglm-final").lm_head) is RowsLinear
+    assert type(model.get_mixin("chatglm-final").lm_head) is kind
 
 
 def test_quant_without_the_kernels_is_refused_in_a_sentence(

@@ -171,9 +171,10 @@ def row_choices(folder: Path, shape: str, dtype: str, only: Sequence[str]) -> It
                 measured(bench)
             except torch.OutOfMemoryError as error:
                 yield Choice(f"step of {name}", "it doesn't fit", str(error).split(". ")[0])
+        bench = None  # with the matrices that the GPU's rate was measured with
         for size in MEMORY[method] if has_gpu() and model is not None else ():
             yield memory_choice(model, common, *size)
-        del bench, model
+        del model
         trained_parameters.cache_clear()  # it holds the model
         gc.collect()
         torch.cuda.empty_cache()

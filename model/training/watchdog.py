@@ -314,7 +314,7 @@ class Watchdog:
                 0,
             )
         if self._silence[self.rank] > self.patience:  # its own beats don't come back: the store is silent
-            silent, self._tells = 0, self.is_first_here
+            silent = 0
         else:
             silent = next((rank for rank, seconds in enumerate(self._silence) if seconds > self.patience), -1)
         if silent < 0:
@@ -326,7 +326,8 @@ class Watchdog:
             STATUS_OF_A_LOST_PROCESS,
             silent,
         )
-        if silent == 0:
+        if silent == 0:  # which serves the store: none can tell the others
+            self._tells = self.is_first_here
             return cause
         with self._while_there_is_a_store():
             self._store.clone().compare_set(CAUSE, "", json.dumps(asdict(cause)))  # all read it, this process too

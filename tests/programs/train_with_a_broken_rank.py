@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import finetune_visualglm
 from model.training import step
@@ -15,6 +16,7 @@ def broken_step(*inputs):
     steps += 1
     loss = whole_step(*inputs)
     if os.environ["RANK"] == failing and steps == 3:
+        time.sleep(0.5)  # the other prints its second step
         raise ZeroDivisionError("the step is broken")
     return loss
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, write_rows
 
-from model.training.watchdog import is_broken_connection
+from model.training.watchdog import Watchdog, is_broken_connection
 
 HOST = socket.gethostname()
 NO_SIGN_OF_LIFE = (
@@ -34,6 +34,19 @@ def test_stopped_rank_ends_the_other_with_a_sentence_and_itself_once_it_goes_on(
     assert re.fullmatch(NO_SIGN_OF_LIFE.format(stopped), other.output.splitlines()[-1])
     both[stopped].send(signal.SIGCONT)
     assert both[stopped].end(60) == 3, both[stopped].output
+
+
+@pytest.mark.parametrize("silence", [[5.0, 5.0, 3.9, 5.0], [3.9, 5.0, 4.1, 5.0]], ids=["the first one's", "all"])
+@pytest.mark.parametrize("is_first_here", [True, False])
+def test_silence_of_the_first_rank_is_told_by_one_process_of_each_machine_whichever_is_noticed(silence, is_first_here):
+    """Rank 2's view, on a machine that is cut off from rank 0's: of its own beats it hears nothing either, sooner or later."""
+    watchdog = Watchdog(4.0, lambda: "", lambda seconds: None, lambda: False)
+    watchdog.rank, watchdog.is_first_here, watchdog.names = 2, is_first_here, [f"rank {rank}" for rank in range(4)]
+    watchdog._store, watchdog._silence = object(), silence
+    cause = watchdog._found()
+    assert cause is not None
+    assert cause.text.startswith("rank 0 gave no sign of life for")
+    assert watchdog._tells == is_first_here
 
 
 @pytest.mark.slow

@@ -110,6 +110,8 @@ class Watchdog:
         self.is_first_here = False  # of this machine's processes, but for the first of all
         self._has_begun = False
         self._store: Any = None
+        self._store_to_tell: Any = None  # another connection to it, for `_tell`
+        self._telling: threading.Thread | None = None
         self._beats: list[str] = []  # as they were read last
         self._silence: list[float] = []  # seconds, of each process
         self._cause: Cause | None = None
@@ -156,7 +158,8 @@ class Watchdog:
         first = [rank for rank in range(1, processes) if hosts[rank] == hosts[self.rank]]
         self.is_first_here = bool(first) and first[0] == self.rank
         self._silence = [0.0] * processes
-        self._store = store
+        # All connections are made now: where the store can't be reached, making one stops every thread of this process.
+        self._store, self._store_to_tell = store, store.clone()
         self._heartbeat = threading.Thread(target=self._beat_and_read, args=(store.clone(),), daemon=True)
         self._heartbeat.start()
         if not self._launcher.line:
@@ -329,9 +332,15 @@ class Watchdog:
         if silent == 0:  # which serves the store: none can tell the others
             self._tells = self.is_first_here
             return cause
-        with self._while_there_is_a_store():
-            self._store.clone().compare_set(CAUSE, "", json.dumps(asdict(cause)))  # all read it, this process too
+        if self._telling is None:
+            self._telling = threading.Thread(target=self._tell, args=(cause,), daemon=True)
+            self._telling.start()
         return None
+
+    def _tell(self, cause: Cause) -> None:
+        """Write cause for all to read, this process too. It may wait for a store that can't be reached."""
+        with self._while_there_is_a_store():
+            self._store_to_tell.compare_set(CAUSE, "", json.dumps(asdict(cause)))
 
     def _end(self, cause: Cause) -> None:
         """End this process, wherever it is, unless it leaves in its own way within a second."""

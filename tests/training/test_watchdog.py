@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +49,24 @@ def test_silence_of_the_first_rank_is_told_by_one_process_of_each_machine_whiche
     assert cause is not None
     assert cause.text.startswith("rank 0 gave no sign of life for")
     assert watchdog._tells == is_first_here
+
+
+def test_silence_is_watched_while_a_store_that_can_not_be_reached_keeps_what_is_told_to_it_waiting():
+    """A machine is cut off, and of all silences that of rank 1 is noticed first."""
+    reached = threading.Event()
+    store = SimpleNamespace(compare_set=lambda *_: reached.wait(60))  # no other connection is made to it
+    watchdog = Watchdog(4.0, lambda: "", lambda seconds: None, lambda: False)
+    watchdog.rank, watchdog.is_first_here, watchdog.names = 2, True, [f"rank {rank}" for rank in range(4)]
+    watchdog._store, watchdog._store_to_tell, watchdog._silence = SimpleNamespace(), store, [3.9, 4.1, 3.9, 3.9]
+    started = time.monotonic()
+    assert [watchdog._found(), watchdog._found()] == [None, None]
+    watchdog._silence = [4.4, 4.6, 4.4, 4.4]
+    cause = watchdog._found()
+    assert time.monotonic() - started < 30
+    assert cause is not None
+    assert cause.text.startswith("rank 0 gave no sign of life for 4 s")
+    assert watchdog._tells
+    reached.set()
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ copy every input and output. So the private names are used, in this file only, a
 says no, `pack_linears` leaves plain linears as they are and `gelu` is torch's own: the same numbers, more slowly.
 
 Given plain rows, oneDNN brings a weight into its own order at every product. With a few hundred tokens that takes up to
-half of the time. A prepacked weight lies in that order from the start. For answers in bfloat16, whose products mostly have
-one row of input, or a few, `RowsLinear` leaves the rows as they are, and takes public operations that read them so.
+half of the time. A prepacked weight lies in that order from the start. For answers in bfloat16 on a CPU with AMX, whose
+products mostly have one row of input, or a few, `RowsLinear` leaves the rows as they are, and takes public operations that
+read them so.
 """
 
 import ctypes
@@ -135,7 +136,8 @@ def pack_linears(module: torch.nn.Module) -> None:
 
 def keep_rows(module: torch.nn.Module) -> None:
     """Replace every plain linear under module that a `RowsLinear` is faster than, in place; weights aren't copied."""
-    _replace_plain(module, RowsLinear, (torch.bfloat16,))
+    if has_amx():
+        _replace_plain(module, RowsLinear, (torch.bfloat16,))
 
 
 def _replace_plain(module: torch.nn.Module, kind: type[FrozenLinear], dtypes: tuple[torch.dtype, ...]) -> None:

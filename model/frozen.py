@@ -296,8 +296,7 @@ class Nf4Linear(FrozenLinear):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cuda" or self.in_features % NF4_BLOCK:
             return super().product(x)
-        import_bitsandbytes()
-        from bitsandbytes import matmul_4bit
+        from bitsandbytes import matmul_4bit  # which packing has imported
 
         product: torch.Tensor = matmul_4bit(x, self.packed, self._state_here(), bias=self.own_bias)
         return product

@@ -62,9 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with many long tests come first: what comes last is short, and no worker waits long for the other."""
     if config.getoption("--gpu"):
-        others = [item for item in items if item.get_closest_marker("gpu") is None]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu") is None])
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is not None]
     long = Counter(item.path for item in items if {"run", "slow"} & {mark.name for mark in item.iter_markers()})
     items.sort(key=lambda item: -long[item.path])
 

@@ -125,7 +125,8 @@ def test_rows_have_the_output_and_gradient_of_the_plain_linear_however_many_toke
     torch.testing.assert_close(found, input_gradient(plain(torch.bfloat16), gradient), rtol=1e-2, atol=1e-2)
 
 
-def test_rows_are_kept_of_frozen_linears_in_bfloat16_alone_and_without_a_copy() -> None:
+def test_rows_are_kept_of_frozen_linears_in_bfloat16_alone_and_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
     if not can_pack(plain(torch.bfloat16).weight):
         pytest.skip("this CPU has no instructions for that")
     frozen = plain(torch.bfloat16)

@@ -17,7 +17,7 @@ from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
 from model.checkpoints.weights import load_checkpoint
-from model.cpu import has_amx, has_low_bit_kernels, has_onednn, keep_rows, pack_linears
+from model.cpu import has_low_bit_kernels, has_onednn, keep_rows, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.distributed import done_by_first_process, free_memory, unusable_gpu
 from model.errors import InputError, raise_problems
@@ -94,9 +94,8 @@ def arrange_weights(model: VisualGLMModel) -> None:
 
     The language model mostly reads one token of each row, the vision part a whole picture.
     """
-    if has_amx():
-        for part in (model.transformer.layers, model.get_mixin("chatglm-final")):
-            keep_rows(part)
+    for part in (model.transformer.layers, model.get_mixin("chatglm-final")):
+        keep_rows(part)
     pack_linears(model)
 
 

@@ -156,8 +156,10 @@ class Int8Linear(QuantizedLinear):
 
     def _wide_product(self, x: torch.Tensor, some: slice) -> torch.Tensor:
         # The codes are exact in every dtype. Scaling the output takes less than scaling them.
-        power = POWER_OF_FLOAT16 if x.dtype == torch.float16 else 1
-        return F.linear(x / power, self.codes[some].to(x.dtype)) * (self.scales[some] * power).to(x.dtype)
+        scales = self.scales[some]
+        if x.dtype == torch.float16:
+            x, scales = x / POWER_OF_FLOAT16, scales * POWER_OF_FLOAT16
+        return F.linear(x, self.codes[some].to(x.dtype)) * scales.to(x.dtype)
 
 
 class Int8Embedding(Int8Linear):

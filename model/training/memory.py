@@ -22,9 +22,7 @@ GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is fragmentation
 CUDA_ITSELF = int(0.6 * GIB)  # its context, and cuBLAS's workspaces; as much as an H100 takes
 PROCESS_ON_CPU = int(0.32 * GIB)  # Python, torch, SAT and DeepSpeed; measured with torch 2.13 for CPUs alone
-BUILT_FOR_CUDA = int(
-    0.34 * GIB
-)  # what torch's libraries take more if it is built for GPUs, whether one is there or not
+BUILT_FOR_CUDA = int(0.34 * GIB)  # what a torch that is built for GPUs takes more, whether one is there or not
 # The heap of the C library (glibc 2.36): its holes lie between blocks that stay. Their shares were measured in steps of
 # a model of 2 GB, batches 4 and 16. Blocks of MAPPED bytes and more are mapped one by one, outside the heap.
 HOLES_OF_ACTIVATIONS, HOLES_OF_UNPACKED, MAPPED = 0.25, 0.75, 32 * 2**20

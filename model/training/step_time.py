@@ -27,9 +27,7 @@ from model.training.memory import (
 
 SECONDS = 0.3  # that a rate is measured for
 OF_WEIGHTS = 2**28  # bytes of weights that it is measured with, or one of them: more than a cache holds
-SECONDS_TO_START = (
-    0.002  # the kernels of a layer, forward and backward: steps of 1 and 4 short rows on an H200 take 54 to 71 ms
-)
+SECONDS_TO_START = 0.002  # the kernels of a layer, forward and backward: short rows take 54 to 71 ms on an H200
 NUMBERS_UNPACKED = 2**23  # from 4 bits, in one measurement
 
 

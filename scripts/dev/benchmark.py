@@ -442,13 +442,14 @@ class Bench:
     def __init__(self, options: argparse.Namespace, model: Any = None) -> None:
         import torch
 
+        from model.inference.load import DTYPES
         from model.sat_compat import quieten
         from model.training.memory import Batch, Setup, fit_into_memory
 
         quieten()
         self.options = options
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+        self.dtype = DTYPES[options.dtype]
         if options.shape in SHAPES:
             self.config = SHAPES[options.shape]
         else:
@@ -743,8 +744,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured(Bench(options))
 
 
-def measured(bench: Bench) -> dict[str, Any]:
-    """What the options ask for, printed as a table and written to --json: the figures."""
+def measured(bench: Bench) -> None:
+    """Measure what the options ask for: printed as a table, and written to --json."""
     options = bench.options
     say(f"{machine(bench.device)}, {options.shape}, {options.method}, {options.dtype}, batch {options.batch_size}")
     figures: dict[str, Any]
@@ -754,7 +755,6 @@ def measured(bench: Bench) -> dict[str, Any]:
         figures = ablation_table(ablate(bench)) if options.ablate else comparison_table(compare(bench))
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
 
 
 def machine(device: Any) -> str:

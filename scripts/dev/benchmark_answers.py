@@ -305,10 +305,11 @@ def benchmark(options: argparse.Namespace) -> None:
         raise InputError("--from_pretrained: only our way is measured with a checkpoint; --ours_only is needed.")
     import torch
 
+    from model.inference.load import DTYPES
     from model.sat_compat import quieten
 
     quieten()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    dtype = DTYPES[options.dtype]
     with peak_host_memory() as host:
         start = time.perf_counter()
         ours = Ours(made_model(options, dtype), options.new_tokens)

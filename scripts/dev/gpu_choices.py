@@ -231,9 +231,10 @@ def choices(folder: Path, shape: str, dtype_name: str, only: Sequence[str]) -> I
     """Every line of the table, each when it has been measured."""
     import torch
 
+    from model.inference.load import DTYPES
+
     device = torch.device("cuda" if has_gpu() else "cpu")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
-    config = SHAPES[shape]
+    dtype, config = DTYPES[dtype_name], SHAPES[shape]
     yield compile_choice(device, dtype, config["hidden_size"])
     yield from row_choices(folder, shape, dtype_name, only)
     yield from attention_choices(device, dtype, config["num_attention_heads"])

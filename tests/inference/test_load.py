@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import load_model, write_tuned
 
+from model import cpu
 from model.checkpoints.layout import Checkpoint
 from model.convert.huggingface import convert
 from model.convert.merge_lora import merge
@@ -140,7 +141,7 @@ def test_float32_of_auto_has_the_numbers_of_the_checkpoint(upstream_checkpoint: 
 def test_language_model_in_bfloat16_keeps_its_rows_where_there_is_amx_and_the_vision_part_is_packed(
     upstream_checkpoint: Path, tmp_path: Path, amx: bool, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
     tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
     model, _ = load_for_answering(tuned, dtype="bf16")
     vision = model.get_mixin("eva")

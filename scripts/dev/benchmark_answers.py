@@ -222,9 +222,9 @@ def figures(way: Way, rows: int) -> Times:
     }
 
 
-def all_figures(way: Way) -> Times:
-    """`figures` of every batch."""
-    return {name: value for rows in BATCHES for name, value in figures(way, rows).items()}
+def in_turns(ours: Way, released: Way | None, rows: int) -> tuple[Times, Times]:
+    """`figures` of both ways, one right after the other."""
+    return figures(ours, rows), figures(released, rows) if released else {}
 
 
 @dataclass
@@ -239,15 +239,17 @@ class Pair:
 
 def pairs(ours: Way, released: Way | None, count: int) -> list[Pair]:
     """As many as count, after one to warm up."""
-    return [
-        Pair(
-            all_figures(ours),
-            all_figures(released) if released else {},
-            read_rate(ours.device),
-            products_alone(ours.model),
-        )
-        for _ in range(count + 1)
-    ][1:]
+    return [measured_pair(ours, released) for _ in range(count + 1)][1:]
+
+
+def measured_pair(ours: Way, released: Way | None) -> Pair:
+    """Both ways once. The memory's rate is taken before one row's answer and after it: it may change within seconds."""
+    before = read_rate(ours.device)
+    alone = in_turns(ours, released, BATCHES[0])
+    products = products_alone(ours.model)
+    rate = max(before, read_rate(ours.device))
+    together = in_turns(ours, released, BATCHES[1])
+    return Pair(alone[0] | together[0], alone[1] | together[1], rate, products)
 
 
 def report(measured: Sequence[Pair], read: int) -> str:
@@ -266,7 +268,11 @@ def report(measured: Sequence[Pair], read: int) -> str:
     say(
         f"memory gives {spread([pair.rate / 1e9 for pair in measured]).strip()} GB/s; a token reads {read / 1e9:.2f} GB"
     )
-    say(f"the products of a token alone take {spread([pair.products for pair in measured]).strip()} ms")
+    of_products = statistics.median(read / pair.rate / (pair.products / 1000) for pair in measured)
+    say(
+        f"the products of a token alone take {spread([pair.products for pair in measured]).strip()} ms, "
+        f"a share of {of_products:.2f}"
+    )
     ratio = f"ratio {statistics.median(ratios[token.format(1)]):.2f}, " if ratios[token.format(1)] else ""
     return (
         f"{ratio}bandwidth share {statistics.median(shares):.2f}, "

@@ -1,12 +1,23 @@
 """The benchmark of answers: both ways answer the same, and the last line says what was measured."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import PROJECT, load_model
 
 from model.cpu import pack_linears
 from model.inference.load import load_for_answering
 from scripts.dev import benchmark_answers
-from scripts.dev.benchmark_answers import Ours, Pair, Released, main, products_alone, report, weight_bytes
+from scripts.dev.benchmark_answers import (
+    Ours,
+    Pair,
+    Released,
+    main,
+    measured_pair,
+    products_alone,
+    report,
+    weight_bytes,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -32,7 +43,18 @@ def test_last_line_has_the_medians_of_pairs(capsys):
     assert line == "ratio 3.00, bandwidth share 0.50, batch 16 8.0 times the tokens/s of batch 1"
     printed = capsys.readouterr().out
     assert "6.00 (6.00 to 6.00)" in printed
-    assert "alone take 1.50 (1.50 to 1.50) ms" in printed
+    assert "alone take 1.50 (1.50 to 1.50) ms, a share of 0.67" in printed
+
+
+def test_rate_of_the_memory_is_the_better_one_before_and_after_the_answer_of_one_row(monkeypatch):
+    done, rates = [], iter([1e9, 2e9])
+    monkeypatch.setattr(benchmark_answers, "read_rate", lambda _: done.append("rate") or next(rates))
+    monkeypatch.setattr(benchmark_answers, "products_alone", lambda _: done.append("products") or 1.5)
+    monkeypatch.setattr(benchmark_answers, "figures", lambda way, rows: done.append((way, rows)) or {f"{rows}": 1.0})
+    ours, released = SimpleNamespace(device=None, model=None), "released"
+    pair = measured_pair(ours, released)
+    assert pair == Pair({"1": 1.0, "16": 1.0}, {"1": 1.0, "16": 1.0}, 2e9, 1.5)
+    assert done == ["rate", (ours, 1), (released, 1), "products", "rate", (ours, 16), (released, 16)]
 
 
 @pytest.mark.parametrize("packed", [False, True])

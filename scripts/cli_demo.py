@@ -178,6 +178,7 @@ class Speaker:
     """A loaded checkpoint, the picture that it sees, if any, and what was said about it."""
 
     def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
+        from model.inference.engine import Engine
         from model.inference.load import load_for_answering
 
         self.name, self.options = checkpoint.name, options
@@ -190,6 +191,7 @@ class Speaker:
             options.dtype,
             model_parallel_size=world_size(),  # one person talks with all processes: each has a part of the model
         )
+        self.engine = Engine(self.model, self.tokenizer, positions=options.max_length)
         self.image: Any = None  # [1, 3, H, W] on the model's device
         self.history: list[tuple[str, str]] = []
 
@@ -217,6 +219,7 @@ class Speaker:
             max_length=self.options.max_length,
             sampling=self.options.sampling,
             lang="en" if self.options.english else None,
+            engine=self.engine,
         ):
             piece = new_text(response, printed)
             show(piece)

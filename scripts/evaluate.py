@@ -101,20 +101,24 @@ def asked(
     from model.data.prompt import sample_from_row
     from model.inference.batch import label_losses
     from model.inference.chat import image_tensor
-    from model.inference.engine import Question, image_features
+    from model.inference.engine import Question
+    from model.inference.seen_images import SeenImages
 
+    seen = SeenImages(model)
     lengths = model.asked_as.lengths(model.image_length, options.max_length)
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
         pictures = [image_tensor(row.img, model) for row in batch if row.img is not None]
-        features = image_features(torch.cat(pictures), model) if pictures else None
+        features = seen.features(pictures)
         samples = [sample_from_row(row, tokenizer, lengths) for row in batch]
-        losses += label_losses(samples, None, model, tokenizer, features)
-        of_pictures = iter([] if features is None else features.split(1))
+        losses += label_losses(samples, None, model, tokenizer, torch.stack(features) if features else None)
+        of_pictures = iter(features)
         for row, sample in zip(batch, samples, strict=True):
             ids = sample.input_ids[: sample.input_ids.index(tokenizer.bos_token_id) + 1]
             rooms.append(options.max_length - len(ids))
-            yield Question(ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures))
+            yield Question(
+                ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures).unsqueeze(0)
+            )
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

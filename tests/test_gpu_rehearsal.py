@@ -31,7 +31,7 @@ from model.data.dataset import data_collator, packed_collator
 from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear, dequantized
 from model.inference import engine as engine_module
-from model.inference import load
+from model.inference import load, seen_images
 from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
@@ -171,9 +171,13 @@ def answer(model: Any, args: Any) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
-    """The fake GPU, with the attention that torch takes on a real one; the engine is told each token that it waits for."""
+    """The fake GPU, with the attention that torch takes on a real one.
+
+    The engine is told what it waits for: each token, and which picture it sees.
+    """
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", fused_attention)
     monkeypatch.setattr(engine_module, "next_tokens", lambda scores, *_: [7] * len(scores))
+    monkeypatch.setattr(seen_images, "digest", lambda _: b"a picture")
     with fake_gpu() as memory:
         yield memory
 

@@ -163,8 +163,12 @@ def answer_so_far(
     max_length: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     lang: str | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[str]:
-    """The answer to query as it grows, once for each of its tokens. The arguments are `chat_question`'s.
+    """The answer to query as it grows, once for each of its tokens. The other arguments are `chat_question`'s.
+
+    Args:
+        engine: that of the turns before, which has seen the picture; None makes one.
 
     Raises:
         InputError: the context leaves no room within max_length, or that is more than the model takes.
@@ -172,8 +176,11 @@ def answer_so_far(
     question = chat_question(
         image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, lang=lang
     )
-    engine = Engine(model, tokenizer, rows=1, positions=question.max_length)
+    engine = engine or Engine(model, tokenizer, rows=1, positions=question.max_length)
     answer, text = engine.submit(question), GrowingText(tokenizer, model.asked_as.is_english(lang))
-    while not answer.finished:
-        engine.step()
-        yield text.of(answer.ids, finished=bool(answer.finished))
+    try:
+        while not answer.finished:
+            engine.step()
+            yield text.of(answer.ids, finished=bool(answer.finished))
+    finally:
+        answer.cancel()  # if it failed, or nobody wants more of it, the next turn doesn't wait for its end

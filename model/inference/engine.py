@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -28,6 +27,7 @@ from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.cache import KeyValueCache
 from model.inference.sampling import GREEDY, Sampling, next_tokens
+from model.inference.seen_images import SeenImages
 from model.masks import answer_position_ids, glm_position_ids
 from model.visualglm import VisualGLMModel
 
@@ -42,7 +42,7 @@ class Question:
         input_ids: the context, ending in [gMASK] <sop> (`prompt.context_ids`).
         pre_image: where the image's slots begin.
         image: [1, 3, H, W], or else
-        image_features: [1, queries, width] (`image_features`), or None for no picture.
+        image_features: [1, queries, width] (`seen_images`), or None for no picture.
         max_length: tokens of context and answer together; None is as many as the engine has room for.
         sampling: how tokens are chosen.
     """
@@ -96,6 +96,7 @@ class Engine:
         self.device = model.transformer.word_embeddings.weight.device
         self.rows = rows
         self.cache = KeyValueCache(model, rows, self.positions)
+        self.seen = SeenImages(model)
         self.head = model.get_mixin("chatglm-final").lm_head
         self.waiting: deque[Answer] = deque()
         self.active: list[Answer] = []  # row n of the cache is that of answer n
@@ -221,8 +222,7 @@ class Engine:
 
     def _images(self, questions: list[Question], seq: int) -> dict[str, torch.Tensor]:
         """The features of the questions' images, and their slots in the flattened rows · seq; nothing if there are none."""
-        pixels = [question.image for question in questions if question.image is not None]
-        computed = iter(image_features(torch.cat(pixels), self.model)) if pixels else iter(())
+        computed = iter(self.seen.features([question.image for question in questions if question.image is not None]))
         features, slots = [], []
         for row, question in enumerate(questions):
             if question.image is None and question.image_features is None:
@@ -253,10 +253,3 @@ class Engine:
 def model_positions(model: VisualGLMModel) -> int:
     """How many tokens the model takes, context and answer together."""
     return model.get_mixin("chatglm-attn").max_sequence_length
-
-
-@torch.no_grad()
-def image_features(image: torch.Tensor, model: Any) -> torch.Tensor:
-    """What the vision part makes of image [images, 3, H, W], before the projection: [images, queries, width]."""
-    dtype = model.transformer.word_embeddings.weight.dtype
-    return model.get_mixin("eva").model.features(image.to(dtype))

@@ -32,8 +32,9 @@ from model.data.split import same_file_warnings
 from model.distributed import from_first_process, is_first_process
 from model.errors import InputError
 from model.inference.batch import label_losses
-from model.inference.engine import Answer, Engine, Question, image_features, model_positions
+from model.inference.engine import Answer, Engine, Question, model_positions
 from model.inference.scores import Result, result_of, summary
+from model.inference.seen_images import SeenImages
 from model.inference.text import answer_text
 from model.progress import count_of, say, warn, with_progress
 from model.training.deepspeed_config import zero_stage
@@ -149,7 +150,8 @@ class RowAnswers:
             return None
 
     def _results(self, module: Any, args: argparse.Namespace) -> list[Result]:
-        questions = [_question(sample, module, args) for _, sample in self._rows]
+        seen = SeenImages(module)
+        questions = [_question(sample, seen, module, args) for _, sample in self._rows]
         positions = max(question.max_length or 0 for question in questions)
         samples = [Sample(one["input_ids"], one["labels"], one["pre_image"], 0, 0) for _, one in self._rows]
         answers = self._answers(Engine(module, self.tokenizer, self.batch, positions), questions)
@@ -226,7 +228,7 @@ def as_it_was(model: Any, module: Any) -> Iterator[None]:
         put_back_random_state(states)
 
 
-def _question(sample: dict[str, Any], module: Any, args: argparse.Namespace) -> Question:
+def _question(sample: dict[str, Any], seen: SeenImages, module: Any, args: argparse.Namespace) -> Question:
     """A sample's context as a question, with its image's features on the model's device."""
     labels: Sequence[int] = sample["labels"]
     first = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
@@ -236,7 +238,7 @@ def _question(sample: dict[str, Any], module: Any, args: argparse.Namespace) -> 
     if features is not None:
         features = features.unsqueeze(0).to(weight.device, weight.dtype)
     elif sample.get("image") is not None:
-        features = image_features(sample["image"].unsqueeze(0).to(weight.device), module)
+        features = seen.features([sample["image"].unsqueeze(0).to(weight.device)])[0].unsqueeze(0)
     label_tokens = sum(label != IGNORE_INDEX for label in labels)
     room = min(args.max_target_length, 2 * label_tokens + ANSWER_ROOM)
     return Question(

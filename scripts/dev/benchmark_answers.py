@@ -10,8 +10,7 @@ The released way: SAT's `filling_sequence` with its cache, in float32, with SAT'
 figure is the median of pairs, of which one is measured right after the other, so that what else the machine does hits both.
 The memory's rate is measured in each pair too: a token can't come faster than all weights are read. So is how long the
 products of a token take one after another, without anything between them: what is left is ours to save. In a batch the
-released way reads one context and answers it in every row, while ours reads each row's context and picture: its prefill
-does more.
+released way reads one context and answers it in every row, while ours reads each row's context: its prefill does more.
 """
 
 import abc

@@ -9,8 +9,9 @@ from conftest import GOLDEN, load_model
 from golden.record_answers import ADAPTERS, CONTEXTS, NEW_TOKENS, context_of, image_of, model_of, write_base
 
 from model.errors import InputError
-from model.inference.engine import Engine, Question, image_features, model_positions
+from model.inference.engine import Engine, Question, model_positions
 from model.inference.sampling import Sampling
+from model.inference.seen_images import image_features
 
 RECORDED = json.loads((GOLDEN / "answers.json").read_text())
 

@@ -183,7 +183,7 @@ class Terminal:
     def __init__(self, *words, **environment):
         self.keyboard, self.screen = pty.openpty()
         self.settings = termios.tcgetattr(self.screen)
-        self.written = b""
+        self.written, self.read = b"", 0  # read: how much of it was waited for
         command = [*map(str, (COMMAND, "--temperature", "0", *words))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LANG": "C.UTF-8", **environment}
         screens = (self.screen, self.screen, self.screen)
@@ -204,11 +204,11 @@ class Terminal:
         return self.written.decode(errors="replace")
 
     def until(self, text):
-        """Wait until text is shown, after what was there before."""
-        before = len(self.written)
-        while text.encode() not in self.written[before:]:
+        """Wait until text is shown, behind what was waited for before."""
+        while (place := self.written.find(text.encode(), self.read)) < 0:
             assert select.select([self.keyboard], [], [], 60)[0], self.shown
             self.written += os.read(self.keyboard, 4096)
+        self.read = place + len(text.encode())
 
     def press(self, keys):
         os.write(self.keyboard, keys.encode())

@@ -15,6 +15,7 @@ Only the standard library is imported.
 import functools
 import os
 import re
+from collections.abc import Iterable
 
 LANGUAGE_VARIABLES = ("VISUALGLM_UI_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
 UI_LANGUAGES = ("auto", "en", "zh")
@@ -182,6 +183,9 @@ SENTENCES = {
         "步 {step}/{last}  损失 {loss}  学习率 {rate}  {speed} 样本/秒  剩余 {left}"
     ),
     "iteration {step:d}: validation loss {loss}, perplexity {perplexity}": "第 {step} 步：评估损失 {loss}，困惑度 {perplexity}",
+    "the end of training for test data: validation loss {loss}, perplexity {perplexity}": (
+        "训练结束后，测试数据：损失 {loss}，困惑度 {perplexity}"
+    ),
     "iteration {step:d}: {rows:d} rows answered, exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}": (
         "第 {step} 步：回答 {rows} 条，完全一致 {exact}，ROUGE-L {rouge}，BLEU {bleu}"
     ),
@@ -370,6 +374,64 @@ SENTENCES = {
     "--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.": (
         "--auth：不是 用户名:密码 的形式；需要用户名、冒号和密码，或不给 --auth。"
     ),
+    # the pages of runs and evaluations
+    "Did it learn?": "学到了吗？",
+    "Figures": "指标",
+    "The loss": "损失",
+    "The learning rate": "学习率",
+    "What was trained on what": "用什么训练了什么",
+    "What can be done next": "接下来可以做什么",
+    "Held-out rows, the worst answers first": "留出的数据，答得最差的在前",
+    "Rows that were trained on, the worst answers first": "训练用的数据，答得最差的在前",
+    "The rows, the worst answers first": "各条数据，答得最差的在前",
+    "training loss, first and last steps": "训练损失，最初几步 → 最后几步",
+    "evaluation loss, last": "评估损失，最后一次",
+    "evaluation loss, lowest": "评估损失，最低",
+    "at step {step:d}": "（第 {step} 步）",
+    "rows answered": "回答的数据条数",
+    "right, before and after": "答对，训练前 → 训练后",
+    "exact match": "完全一致",
+    "loss per token of their labels": "标签的每 token 损失",
+    "loss per token of the labels": "标签的每 token 损失",
+    "answers cut off": "被截断的回答",
+    "time": "用时",
+    "started": "开始时间",
+    "base": "基座模型",
+    "method": "方法",
+    "steps": "步数",
+    "{done:d} of {steps:d}, {samples:d} samples each": "共 {steps} 步，已完成 {done} 步，每步 {samples} 个样本",
+    "epochs": "轮数（epoch）",
+    "machine": "机器",
+    "rows": "数据条数",
+    "right": "答对",
+    "{rows:d} rows": "{rows} 条数据",
+    "{rows:d} trained on": "{rows} 条用于训练",
+    "{rows:d} held out": "{rows} 条留出",
+    "{rows:d} left out as bad": "{rows} 条有问题，未使用",
+    "{rows:d} answers cut": "{rows} 个回答被截断",
+    "held out": "留出的数据",
+    "trained on": "训练用的数据",
+    "{method} of rank {rank:d}, alpha {alpha}, in all layers": "{method}，秩（rank）{rank}，alpha {alpha}，所有层",
+    "{method} of rank {rank:d}, alpha {alpha}, in layers {layers}": "{method}，秩（rank）{rank}，alpha {alpha}，第 {layers} 层",
+    "P-Tuning of {length:d} positions": "P-Tuning，{length} 个位置",
+    "{parts} trained too": "还训练 {parts}",
+    "training, mean over {steps:d} steps": "训练，{steps} 步的平均值",
+    "evaluation": "评估",
+    "loss per token over the steps": "各步的每 token 损失",
+    "learning rate over the steps": "各步的学习率",
+    "question": "问题",
+    "label": "标签",
+    "answer": "回答",
+    "before": "训练前",
+    "after": "训练后",
+    "(nothing)": "（空）",
+    "picture": "图片",
+    ", which can't be opened now": "（现在打不开）",
+    "talk to it": "与它对话",
+    "answer and measure every held-out row": "回答所有留出的数据并算出指标",
+    "answer and measure every row": "回答所有数据并算出指标",
+    "fold LoRA into an ordinary checkpoint": "把 LoRA 合并成普通的检查点",
+    "train on, to twice as many steps": "继续训练到两倍的步数",
     # evaluate.py and check_data.py
     "asked  {text}": "问题  {text}",
     "label  {text}": "标签  {text}",
@@ -445,6 +507,11 @@ def in_ui_language(text: str, stream: object = None) -> str:
     except UnicodeEncodeError:
         return text
     return translated
+
+
+def listed_in_ui_language(parts: Iterable[str]) -> str:
+    """parts one after another, each as `in_ui_language` has it."""
+    return ("，" if speaks_chinese() else ", ").join(map(in_ui_language, parts))
 
 
 def in_chinese(text: str) -> str:

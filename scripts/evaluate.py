@@ -191,7 +191,7 @@ def page_of(results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict
         row_card(result, [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])
         for result, number in zip(worst_first(first), worst_places(first), strict=True)
     ]
-    title = " and ".join(results)
+    title = " · ".join(results)
     return page(
         title,
         f"<h1>{escaped(title)}</h1>",

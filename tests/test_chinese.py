@@ -31,12 +31,14 @@ from model.data.remote_images import STRANGERS, downloaded, opened
 from model.data.rows import read_rows
 from model.errors import InputError, exit_on_input_error
 from model.finetune import by_kind
+from model.inference import page
 from model.inference.api_formats import Asked
 from model.inference.chat import checked_question
 from model.inference.load import load_for_answering
 from model.inference.sampling import GREEDY
-from model.inference.scores import Result
+from model.inference.scores import Result, summary
 from model.progress import GOES_ON, say
+from model.training import report
 from model.training.answers import Answered
 from model.training.best_checkpoint import BestEvaluation
 from model.training.find_lr import RateSweep
@@ -45,7 +47,7 @@ from model.training.signals import STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
-from scripts import check_data, cli_demo, predict, web_demo
+from scripts import check_data, cli_demo, evaluate, predict, web_demo
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
@@ -341,7 +343,7 @@ def checked(data: Path) -> list[str]:
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
-    return text.splitlines() + told_of_runs()
+    return text.splitlines() + told_of_runs() + told_on_pages(data)
 
 
 def told_of_runs() -> list[str]:
@@ -380,6 +382,7 @@ def told_of_runs() -> list[str]:
     lines += printed_by(
         Terminal.evaluation, "iteration 5", 1.0, 2.0, {"rows": 2, "exact_match": 1, "rouge_l": 1, "bleu": 1}
     ).splitlines()
+    lines += printed_by(Terminal.evaluation, "the end of training for test data", 1.0, 2.0, {}).splitlines()
     for losses in (falling * 3, still * 3):
         sweep = SimpleNamespace(losses=losses, place=None)
         lines += printed_by(RateSweep.tell, sweep).splitlines()
@@ -396,6 +399,44 @@ def told_of_runs() -> list[str]:
     batches.note({"rows": [("a.json row 1", 90)]})
     lines += [_no_memory("too much", batches, options), *by_kind({"t.layers.1.a.0": [2, 3], "t.layers.3.a.0": [2, 3]})]  # type: ignore[arg-type]
     return [*lines, f"SIGTERM: {STOPPING}", GOES_ON]
+
+
+def told_on_pages(folder: Path) -> list[str]:
+    """What is told on the pages of runs that need not be made for that, and of an evaluation."""
+    told: list[str] = []
+    folder = folder / "told"
+    lora = {
+        "from_pretrained": "base",
+        "use_lora": True,
+        "lora_rank": 10,
+        "lora_alpha": 1.0,
+        "lr": 0.01,
+        "train_data": ["a.json"],
+    }
+    both = {"use_qlora": True, "use_ptuning": True, "pre_seq_len": 4, "layer_range": [0, 14], "train_parts": ["vit"]}
+    data = {"rows": 30, "trained_on": 20, "held_out": 4, "left_out": 6, "cut_labels": 2}
+    result = Result("gone.png", "?", "yes", "", False, False, 0.0, 1.0, 1)
+    for name, flags, held_out in (("one", lora, True), ("two", lora | both, False)):
+        run = folder / name
+        run.mkdir(parents=True)
+        settings = {"flags": flags, "steps": 20, "samples_per_step": 4, "data": {"a.json": data}}
+        starts = [{"time": 1e9, "machine": {"cpus": 2}}]
+        records = [Record(STEP, step, 2.5 - 0.1 * step, 0.0, epoch=0.1, lr=0.1, seconds=1.0) for step in range(20)]
+        records.append(Record(EVALUATION, 20, 0.5, 0.0, split=VALIDATION))
+        answered = {name: Answered(step, [result]).to_json() for name, step in (("before", 0), ("after", 20))}
+        (run / "settings.json").write_text(json.dumps(settings | {"starts": starts}))
+        (run / "metrics.jsonl").write_text("".join(record.to_line() for record in records))
+        (run / "answers.json").write_text(json.dumps({"held_out": held_out, **answered}))
+        (run / "latest").write_text("20")
+        if held_out:
+            (run / "held_out.json").write_text("[]")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (chinese, page, report):
+            patch.setattr(module, "in_ui_language", lambda text: told.append(text) or text)
+        evaluate.page_of({"one": [result]}, {"one": summary([result])})
+        for run in folder.iterdir():
+            report.report([run])
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +517,7 @@ OF_A_RUN = (
     "No GPU found", "Trainable, ", "step {step}", "iteration {step:d}: validation", "Best evaluation", "Saved ", "Merged ", "exact match ",
     "answers right", "Answering {rows}, as", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
     "Going on with", "{signal}: stopped after step {step:d} of {last:d}. To", "{flag} from here on", "{flag}: the run has",
-    "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer ",
+    "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer {",
     "right ", "{count:d} held-out",
 )  # fmt: skip
 OF_SLOW_ANSWERS = "Answering, tokens at most"  # tests/training/test_answers.py has it printed

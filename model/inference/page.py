@@ -1,6 +1,7 @@
 """Pages of HTML that need nothing beside them: style, pictures and curves are in the one file, and nothing is fetched.
 
 They follow the reader's choice of light or dark, and fit a phone. Every text goes through `escaped`: rows may hold anything.
+Headings and names are ours, and told as commands tell things, in Chinese to those who ask for it: `worded`.
 """
 
 import base64
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.chinese import in_ui_language, speaks_chinese
 from model.errors import InputError
 from model.inference.scores import Result
 
@@ -50,11 +52,16 @@ def escaped(text: object) -> str:
     return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
 
 
+def worded(text: str) -> str:
+    """A text of ours as HTML shows it, in the language that the user is spoken to."""
+    return escaped(in_ui_language(text))
+
+
 def page(title: str, *parts: str) -> str:
     """A whole page."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     return (
-        f"<!doctype html>\n<html><head>{head}<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f'<!doctype html>\n<html lang="{"zh" if speaks_chinese() else "en"}"><head>{head}<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n'
         + "\n".join(part for part in parts if part)
         + "\n</body></html>\n"
     )
@@ -63,12 +70,12 @@ def page(title: str, *parts: str) -> str:
 def section(heading: str, *parts: str) -> str:
     """A heading and what stands below it; nothing if that is nothing."""
     body = "\n".join(part for part in parts if part)
-    return f"<h2>{escaped(heading)}</h2>\n{body}" if body else ""
+    return f"<h2>{worded(heading)}</h2>\n{body}" if body else ""
 
 
 def paragraphs(lines: Iterable[str]) -> str:
     """A paragraph for each line."""
-    return "\n".join(f"<p>{escaped(line)}</p>" for line in lines)
+    return "\n".join(f"<p>{worded(line)}</p>" for line in lines)
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
@@ -77,7 +84,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
     lines = [f"<thead><tr><th></th>{head}</tr></thead>"] if any(heads) else []
     for name, cells in rows:
         mark = ' class="differs"' if len(set(cells)) > 1 else ""
-        lines.append(f"<tr{mark}><th>{escaped(name)}</th>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>")
+        lines.append(f"<tr{mark}><th>{worded(name)}</th>{''.join(f'<td>{worded(cell)}</td>' for cell in cells)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
@@ -91,10 +98,11 @@ def row_card(row: Result, answers: Sequence[tuple[str, Result]]) -> str:
     for name, result in answers:
         mark = "good" if result.right else "bad"
         cut = " …" if result.cut else ""
-        shown.append((name, f'<span class="{mark}">{escaped(result.answer or "(nothing)")}{cut}</span>'))
-    entries = "".join(f"<dt>{escaped(name)}</dt><dd>{text}</dd>" for name, text in shown)
+        shown.append((name, f'<span class="{mark}">{escaped(result.answer) or worded("(nothing)")}{cut}</span>'))
+    entries = "".join(f"<dt>{worded(name)}</dt><dd>{text}</dd>" for name, text in shown)
     if row.img and source is None:
-        entries += f'<dt>picture</dt><dd class="faint">{escaped(row.img)}, which can\'t be opened now</dd>'
+        gone = in_ui_language(", which can't be opened now")
+        entries += f'<dt>{worded("picture")}</dt><dd class="faint">{escaped(row.img)}{gone}</dd>'
     if source is None:
         return f'<div class="row text"><dl>{entries}</dl></div>'
     image = f'<img src="{source}" alt="{escaped(Path(row.img).name)}">'
@@ -168,11 +176,11 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
             x, y = at(*point).split()
             parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>')
     keys = "".join(
-        f'<span class="key"><i style="background:var(--c{curve.colour % COLOURS})"></i>{escaped(curve.name)}</span>'
+        f'<span class="key"><i style="background:var(--c{curve.colour % COLOURS})"></i>{worded(curve.name)}</span>'
         for curve in curves
         if curve.name and not curve.pale
     )
-    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(what)}">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{worded(what)}">{"".join(parts)}</svg>'
     return f"<figure>{drawing}<figcaption>{keys}</figcaption></figure>"
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoints.resume import SETTINGS_FILE
+from model.chinese import in_ui_language, listed_in_ui_language
+from model.cli.options import flag_names, shown
 from model.inference.page import Curve, chart, escaped, page, paragraphs, row_card, section, table
 from model.inference.scores import Result, worst_first
-from model.progress import duration
+from model.progress import count_of, duration
 from model.training.answers import Answered, read_answers
 from model.training.curves import top_of_losses
 from model.training.records import (
@@ -118,11 +120,12 @@ def figures_of(story: Story) -> Iterator[tuple[str, str]]:
         yield "training loss, first and last steps", f"{fall.before:.4f} → {fall.after:.4f}"
     if evaluations:
         best = min(evaluations, key=lambda record: record.loss)
-        yield "evaluation loss, last", f"{evaluations[-1].loss:.4f} at step {evaluations[-1].step}"
-        yield "evaluation loss, lowest", f"{best.loss:.4f} at step {best.step}"
+        yield "evaluation loss, last", _loss_of(evaluations[-1])
+        yield "evaluation loss, lowest", _loss_of(best)
     before, after = answers.get("before"), answers.get("after")
     if after is not None:
-        yield "rows answered", f"{len(after.results)}, {'held out' if answers['held_out'] else 'trained on'}"
+        whose = "held out" if answers["held_out"] else "trained on"
+        yield "rows answered", listed_in_ui_language((f"{len(after.results)}", whose))
         for name, key, form in (
             ("right, before and after", "right", "{:.0f}"),
             ("exact match", "exact_match", "{:.1%}"),
@@ -137,6 +140,10 @@ def figures_of(story: Story) -> Iterator[tuple[str, str]]:
         yield "time", duration(sum(record.seconds or 0 for record in steps))
 
 
+def _loss_of(evaluation: Record) -> str:
+    return f"{evaluation.loss:.4f} {in_ui_language(f'at step {evaluation.step}')}"
+
+
 def settings_of(story: Story) -> Iterator[tuple[str, str]]:
     """What a run was: its base, its method, its data, its flags and its machine."""
     flags, settings = story.flags, story.settings
@@ -145,24 +152,25 @@ def settings_of(story: Story) -> Iterator[tuple[str, str]]:
     if started:
         yield "started", datetime.datetime.fromtimestamp(started).strftime("%Y-%m-%d %H:%M")
     yield "base", str(flags.get("from_pretrained", ""))
-    yield "method", ", ".join(_methods(flags))
+    yield "method", listed_in_ui_language(_methods(flags))
     for file, data in settings.get("data", {}).items():
-        parts = [f"{data.get('rows')} rows"]
+        parts = [count_of(data.get("rows") or 0, "row")]
         parts += [f"{data[key]} {words}" for key, words in (("trained_on", "trained on"), ("held_out", "held out"),
                                                             ("left_out", "left out as bad"), ("cut_labels", "answers cut"))
                   if data.get(key)]  # fmt: skip
-        yield file, ", ".join(parts)
+        yield file, listed_in_ui_language(parts)
     steps, at_once = settings.get("steps"), settings.get("samples_per_step")
     if steps:
         done = story.steps[-1].step if story.steps else 0
-        yield "steps", f"{done} of {steps}, {at_once} samples each"
+        yield "steps", f"{done} of {steps}, {count_of(at_once or 1, 'sample')} each"
     if story.steps and story.steps[-1].epoch:
         yield "epochs", f"{story.steps[-1].epoch:.3g}"
     for name in settings.get("given", []):
         if name not in ("from_pretrained", "train_data", "save", "ui_lang"):
-            yield f"--{name}", str(flags.get(name))
+            value = flags.get(name)
+            yield flag_names().get(name, f"--{name}"), "✓" if value is True else shown(value)
     machine = starts[-1].get("machine", {})
-    yield "machine", ", ".join(machine.get("gpus") or [f"{machine.get('cpus', '?')} CPUs"])
+    yield "machine", ", ".join(machine.get("gpus") or [count_of(machine.get("cpus") or 1, "CPU")])
     yield "torch", str(starts[-1].get("versions", {}).get("torch") or "")
 
 
@@ -175,7 +183,7 @@ def _methods(flags: Mapping[str, Any]) -> Iterator[str]:
     if flags.get("use_ptuning"):
         yield f"P-Tuning of {flags.get('pre_seq_len')} positions"
     if flags.get("train_parts"):
-        yield f"{' '.join(flags['train_parts'])} too"
+        yield f"{' '.join(flags['train_parts'])} trained too"
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -190,10 +198,11 @@ def losses_of(stories: Sequence[Story]) -> str:
         means, window = running_means(losses)
         curves.append(Curve("", list(zip(steps, losses, strict=True)), colour, pale=True))
         of_training = list(zip(steps, means, strict=True))
-        curves.append(Curve(f"{prefix}training, mean over {window} steps", of_training, colour))
+        name = in_ui_language(f"training, mean over {count_of(window, 'step')}")
+        curves.append(Curve(prefix + name, of_training, colour))
         evaluations = [(record.step, record.loss) for record in story.evaluations]
         if evaluations:
-            curves.append(Curve(f"{prefix}evaluation", evaluations, colour + 1, dots=True))
+            curves.append(Curve(prefix + in_ui_language("evaluation"), evaluations, colour + 1, dots=True))
     every = [record.loss for story in stories for record in (*story.steps, *story.evaluations)]
     return chart(curves, 260, "loss per token over the steps", top_of_losses(every))
 
@@ -227,7 +236,7 @@ def answers_of(stories: Sequence[Story]) -> tuple[str, str]:
         for name in ("before", "after"):
             answered: Answered | None = story.answers.get(name)
             for result in answered.results if answered is not None else ():
-                label = f"{name}, {story.name}" if several else name
+                label = f"{in_ui_language(name)}, {story.name}" if several else name
                 of_row.setdefault((result.img, result.prompt, result.label), []).append((label, result))
     first = worst_first([result for story in told for result in story.answers["after"].results])
     order = dict.fromkeys((result.img, result.prompt, result.label) for result in first)
@@ -240,7 +249,7 @@ def answers_of(stories: Sequence[Story]) -> tuple[str, str]:
 
 def commands_of(story: Story, several: bool) -> str:
     """What can be done with the run's checkpoint, as commands to copy."""
-    lines = "\n\n".join(f"# {what}\n{command}" for what, command in next_commands(story))
+    lines = "\n\n".join(f"# {in_ui_language(what)}\n{command}" for what, command in next_commands(story))
     heading = f"<h3>{escaped(story.name)}</h3>" if several else ""
     return f"{heading}<pre>{escaped(lines)}</pre>" if lines else ""
 

@@ -1,6 +1,7 @@
 """report.html: what it says of a run, and of several."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -14,9 +15,9 @@ from scripts.report import main
 
 EVIL = "</dd><script>alert(1)</script>"
 SETTINGS = {
-    "steps": 40, "samples_per_step": 4, "given": ["lr"],
+    "steps": 40, "samples_per_step": 4, "given": ["lr", "train_iters", "use_lora", "layer_range", "gone_since"],
     "flags": {"from_pretrained": "model/tiny", "use_lora": True, "lora_rank": 10, "lora_alpha": 1.0, "lr": 0.01,
-              "train_data": ["rows.json"]},
+              "train_data": ["rows.json"], "train_iters": 40, "layer_range": [], "gone_since": "x"},
     "data": {"rows.json": {"rows": 24, "trained_on": 20, "held_out": 4, "cut_labels": 2}},
     "starts": [{"time": 1e9, "versions": {"torch": "2.13.0"}, "machine": {"cpus": 2, "gpus": []}}],
 }  # fmt: skip
@@ -54,6 +55,27 @@ def test_page_tells_the_run_and_shows_the_worst_answer_first(runs):
     assert text.index("&lt;/dd&gt;&lt;script") < text.index("它&#x27;s")
     assert "<script" not in text
     assert "1.2500 at step 40" in text
+
+
+def test_flags_stand_on_the_page_as_they_are_typed(runs):
+    text = report(runs[:1])
+    for flag, value in (("--lr", "0.01"), ("--train-iters", "40"), ("--use_lora", "✓"), ("--gone_since", "x")):
+        assert f"<th>{flag}</th><td>{value}</td>" in text
+
+
+def test_page_is_in_chinese_where_that_is_asked_for(runs, monkeypatch):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+    text = report(runs)
+    assert '<html lang="zh">' in text
+    assert "<h2>学到了吗？</h2>" in text
+    assert "损失从 " in text
+    assert "<th>评估损失，最后一次</th><td>1.2500 （第 40 步）</td>" in text
+    assert "24 条数据，20 条用于训练，4 条留出，2 个回答被截断" in text
+    assert "LoRA，秩（rank）10，alpha 1，所有层" in text
+    assert "one: 训练，" in text
+    assert "<dt>训练后, two</dt>" in text
+    assert "# 与它对话" in text
+    assert not re.search("<(h2|dt|th)>[a-z ,]+</", re.sub("torch|one|two", "", text))
 
 
 def test_page_of_two_runs_has_a_column_and_a_curve_for_each(runs):

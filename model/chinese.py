@@ -290,6 +290,40 @@ SENTENCES = {
     "The losses over the rates: {file}": "各学习率下的损失：{file}",
     # --dry_run
     "Parameters: {all}, of which {trained} are trained.": "参数：{all} 个，其中训练 {trained} 个。",
+    "Parameters: {all}, of which {trained} are trained; {packed} are kept in 4 bits.": (
+        "参数：{all} 个，其中训练 {trained} 个；{packed} 个以 4 比特保存。"
+    ),
+    "Largest batch: {rows:d} rows of {tokens:d} tokens, {learned:d} of them learned; {pictures}. Batches a step: {batches:d}, "
+    "processes that share the rows: {processes:d}.": (
+        "最大的批：{rows} 条数据，每条 {tokens} 个 token，其中要学的共 {learned} 个；{pictures}。每步 {batches} 批，"
+        "{processes} 个进程分担数据。"
+    ),
+    "features of the pictures": "图片用已算好的特征",
+    "{count:d} pictures": "图片 {count} 张",
+    "Memory of each GPU in {dtype}, GiB:": "每个 GPU 的显存（{dtype}），GiB：",
+    "Memory of each process in {dtype}, GiB:": "每个进程的内存（{dtype}），GiB：",
+    "weights": "权重",
+    "weights for gradients": "求梯度用的权重",
+    "packing the head": "重排输出层",
+    "adapters": "适配器",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活值",
+    "holes in the heap": "堆内碎片",
+    "features": "图片特征",
+    "CUDA itself": "CUDA 本身",
+    "Python and its libraries": "Python 及其库",
+    "all while training": "训练时合计",
+    "all while loading": "加载时合计",
+    "--use_qlora in place of --use_lora": "用 --use_qlora 代替 --use_lora",
+    "no slower where there is a GPU; numbers of half the width": "有 GPU 时不会变慢；数值宽度减半",
+    "a third longer; a run does so by itself": "时间多三分之一；训练时会自动采用",
+    "more exchanges between the processes": "进程之间的通信更多",
+    "the same step in more parts, up to as many times as long": "同样的一步分成多份，时间最多也增加到几倍",
+    "both": "以上两者",
+    "up to twice as long; weights are rounded to 4 bits": "时间最多两倍；权重舍入到 4 比特",
+    "all of these": "以上全部",
+    "{count:d} GPUs for one model": "{count} 个 GPU 放一个模型",
     "A checkpoint takes {size}.": "一个检查点占 {size}。",
     "It fits: {there}.": "放得下：{there}。",
     "It does not fit: {there}. None of the flags alone makes it fit: a larger GPU is needed.": (
@@ -297,6 +331,9 @@ SENTENCES = {
     ),
     "It does not fit: {there}. What would make it fit, the cheapest first:": "放不下：{there}。下面的办法可以放下，代价小的在前：",
     "{usable} of {memory} GiB can be used ({device})": "{memory} GiB 中有 {usable} GiB 可用（{device}）",
+    "the CPU, as no GPU was found": "CPU，没有找到 GPU",
+    "{count:d} GPUs found, {name}": "找到 {count} 个 GPU，{name}",
+    "{rate} GFLOP/s; 4 bits are unpacked in it": "{rate} GFLOP/s；其中包括 4 比特的解包",
     "Time per step: can't be measured for a GPU that isn't here; a run prints it from its first steps on.": (
         "每步时间：所说的 GPU 不在这台机器上，无法测量；训练开始后就会显示。"
     ),
@@ -477,7 +514,7 @@ SENTENCES = {
 _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
-_PLURAL = re.compile(r"\b((?:row|sample|step|evaluation|answer|layer|tensor)s)\b")  # of what may be one
+_PLURAL = re.compile(r"\b((?:row|sample|step|evaluation|answer|layer|tensor|picture|GPU)s)\b")  # of what may be one
 _language = "auto"
 
 

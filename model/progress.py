@@ -70,11 +70,21 @@ def renew(text: str) -> None:
             _renewed = sys.stdout
 
 
+def in_column(text: str, columns: int) -> str:
+    """text in the language of the UI, with blanks behind it to fill so many columns of a table."""
+    text = in_ui_language(text, sys.stdout)
+    return text + " " * (columns - sum(map(_columns_of, text)))
+
+
+def _columns_of(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1  # a Chinese one takes two
+
+
 def _fitting(text: str, columns: int) -> str:
-    """The start of text that fits into so many columns, of which a Chinese character takes two."""
+    """The start of text that fits into so many columns."""
     taken = 0
     for length, character in enumerate(text):
-        taken += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        taken += _columns_of(character)
         if taken > columns:
             return text[:length]
     return text

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from warm_start import commands
 
 import finetune_visualglm
 from model import chinese, progress
+from model.adapter_config import AdapterConfig
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
 from model.cli.preflight import preflight, warm_up_notes
@@ -38,16 +40,18 @@ from model.inference.load import load_for_answering
 from model.inference.sampling import GREEDY
 from model.inference.scores import Result, summary
 from model.progress import GOES_ON, say
-from model.training import report
+from model.training import dry_run, report
 from model.training.answers import Answered
 from model.training.best_checkpoint import BestEvaluation
 from model.training.find_lr import RateSweep
+from model.training.memory import Batch, Setup
 from model.training.records import EVALUATION, STEP, VALIDATION, Record
 from model.training.signals import STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
 from scripts import check_data, cli_demo, evaluate, predict, web_demo
+from scripts.dev.benchmark import SHAPES
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")
@@ -343,7 +347,7 @@ def checked(data: Path) -> list[str]:
         text += printed_by(check_rows, read_rows(DATA))  # which preflight calls, in a process of its own
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         text += printed_by(check, [*RUN[1:], "--train-data", DATA, "--save", str(data / "runs")])
-    return text.splitlines() + told_of_runs() + told_on_pages(data)
+    return text.splitlines() + told_of_runs() + told_of_plans() + told_on_pages(data)
 
 
 def told_of_runs() -> list[str]:
@@ -399,6 +403,31 @@ def told_of_runs() -> list[str]:
     batches.note({"rows": [("a.json row 1", 90)]})
     lines += [_no_memory("too much", batches, options), *by_kind({"t.layers.1.a.0": [2, 3], "t.layers.3.a.0": [2, 3]})]  # type: ignore[arg-type]
     return [*lines, f"SIGTERM: {STOPPING}", GOES_ON]
+
+
+def told_of_plans() -> list[str]:
+    """What --dry_run says of runs of the 6B, on a CPU and on GPUs that aren't here."""
+    lines = []
+    adapters = AdapterConfig(("lora",), layers=(0, 14))
+    for on_gpu, packed, methods in ((True, False, ("lora",)), (False, True, ("lora",)), (False, True, ("qlora",))):
+        adapters = replace(adapters, methods=methods)
+        setup = Setup(SHAPES["6b"], adapters, "fp32", on_gpu=on_gpu, packed=packed, data_parallel=2)
+        for images in (0, 4):
+            plan = dry_run.Plan(setup, Batch(4, 320, 1024, images), 2)
+            told: list[str] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dry_run, "plan_of", lambda *_, plan=plan: plan)
+                patch.setattr(dry_run, "checkpoint_size", lambda *_: 1)
+                patch.setattr(dry_run, "measured_rate", lambda *_: 1e9)
+                patch.setattr(dry_run, "measured_unpacking", lambda *_: 1e9)
+                patch.setattr(dry_run, "has_gpu", lambda on_gpu=on_gpu: on_gpu)
+                patch.setattr("torch.cuda.device_count", lambda: 2)
+                found = SimpleNamespace(name="A", total_memory=31 * 2**30)
+                patch.setattr("torch.cuda.get_device_properties", lambda _, found=found: found)
+                patch.setattr(dry_run, "in_column", lambda text, _, told=told: told.append(text) or text)
+                report = dry_run.dry_run_report(SimpleNamespace(gpu_memory=None), SimpleNamespace(checkpoint=None))  # type: ignore[arg-type]
+            lines += [*report.splitlines(), *told, *(cost for _, cost, _ in dry_run.ways_to_fit(plan))]
+    return lines
 
 
 def told_on_pages(folder: Path) -> list[str]:

@@ -101,3 +101,11 @@ def test_progress_is_shown_by_the_first_process_only_and_every_item_comes(capsys
         assert list(progress.with_progress(range(3), 3, "Items")) == [0, 1, 2]
         shown.append(capsys.readouterr().err.count("Items: "))
     assert shown == [3, 0]
+
+
+def test_column_of_a_table_is_as_wide_in_chinese(monkeypatch):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "en")
+    assert progress.in_column("weights", 10) == "weights   "
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+    assert progress.in_column("weights", 10) == "权重      "
+    assert progress.in_column("no such name", 5) == "no such name"

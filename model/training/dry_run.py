@@ -15,7 +15,7 @@ from model.cli.resuming import CommandLine
 from model.data.lengths import PAD_MULTIPLE, longest_sample
 from model.distributed import free_host_memory, has_gpu
 from model.errors import InputError
-from model.progress import count_of
+from model.progress import count_of, in_column
 from model.training.deepspeed_config import zero_stage
 from model.training.memory import BYTES, GIB, USABLE, Batch, Estimate, Setup, estimate, has_room_to_pack
 from model.training.step_time import (
@@ -178,14 +178,18 @@ def dry_run_report(options: Options, inputs: Inputs) -> str:
         f"Largest batch: {count_of(batch.rows, 'row')} of {batch.seq} tokens, {batch.answers} of them learned; {pictures}. "
         f"Batches a step: {plan.accumulated}, processes that share the rows: {setup.data_parallel}.",
         f"Memory of {'each GPU' if setup.on_gpu else 'each process'} in {setup.dtype}, GiB:",
-        *(f"  {name:24} {_gib(size):>7}" for name, size in told.training.items() if size),
-        f"  {'all while training':24} {_gib(sum(told.training.values())):>7}",
-        f"  {'all while loading':24} {_gib(told.loading):>7}",
+        *(_table_line(name, size) for name, size in told.training.items() if size),
+        _table_line("all while training", sum(told.training.values())),
+        _table_line("all while loading", told.loading),
         *_verdict(plan, device),
         f"A checkpoint takes {size_text(checkpoint_size(options, inputs.checkpoint))}.",
         time_per_step(plan, device),
     ]
     return "\n".join(lines)
+
+
+def _table_line(name: str, size: int) -> str:
+    return f"  {in_column(name, 24)} {_gib(size):>7}"
 
 
 def _verdict(plan: Plan, device: Device) -> list[str]:
@@ -197,7 +201,7 @@ def _verdict(plan: Plan, device: Device) -> list[str]:
         return [f"It does not fit: {there}. None of the flags alone makes it fit: a larger GPU is needed."]
     return [
         f"It does not fit: {there}. What would make it fit, the cheapest first:",
-        *(f"  {words:62} {_gib(way.told.peak):>6} GiB; {cost}" for words, cost, way in ways),
+        *(f"  {in_column(words, 62)} {_gib(way.told.peak):>6} GiB; {in_column(cost, 0)}" for words, cost, way in ways),
     ]
 
 

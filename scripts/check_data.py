@@ -15,31 +15,38 @@ import marshal
 import os
 import random
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly
+from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.cli.flag_checks import frame_problems
+from model.cli.options import length_or_auto
 from model.data.bad_rows import by_cause
 from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
-from model.data.lengths import bounded_length, count_truncations, needed_lengths, turn_lengths
+from model.data.lengths import auto_lengths, bounded_length, count_truncations, needed_lengths, turn_lengths
 from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.progress import count_of, say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
+TYPICAL_IMAGE_LENGTH, TYPICAL_POSITIONS = (
+    32,
+    2048,
+)  # tokens of a picture and of a sample, the 6B's: without a checkpoint
 BARS = 8  # lines of a histogram
 BAR_WIDTH = 40  # characters
 
@@ -52,8 +59,11 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
     parser.add_argument("--from_pretrained", metavar="CHECKPOINT", help="whose tokenizer and sizes count the tokens")
     parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given")
-    parser.add_argument("--max_source_length", type=int, default=64, help="to say what it would cut (default 64)")
-    parser.add_argument("--max_target_length", type=int, default=256, help="to say what it would cut (default 256)")
+    for part, tokens in (("source", 64), ("target", 256)):
+        parser.add_argument(
+            f"--max_{part}_length", type=length_or_auto, default=tokens, metavar="N|auto",
+            help="to say what it would cut; auto takes what the data needs, as in training (default %(default)s)",
+        )  # fmt: skip
     parser.add_argument("--source_prefix", default="", help="text put before every prompt (default: none)")
     parser.add_argument("--lang", default="zh", choices=["zh", "en"], help="of rows that don't say (default zh)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)")
@@ -77,8 +87,12 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the text output tells, as values for JSON.
 
     Raises:
-        InputError: a file can't be used as a whole, or no tokenizer is where it was said to be.
+        InputError: a file can't be used as a whole, no tokenizer is where it was said to be, or lengths leave no room.
     """
+    tokenizer, config = _tokenizer(options)
+    image_length = config.get("image_length", TYPICAL_IMAGE_LENGTH)
+    if tokenizer is not None:
+        raise_problems(frame_problems(options, tokenizer, image_length))
     files = list(dict.fromkeys([*options.train, *options.valid]))
     scanned = {file: scan_rows(file, options.image_folder) for file in files}
     rows = {file: good for file, (good, _) in scanned.items()}
@@ -104,11 +118,13 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
         "overlap": overlap,
         "tokens": None,
     }
-    tokenizer, image_length = _tokenizer(options)
     if tokenizer is not None:
-        lengths = Lengths(
-            image_length, options.max_source_length, options.max_target_length, options.source_prefix, lang=options.lang
-        )
+        unsettled = Lengths(image_length, 0, 0, options.source_prefix, lang=options.lang)
+        source, target = options.max_source_length, options.max_target_length
+        if None in (source, target) and any(map(len, rows.values())):
+            limit = config.get("max_sequence_length", TYPICAL_POSITIONS)
+            source, target = auto_lengths(rows, tokenizer, unsettled, source, target, limit)
+        lengths = replace(unsettled, max_source_length=source or 0, max_target_length=target or 0)
         report["tokens"] = token_report(rows.values(), tokenizer, lengths)
     report["problems"] = sum(map(len, problems.values()))
     report["wrong"] = bool(report["problems"] or (overlap and overlap["rows"]))
@@ -216,14 +232,14 @@ def _digest(*values: Any) -> bytes:
     return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()  # 2: equal values, equal bytes
 
 
-def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, int]:
-    """The tokenizer, or None if none was named, and how many tokens an image takes."""
+def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, Mapping[str, Any]]:
+    """The tokenizer, or None if none was named, and the checkpoint's config, empty without one."""
     if options.from_pretrained is None and options.tokenizer is None:
-        return None, 32
+        return None, {}
     checkpoint = Checkpoint.find(options.from_pretrained) if options.from_pretrained else None
     folder = checkpoint.folder if checkpoint else None
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(folder, options.tokenizer))
-    return tokenizer, checkpoint.config.get("image_length", 32) if checkpoint else 32
+    return tokenizer, checkpoint.config if checkpoint else {}
 
 
 def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, lengths: Lengths) -> dict[str, Any]:

@@ -444,7 +444,7 @@ def going_on_problems(options: Options, config: ModelConfig) -> list[str]:
     ]
 
 
-def frame_problems(options: Options, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
+def frame_problems(options: object, tokenizer: ChatGLMTokenizer, image_length: int) -> list[str]:
     """Which lengths leave no room for the frame around the question, or for the answer."""
     least = {
         "max_source_length": least_source_length(tokenizer, image_length),

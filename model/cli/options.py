@@ -129,10 +129,10 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "best (default: all).")
     add("--tokenizer", metavar="PATH",
         help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
-    add("--max_source_length", type=_length, default=64, metavar="N|auto",
+    add("--max_source_length", type=length_or_auto, default=64, metavar="N|auto",
         help="Longest question in tokens, picture, frame and history included; where a row has more, the oldest turns "
              "leave first, then the prompt is shortened; auto takes what the data needs (default %(default)s).")
-    add("--max_target_length", type=_length, default=256, metavar="N|auto",
+    add("--max_target_length", type=length_or_auto, default=256, metavar="N|auto",
         help="Longest answer in tokens; longer labels are cut; auto takes what the data needs (default %(default)s).")
     add("--lang", default="zh", choices=["zh", "en"],
         help='The frame of rows without a "lang" of their own: 问：…答：… or Q:…A:… (default %(default)s).')
@@ -215,7 +215,8 @@ def _measure(text: str) -> str | None:
     return words[text]
 
 
-def _length(text: str) -> int | None:
+def length_or_auto(text: str) -> int | None:
+    """A number of tokens, or None for auto."""
     if text == "auto":
         return None
     try:

@@ -238,7 +238,7 @@ def annotation_of(action: argparse.Action) -> object:
         return Literal["custom"] | bool
     value: Any = BY_PARSER.get(getattr(action.type, "__name__", "str"))
     value = list[value] if action.nargs in ("+", "*") else value
-    return value | None if action.default is None or action.type is module._length else value
+    return value | None if action.default is None or action.type is module.length_or_auto else value
 
 
 BY_PARSER = {
@@ -246,7 +246,7 @@ BY_PARSER = {
     "int": int,
     "float": float,
     "str": str,
-    "_length": int,
+    "length_or_auto": int,
     "_memory": int,
     "_truth": bool,
     "_json_object": dict[str, object],

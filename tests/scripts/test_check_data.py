@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_python, write_rows
+from conftest import GOLDEN, PROJECT, run_python, write_rows
 from PIL import Image
 
 from scripts.check_data import command_line, data_report, main, padding_shares, report_lines
@@ -88,6 +88,30 @@ def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path,
     assert again["cut"] == {"prompts": 0, "labels": 0, "histories": 0}
     assert (tokens["source"]["most"], tokens["target"]["most"]) == tuple(tokens["cuts_nothing"].values())
     assert sum(tokens["source"]["up_to"].values()) == 3
+
+
+def test_lengths_that_are_auto_are_what_the_data_needs(tmp_path: Path, row: dict) -> None:
+    rows = [row, row | {"label": "一二三四五六七八九十" * 3}, row | {"prompt": "一二三四五六七八九十" * 9}]
+    words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER)
+    tokens = report_of(*words, "--max_source_length", "auto", "--max_target_length", "auto")["tokens"]
+    assert tokens["cut"] == {"prompts": 0, "labels": 0, "histories": 0}
+    assert tokens["lengths"] == tokens["cuts_nothing"]
+    tokens = report_of(*words, "--max_target_length", "auto")["tokens"]
+    assert tokens["cut"] == {"prompts": 1, "labels": 0, "histories": 0}
+    assert tokens["lengths"] == tokens["cuts_nothing"] | {"max_source_length": 64}
+    none_good = str(write_rows(tmp_path, [{"prompt": "?"}]))
+    assert report_of(none_good, *words[1:], "--max_source_length", "auto")["problems"] == 1
+
+
+def test_lengths_that_training_refuses_are_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ("--max_source_length", "-5", "--max_target_length", "0")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(PROJECT / "fewshot-data/dataset.json"), "--tokenizer", TOKENIZER, *lengths])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(
+        "check_data.py: error: --max_source_length -5: no room for a single token of text; at least "
+    )
+    assert second == "--max_target_length 0: no room for a single token of text; at least 3 is needed."
 
 
 def test_report_in_processes_is_the_same(tmp_path: Path, row: dict) -> None:

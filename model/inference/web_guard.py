@@ -184,8 +184,11 @@ def listening(host: str, port: int) -> socket.socket:
         InputError: it can't be had.
     """
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
+        of_host = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = of_host[0]
+        # asyncio sends small pieces, such as an answer's tokens, at once only where the socket knows that it is TCP's. Else
+        # each waits for the client's word that the one before has come, 40 ms as a rule.
+        found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 
 import pytest
 
@@ -76,6 +77,25 @@ def test_only_the_paths_that_are_named_are_answered(path, status):
     only = OnlyPaths(app, ["/", "/config", "/assets/", "/file=/"])
     for method in ("GET", "POST"):
         assert answered(only, POST | {"method": method, "path": path})[0] == status
+
+
+def test_small_writes_to_a_client_are_sent_at_once():
+    delays = []
+
+    async def noted(_, writer):
+        client = writer.get_extra_info("socket")
+        delays.append(not client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def run():
+        with listening("127.0.0.1", 0) as found:
+            async with await asyncio.start_server(noted, sock=found):
+                reader, writer = await asyncio.open_connection(*found.getsockname()[:2])
+                await reader.read()
+                writer.close()
+
+    asyncio.run(run())
+    assert delays == [False]
 
 
 def test_address_that_is_taken_is_refused():

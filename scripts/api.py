@@ -79,7 +79,7 @@ from model.inference.api_formats import (
     released_answer,
     usage_chunk,
 )
-from model.inference.serving import BusyError, FailedError, Growth, Service, growing
+from model.inference.serving import BusyError, FailedError, Growth, Service, computed_apart, growing
 from model.inference.text import new_text
 from model.inference.web_guard import Guard, listening
 
@@ -332,9 +332,12 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     from model.inference.engine import Engine
     from model.inference.load import load_for_answering
 
-    model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
-    )
+    def load() -> tuple[Any, Any]:
+        return load_for_answering(
+            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
+        )
+
+    model, tokenizer = computed_apart(load)
     with Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue) as service:
         api = Api(service, model, tokenizer, options)
         config = uvicorn.Config(

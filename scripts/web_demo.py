@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,19 @@ def speakers(checkpoints: Sequence[Checkpoint], options: argparse.Namespace, sta
     """The checkpoints' models, loaded, each with an engine that runs until the stack is left."""
     from model.inference.engine import Engine
     from model.inference.load import load_for_answering
-    from model.inference.serving import Service
+    from model.inference.serving import Service, computed_apart
     from model.inference.talk import Speaker
 
     short = [Path(checkpoint.name).name or checkpoint.folder.resolve().name for checkpoint in checkpoints]
     names = short if len(set(short)) == len(short) else [checkpoint.name for checkpoint in checkpoints]
-    for name, checkpoint in zip(names, checkpoints, strict=True):
-        model, tokenizer = load_for_answering(
+
+    def loaded(checkpoint: Checkpoint) -> tuple[Any, Any]:
+        return load_for_answering(
             checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
         )
+
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        model, tokenizer = computed_apart(partial(loaded, checkpoint))
         service = Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue)
         yield Speaker(name, stack.enter_context(service), model, tokenizer)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 from PIL import Image
 
@@ -39,7 +40,8 @@ class BlipImageEvalProcessor:
             InputError: the image's data can't be read.
         """
         resized = open_image(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(self.image_size, self.image_size, 3).permute(2, 0, 1)  # uint8[3, H, W]
-        values = pixels.to(torch.float32).div(255)
-        return values.sub(torch.tensor(self.mean).view(3, 1, 1)).div(torch.tensor(self.std).view(3, 1, 1))
+        # In NumPy: torch would give every thread of a server that opens pictures helpers, see `model.inference.serving`.
+        mean, std = (numpy.array(one, dtype=numpy.float32).reshape(3, 1, 1) for one in (self.mean, self.std))
+        pixels = numpy.asarray(resized).transpose(2, 0, 1)  # uint8[3, H, W]
+        values = numpy.divide(pixels, 255, dtype=numpy.float32)
+        return torch.from_numpy((values - mean) / std)

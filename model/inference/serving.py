@@ -11,10 +11,11 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.text import GrowingText
@@ -23,7 +24,20 @@ from model.progress import count_of, printable, warn
 if TYPE_CHECKING:  # flags are checked before torch is loaded
     from model.inference.engine import Answer, Engine, Question
 
+Result = TypeVar("Result")
+
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there, while its answer waits
+
+
+def computed_apart(compute: Callable[[], Result]) -> Result:
+    """What compute returns. It runs in a thread that ends then, and with it the helpers that OpenMP gave this thread.
+
+    The engine's thread has helpers of its own. GNU's OpenMP counts those of all threads, and if they are more than the
+    processors, they go to sleep after each operation in place of waiting for the next: on a CPU each token would take
+    up to twice as long. So a server loads its model in here.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compute).result()
 
 
 class BusyError(Exception):

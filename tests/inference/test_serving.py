@@ -1,16 +1,18 @@
 """The thread around the engine: what fails, waits, is late or left, and texts before which an answer ends."""
 
 import asyncio
+import json
 
 import pytest
 import torch
-from conftest import GOLDEN, load_model
+from conftest import GOLDEN, load_model, run_python
 
 from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
 from model.inference.chat import answer_so_far, chat_question
 from model.inference.engine import Engine
 from model.inference.sampling import GREEDY
-from model.inference.serving import BusyError, FailedError, Service, before_stop, growing
+from model.inference.serving import BusyError, FailedError, Service, before_stop, computed_apart, growing
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,20 @@ def test_new_question_is_told_how_many_are_before_it(model, tokenizer, question)
             assert service.before_a_new_one == 1
             service.submit(question, lambda: None)
             assert service.before_a_new_one == 2
+
+
+# helpers of threads
+
+
+@pytest.mark.run
+def test_thread_that_loads_leaves_no_helpers_and_one_that_prepares_pictures_has_none():
+    done = run_python("tests/programs/helpers_of_openmp.py", OMP_NUM_THREADS="2")
+    assert json.loads(done.stdout) == {"apart": 0, "picture": 0, "here": 1}, done.stderr
+
+
+def test_what_is_wrong_with_what_is_computed_apart_is_told():
+    def refuse():
+        raise InputError("no such model")
+
+    with pytest.raises(InputError, match="no such model"):
+        computed_apart(refuse)

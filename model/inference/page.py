@@ -60,8 +60,9 @@ def worded(text: str) -> str:
 def page(title: str, *parts: str) -> str:
     """A whole page."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    html_tag = f'<html lang="{"zh" if speaks_chinese() else "en"}">'
     return (
-        f'<!doctype html>\n<html lang="{"zh" if speaks_chinese() else "en"}"><head>{head}<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n'
+        f"<!doctype html>\n{html_tag}<head>{head}<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body></html>\n"
     )

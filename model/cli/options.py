@@ -23,6 +23,7 @@ from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
 FIND_LR_STEPS = 100
+SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 MEASURES = ("loss", "exact", "rouge_l")  # that an evaluation can be the best by
 
 # What people need first: the flags that --help shows, in this order.

@@ -32,7 +32,7 @@ from model.cli.flag_checks import (
     split_row_problems,
     split_shares,
 )
-from model.cli.options import FIND_LR_STEPS, Options
+from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
@@ -43,8 +43,6 @@ from model.distributed import is_first_process, world_size
 from model.errors import raise_problems
 from model.hub import at_revision
 from model.progress import count_of
-
-SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def preflight(
         InputError: lists every problem of the first kind that there is.
     """
     raise_problems(flag_problems(options))
-    notes = [] if options.save else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
+    is_kept = options.save or options.find_lr  # which says by itself that nothing is saved
+    notes = [] if is_kept else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
     notes += worker_notes(options)
     notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options, resumed)

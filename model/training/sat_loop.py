@@ -34,7 +34,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from model.checkpoints.layout import read_json_object
-from model.cli.options import Options, full_parser
+from model.cli.options import SAT_TRAIN_ITERS, Options, full_parser
 from model.distributed import (
     from_first_process,
     has_gpu,
@@ -552,6 +552,8 @@ def get_args(argv: Sequence[str], options: Options, parser: argparse.ArgumentPar
     words = [*argv, "--log-interval", str(options.log_interval), "--split", options.split, "--strict-eval"]
     words += ["--eval-batch-size", str(options.eval_batch_size or options.batch_size)]
     words += ["--eval-interval", str(evaluate_every)] if evaluate_every else []
+    if not (options.train_iters or options.epochs):  # SAT would take as many, with a warning; ours have been said
+        words += ["--train-iters", str(SAT_TRAIN_ITERS)]
     args = _sat_args(words, options, parser, options.fp16)
     if args.warmup == 0:
         args.warmup = 1e-12  # SAT divides by the number of warm-up steps; so small a number changes no rate

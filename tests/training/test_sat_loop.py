@@ -41,6 +41,21 @@ def test_sats_own_get_args_without_a_gpu_refuses_to_train(no_launcher):
         sat.get_args(argv, parser=script_parser())
 
 
+@pytest.mark.parametrize(
+    ("flags", "iters", "epochs"), [([], 10_000, None), (["--epochs", "3"], None, 3), (["--train-iters", "7"], 7, None)]
+)
+def test_args_without_a_number_of_steps_have_sats_and_no_warning_of_it(
+    no_launcher, uncompiled_deepspeed, monkeypatch, flags, iters, epochs
+):
+    told = []
+    monkeypatch.setattr("sat.arguments.print_rank0", lambda message, **_: told.append(message))
+    argv = ["--use_lora", "--mode", "finetune", "--train-data", "rows.json", *flags]
+    with distributed.launcher_environment():
+        args = sat_loop.get_args(argv, parse(argv), script_parser())
+    assert (args.train_iters, args.epochs) == (iters, epochs)
+    assert not [message for message in told if "iters" in message]
+
+
 @pytest.mark.parametrize("flags", [[], ["--device", "0"], ["--distributed-backend", "nccl"]])
 def test_args_without_a_gpu_are_for_the_cpu(sat_args, flags):
     assert sat_args(*flags).device == "cpu"

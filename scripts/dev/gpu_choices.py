@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a fil
 
 from model.distributed import has_gpu
 from model.errors import command
-from model.progress import duration, say, warn
+from model.progress import count_of, duration, say, warn
 from scripts.dev.benchmark import (
     SAVINGS,
     SHAPES,
@@ -122,9 +122,9 @@ def product_choices(device: Any, dtype: Any, hidden: int) -> Iterator[Choice]:
             unpacked = seconds(lambda x=x: F.linear(x, dequantized(packed, state, dtype)), device)  # type: ignore[misc]
             theirs = seconds(lambda x=x: bitsandbytes.matmul_4bit(x, packed.t(), state), device)  # type: ignore[misc]
         told = f"{1000 * unpacked:.3f} ms unpacked, {1000 * theirs:.3f} ms bitsandbytes'"
-        verdict = f"unpack it in `Nf4Linear.product`, model/frozen.py, at {rows} rows"
+        verdict = f"unpack it in `Nf4Linear.product`, model/frozen.py, at {count_of(rows, 'row')}"
         yield Choice(
-            f"a product of 4 bits, {rows} rows (bitsandbytes')",
+            f"a product of 4 bits, {count_of(rows, 'row')} (bitsandbytes')",
             told,
             verdict if unpacked < WORTH * theirs else "as it is",
         )

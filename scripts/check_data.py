@@ -43,10 +43,8 @@ from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.progress import count_of, say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size
-TYPICAL_IMAGE_LENGTH, TYPICAL_POSITIONS = (
-    32,
-    2048,
-)  # tokens of a picture and of a sample, the 6B's: without a checkpoint
+# Without a checkpoint, those of the 6B: tokens of a picture, and of a sample.
+TYPICAL_IMAGE_LENGTH, TYPICAL_POSITIONS = 32, 2048
 BARS = 8  # lines of a histogram
 BAR_WIDTH = 40  # characters
 

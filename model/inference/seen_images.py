@@ -21,9 +21,7 @@ class SeenImages:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._features: OrderedDict[bytes, torch.Tensor] = (
-            OrderedDict()
-        )  # by the pixels' digest; the last one seen last
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # by digest; the last one seen last
 
     def features(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What `image_features` makes of each image [1, 3, H, W]: [queries, width]. New ones are looked at together."""

@@ -420,6 +420,7 @@ SENTENCES = {
     "What can be done next": "接下来可以做什么",
     "Held-out rows, the worst answers first": "留出的数据，答得最差的在前",
     "Rows that were trained on, the worst answers first": "训练用的数据，答得最差的在前",
+    "Rows, the worst answers first": "各条数据，答得最差的在前",
     "The rows, the worst answers first": "各条数据，答得最差的在前",
     "training loss, first and last steps": "训练损失，最初几步 → 最后几步",
     "evaluation loss, last": "评估损失，最后一次",

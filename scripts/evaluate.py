@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import write_whole
+from model.chinese import in_ui_language
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
 from model.distributed import from_all_processes, world_size
@@ -185,7 +186,7 @@ def page_of(results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict
     from model.inference.page import escaped, page, row_card, section, table
 
     first = next(iter(results.values()))
-    names = list(results) if len(results) > 1 else ["answer"]
+    names = list(results) if len(results) > 1 else [in_ui_language("answer")]
     figures = [(words, [form.format(one[key]) for one in measures.values()]) for key, words, form in SHOWN_MEASURES]
     cards = [
         row_card(result, [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])

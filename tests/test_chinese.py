@@ -460,11 +460,11 @@ def told_on_pages(folder: Path) -> list[str]:
         if held_out:
             (run / "held_out.json").write_text("[]")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (chinese, page, report):
+        for module in (chinese, page, report, evaluate):
             patch.setattr(module, "in_ui_language", lambda text: told.append(text) or text)
         evaluate.page_of({"one": [result]}, {"one": summary([result])})
-        for run in folder.iterdir():
-            report.report([run])
+        for runs in ([folder / "one"], [folder / "two"], [folder / "one", folder / "two"]):
+            report.report(runs)
     return told
 
 

@@ -1,7 +1,8 @@
 """Pages of HTML that need nothing beside them: style, pictures and curves are in the one file, and nothing is fetched.
 
 They follow the reader's choice of light or dark, and fit a phone. Every text goes through `escaped`: rows may hold anything.
-Headings and names are ours, and told as commands tell things, in Chinese to those who ask for it: `worded`.
+Headings, paragraphs and the names of a table's rows are told as commands tell things, in Chinese to those who ask for it:
+`worded`. What users name, and what rows and cells hold, is shown as it is.
 """
 
 import base64
@@ -85,7 +86,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
     lines = [f"<thead><tr><th></th>{head}</tr></thead>"] if any(heads) else []
     for name, cells in rows:
         mark = ' class="differs"' if len(set(cells)) > 1 else ""
-        lines.append(f"<tr{mark}><th>{worded(name)}</th>{''.join(f'<td>{worded(cell)}</td>' for cell in cells)}</tr>")
+        lines.append(f"<tr{mark}><th>{worded(name)}</th>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
@@ -95,12 +96,14 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 def row_card(row: Result, answers: Sequence[tuple[str, Result]]) -> str:
     """A row with its picture, shrunk, and what was answered, each with the name of who or when."""
     source = thumbnail(row.img)
-    shown = [("question", escaped(row.prompt)), ("label", escaped(row.label))]
+    shown = [(worded("question"), escaped(row.prompt)), (worded("label"), escaped(row.label))]
     for name, result in answers:
         mark = "good" if result.right else "bad"
         cut = " …" if result.cut else ""
-        shown.append((name, f'<span class="{mark}">{escaped(result.answer) or worded("(nothing)")}{cut}</span>'))
-    entries = "".join(f"<dt>{worded(name)}</dt><dd>{text}</dd>" for name, text in shown)
+        shown.append(
+            (escaped(name), f'<span class="{mark}">{escaped(result.answer) or worded("(nothing)")}{cut}</span>')
+        )
+    entries = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in shown)
     if row.img and source is None:
         gone = in_ui_language(", which can't be opened now")
         entries += f'<dt>{worded("picture")}</dt><dd class="faint">{escaped(row.img)}{gone}</dd>'
@@ -177,7 +180,7 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
             x, y = at(*point).split()
             parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>')
     keys = "".join(
-        f'<span class="key"><i style="background:var(--c{curve.colour % COLOURS})"></i>{worded(curve.name)}</span>'
+        f'<span class="key"><i style="background:var(--c{curve.colour % COLOURS})"></i>{escaped(curve.name)}</span>'
         for curve in curves
         if curve.name and not curve.pale
     )

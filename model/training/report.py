@@ -154,15 +154,15 @@ def settings_of(story: Story) -> Iterator[tuple[str, str]]:
     yield "base", str(flags.get("from_pretrained", ""))
     yield "method", listed_in_ui_language(_methods(flags))
     for file, data in settings.get("data", {}).items():
-        parts = [count_of(data.get("rows") or 0, "row")]
+        parts = [count_of(data["rows"], "row")] if "rows" in data else []
         parts += [f"{data[key]} {words}" for key, words in (("trained_on", "trained on"), ("held_out", "held out"),
                                                             ("left_out", "left out as bad"), ("cut_labels", "answers cut"))
                   if data.get(key)]  # fmt: skip
         yield file, listed_in_ui_language(parts)
     steps, at_once = settings.get("steps"), settings.get("samples_per_step")
-    if steps:
+    if steps and at_once:
         done = story.steps[-1].step if story.steps else 0
-        yield "steps", f"{done} of {steps}, {count_of(at_once or 1, 'sample')} each"
+        yield "steps", in_ui_language(f"{done} of {steps}, {count_of(at_once, 'sample')} each")
     if story.steps and story.steps[-1].epoch:
         yield "epochs", f"{story.steps[-1].epoch:.3g}"
     for name in settings.get("given", []):
@@ -170,7 +170,8 @@ def settings_of(story: Story) -> Iterator[tuple[str, str]]:
             value = flags.get(name)
             yield flag_names().get(name, f"--{name}"), "✓" if value is True else shown(value)
     machine = starts[-1].get("machine", {})
-    yield "machine", ", ".join(machine.get("gpus") or [count_of(machine.get("cpus") or 1, "CPU")])
+    cpus = [count_of(machine["cpus"], "CPU")] if machine.get("cpus") else []
+    yield "machine", ", ".join(machine.get("gpus") or cpus)
     yield "torch", str(starts[-1].get("versions", {}).get("torch") or "")
 
 
@@ -236,7 +237,7 @@ def answers_of(stories: Sequence[Story]) -> tuple[str, str]:
         for name in ("before", "after"):
             answered: Answered | None = story.answers.get(name)
             for result in answered.results if answered is not None else ():
-                label = f"{in_ui_language(name)}, {story.name}" if several else name
+                label = in_ui_language(name) + (f", {story.name}" if several else "")
                 of_row.setdefault((result.img, result.prompt, result.label), []).append((label, result))
     first = worst_first([result for story in told for result in story.answers["after"].results])
     order = dict.fromkeys((result.img, result.prompt, result.label) for result in first)

@@ -58,6 +58,15 @@ def test_half_a_character_is_shown_as_a_question_mark():
     assert escaped("a\ud800b") == "a?b"
 
 
+def test_names_of_checkpoints_and_what_cells_hold_are_not_translated(monkeypatch):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+    text = page("a", row_card(result("b"), [("base", result("b"))]), table(["base"], [("time", ["base"])]))
+    assert "<dt>base</dt>" in text
+    assert "<th>base</th>" in text
+    assert "<th>用时</th><td>base</td>" in text
+    assert "<dt>问题</dt>" in text
+
+
 def test_row_without_picture_or_with_one_that_is_gone_is_shown_all_the_same(tmp_path):
     assert "<img" not in row_card(result("b", img=""), [])
     shown = row_card(result("b", img=str(tmp_path / "gone.png")), [])

@@ -78,6 +78,26 @@ def test_page_is_in_chinese_where_that_is_asked_for(runs, monkeypatch):
     assert not re.search("<(h2|dt|th)>[a-z ,]+</", re.sub("torch|one|two", "", text))
 
 
+def test_what_users_name_like_our_words_is_shown_as_they_name_it(runs, monkeypatch):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+    flags = SETTINGS["flags"] | {"from_pretrained": "base", "experiment_name": "time"}
+    named = SETTINGS | {"flags": flags, "given": ["experiment_name"]}
+    (runs[0] / "settings.json").write_text(json.dumps(named))
+    text = report([runs[0].rename(runs[0].parent / "evaluation"), runs[1]])
+    assert "<th>基座模型</th><td>base</td>" in text
+    assert "<th>--experiment-name</th><td>time</td>" in text
+    assert "</i>evaluation</span>" in text
+
+
+def test_what_is_not_known_of_a_run_is_not_on_its_page(runs):
+    known = {name: value for name, value in SETTINGS.items() if name not in ("samples_per_step", "starts")}
+    (runs[0] / "settings.json").write_text(json.dumps(known | {"data": {"rows.json": {"trained_on": 20}}}))
+    text = report(runs[:1])
+    assert "<th>rows.json</th><td>20 trained on</td>" in text
+    for name in ("machine", "steps", "started", "torch"):
+        assert f"<th>{name}</th>" not in text
+
+
 def test_page_of_two_runs_has_a_column_and_a_curve_for_each(runs):
     text = report(runs)
     assert "<th>one</th><th>two</th>" in text

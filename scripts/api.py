@@ -332,12 +332,10 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     from model.inference.engine import Engine
     from model.inference.load import load_for_answering
 
-    def load() -> tuple[Any, Any]:
-        return load_for_answering(
-            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
-        )
-
-    model, tokenizer = computed_apart(load)
+    model, tokenizer = computed_apart(
+        load_for_answering,
+        *(checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype),
+    )
     with Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue) as service:
         api = Api(service, model, tokenizer, options)
         config = uvicorn.Config(

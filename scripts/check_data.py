@@ -118,11 +118,11 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     }
     if tokenizer is not None:
         unsettled = Lengths(image_length, 0, 0, options.source_prefix, lang=options.lang)
-        source, target = options.max_source_length, options.max_target_length
-        if None in (source, target) and any(map(len, rows.values())):
-            limit = config.get("max_sequence_length", TYPICAL_POSITIONS)
-            source, target = auto_lengths(rows, tokenizer, unsettled, source, target, limit)
-        lengths = replace(unsettled, max_source_length=source or 0, max_target_length=target or 0)
+        limit = config.get("max_sequence_length", TYPICAL_POSITIONS)
+        source, target = auto_lengths(
+            rows, tokenizer, unsettled, options.max_source_length, options.max_target_length, limit
+        )
+        lengths = replace(unsettled, max_source_length=source, max_target_length=target)
         report["tokens"] = token_report(rows.values(), tokenizer, lengths)
     report["problems"] = sum(map(len, problems.values()))
     report["wrong"] = bool(report["problems"] or (overlap and overlap["rows"]))

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -124,14 +123,11 @@ def speakers(checkpoints: Sequence[Checkpoint], options: argparse.Namespace, sta
 
     short = [Path(checkpoint.name).name or checkpoint.folder.resolve().name for checkpoint in checkpoints]
     names = short if len(set(short)) == len(short) else [checkpoint.name for checkpoint in checkpoints]
-
-    def loaded(checkpoint: Checkpoint) -> tuple[Any, Any]:
-        return load_for_answering(
-            checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
-        )
-
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        model, tokenizer = computed_apart(partial(loaded, checkpoint))
+        model, tokenizer = computed_apart(
+            load_for_answering,
+            *(checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype),
+        )
         service = Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue)
         yield Speaker(name, stack.enter_context(service), model, tokenizer)
 

@@ -71,8 +71,9 @@ def preflight(
         InputError: lists every problem of the first kind that there is.
     """
     raise_problems(flag_problems(options))
-    is_kept = options.save or options.find_lr  # which says by itself that nothing is saved
-    notes = [] if is_kept else ["NOTHING IS SAVED (--save none): what is learned is gone when this run ends."]
+    notes = []
+    if not (options.save or options.find_lr):  # --find_lr says by itself that it saves nothing
+        notes.append("NOTHING IS SAVED (--save none): what is learned is gone when this run ends.")
     notes += worker_notes(options)
     notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options, resumed)
@@ -194,13 +195,13 @@ def settled_lengths(
     options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer, selection: Selection
 ) -> Lengths:
     """The lengths of the command line, with what the data needs where it says auto."""
-    source, target = options.max_source_length, options.max_target_length
     unsettled = Lengths(
         config["image_length"], 0, 0, options.source_prefix, options.ignore_pad_token_for_loss, options.lang
     )
-    if source is None or target is None:
-        limit = config.get("max_sequence_length", options.max_sequence_length)
-        source, target = auto_lengths(selection.rows, tokenizer, unsettled, source, target, limit)
+    limit = config.get("max_sequence_length", options.max_sequence_length)
+    source, target = auto_lengths(
+        selection.rows, tokenizer, unsettled, options.max_source_length, options.max_target_length, limit
+    )
     return replace(unsettled, max_source_length=source, max_target_length=target)
 
 

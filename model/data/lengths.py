@@ -201,11 +201,14 @@ def auto_lengths(
 ) -> tuple[int, int]:
     """--max_source_length and --max_target_length; one that is None becomes what the rows need.
 
-    If the model can't take both, questions get what the answers leave, but at least half.
+    If the model can't take both, questions get what the answers leave, but at least half. Where both are given, no row is
+    looked at.
 
     Args:
         limit: tokens that the model takes, source and target together.
     """
+    if source is not None and target is not None:
+        return source, target
     needed = _begin(lambda rows: needed_lengths(rows, tokenizer, lengths), files, _parts(files))()
     needed_source, needed_target = map(max, zip(*needed, strict=True))
     if source is None:

@@ -29,15 +29,15 @@ Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there, while its answer waits
 
 
-def computed_apart(compute: Callable[[], Result]) -> Result:
-    """What compute returns. It runs in a thread that ends then, and with it the helpers that OpenMP gave this thread.
+def computed_apart(compute: Callable[..., Result], *arguments: object) -> Result:
+    """What compute returns for the arguments. It runs in a thread that ends then, and with it the helpers that OpenMP gave this thread.
 
     The engine's thread has helpers of its own. GNU's OpenMP counts those of all threads, and if they are more than the
     processors, they go to sleep after each operation in place of waiting for the next: on a CPU each token would take
     up to twice as long. So a server loads its model in here.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(compute).result()
+        return thread.submit(compute, *arguments).result()
 
 
 class BusyError(Exception):

@@ -195,7 +195,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
              "(default %(default)s).")
     add("--resume", metavar="FOLDER|auto",
         help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
-             "the newest checkpoint of --experiment-name under --save, or a fresh run.")
+             "the newest checkpoint of --experiment-name under --save, or a fresh run. A run that still goes on is refused.")
     add("--config", metavar="FILE.yaml",
         help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win. A run's settings.json is "
              "such a file too.")

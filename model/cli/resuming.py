@@ -16,6 +16,7 @@ from pathlib import Path
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Ending, Resumed, digest, newest_run, resumed_from
+from model.checkpoints.running import refuse_running
 from model.cli.config_file import with_config_files
 from model.cli.options import Options, flag_names, flag_with_value, parse, shown, spelled_out
 from model.distributed import world_size
@@ -88,6 +89,8 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     joined.save = save
     changes = differing(before, joined)
     joined.load = None  # what it loaded is in the checkpoint
+    if not joined.dry_run:
+        refuse_running(resumed.checkpoint.folder)
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
     return CommandLine(joined_words, joined, resumed, [*notes, *more_notes, *changed])
 

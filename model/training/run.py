@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from model.checkpoints.metadata import VISION
+from model.checkpoints.running import Running
 from model.checkpoints.weights import load_checkpoint, save_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
@@ -120,14 +121,15 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     stop = StopAtSignal(hooks)
     sweep = RateSweep(options, hooks) if options.find_lr else None
     answers = RowAnswers(options, inputs.tokenizer)
-    folder = RunFolder(line, inputs, state, hooks, stop.is_stopping)
-    with stop, launcher_environment(), adapted(hooks):
-        watchdog = Watchdog.of_run(options, batches, saver, stop)
-        with watchdog, saver, folder, told_in_a_sentence(batches, options):
-            yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers, sweep)
-        stop.leave()
-    if sweep is not None:
-        sweep.tell()
-    folder.tell_what_was_learned()
-    folder.wait_for_picture()
-    folder.note_end()
+    with Running() as running:
+        folder = RunFolder(line, inputs, state, hooks, stop.is_stopping, running)
+        with stop, launcher_environment(), adapted(hooks):
+            watchdog = Watchdog.of_run(options, batches, saver, stop)
+            with watchdog, saver, folder, told_in_a_sentence(batches, options):
+                yield Run(line, inputs, hooks, state, saver, batches, stop, folder, watchdog, answers, sweep)
+            stop.leave()
+        if sweep is not None:
+            sweep.tell()
+        folder.tell_what_was_learned()
+        folder.wait_for_picture()
+        folder.note_end()

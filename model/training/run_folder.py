@@ -8,6 +8,7 @@
     tensorboard/     the same for TensorBoard, unless --summary-dir names a place
     held_out.json    the rows of --holdout, as a data file that scripts/evaluate.py takes
     bad_rows.txt     the rows that were left out (--bad_rows skip), a sentence each
+    running.txt      the process that trains here, while it does: `model.checkpoints.running`
 
 These files are for people and for tools that show a run. Going on with a run needs none of them: --resume reads
 `training_run.json` beside the weights of an iteration (`model.checkpoints.resume`), which says what held at that iteration.
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,13 +33,14 @@ from typing import Any
 import psutil
 
 from model.checkpoints.resume import SETTINGS_FILE, Ending, digests
+from model.checkpoints.running import RUNNING_FILE, Running
 from model.checkpoints.whole import remove, write_whole
 from model.cli.config_file import flags_as_held
 from model.cli.preflight import Inputs
 from model.cli.resuming import CommandLine
 from model.data.rows import Row, json_row
 from model.data.split import Selection
-from model.distributed import is_first_process
+from model.distributed import done_by_first_process, is_first_process
 from model.progress import say, warn
 from model.training.curves import LossPicture
 from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, MetricsFile
@@ -46,6 +49,10 @@ from model.training.sat_loop import Hooks
 from model.training.verdict import verdict
 
 BAD_ROWS_FILE, TENSORBOARD_FOLDER = "bad_rows.txt", "tensorboard"
+# What is there before the first step; it goes with a run that takes none.
+OF_EVERY_RUN = (
+    SETTINGS_FILE, METRICS_FILE, ANSWERS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER, RUNNING_FILE,
+)  # fmt: skip
 VERSION = 1  # of settings.json
 PACKAGES = (
     "torch", "SwissArmyTransformer", "deepspeed", "transformers", "bitsandbytes", "numpy", "Pillow", "sentencepiece",
@@ -58,14 +65,21 @@ class RunFolder:
     """The files of one run. As a context manager it closes them, and removes them if not a single step was taken."""
 
     def __init__(
-        self, line: CommandLine, inputs: Inputs, run: RunState, hooks: Hooks, is_stopping: Callable[[], bool]
+        self,
+        line: CommandLine,
+        inputs: Inputs,
+        run: RunState,
+        hooks: Hooks,
+        is_stopping: Callable[[], bool],
+        running: Running,
     ) -> None:
         """Let hooks put TensorBoard's file in its place. The folder is known when SAT calls `place`.
 
         Args:
             is_stopping: whether a signal has asked the run to end.
+            running: claims the folder for this run.
         """
-        self.is_stopping = is_stopping
+        self.is_stopping, self.running = is_stopping, running
         self.line, self.inputs, self.run, self.report = line, inputs, run, hooks.report
         self.folder: Path | None = None
         self.settings: dict[str, Any] = {}
@@ -78,10 +92,15 @@ class RunFolder:
         return self
 
     def place(self, args: argparse.Namespace, model: Any) -> None:
-        """Choose the run's folder, and write what is known of the run. SAT calls this on every process before training."""
+        """Choose the run's folder, and write what is known of the run. SAT calls this on every process before training.
+
+        Raises:
+            InputError: another run goes on in it. Every process raises it.
+        """
         self.run.place(args, model)
         if not args.save:
             return
+        done_by_first_process(partial(self.running.claim, Path(args.save)))
         self.folder = Path(args.save)
         args.summary_dir = args.summary_dir or args.save  # Weights & Biases keeps its files there
         if not is_first_process():
@@ -132,7 +151,7 @@ class RunFolder:
         if self.folder is None or not is_first_process():
             return
         if not self.steps:
-            for name in (SETTINGS_FILE, METRICS_FILE, ANSWERS_FILE, HELD_OUT_FILE, BAD_ROWS_FILE, TENSORBOARD_FOLDER):
+            for name in OF_EVERY_RUN:
                 remove(self.folder / name)
         elif self.picture is not None:
             if self.is_stopping() or (kind is not None and not issubclass(kind, Exception)):

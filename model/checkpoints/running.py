@@ -1,0 +1,101 @@
+"""Whose a run's folder is at the moment. A second run that went on in it would overwrite what the first one saves.
+
+    refuse_running(folder)             where another process trains there
+    with Running() as running:
+        running.claim(folder)          the same, and from here on this one does
+
+`<run>/running.txt` names the process, which keeps a record lock on the file. The system takes the lock back however the
+process ends, workers that it forks don't inherit it, and NFS shows it to other machines. Where files can't be locked, nothing
+is refused.
+
+Only the standard library is imported.
+"""
+
+import fcntl
+import os
+import platform
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from model.checkpoints.whole import remove
+from model.errors import InputError
+
+RUNNING_FILE = "running.txt"  # in the run's folder
+
+
+class Running:
+    """This process's claim of a run's folder. As a context manager it ends with the block, and its file goes."""
+
+    def __init__(self) -> None:
+        """Claim nothing yet."""
+        self.path: Path | None = None
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def claim(self, folder: Path) -> None:
+        """Let no other process train in this folder.
+
+        Raises:
+            InputError: one does already.
+        """
+        path = folder / RUNNING_FILE
+        while self.file is None:
+            try:
+                file = path.open("a+", encoding="utf-8")
+            except OSError:  # whoever can't write here is told so by the first checkpoint
+                return
+            if not _locked(file, fcntl.LOCK_EX):
+                file.close()
+                refuse_running(folder)
+                continue  # it has ended in between
+            if _is_at(file, path):
+                self.path, self.file = path, file
+            else:
+                file.close()  # its process has just ended, and taken the file away
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.path is not None and self.file is not None:
+            remove(self.path)
+            self.file.close()
+
+
+def refuse_running(folder: Path) -> None:
+    """Return if no other process trains in this folder.
+
+    Raises:
+        InputError: one does.
+    """
+    try:
+        file = (folder / RUNNING_FILE).open(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    with file:
+        if not _locked(file, fcntl.LOCK_SH):
+            raise InputError(
+                f"--resume: {folder} is trained in by {file.readline().strip() or 'another process'} now, and two at once "
+                "would overwrite each other's checkpoints; wait until it has ended, or end it."
+            )
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    """Whether nobody else has locked the file: it now has a lock of this kind, or its file system knows none."""
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -309,7 +309,7 @@ def write_tuned(base: Path, folder: Path, full: bool = False, **flags: Any) -> P
     """A checkpoint of base tuned as flags say, by random numbers in place of training; saved as the script saves."""
     import torch
 
-    from model.checkpoints.weights import save_checkpoint
+    from model.checkpoints.save import save_checkpoint
     from model.data.tokenizer import ChatGLMTokenizer
     from model.finetune import FineTuneVisualGLMModel
     from model.sat_compat import import_sat

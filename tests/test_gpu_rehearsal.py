@@ -23,7 +23,7 @@ from fake_gpu import CUDA, GIB, Memory, fake_gpu, fake_tensor, fused_attention, 
 from model import attention
 from model.adapter_config import AdapterConfig
 from model.blip2 import BLIP2, BlipImageEvalProcessor
-from model.checkpoints import weights
+from model.checkpoints import save, weights
 from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.metadata import VISION, Base
 from model.checkpoints.tensors import LazyTensor, LazyTensors
@@ -196,7 +196,7 @@ def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest:
     model.transformer.checkpoint_activations = True
     step(model, args, "features", gpu)
     model.transformer.checkpoint_activations = False
-    saved = weights.weights_to_save(model, full=False)
+    saved = save.weights_to_save(model, full=False)
     assert saved
     assert all(tensor.device.type == "cpu" for tensor in saved.values())
     answer(model, args)
@@ -216,7 +216,7 @@ def test_script_in_the_manner_of_2023_trains_on_a_gpu(
     """Its own model, batch and forward step; SAT's and DeepSpeed's part is as in our runs."""
     monkeypatch.setattr(sat_loop, "stay_adapted", lambda: None)  # until this test ends only
     monkeypatch.chdir(GOLDEN / "upstream")
-    hooks = sat_loop.Hooks(weights.load_checkpoint, weights.save_checkpoint, TrainingReport())
+    hooks = sat_loop.Hooks(weights.load_checkpoint, save.save_checkpoint, TrainingReport())
     with sat_loop.adapted(hooks):
         script = SimpleNamespace(**runpy.run_path(str(PROJECT / "tests" / "programs" / "script_of_2023.py")))
         monkeypatch.setattr(script.mpu, "broadcast_data", sent_to_the_gpu)
@@ -367,7 +367,7 @@ def test_6b_fits_small_gpus_and_its_memory_is_estimated_within_a_tenth(
         print(f"{case}: {counted / GIB:.2f} counted, {estimated / GIB:.2f} estimated")
     assert max(while_loading, peaks[0][1]) / GIB <= GIB_AT_MOST[method]
     if method == "qlora":
-        assert largest_beside(gpu, weights.weights_to_save(model, full=True)) < 0.2 * GIB  # of 10.5 in full width
+        assert largest_beside(gpu, save.weights_to_save(model, full=True)) < 0.2 * GIB  # of 10.5 in full width
     assert 0.9 < (told.loading - CUDA_ITSELF) / while_loading < 1.1
     for case, counted, estimated in peaks:
         assert 0.9 < estimated / counted < 1.1, case

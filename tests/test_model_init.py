@@ -29,6 +29,7 @@ WITH_SAT = {
     "training.loaders",
     "training.feature_cache",
     "checkpoints.download",
+    "checkpoints.save",
     "checkpoints.weights",
     "inference.chat",
     "inference.load",

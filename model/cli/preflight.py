@@ -142,7 +142,7 @@ def checked_tokenizer(options: Options, checkpoint: Checkpoint) -> ChatGLMTokeni
 def checkpoint_size(options: Options, checkpoint: Checkpoint) -> int:
     """About how many bytes one checkpoint of this run will take: all weights, or what is trained; and the run's state.
 
-    `model.checkpoints.weights` asks again before each is saved, when it knows.
+    `model.checkpoints.save` asks again before each is saved, when it knows.
     """
     adapters = adapter_size(AdapterConfig.from_options(options).resumed_from(checkpoint.config), checkpoint.config)
     adapters += state_size((adapters - ROOM_FOR_THE_REST) // BYTES_OF_FLOAT32)

@@ -11,9 +11,10 @@ import torch
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, with_base
+from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import shapes, write_weights
-from model.checkpoints.weights import refuse_unless_finite, size_of, whole_weights, without_adapters
+from model.checkpoints.weights import refuse_unless_finite, whole_weights, without_adapters
 from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError

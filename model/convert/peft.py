@@ -26,8 +26,9 @@ from model.adapter_config import LORA_TARGETS, AdapterConfig
 from model.checkpoints.huggingface import rows_for_huggingface, rows_for_sat
 from model.checkpoints.layout import Checkpoint, read_json_object, weights_path
 from model.checkpoints.metadata import KEY, base_of, is_adapter
+from model.checkpoints.save import description
 from model.checkpoints.tensors import load_tensors, open_safetensors, size_in_bytes
-from model.checkpoints.weights import description, open_weights, whole_weights
+from model.checkpoints.weights import open_weights, whole_weights
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place
 from model.convert.huggingface import new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION

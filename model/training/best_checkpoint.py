@@ -37,7 +37,7 @@ class BestEvaluation:
     def __init__(
         self, save_checkpoint: Callable[..., None] | None, by: str = "loss", patience: int | None = None
     ) -> None:
-        """save_checkpoint is that of `model.checkpoints.weights`, or of `CheckpointSaver`; None keeps no checkpoint."""
+        """save_checkpoint is that of `model.checkpoints.save`, or of `CheckpointSaver`; None keeps no checkpoint."""
         self.save_checkpoint, self.by, self.patience = save_checkpoint, by, patience
         self.values: list[float] | None = None  # of the best, each the higher the better; None without one
         self.since = 0  # evaluations in a row that were no better

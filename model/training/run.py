@@ -20,7 +20,8 @@ from typing import Any
 
 from model.checkpoints.metadata import VISION
 from model.checkpoints.running import Running
-from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.checkpoints.save import save_checkpoint
+from model.checkpoints.weights import load_checkpoint
 from model.cli.preflight import Inputs, samples_per_step
 from model.cli.resuming import CommandLine
 from model.distributed import from_first_process, has_gpu, launcher_environment

@@ -278,7 +278,8 @@ def stay_adapted() -> None:
     or by a launcher; its rows come in SAT's order, and its checkpoints are written as ours are.
     """
     import_sat(training=True)
-    from model.checkpoints.weights import load_checkpoint, save_checkpoint
+    from model.checkpoints.save import save_checkpoint
+    from model.checkpoints.weights import load_checkpoint
 
     until_exit = ExitStack()
     atexit.register(until_exit.close)

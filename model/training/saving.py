@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from model.checkpoints.resume import Resumed
-from model.checkpoints.weights import NO_FILES, on_every_process
+from model.checkpoints.save import NO_FILES, on_every_process
 from model.cli.options import Options
 from model.distributed import is_first_process, store_of_run
 from model.training.sat_loop import Hooks, LoopState, StepWatcher, save_beside_earlier_runs
@@ -34,7 +34,7 @@ class CheckpointSaver:
     """Saves a run's checkpoints. As a context manager, it waits for the last one when its block ends."""
 
     def __init__(self, save_checkpoint: Callable[..., None], resumed: Resumed | None = None) -> None:
-        """save_checkpoint is that of `model.checkpoints.weights`. A run that is resumed has saved where it goes on from."""
+        """save_checkpoint is that of `model.checkpoints.save`. A run that is resumed has saved where it goes on from."""
         self.save_checkpoint = save_checkpoint
         self.saved: dict[str, int] = {}  # the last iteration, by folder
         if resumed is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.weights import write_whole
+from model.checkpoints.whole import write_whole
 from model.cli.options import Options
 from model.distributed import is_first_process
 from model.errors import InputError, RowError

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from conftest import write_tuned
 
-from model.checkpoints import weights
+from model.checkpoints import save
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.weights import save_checkpoint
+from model.checkpoints.save import save_checkpoint
 from model.convert import merge_lora
 from model.errors import exit_on_input_error
 from model.finetune import FineTuneVisualGLMModel
@@ -34,7 +34,7 @@ def main(folder: str, base: str, how: str) -> None:
     if how in ("known", "filling", "merging"):
         Path(folder, "other").write_bytes(bytes(6 * 2**20))
     if how == "filling":  # another program takes the room while this one saves
-        weights.free_bytes = lambda path: 2**30
+        save.free_bytes = lambda path: 2**30
     if how == "merging":
         merge_lora.free_bytes = lambda path: 2**30
     try:

@@ -10,7 +10,7 @@ import torch
 from question import QUESTION
 
 import finetune_visualglm
-from model.checkpoints import weights as checkpoint
+from model.checkpoints import save as checkpoint
 
 folder, *argv = sys.argv[1:]
 save_checkpoint = checkpoint.save_checkpoint

@@ -5,9 +5,9 @@ import os
 import sys
 
 import finetune_visualglm
-from model.checkpoints import weights
+from model.checkpoints import save
 
-put_in_place = weights.put_in_place
+put_in_place = save.put_in_place
 
 
 def full_at_the_second(unfinished, folder, shared=()):
@@ -16,5 +16,5 @@ def full_at_the_second(unfinished, folder, shared=()):
     put_in_place(unfinished, folder, shared)
 
 
-weights.put_in_place = full_at_the_second
+save.put_in_place = full_at_the_second
 finetune_visualglm.main(sys.argv[1:])

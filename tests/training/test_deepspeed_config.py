@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model import distributed
-from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.checkpoints.save import save_checkpoint
+from model.checkpoints.weights import load_checkpoint
 from model.cli.options import parse, script_parser
 from model.cli.preflight import deepspeed_notes
 from model.errors import InputError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_model, run_program
 
-from model.checkpoints.weights import save_checkpoint
+from model.checkpoints.save import save_checkpoint
 from model.cli.flag_checks import flag_problems
 from model.cli.options import parse
 from model.finetune import FineTuneVisualGLMModel

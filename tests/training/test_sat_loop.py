@@ -14,7 +14,8 @@ import torch
 from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_program, run_python
 
 from model import distributed, sat_compat
-from model.checkpoints.weights import load_checkpoint, save_checkpoint
+from model.checkpoints.save import save_checkpoint
+from model.checkpoints.weights import load_checkpoint
 from model.cli.options import parse, script_parser
 from model.errors import InputError
 from model.training import sat_loop

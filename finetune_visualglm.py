@@ -89,12 +89,13 @@ def train(line: CommandLine, inputs: Inputs) -> None:
     from model.data.dataset import data_collator, packed_collator
     from model.training.best_checkpoint import mean_over_tokens
     from model.training.run import guarded_run
+    from model.training.sat_args import get_args
     from model.training.step import evaluation_step, forward_step, token_normalized_step
 
     options = line.options
     step = token_normalized_step() if options.loss_normalization == "token" else forward_step
     with guarded_run(line, inputs) as run:
-        args = sat_loop.get_args(line.words, options, script_parser())
+        args = get_args(line.words, options, script_parser())
         if run.sweep is not None:
             run.sweep.prepare(args)
         run.watchdog.start(options, inputs)

@@ -15,6 +15,7 @@ from model.errors import InputError
 from model.sat_compat import import_sat
 from model.training import deepspeed_config, sat_loop
 from model.training.metrics import TrainingReport
+from model.training.sat_args import get_args
 
 sat = import_sat()
 
@@ -173,7 +174,7 @@ def checked(tmp_path, no_launcher):
             distributed.launcher_environment(),
             sat_loop.adapted(sat_loop.Hooks(load_checkpoint, save_checkpoint, TrainingReport())),
         ):
-            sat_loop.get_args(argv, options, script_parser())
+            get_args(argv, options, script_parser())
 
     return of
 

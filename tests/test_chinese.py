@@ -51,7 +51,7 @@ from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
 from scripts import check_data, cli_demo, evaluate, predict, web_demo
-from scripts.dev.benchmark import SHAPES
+from scripts.dev.shapes import SHAPES
 
 DATA = "fewshot-data/dataset.json"
 RUN = ("finetune_visualglm.py", "--from_pretrained", "model/tiny", "--use_lora", "--mode", "finetune")

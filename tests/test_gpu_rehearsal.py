@@ -41,7 +41,7 @@ from model.training.memory import CUDA_ITSELF, Batch, Setup, estimate, optimizer
 from model.training.metrics import TrainingReport
 from model.training.step import forward_step
 from model.visualglm import VisualGLMModel, without_memory
-from scripts.dev.benchmark import SHAPES
+from scripts.dev.shapes import SHAPES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHODS = {

@@ -33,7 +33,9 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.progress import say
-from scripts.dev.benchmark import SHAPES, machine, peak_host_memory, random_model, separate_attention, spread
+from scripts.dev.benchmark import machine, peak_host_memory, spread
+from scripts.dev.released_way import separate_attention
+from scripts.dev.shapes import SHAPES, random_model
 from scripts.dev.write_random_model import write_random_shape
 
 QUESTION_TOKENS = 12  # beside the picture's slots

@@ -22,18 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a fil
 from model.distributed import has_gpu
 from model.errors import command
 from model.progress import count_of, duration, say, warn
-from scripts.dev.benchmark import (
-    SAVINGS,
-    SHAPES,
-    Bench,
-    Side,
-    Way,
-    machine,
-    measured,
-    parsed,
-    synchronize,
-    trained_parameters,
-)
+from scripts.dev.benchmark import Bench, Side, machine, measured, parsed, synchronize, trained_parameters
+from scripts.dev.released_way import SAVINGS, Way
+from scripts.dev.shapes import SHAPES
 
 # Rows of benchmark.py by name, and steps whose memory is held against --dry_run's, as (rows, tokens); one model a method.
 ROWS = {

@@ -53,7 +53,7 @@ def write_random_shape(folder: Path, shape: str) -> None:
     from model.inference.load import without_memory
     from model.sat_compat import model_only
     from model.visualglm import VisualGLMModel
-    from scripts.dev.benchmark import SHAPES, TINY_IDS
+    from scripts.dev.shapes import SHAPES, TINY_IDS
 
     config = {**copy.deepcopy(SHAPES[shape]), **TINY_IDS}
     args = VisualGLMModel.get_args(**copy.deepcopy(config), skip_init=True, device="meta")

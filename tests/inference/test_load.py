@@ -20,7 +20,7 @@ from model.frozen import FrozenLinear
 from model.inference import load
 from model.inference.load import DTYPES, NumberFormat, chosen_format, image_size, load_for_answering, without_memory
 from model.visualglm import VisualGLMModel
-from scripts.dev.benchmark import SHAPES
+from scripts.dev.shapes import SHAPES
 
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])
 

@@ -22,7 +22,7 @@ from model.training import dry_run
 from model.training.dry_run import plan_of, with_batch_size
 from model.training.memory import Batch, Setup
 from model.training.step_time import step_operations
-from scripts.dev.benchmark import SHAPES, TINY_IDS
+from scripts.dev.shapes import SHAPES, TINY_IDS
 from scripts.dev.write_random_model import write_random_model
 
 ROWS = "fewshot-data/dataset.json"

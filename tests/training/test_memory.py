@@ -24,7 +24,7 @@ from model.training.memory import (
     second_order_bytes,
     weight_bytes,
 )
-from scripts.dev.benchmark import SHAPES
+from scripts.dev.shapes import SHAPES
 
 SETUP = Setup(SHAPES["6b"], AdapterConfig(("lora",), layers=(0, 14), dropout=0.1), "fp16")
 RELEASED = Batch(rows=4, seq=320, answers=4 * 256, images=0)

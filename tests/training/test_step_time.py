@@ -16,7 +16,7 @@ from model.training import step_time
 from model.training.memory import Batch, Setup, language_numbers
 from model.training.step import forward_step
 from model.training.step_time import measured_rate, step_operations, unpacked_numbers
-from scripts.dev.benchmark import SHAPES
+from scripts.dev.shapes import SHAPES
 
 SIX_B = Setup(SHAPES["6b"], AdapterConfig(("lora",), layers=(0,)), "bf16", on_gpu=False)
 LONG = Batch(rows=1, seq=320, answers=320, images=0)

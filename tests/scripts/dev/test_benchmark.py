@@ -9,7 +9,8 @@ from conftest import GOLDEN, PROJECT, run_python
 from model.cpu import IDENTITY_WIDTH, can_pack
 from model.errors import InputError
 from scripts.dev import benchmark
-from scripts.dev.benchmark import SAVINGS, Bench, Way, compare, parsed
+from scripts.dev.benchmark import Bench, compare, parsed
+from scripts.dev.released_way import SAVINGS, Way
 
 SHAPE = GOLDEN / "upstream/model_config.json"
 

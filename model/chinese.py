@@ -198,6 +198,9 @@ SENTENCES = {
     "Nobody reads the output any more: the run goes on without. Ctrl-C ends it after the step in hand, and saves it.": (
         "输出已经没有程序在读；训练照常继续。按 Ctrl-C 会在当前这步之后停止并保存。"
     ),
+    "The disk that the output goes to is full: the run goes on, and its output is lost from here on.": (
+        "输出所在的磁盘已满：训练照常继续，此后的输出不再保存。"
+    ),
     "{signal}: this step is finished, then the run stops. A second signal leaves at once.": (
         "{signal}：做完当前这一步就停止。再来一个信号会立即退出。"
     ),

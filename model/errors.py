@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from model.distributed import is_first_process, world_size
-from model.progress import any_text_printable, warn_from_any_process
+from model.progress import OutputIsFull, any_text_printable, flush, warn_from_any_process
 
 # The signals that ask a program to end; Windows lacks some.
 ENDING_SIGNALS = [
@@ -80,7 +80,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError as problem:
+    except (InputError, OutputIsFull) as problem:
         tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
         if not tells and _is_a_program and world_size() > 1:
             time.sleep(SECONDS_FOR_THE_FIRST_TO_TELL)
@@ -102,7 +102,7 @@ def command(program: str) -> Iterator[None]:
             try:
                 yield
             finally:
-                sys.stdout.flush()  # here a pipe that is closed can still be told from a bug
+                flush()  # here a pipe that is closed can still be told from a bug
     except SystemExit as leaving:
         _end_before_torch_does(leaving.code)
         raise
@@ -129,12 +129,21 @@ def _end_before_torch_does(status: object) -> None:
 def interrupt_ends_quietly() -> None:
     """Let Ctrl-C end this process without a traceback where no `command` takes it: while Python imports, and at its end.
 
-    For programs, which call it before they import more: `if __name__ == "__main__": …`.
+    For programs, which call it before they import more: `if __name__ == "__main__": …`. Streams that the caller has closed,
+    as in `… >&-`, lead nowhere from then on: a file of ours must not take their place.
     """
     global _is_a_program
     _is_a_program = True
+    _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _open_closed_streams() -> None:
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # most often it has this number already
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  (until the process ends)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

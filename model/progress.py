@@ -25,6 +25,8 @@ SECONDS_BETWEEN_LOG_LINES = 30.0  # where stderr is a file
 GOES_ON = (
     "Nobody reads the output any more: the run goes on without. Ctrl-C ends it after the step in hand, and saves it."
 )
+DISK_IS_FULL = "The disk that the output goes to is full: the run goes on, and its output is lost from here on."
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERASE_TO_END = "\x1b[K"  # of a terminal's line
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
 
@@ -33,6 +35,10 @@ Item = TypeVar("Item")
 _printing = RLock()  # a thread that saves may print too
 _renewed: TextIO | None = None  # where a line stands that the next one replaces
 _outlives_readers = False  # whether the process goes on where nobody reads what it prints
+
+
+class OutputIsFull(Exception):
+    """What standard output goes to takes no more. Its text says so."""
 
 
 def say(text: str) -> None:
@@ -120,14 +126,28 @@ def _written(text: str, stream: TextIO) -> None:
         print(text, end="", file=stream, flush=True)
     except OSError as error:
         # The terminal was closed: a run whose SIGHUP is ignored goes on, any other is saved.
-        terminal_is_gone = error.errno == errno.EIO
-        if not terminal_is_gone and not (_outlives_readers and error.errno == errno.EPIPE):
+        terminal_is_gone, is_full = error.errno == errno.EIO, error.errno in FULL
+        if not terminal_is_gone and not is_full and not (_outlives_readers and error.errno == errno.EPIPE):
             raise
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
-        if not terminal_is_gone and stream is sys.stdout:
-            warn(GOES_ON)
+        if terminal_is_gone or stream is not sys.stdout:
+            return
+        if is_full and not _outlives_readers:
+            raise OutputIsFull(
+                f"standard output: {error.strerror}; a place with room for what is printed is needed."
+            ) from None
+        warn(DISK_IS_FULL if is_full else GOES_ON)
+
+
+def flush() -> None:
+    """Hand on what has been printed in other ways than by this module.
+
+    Raises:
+        OutputIsFull: as for what this module prints.
+    """
+    _written("", sys.stdout)
 
 
 @contextmanager

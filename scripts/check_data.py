@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import chain
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.cli.flag_checks import frame_problems
 from model.cli.options import length_or_auto
-from model.data.bad_rows import by_cause
+from model.data.bad_rows import all_listed, by_cause
 from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
 from model.data.lengths import auto_lengths, bounded_length, count_truncations, needed_lengths, turn_lengths
@@ -52,9 +53,15 @@ BAR_WIDTH = 40  # characters
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", nargs="+", metavar="FILE", help="JSON or JSON Lines files of rows to train on")
-    parser.add_argument("--valid", nargs="+", default=[], metavar="FILE", help="files of rows to evaluate on")
-    parser.add_argument("--image_folder", metavar="FOLDER", help="where the pictures of relative paths are")
+    parser.add_argument(
+        "train", nargs="+", type=expanduser, metavar="FILE", help="JSON or JSON Lines files of rows to train on"
+    )
+    parser.add_argument(
+        "--valid", nargs="+", type=expanduser, default=[], metavar="FILE", help="files of rows to evaluate on"
+    )
+    parser.add_argument(
+        "--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are"
+    )
     parser.add_argument("--from_pretrained", metavar="CHECKPOINT", help="whose tokenizer and sizes count the tokens")
     parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given")
     for part, tokens in (("source", 64), ("target", 256)):
@@ -298,12 +305,17 @@ def _distribution(counts: list[int]) -> dict[str, Any]:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report as text, a summary in its last line."""
-    lines = []
+    lines, told = [], 0
+    problems: list[str] = []
     for file in report["files"]:
         turns = f", {file['samples']} samples (one for every turn)" if file["samples"] > file["rows"] else ""
         without = f", {file['without_picture']} without a picture" if file["without_picture"] else ""
         lines.append(f"{file['file']}: {count_of(file['rows'], 'row')}{turns}{without}, {len(file['problems'])} bad")
-        lines += [f"  {problem}" for problem in by_cause(file["problems"])]
+        of_file = by_cause(file["problems"])
+        lines += [f"  {problem}" for problem in of_file]
+        problems, told = problems + file["problems"], told + len(of_file)
+    if told < len(problems):
+        lines.append(f"{len(problems)} bad rows; {all_listed(problems)}.")
     pictures = report["pictures"]
     lines.append(
         f"pictures: {pictures['distinct']}, {pictures['bad']} bad, {pictures['same_content']} the same as another under"

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
-from model.progress import say
+from model.progress import count_of, say
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 IMAGE_MARK = "<image>"
@@ -39,8 +40,8 @@ IMAGE_MARK = "<image>"
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("conversations", metavar="IN", help="JSON or JSON Lines file of conversations")
-    parser.add_argument("rows", metavar="OUT", help="JSON file to write; .jsonl writes JSON Lines")
+    parser.add_argument("conversations", type=expanduser, metavar="IN", help="JSON or JSON Lines file of conversations")
+    parser.add_argument("rows", type=expanduser, metavar="OUT", help="JSON file to write; .jsonl writes JSON Lines")
     parser.add_argument(
         "--images", default="", metavar="FOLDER", help="put before every picture's path (default: nothing)"
     )
@@ -48,6 +49,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bad_rows", default="error", choices=["error", "skip"], help="stop at bad ones, or leave them out"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file at OUT")
     return parser
 
 
@@ -63,6 +65,7 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         InputError: the file can't be used, or holds conversations that can't be rows (the first 20 are named).
     """
+    refuse_to_overwrite(options)
     rows, problems = [], []
     known_folders: dict[str, bool] = {}
     for number, entry in enumerate(values_of(options.conversations), 1):
@@ -79,11 +82,31 @@ def convert(options: argparse.Namespace) -> None:
     if options.bad_rows == "error":
         raise_problems(first_lines(problems))
     if not rows:
-        raise InputError(f"{options.conversations}: no conversation in it; at least one is needed.")
+        none = f"{options.conversations}: no conversation in it that can be a row; at least one is needed."
+        raise_problems([*first_lines(problems), none])
     write_rows(rows, Path(options.rows))
-    say(f"{options.rows}: {len(rows)} rows, {sum(1 + len(row.get('history', ())) for row in rows)} turns")
+    say(
+        f"{options.rows}: {count_of(len(rows), 'row')}, {count_of(sum(1 + len(row.get('history', ())) for row in rows), 'turn')}"
+    )
     if problems:
-        say("\n".join([f"Left out, {len(problems)} bad conversations (--bad_rows skip):", *first_lines(problems)]))
+        say(
+            "\n".join(
+                [f"Left out, {count_of(len(problems), 'bad conversation')} (--bad_rows skip):", *first_lines(problems)]
+            )
+        )
+
+
+def refuse_to_overwrite(options: argparse.Namespace) -> None:
+    """Return if what is at OUT, if anything, may be replaced.
+
+    Raises:
+        InputError: it is the file of conversations itself, or --overwrite is not given.
+    """
+    out = Path(options.rows)
+    if out.exists() and Path(options.conversations).exists() and out.samefile(options.conversations):
+        raise InputError(f"{out}: the same file as IN; another one is needed.")
+    if out.exists() and not options.overwrite:
+        raise InputError(f"{out}: there is such a file; another name or --overwrite is needed.")
 
 
 def found_from(rows: str, img: str, conversations: str, where: str, known_folders: dict[str, bool]) -> str:
@@ -132,7 +155,9 @@ def _turns(entry: dict[str, Any], where: str) -> list[tuple[str, str]]:
     """(question, answer) of each turn, without the mark of the picture."""
     spoken = entry.get("conversations", entry.get("messages"))
     if not isinstance(spoken, list) or not spoken:
-        raise InputError(f'{where}: no "conversations" nor "messages"; a list of what was said is needed.')
+        key = next((key for key in ("conversations", "messages") if key in entry), None)
+        found = f'"{key}" is no list with something in it' if key else 'no "conversations" nor "messages"'
+        raise InputError(f"{where}: {found}; a list of what was said is needed.")
     system, turns, question = "", [], None
     for number, part in enumerate(spoken, 1):
         speaker, text = _part(part, f"{where} part {number}")
@@ -160,7 +185,8 @@ def _part(part: object, where: str) -> tuple[str, str]:
         shown = json.dumps(speaker)[:40]
         raise InputError(f"{where}: spoken by {shown}; one of {', '.join(SPEAKERS)} is needed.")
     if not isinstance(text, str):
-        raise InputError(f'{where}: "value" is no text; what was said is needed.')
+        key = "value" if "value" in part else "content"
+        raise InputError(f'{where}: "{key}" is no text; what was said is needed.')
     return SPEAKERS[speaker], text
 
 

@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out b
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import write_whole
+from model.checkpoints.whole import json_text, write_whole
 from model.chinese import in_ui_language
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
@@ -150,7 +149,7 @@ class Output:
 
     def _write(self, content: Any) -> None:
         if self.path and is_first_process():
-            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            text = json_text(content, 1) + "\n"
             written(self.path, text, "--out")
             self._written = time.monotonic()
 

@@ -6,6 +6,7 @@ python scripts/merge_lora.py checkpoints/finetune-visualglm-6b-01-31-12-00 merge
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint of LoRA or QLoRA: a folder, or a part of it"
     )
-    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("out", type=expanduser, metavar="OUT", help="a new folder")
     parser.add_argument("--base", metavar="NAME_OR_FOLDER", help="the adapter's base, if it has been moved")
     parser.add_argument(
         "--force_base", action="store_true", help="take --base although the adapter was trained on other weights"

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import CHECKSUMS_FILE, write_whole
+from model.checkpoints.whole import CHECKSUMS_FILE, json_text, write_whole
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, rows_in_place, values_of
@@ -114,7 +114,7 @@ def begun(out: Path, settings: dict[str, Any], overwrite: bool) -> tuple[int, in
         raise InputError(f"--out {out}: not a file; the name of one is needed, or - for standard output.")
     if overwrite or not out.exists() or not out.stat().st_size:
         out.write_bytes(b"")
-        text = json.dumps(settings, ensure_ascii=False, indent=1) + "\n"
+        text = json_text(settings, 1) + "\n"
         write_whole(settings_file, lambda path: path.write_text(text, encoding="utf-8"))
         return 0, 0
     if not settings_file.is_file():

@@ -39,7 +39,7 @@ from model.inference.chat import checked_question
 from model.inference.load import load_for_answering
 from model.inference.sampling import GREEDY
 from model.inference.scores import Result, summary
-from model.progress import GOES_ON, say
+from model.progress import DISK_IS_FULL, GOES_ON, say
 from model.training import dry_run, report
 from model.training.answers import Answered
 from model.training.best_checkpoint import BestEvaluation
@@ -402,7 +402,7 @@ def told_of_runs() -> list[str]:
     batches, options = BatchesAtHand(), SimpleNamespace(batch_size=4, gradient_accumulation_steps=1)
     batches.note({"rows": [("a.json row 1", 90)]})
     lines += [_no_memory("too much", batches, options), *by_kind({"t.layers.1.a.0": [2, 3], "t.layers.3.a.0": [2, 3]})]  # type: ignore[arg-type]
-    return [*lines, f"SIGTERM: {STOPPING}", GOES_ON]
+    return [*lines, f"SIGTERM: {STOPPING}", GOES_ON, DISK_IS_FULL]
 
 
 def told_of_plans() -> list[str]:

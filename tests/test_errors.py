@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -240,6 +241,22 @@ def test_output_that_nobody_reads_any_more_ends_a_command_silently(words):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("words", "closed", "told"),
+    [
+        (("scripts/check_data.py", "--help"), ">/dev/full", r"check_data\.py: error: standard output: No space left on device.*"),
+        (("scripts/check_data.py", "none.json"), ">&-", r"check_data\.py: error: none\.json: .*"),
+        (("scripts/check_data.py", "none.json"), "<&- >&- 2>&-", ""),
+    ],
+)  # fmt: skip
+def test_output_that_is_closed_or_full_is_no_traceback(words, closed, told):
+    line = shlex.join([sys.executable, *words])
+    done = subprocess.run(f"{line} {closed}", shell=True, cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(told, done.stderr.rstrip("\n"))
 
 
 def test_broken_pipe_of_something_else_is_a_bug_and_shown(capfd):

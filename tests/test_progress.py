@@ -8,7 +8,7 @@ from conftest import PROJECT, run_python, write_rows
 
 from model import progress
 from model.distributed import is_first_process
-from model.progress import duration, printable, say, warn
+from model.progress import DISK_IS_FULL, OutputIsFull, duration, outliving_readers, printable, say, warn
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,21 @@ def test_terminal_that_was_closed_is_printed_to_no_more(monkeypatch):
     os.close(controller)
     say("lost")
     say("lost too")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full is /dev/full")
+def test_full_disk_under_the_output_ends_a_command_and_not_a_run(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputIsFull, match="standard output: No space left on device"):
+            say("lost")
+        say("lost too")  # it leads nowhere now
+    assert capsys.readouterr().err == ""
+    with open("/dev/full", "w") as full, outliving_readers():
+        monkeypatch.setattr(sys, "stdout", full)
+        say("lost")
+        say("lost too")
+    assert capsys.readouterr().err == f"{DISK_IS_FULL}\n"
 
 
 def test_progress_is_shown_by_the_first_process_only_and_every_item_comes(capsys, monkeypatch):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from model.data.prompt import AskedAs
 
 MOST_OF_LATEST = 40  # bytes: more isn't the number of an iteration
+NOT_UNICODE = "the name isn't UTF-8, so torch can't open files there; a folder that is renamed is needed."
 
 TIME_OF_A_RUN = re.compile(
     r"(-\d\d){4}(-\d+)?"
@@ -239,6 +240,15 @@ def read_json_object(path: str | Path, what: str) -> dict[str, object]:
     return value
 
 
+def is_unicode(name: str) -> bool:
+    """Whether a file's name is text. Linux allows any bytes; those of a Chinese Windows, say, come as half characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _place(name: str, flag: str) -> Path:
     """Where a name leads to.
 
@@ -246,6 +256,8 @@ def _place(name: str, flag: str) -> Path:
         InputError: nowhere; every place that was tried is told, a line each.
     """
     given, in_home = Path(name).expanduser(), sat_home() / name
+    if not is_unicode(name):
+        raise InputError(f"{flag} {name}: {NOT_UNICODE}")
     for path in (given, in_home):
         if path.exists():
             return path

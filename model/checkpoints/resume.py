@@ -11,7 +11,6 @@ says so: an `Ending`.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
+from model.checkpoints.whole import json_text
 from model.errors import InputError
 
 STATE_FILE = "training_state.pt"
@@ -46,7 +46,7 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Write the record to a file."""
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json_text(asdict(self), 1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "RunRecord":

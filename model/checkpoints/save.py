@@ -14,7 +14,6 @@ How files are written whole, and checked, is in `model.checkpoints.whole`.
 
 import argparse
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from model.checkpoints.whole import (
     CONFIG_FILE,
     SHARED_FILES,
     UNFINISHED,
+    json_text,
     put_in_place,
     remove,
     remove_unfinished,
@@ -123,7 +123,7 @@ def write_unfinished(
     asked_as = AskedAs.from_options(args)
     if asked_as != AskedAs():  # a script of 2023 may know of none of it
         config[KEY]["asked_as"] = vars(asked_as)
-    saving.config_text = json.dumps(config, indent=4, ensure_ascii=False)
+    saving.config_text = json_text(config, 4)
     return saving.publish
 
 

@@ -50,6 +50,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     sync(path.parent)
 
 
+def json_text(content: Any, indent: int) -> str:
+    """JSON that a file in UTF-8 can hold: a byte of a file's name that is none stands as \\udcXX, as JSON writes it."""
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode(errors="backslashreplace").decode()
+
+
 def sync(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     opened = os.open(path, os.O_RDONLY)

@@ -24,7 +24,7 @@ from model.checkpoints.config_types import (
     or_auto,
     problems_of_kind,
 )
-from model.checkpoints.layout import EvaArgs, ModelConfig, checkpoint_problem, split_problems
+from model.checkpoints.layout import NOT_UNICODE, EvaArgs, ModelConfig, checkpoint_problem, is_unicode, split_problems
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.whole import CONFIG_FILE
 from model.cli.options import Options, flag_names, flag_with_value, shown
@@ -170,6 +170,9 @@ def _data_flag_problems(options: Options) -> list[str]:
             f"--experiment-name {shown(options.experiment_name)}: it leads out of --save; a name without .. and without / at "
             "its start is needed."
         )
+    for name, value in (("save", options.save), ("experiment_name", options.experiment_name)):
+        if value and not is_unicode(value):
+            problems.append(f"{flag_with_value(name, value)}: {NOT_UNICODE}")
     if options.train_data:
         problems += _split_problems(options)
     return problems

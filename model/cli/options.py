@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from os.path import expanduser
 from typing import NoReturn
 
 from model.chinese import UI_LANGUAGES, choose_ui_language
@@ -245,15 +246,25 @@ def _truth(text: str) -> bool:
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
-    """argv with --batch-size auto, which SAT's parser doesn't know, as --auto_batch_size."""
+    """argv with --batch-size auto, which SAT's parser doesn't know, as --auto_batch_size, and the user's own folder for ~.
+
+    Of `--save=~/runs`, and of words in a --config file, the shell leaves the ~ as it is.
+    """
     words: list[str] = []
-    for word in argv:
+    for word in map(_with_home, argv):
         is_value = word == "auto" and words and words[-1] in ("--batch-size", "--batch_size")
         if is_value:
             words[-1] = "--auto_batch_size"
         else:
             words.append("--auto_batch_size" if word == "--batch-size=auto" else word)
     return words
+
+
+def _with_home(word: str) -> str:
+    flag, is_assigned, value = word.partition("=")
+    if flag.startswith("--") and is_assigned:
+        return f"{flag}={expanduser(value)}"
+    return expanduser(word)
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from model.checkpoints.tensors import (
     write_weights,
 )
 from model.checkpoints.weights import open_weights, read_weights
-from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place, sync
+from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_text, put_in_place, sync
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError, raise_problems
@@ -176,7 +176,7 @@ def new_folder(destination: str, bytes_needed: int) -> Iterator[Path]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, 2) + "\n", encoding="utf-8")
 
 
 def _write_sat(

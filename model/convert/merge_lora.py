@@ -1,6 +1,5 @@
 """LoRA folded into the weights, from file to file: no model is built, and one tensor at a time is in memory."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,15 @@ from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import shapes, write_weights
 from model.checkpoints.weights import refuse_unless_finite, whole_weights, without_adapters
-from model.checkpoints.whole import CONFIG_FILE, UNFINISHED, put_in_place, remove, remove_unfinished, write_whole
+from model.checkpoints.whole import (
+    CONFIG_FILE,
+    UNFINISHED,
+    json_text,
+    put_in_place,
+    remove,
+    remove_unfinished,
+    write_whole,
+)
 from model.data.tokenizer import find_tokenizer
 from model.errors import InputError
 from model.frozen import NF4_BLOCK, dequantized, quantized
@@ -97,7 +104,7 @@ def _say_who_packed(plain: Mapping[str, torch.Tensor], adapters: AdapterConfig) 
 
 def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Path]:
     """Write what stands above the merged checkpoint's weights, and give the paths."""
-    text = json.dumps(_plain_config(checkpoint), indent=4, ensure_ascii=False)
+    text = json_text(_plain_config(checkpoint), 4)
     write_whole(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
     tokenizer = Path(find_tokenizer(checkpoint.folder, None))
     write_whole(folder / tokenizer.name, lambda file: shutil.copyfile(tokenizer, file))

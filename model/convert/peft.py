@@ -29,7 +29,7 @@ from model.checkpoints.metadata import KEY, base_of, is_adapter
 from model.checkpoints.save import description
 from model.checkpoints.tensors import load_tensors, open_safetensors, size_in_bytes
 from model.checkpoints.weights import open_weights, whole_weights
-from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, put_in_place
+from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_text, put_in_place
 from model.convert.huggingface import new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
@@ -80,7 +80,7 @@ def to_peft(source: str | Checkpoint, destination: str) -> Path:
     with new_folder(destination, size_in_bytes(tensors)) as folder:
         write_safetensors(folder / ADAPTER_WEIGHTS, tensors, iter(tensors.values()))
         config = _peft_config(checkpoint, adapters)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json_text(config, 2), encoding="utf-8")
     return Path(destination)
 
 
@@ -176,7 +176,7 @@ def from_peft(source: str, destination: str, base: str | None = None, tokenizer:
         unfinished = out / f"{ITERATION}{UNFINISHED}"
         unfinished.mkdir()
         torch.save({"module": tensors, "iteration": int(ITERATION)}, weights_path(out, unfinished.name))
-        (out / CONFIG_FILE).write_text(json.dumps(config, indent=4, ensure_ascii=False), encoding="utf-8")
+        (out / CONFIG_FILE).write_text(json_text(config, 4), encoding="utf-8")
         vocabulary.save_vocabulary(out)
         put_in_place(unfinished, out / ITERATION, (out / name for name in SHARED_FILES))
         (out / "latest").write_text(ITERATION)

@@ -32,16 +32,20 @@ def first_lines(problems: list[str]) -> list[str]:
     more = len(lines) - MOST_PROBLEM_LINES
     if len(lines) == len(problems) and more <= 0:
         return problems
+    rest = f"… and {more} more" if more > 0 else f"{len(problems)} in all"
+    return [*lines[:MOST_PROBLEM_LINES], f"{rest}; {all_listed(problems)}."]
+
+
+def all_listed(problems: Sequence[str]) -> str:
+    """Write all problems into a file, and say where; the first process does, for the others print nothing."""
     file = cache_folder() / "bad-rows.txt"
-    where_all_are = f"all are in {file}"
-    if is_first_process():  # the others print nothing
+    if is_first_process():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            where_all_are = f"they can't be listed in {file}: {error.strerror}"
-    rest = f"… and {more} more; {where_all_are}." if more > 0 else f"{len(problems)} in all; {where_all_are}."
-    return [*lines[:MOST_PROBLEM_LINES], rest]
+            return f"they can't be listed in {file}: {error.strerror}"
+    return f"all are in {file}"
 
 
 def by_cause(problems: Sequence[str]) -> list[str]:

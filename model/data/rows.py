@@ -25,6 +25,7 @@ ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "im
 QUESTION_NEEDS = 'every row is an object with the text "prompt", and "img" unless it has no picture'
 
 _OTHER_NAMES_OF_IMG = ("image", "images", "picture")
+_OF_CONVERSATIONS = ("conversations", "messages")  # LLaVA's and ShareGPT's keys
 _AFTER_VALUE = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(?=\]))")  # of a JSON list: up to the next value, or to its end
 _BLANK = re.compile(r"[ \t\n\r]*")  # JSON allows it around every value
 
@@ -190,6 +191,8 @@ def _has_rows_in_lines(text: str, start: int) -> bool:
         first, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return "\n" in text[start:].strip()  # a broken first line, then others
+    if "\n" in text[start:end]:
+        return False
     return bool({"prompt", "label", "conversations", "messages"} & first.keys()) or _skip_blank(text, end) < len(text)
 
 
@@ -216,8 +219,10 @@ def _entries_of_list(path: Path, text: str, start: int) -> Iterator[object]:
     decode = json.JSONDecoder().raw_decode
     try:
         if text[start : start + 1] != "[":
-            json.loads(text)  # tells what is wrong with it, if it is no JSON at all
-            raise InputError(f"{path}: not a JSON list; a list of rows is needed, and {ROW_NEEDS}.")
+            decode(text, start)  # tells what is wrong with it, if it is no JSON at all
+            raise InputError(
+                f"{path}: not a JSON list, and no JSON Lines; rows [{{…}}, {{…}}] are needed, or one in each line."
+            )
         position = _skip_blank(text, start + 1)
         while text[position : position + 1] != "]":
             value, position = decode(text, position)
@@ -260,6 +265,10 @@ def row_from_json(entry: object, where: str, needs_label: bool = True) -> Row:
     if not isinstance(entry, dict):
         raise InputError(f"{where}: {_json_kind(entry)} instead of an object; {needs}.")
     missing = [key for key in texts if key not in entry]
+    if missing and (conversation := next((key for key in _OF_CONVERSATIONS if key in entry), None)):
+        raise InputError(
+            f'{where}: no {_quoted(missing)}, but "{conversation}"; convert_data.py makes rows of conversations.'
+        )
     if missing:
         raise InputError(f"{where}: no {_quoted(missing)}; {needs}.")
     img, prompt, label = entry.get("img"), entry["prompt"], entry["label"] if needs_label else ""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.whole import write_whole
+from model.checkpoints.whole import json_text, write_whole
 from model.cli.flag_checks import NOT_WITH_ZERO_3
 from model.cli.options import Options
 from model.data.prompt import IGNORE_INDEX, Sample
@@ -193,7 +193,7 @@ class RowAnswers:
             return
         known = {"before": self.before, "after": self.latest}
         content = {"held_out": self.held_out, **{name: one.to_json() for name, one in known.items() if one}}
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        text = json_text(content, 1) + "\n"
         try:
             write_whole(
                 self._folder / ANSWERS_FILE,

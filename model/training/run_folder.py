@@ -34,7 +34,7 @@ import psutil
 
 from model.checkpoints.resume import SETTINGS_FILE, Ending, digests
 from model.checkpoints.running import RUNNING_FILE, Running
-from model.checkpoints.whole import remove, write_whole
+from model.checkpoints.whole import json_text, remove, write_whole
 from model.cli.config_file import flags_as_held
 from model.cli.preflight import Inputs
 from model.cli.resuming import CommandLine
@@ -140,7 +140,7 @@ class RunFolder:
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
         assert self.folder is not None
-        write_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.folder / SETTINGS_FILE, json_text(settings, 1) + "\n")
         self.settings = settings
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

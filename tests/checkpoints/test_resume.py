@@ -153,3 +153,11 @@ def test_newest_run_where_there_is_no_folder_is_none(tmp_path: Path) -> None:
 def test_digest_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("abc")
     assert digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_record_names_files_whose_names_are_not_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xce\xd2.json")  # as Windows writes Chinese
+    record = RunRecord(1, 2, ["--train-data", name], "猫", 1, {name: "0"}, {name: [3]}, {})
+    record.write(tmp_path / RECORD_FILE)
+    assert RunRecord.read(tmp_path / RECORD_FILE) == record
+    assert "猫" in (tmp_path / RECORD_FILE).read_text(encoding="utf-8")

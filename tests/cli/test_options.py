@@ -9,7 +9,7 @@ from conftest import PROJECT, run_program, run_python
 
 from model.cli import options as module
 from model.cli.flag_checks import flag_problems
-from model.cli.options import full_parser, parse
+from model.cli.options import full_parser, parse, spelled_out
 
 RECIPE = (
     "--experiment-name finetune-visualglm-6b --model-parallel-size 1 --mode finetune --train-iters 300 "
@@ -283,3 +283,18 @@ def test_mypy_finds_a_misspelt_option_and_one_that_may_be_auto() -> None:
 def test_keep_best_is_by_the_loss_unless_it_says_otherwise(words: list[str], measure: str | None) -> None:
     """The last two stand in the settings.json of runs of earlier versions."""
     assert module.parse(words).keep_best == measure
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--save=~/runs"], ["--save=/home/ann/runs"]), (["--save", "~/runs"], ["--save", "/home/ann/runs"]),
+        (["--train-data", "a~.json", "~/b.json"], ["--train-data", "a~.json", "/home/ann/b.json"]),
+        (["--source_prefix", "~ like this: ~/x"], ["--source_prefix", "~ like this: ~/x"]),
+    ],
+)  # fmt: skip
+def test_home_is_spelled_out_where_the_shell_leaves_it(
+    words: list[str], meant: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert spelled_out(words) == meant

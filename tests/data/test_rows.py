@@ -42,6 +42,12 @@ def test_rows_when_the_file_begins_with_a_byte_order_mark_are_read(tmp_path):
         (b'[{"img": "a.png", "prompt": "?", "label": "!"}] []', "not JSON (Extra data)"),
         (b'[{"img": "a.png", "prompt": "?", "label": "!"} {}]', "not JSON"),
         (b'"text"', "not a JSON list"),
+        (b'{"prompt": "?",\n "label": "!"}', "not a JSON list, and no JSON Lines"),
+        (b'{"prompt": "?",\n "label": "!"}\n{"prompt": "?",\n "label": "!"}\n', "not a JSON list, and no JSON Lines"),
+        (
+            b'[{"conversations": [], "image": "a.png"}]',
+            'no "prompt" and no "label", but "conversations"; convert_data.py',
+        ),
         (b"[]", "the list is empty"),
         ('["你好"]'.encode("gbk"), "byte 3 isn't UTF-8"),
         (json.dumps([GOOD_ROW]).encode("utf-16"), "byte 1 isn't UTF-8"),

@@ -120,6 +120,18 @@ def test_report_in_processes_is_the_same(tmp_path: Path, row: dict) -> None:
     assert report_of(data, "--workers", "2") == report_of(data, "--workers", "1")
 
 
+def test_all_bad_rows_stand_in_a_file_where_the_report_counts_some(
+    tmp_path: Path, row: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row, *(row | {"img": f"no{number}.png"} for number in range(7))]
+    with pytest.raises(SystemExit, match="1"):
+        main([str(write_rows(tmp_path, rows))])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "all are in" in line]
+    listed = Path(line.split("all are in ")[1].removesuffix(".")).read_text(encoding="utf-8").splitlines()
+    assert line.startswith("7 bad rows; ")
+    assert [name for name in map(str, range(7)) if f"no{name}.png" not in "".join(listed)] == []
+
+
 @pytest.mark.parametrize(("rows", "status"), [([{"prompt": "?", "label": "!"}], 0), ([{}], 1)])
 def test_exit_status_says_whether_something_is_wrong(
     tmp_path: Path, rows: list, status: int, capfd: pytest.CaptureFixture[str]

@@ -106,3 +106,28 @@ def test_image_beside_the_conversations_is_found_from_rows_in_another_folder(tmp
     (tmp_path / "a.jpg").write_text("another one")
     with pytest.raises(SystemExit):
         main(["in/talk.json", "in/rows.json"])
+
+
+def test_file_that_is_there_is_replaced_when_asked_and_the_conversations_never(tmp_path: Path) -> None:
+    conversations, rows = tmp_path / "c.json", tmp_path / "rows.json"
+    conversations.write_text(json.dumps([llava("?", "!")]))
+    rows.write_text("mine")
+    for out, flags, found in ((rows, [], "there is such a file; another name or --overwrite is needed"),
+                              (conversations, ["--overwrite"], "the same file as IN")):  # fmt: skip
+        before = out.read_text()
+        with pytest.raises(SystemExit, match="2"):
+            main([str(conversations), str(out), *flags])
+        assert out.read_text() == before, found
+    main([str(conversations), str(rows), "--overwrite"])
+    assert [row.label for row in read_rows(rows)] == ["!"]
+
+
+def test_conversations_of_which_none_can_be_a_row_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conversations = tmp_path / "c.json"
+    conversations.write_text(json.dumps([{"conversations": []}, {"messages": [{"role": "user", "content": 3}]}]))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(conversations), str(tmp_path / "rows.json"), "--bad_rows", "skip"])
+    told = capsys.readouterr().err
+    assert 'row 1: "conversations" is no list with something in it' in told
+    assert 'row 2 part 1: "content" is no text' in told
+    assert "no conversation in it that can be a row" in told

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -218,3 +219,24 @@ def test_real_wandb_offline_gets_steps_and_evaluations_in_the_runs_folder(upstre
     assert {line["_step"]: line["Train/train_loss"] for line in history} == losses
     assert {line["_step"]: line["Train/valid_loss"] for line in history if "Train/valid_loss" in line} == evaluations
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["saved"]
+
+
+@pytest.mark.run
+def test_run_on_data_in_a_folder_whose_name_is_not_text_is_saved_and_goes_on(upstream_checkpoint, tmp_path):
+    data = tmp_path / os.fsdecode(b"\xce\xd2\xb5\xc4")  # as Windows writes Chinese
+    shutil.copytree(GOLDEN / "upstream", data)
+    words = (
+        SCRIPT, "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune", "--batch-size", "2",
+        "--train-data", data / "dataset.json", "--save", tmp_path / "saved",
+    )  # fmt: skip
+    done = run_python(*words, "--train-iters", "1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "saved").iterdir()
+    more = run_python(SCRIPT, "--resume", folder, "--train-iters", "2")
+    assert more.returncode == 0, more.stderr
+    assert (folder / "latest").read_text() == "2"
+    for flags in (("--save", data), ("--from_pretrained", data), ("--experiment-name", data.name)):
+        refused = run_python(*words, "--train-iters", "1", *flags)
+        assert refused.returncode == 2
+        assert f"{flags[0]} " in refused.stderr
+        assert "the name isn't UTF-8, so torch can't open files there" in refused.stderr

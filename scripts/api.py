@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -88,6 +89,7 @@ KEY_VARIABLE = "VISUALGLM_API_KEY"
 MOST_CONNECTIONS = 512  # further ones are refused, so that there are files left to open
 IDLE_SECONDS = 5  # that a connection is kept without a request
 SHOWN_PROBLEMS = 3  # of a request
+JSON_KIND = re.compile(r"\s*application/([\w.-]+\+)?json\b", re.IGNORECASE)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -139,6 +141,7 @@ class Api:
         app.post("/")(self.released)
         app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
         app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}", response_model=None)(self.one_model)
         app.get("/health")(self.health)
         app.get("/metrics")(self.metrics)
         for kind, handler in (
@@ -160,9 +163,9 @@ class Api:
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """OpenAI's."""
-        if body.model != self.options.model_name:
-            message = f'there is no model "{body.model[:100]}" here; "{self.options.model_name}" is needed.'
-            return JSONResponse(error_body(404, message, "model_not_found"), 404)
+        another = self.no_model(body.model)
+        if another is not None:
+            return another
         asked = body.asked(self.options.sampling)
         identity = f"chatcmpl-{uuid.uuid4().hex}"
         if not body.stream:
@@ -176,9 +179,23 @@ class Api:
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def models(self) -> dict[str, Any]:
-        """The one model."""
-        model = {"id": self.options.model_name, "object": "model", "created": 0, "owned_by": "visualglm"}
-        return {"object": "list", "data": [model]}
+        """The models that there are: one."""
+        return {"object": "list", "data": [self.model_entry()]}
+
+    async def one_model(self, name: str) -> Response:
+        """A model by its name."""
+        return self.no_model(name) or JSONResponse(self.model_entry())
+
+    def model_entry(self) -> dict[str, Any]:
+        """The model, as OpenAI lists them."""
+        return {"id": self.options.model_name, "object": "model", "created": 0, "owned_by": "visualglm"}
+
+    def no_model(self, name: str) -> Response | None:
+        """What is said of another name than the model's."""
+        if name == self.options.model_name:
+            return None
+        message = f'there is no model "{name[:100]}" here; "{self.options.model_name}" is needed.'
+        return JSONResponse(error_body(404, message, "model_not_found"), 404)
 
     async def health(self) -> Response:
         """Whether questions are answered."""
@@ -239,7 +256,7 @@ class Api:
 
         asked.refuse_text(self.options.max_length)  # before its picture is fetched
         image = None
-        if asked.image:
+        if asked.image is not None:
             image = image_tensor(opened(asked.image, image_size(self.model), self.limits), self.model)
         return checked_question(
             asked, image, self.model, self.tokenizer, self.options.max_length, lang=self.lang(asked)
@@ -275,11 +292,33 @@ def event(content: dict[str, Any]) -> str:
 
 
 async def on_bad_fields(request: Request, error: Any) -> Response:
-    """Fields that are missing or of a wrong type."""
+    """Fields that are missing or of a wrong type, or no JSON."""
+    kind = request.headers.get("content-type", "")
+    if not JSON_KIND.match(kind):  # any web page that somebody looks at may send others to a server on this machine
+        found = f'"{kind[:50]}" found' if kind else "it is missing"
+        message = f"the header Content-Type: application/json is needed; {found}."
+        return JSONResponse(error_body(400, message), 400)
     found = error.errors()
-    lines = ["{}: {}".format(".".join(map(str, one["loc"][1:])) or "the request", one["msg"]) for one in found]
+    lines = [f"{place_in_request(one)}: {what_is_wrong(one)}" for one in found]
     more = [f"{len(lines) - SHOWN_PROBLEMS} more"] if len(lines) > SHOWN_PROBLEMS else []
     return JSONResponse(error_body(400, "; ".join(lines[:SHOWN_PROBLEMS] + more)), 400)
+
+
+def place_in_request(problem: dict[str, Any]) -> str:
+    """Where pydantic found something, as `messages[0].content[1].type`, without its names of types."""
+    parts = [part for part in problem["loc"][1:] if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part)]
+    if problem["type"] == "json_invalid" or not parts:
+        return "the request"
+    if parts[-1] == "str" and len(parts) > 1:
+        parts.pop()
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+
+
+def what_is_wrong(problem: dict[str, Any]) -> str:
+    """A sentence's end, of what pydantic found."""
+    if problem["type"] == "json_invalid":
+        return f"not JSON at character {problem['loc'][-1] + 1} ({problem['ctx']['error']})"
+    return str(problem["msg"])
 
 
 async def on_input_error(request: Request, error: Exception) -> Response:

@@ -28,6 +28,7 @@ from model.errors import InputError, command, interrupt_ends_quietly, raise_prob
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+from model.checkpoints.whole import is_same_file
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
@@ -103,7 +104,7 @@ def refuse_to_overwrite(options: argparse.Namespace) -> None:
         InputError: it is the file of conversations itself, or --overwrite is not given.
     """
     out = Path(options.rows)
-    if out.exists() and Path(options.conversations).exists() and out.samefile(options.conversations):
+    if is_same_file(out, options.conversations):
         raise InputError(f"{out}: the same file as IN; another one is needed.")
     if out.exists() and not options.overwrite:
         raise InputError(f"{out}: there is such a file; another name or --overwrite is needed.")

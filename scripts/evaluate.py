@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import json_text, write_whole
+from model.checkpoints.whole import is_same_file, json_text, write_whole
 from model.chinese import in_ui_language
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
@@ -167,7 +167,7 @@ def written(path: str, text: str, flag: str) -> None:
 
 
 def place_problems(options: argparse.Namespace) -> list[str]:
-    """Why the files of --out and --html can't be written, as far as their folders tell now."""
+    """Why the files of --out and --html can't be written, as far as their places tell now."""
     problems = []
     for flag, path in (("--out", options.out), ("--html", options.html)):
         folder = Path(path or ".").absolute().parent
@@ -177,6 +177,10 @@ def place_problems(options: argparse.Namespace) -> list[str]:
             problems.append(f"{flag} {path}: no folder {folder}; one that is there is needed.")
         elif path and not os.access(folder, os.W_OK):
             problems.append(f"{flag} {path}: {folder} can't be written to; another place is needed.")
+        if path and is_same_file(path, options.data):
+            problems.append(f"{flag} {path}: the same file as --data; another one is needed.")
+    if options.out and options.html and is_same_file(options.out, options.html):
+        problems.append(f"--html {options.html}: the same file as --out; another one is needed.")
     return problems
 
 

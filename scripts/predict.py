@@ -34,7 +34,8 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import CHECKSUMS_FILE, json_text, write_whole
+from model.checkpoints.running import locked_here
+from model.checkpoints.whole import CHECKSUMS_FILE, is_same_file, json_text, write_whole
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, rows_in_place, values_of
@@ -103,25 +104,51 @@ def settings_of(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
     return {**flags, "the checkpoint's weights": weights, "the data file's content": data}
 
 
-def begun(out: Path, settings: dict[str, Any], overwrite: bool) -> tuple[int, int]:
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[IO[bytes]]:
+    """The answers' file, open to add to, for this process alone; it goes if nothing has come into a new one.
+
+    Raises:
+        InputError: it isn't a file, or another process is writing into it.
+    """
+    is_new = not out.exists()
+    if not is_new and not out.is_file():
+        raise InputError(f"--out {out}: not a file; the name of one is needed, or - for standard output.")
+    with open(out, "ab", buffering=0) as file:
+        if not locked_here(file):
+            raise InputError(
+                f"--out {out}: another process is writing into it; wait until it has ended, or name another file."
+            )
+        try:
+            yield file
+        finally:
+            if is_new and not out.stat().st_size:
+                out.unlink()
+
+
+def begin_anew(out: Path, file: IO[bytes], settings: dict[str, Any]) -> None:
+    """Empty the answers' file, and note what its answers depend on."""
+    file.truncate(0)
+    text = json_text(settings, 1) + "\n"
+    write_whole(settings_file(out), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def settings_file(out: Path) -> Path:
+    """Where it stands what the answers in a file depend on."""
+    return out.with_name(f"{out.name}.settings.json")
+
+
+def begun(out: Path, settings: dict[str, Any]) -> tuple[int, int]:
     """Rows that the answers' file has already, and how many of them without an answer; the file is ready for the next.
 
     Raises:
         InputError: it was begun otherwise, or by something else, or it is damaged.
     """
-    settings_file = out.with_name(f"{out.name}.settings.json")
-    if out.exists() and not out.is_file():
-        raise InputError(f"--out {out}: not a file; the name of one is needed, or - for standard output.")
-    if overwrite or not out.exists() or not out.stat().st_size:
-        out.write_bytes(b"")
-        text = json_text(settings, 1) + "\n"
-        write_whole(settings_file, lambda path: path.write_text(text, encoding="utf-8"))
-        return 0, 0
-    if not settings_file.is_file():
+    if not settings_file(out).is_file():
         raise InputError(
             f"--out {out}: there is such a file, and not of predict.py; another name or --overwrite is needed."
         )
-    before = read_json_object(settings_file, "--out")
+    before = read_json_object(settings_file(out), "--out")
     changed = [name for name in settings if name not in before or before[name] != settings[name]]
     if changed:
         found = ", ".join(
@@ -181,6 +208,16 @@ def write_at_once(line: bytes, file: IO[bytes]) -> None:
     while line:
         line = line[file.write(line) :]
     file.flush()
+
+
+def written(lines: Iterable[tuple[bytes, Outcome]], file: IO[bytes], out: str) -> int:
+    """Write lines as they come, and count the rows without an answer."""
+    errors = 0
+    for line, outcome in lines:
+        with telling(out):
+            write_at_once(line, file)
+        errors += "error" in outcome
+    return errors
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -322,10 +359,14 @@ def predict(options: argparse.Namespace) -> None:
         options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
         rows, problems, total = read_questions(options)
         done = errors = 0
+        out, begins = Path(options.out), False
         if options.out != STANDARD_OUTPUT:
             with telling(options.out):
-                done, errors = begun(Path(options.out), settings_of(options, checkpoint), options.overwrite)
-                file = stack.enter_context(open(options.out, "ab", buffering=0))
+                settings = settings_of(options, checkpoint)
+                file = stack.enter_context(held(out))
+                begins = options.overwrite or not out.stat().st_size
+                if not begins:
+                    done, errors = begun(out, settings)
         if done:
             say(f"{options.out}: {done} of {total} rows are done already.")
         to_ask = {number for number in rows.numbers if number > done} - problems.keys()
@@ -333,15 +374,17 @@ def predict(options: argparse.Namespace) -> None:
         if to_ask:
             numbered = zip(rows.numbers, rows, strict=True)
             asked = answered((one for one in numbered if one[0] in to_ask), checkpoint, options)
+        if begins:  # the model is there: what stood in the file isn't lost for nothing
+            with telling(options.out):
+                begin_anew(out, file, settings)
         known = {number: {"error": problem} for number, problem in problems.items()}
         lines = lines_in_order(options.data, done, known, asked)
         if not (options.out == STANDARD_OUTPUT and file.isatty()):
             lines = with_progress(lines, total - done, "Answering")
-        for line, outcome in lines:
-            with telling(options.out):
-                write_at_once(line, file)
-            errors += "error" in outcome
+        errors += written(lines, file, options.out)
         say(f"{options.out}: {total - errors} of {total} rows answered.")
+        if errors == total:
+            raise InputError(f"{options.data}: no row could be answered; each one's line says why.")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -355,7 +398,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if Path(options.data).exists() and not Path(options.data).is_file():
         raise InputError(f"--data {options.data}: not a file; one is needed, for it is read twice.")
-    if options.out != STANDARD_OUTPUT and Path(options.out).resolve() == Path(options.data).resolve():
+    if options.out != STANDARD_OUTPUT and is_same_file(options.out, options.data):
         raise InputError(f"--out {options.out}: the same file as --data; another one is needed.")
 
 

@@ -11,15 +11,19 @@ is refused.
 Only the standard library is imported.
 """
 
-import fcntl
 import os
 import platform
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from model.checkpoints.whole import remove
 from model.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RUNNING_FILE = "running.txt"  # in the run's folder
 
@@ -47,7 +51,7 @@ class Running:
                 file = path.open("a+", encoding="utf-8")
             except OSError:  # whoever can't write here is told so by the first checkpoint
                 return
-            if not _locked(file, fcntl.LOCK_EX):
+            if not _locked(file, "lockf", "LOCK_EX"):
                 file.close()
                 refuse_running(folder)
                 continue  # it has ended in between
@@ -76,17 +80,24 @@ def refuse_running(folder: Path) -> None:
     except OSError:
         return
     with file:
-        if not _locked(file, fcntl.LOCK_SH):
+        if not _locked(file, "lockf", "LOCK_SH"):
             raise InputError(
                 f"--resume: {folder} is trained in by {file.readline().strip() or 'another process'} now, and two at once "
                 "would overwrite each other's checkpoints; wait until it has ended, or end it."
             )
 
 
-def _locked(file: IO[str], kind: int) -> bool:
+def locked_here(file: IO[bytes]) -> bool:
+    """Whether nobody else had locked an open file; now it is locked until it is closed here and wherever it was forked to."""
+    return _locked(file, "flock", "LOCK_EX")
+
+
+def _locked(file: IO[Any], function: str, kind: str) -> bool:
     """Whether nobody else has locked the file: it now has a lock of this kind, or its file system knows none."""
+    if fcntl is None:
+        return True
     try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+        getattr(fcntl, function)(file, getattr(fcntl, kind) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:

@@ -50,6 +50,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     sync(path.parent)
 
 
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two names lead to one file, by links of any kind; of files that aren't there yet, whether they will."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return Path(one).resolve() == Path(other).resolve()
+
+
 def json_text(content: Any, indent: int) -> str:
     """JSON that a file in UTF-8 can hold: a byte of a file's name that is none stands as \\udcXX, as JSON writes it."""
     return json.dumps(content, indent=indent, ensure_ascii=False).encode(errors="backslashreplace").decode()

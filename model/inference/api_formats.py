@@ -96,7 +96,17 @@ class ChatRequest(SamplingFields):
     n: int | None = 1
     tools: list[Any] | None = None
     functions: list[Any] | None = None
+    tool_choice: Any = None
     logprobs: bool | None = None
+    top_logprobs: int | None = None
+    logit_bias: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    length_penalty: float | None = None
+    best_of: int | None = None
+    stop_token_ids: list[int] | None = None
     response_format: dict[str, Any] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -121,7 +131,17 @@ class ChatRequest(SamplingFields):
             "n": self.n not in (None, 1),
             "tools": bool(self.tools),
             "functions": bool(self.functions),
+            "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "logprobs": bool(self.logprobs),
+            "top_logprobs": bool(self.top_logprobs),
+            "logit_bias": bool(self.logit_bias),
+            "modalities": self.modalities not in (None, ["text"]),
+            "audio": bool(self.audio),
+            "min_p": bool(self.min_p),
+            "min_tokens": bool(self.min_tokens),
+            "length_penalty": self.length_penalty not in (None, 1, 0),
+            "best_of": self.best_of not in (None, 1),
+            "stop_token_ids": bool(self.stop_token_ids),
             "response_format": not plain,
             "frequency_penalty": bool(self.frequency_penalty),
             "presence_penalty": bool(self.presence_penalty),
@@ -232,7 +252,10 @@ def _content(message: Message, where: str) -> tuple[str, list[str]]:
         if part.type == "text":
             texts.append(str(found))
             continue
-        images.append(found.url if isinstance(found, Url) else str(found))
+        url = found.url if isinstance(found, Url) else str(found)
+        if not url.strip():
+            raise InputError(f'{where}: "image_url" is empty; an address or a data URI is needed, or no such part.')
+        images.append(url)
         if message.role != "user":
             raise InputError(f'{where}: a picture in a message of role "{message.role}"; "user" is needed.')
     return "\n".join(texts), images

@@ -9,6 +9,7 @@ An ASGI application around another one, so that a request is refused before its 
 import asyncio
 import hmac
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN_TO_ALL = ("/health",)
+BEARER = re.compile(rb"^bearer +", re.IGNORECASE)
 GONE = 499  # nginx's status of a client that went away before its answer
 BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds, of the histogram
 
@@ -85,7 +87,7 @@ class Guard:
         """Why a request isn't let in: status, sentence, headers."""
         headers = dict(scope["headers"])
         if self.key is not None and scope["path"] not in OPEN_TO_ALL:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            given = BEARER.sub(b"", headers.get(b"authorization", b""), 1)
             if not hmac.compare_digest(given, self.key.encode()):
                 return 401, "the API key is missing or wrong; the header Authorization: Bearer KEY is needed.", {}
         length = headers.get(b"content-length", b"")

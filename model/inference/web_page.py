@@ -25,7 +25,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from model.data.images import open_image
-from model.data.remote_images import LARGEST_DOWNLOAD, Limits, downloaded
+from model.data.remote_images import LARGEST_DOWNLOAD, Limits, downloaded, opened
 from model.data.rows import Row
 from model.errors import InputError
 from model.inference.flags import sampling_of
@@ -337,6 +337,7 @@ class Page:
         try:
             with talk.changing():
                 content = downloaded(url.strip(), limits).getvalue()
+                opened(content, EXAMPLE_EDGE, limits)  # what is no picture leaves the conversation as it is
                 talk.look(content, self.speakers, limits)
         except InputError as problem:
             yield [gr.skip(), *self.noted(sentence(str(problem), self.reads(request)))]

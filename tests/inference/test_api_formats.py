@@ -68,6 +68,16 @@ def test_everything_that_is_not_offered_is_told_at_once():
     ]
 
 
+@pytest.mark.parametrize(("field", "refused", "plain"), [
+    ("tool_choice", "required", "auto"), ("top_logprobs", 3, 0), ("logit_bias", {"5": 100}, {}), ("modalities", ["audio"], ["text"]),
+    ("min_p", 0.1, 0), ("min_tokens", 5, 0), ("best_of", 2, 1), ("stop_token_ids", [5], []), ("length_penalty", 2.0, 1.0),
+])  # fmt: skip
+def test_field_that_would_change_the_answer_is_refused_and_its_default_is_not(field, refused, plain):
+    with pytest.raises(InputError, match=f"{field} isn't offered"):
+        chat_request(**{field: refused}).asked(WARM)
+    assert chat_request(**{field: plain}).asked(WARM) == chat_request().asked(WARM)
+
+
 def test_number_out_of_bounds_is_told_by_the_fields_name():
     with pytest.raises(InputError, match=r"^top_p 2\.0: a number above 0"):
         chat_request(top_p=2).asked(WARM)

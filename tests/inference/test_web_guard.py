@@ -66,6 +66,7 @@ def test_key_is_asked_for_everywhere_but_for_health():
     guard = Guard(app, "key", places=1, most_bytes=10, seconds=1)
     assert answered(guard, POST)[0] == 401
     assert answered(guard, POST | {"headers": [(b"authorization", b"Bearer key")]})[0] == 200
+    assert answered(guard, POST | {"headers": [(b"authorization", b"bearer key")]})[0] == 200
     assert answered(guard, POST | {"method": "GET", "path": "/health"})[0] == 200
 
 

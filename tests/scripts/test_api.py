@@ -143,6 +143,12 @@ def test_openai_client_finds_the_model(server):
     assert [model.id for model in server.openai.models.list()] == ["small"]
 
 
+def test_openai_client_finds_the_model_by_its_name_and_no_other(server):
+    assert server.openai.models.retrieve("small").id == "small"
+    with pytest.raises(openai.NotFoundError, match='there is no model "large" here'):
+        server.openai.models.retrieve("large")
+
+
 def test_openai_client_gets_the_answer_and_its_counts(server, expected):
     answer = completion(server, [said(QUESTION)], max_tokens=20)
     [choice] = answer.choices
@@ -293,7 +299,16 @@ HOSTILE = {
     "five stops": (text("a", stop=["a", "b", "c", "d", "e"]), 400, "up to 4"),
     "other model": (("/v1/chat/completions", {"json": {"model": "../x", "messages": [said("a")]}}), 404, 'no model "../x"'),
     "a form, as a web page may send it": (
-        ("/", {"content": b'{"text": "a"}', "headers": {"content-type": "text/plain"}}), 400, "",
+        ("/", {"content": b'{"text": "a"}', "headers": {"content-type": "text/plain"}}), 400,
+        'Content-Type: application/json is needed; "text/plain" found',
+    ),
+    "half a text": (raw(b'{"text":'), 400, r"^the request: not JSON at character 9 \(Expecting value\)"),
+    "unknown part": (
+        ("/v1/chat/completions", {"json": {"model": "small", "messages": [{"role": "user", "content": [{"type": "b"}]}]}}), 400,
+        r"messages\[0\]\.content\[0\]\.type: ",
+    ),
+    "empty picture": (
+        text([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": ""}}]), 400, '"image_url" is empty',
     ),
     "large body": (raw(bytes(1_100_000)), 413, "more than 1 MiB"),
     "large body without a length": (raw(iter([bytes(100_000)] * 20)), 413, "more than 1 MiB"),

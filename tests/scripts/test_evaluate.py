@@ -248,6 +248,11 @@ def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--full_width"], "--quant or --dtype is needed with it"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--out", "gone/results.json"], "no folder"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--html", "/"], "--html /: a folder"),
+        (["--from_pretrained", "BASE", "--data", str(ROWS), "--out", str(ROWS)], "the same file as --data"),
+        (
+            ["--from_pretrained", "BASE", "--data", str(ROWS), "--out", "x.json", "--html", "./x.json"],
+            "the same file as --out",
+        ),
     ],
 )
 def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream_checkpoint, capsys, words, part):

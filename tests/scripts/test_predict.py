@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upst
     data, out = write_rows(tmp_path, ROWS * 3), tmp_path / "answers.jsonl"
     words = ["--data", data, "--out", out, "--batch-size", "1"]
     process = subprocess.Popen(
-        [commands() / "python", COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "70", *words]
+        [sys.executable, COMMAND, "--from_pretrained", upstream_checkpoint, "--max_length", "70", *words]
     )
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 4):
         time.sleep(0.01)
@@ -217,6 +218,38 @@ def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upst
     assert out.read_bytes().startswith(stopped)
     answers = [line["answer"] for line in lines_of(out)]
     assert answers == answers[:5] * 3
+
+
+@pytest.mark.run
+def test_file_that_another_process_writes_into_is_refused(predict, tmp_path):
+    data, out = write_rows(tmp_path, ROWS[:1]), tmp_path / "answers.jsonl"
+    hold = "import sys\nfrom pathlib import Path\nfrom scripts.predict import held\nwith held(Path(sys.argv[1])):\n print(1, flush=True)\n input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, out], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"1\n"
+        run = predict("--data", data, "--out", out)
+        assert run.returncode == 2
+        assert f"--out {out}: another process is writing into it" in run.stderr
+        other.communicate(b"\n")
+    assert not out.exists()  # nothing came into it
+    assert predict("--data", data, "--out", out).returncode == 0
+
+
+def test_answers_that_are_there_stay_until_the_model_that_is_to_replace_them_is(predict, tmp_path):
+    data, out = write_rows(tmp_path, ROWS[:1]), tmp_path / "answers.jsonl"
+    predict("--data", data, "--out", out)
+    before = out.read_bytes()
+    assert predict("--data", data, "--out", out, "--overwrite", "--tokenizer", tmp_path / "none").returncode == 2
+    assert out.read_bytes() == before
+
+
+def test_command_that_answers_nothing_has_failed(predict, tmp_path):
+    data, out = write_rows(tmp_path, ROWS[:2]), tmp_path / "answers.jsonl"
+    run = predict("--data", data, "--out", out, "--max_length", "4")
+    assert run.returncode == 2
+    assert "no row could be answered" in run.stderr
+    assert all("error" in line for line in lines_of(out))
 
 
 # standard output

@@ -177,18 +177,41 @@ def test_example_comes_with_its_picture_its_question_and_its_right_answer(visito
     assert "Right answer: 一只猫。" in visitor.note("ask", question, *HOW)
 
 
-def test_picture_of_an_address_is_shown_and_asked_about(serve):
+@pytest.fixture
+def pictures():
+    """The address of a folder that has a.png, and pages under all other names."""
+
     class Pictures(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(PICTURE.read_bytes())
+            self.wfile.write(PICTURE.read_bytes() if self.path == "/a.png" else b"<html>no picture</html>")
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        visitor = Visitor(serve(private_networks=True))
-        message = visitor.asks("fetched", f"http://127.0.0.1:{server.server_port}/a.png")
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_address_of_no_picture_leaves_the_conversation_as_it_is(serve, pictures):
+    def answer():
+        chat, *_ = visitor.asks("ask", QUESTION, *HOW)["output"]["data"]
+        assert isinstance(chat, list)
+        said = visitor.asks("undone")["output"]["data"][2]
+        assert said == QUESTION
+        return chat
+
+    visitor = Visitor(serve(private_networks=True))
+    visitor.asks("fetched", f"{pictures}/a.png")
+    visitor.asks("ask", "再说一次", *HOW)
+    before = answer()
+    assert "isn&#x27;t a picture" in visitor.note("fetched", f"{pictures}/a.html")
+    assert answer() == before
+
+
+def test_picture_of_an_address_is_shown_and_asked_about(serve, pictures):
+    visitor = Visitor(serve(private_networks=True))
+    message = visitor.asks("fetched", f"{pictures}/a.png")
     picture, *_ = message["output"]["data"]
     shown = Image.open(io.BytesIO(visitor.http.get(picture["url"]).content))
     assert shown.convert("RGB").tobytes() == Image.open(PICTURE).convert("RGB").tobytes()

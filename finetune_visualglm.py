@@ -27,6 +27,7 @@ from model.cli.preflight import Inputs, preflight, warm_up_notes
 from model.cli.resuming import CommandLine, command_line, finished_note
 from model.progress import outliving_readers, say
 from model.training import sat_loop
+from model.training.launcher import Launcher
 
 # Public names of the 2023 script. They are looked up when asked for: importing torch takes longer than all the checks.
 _HOMES = {
@@ -116,6 +117,7 @@ def train(line: CommandLine, inputs: Inputs) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line argv (sys.argv's by default); `model.errors` lists the statuses that it may end with."""
     with command("finetune_visualglm.py"), ExitStack() as stack:
+        Launcher.of_this_command()  # is noted now: rows and pictures take a while
         argv = list(sys.argv[1:] if argv is None else argv)
         line = command_line(argv)
         stack.enter_context(outliving_readers())  # but --help ends there

@@ -10,6 +10,7 @@ Two runs of `deepspeed` on one machine are given the same port. The second one t
 listens on its port itself, before there are processes: its --master-port, or --standalone, is the user's to give.
 """
 
+import functools
 import os
 import socket
 import tempfile
@@ -37,6 +38,12 @@ class Launcher:
         processes = [psutil.Process(), *psutil.Process().parents()[:GENERATIONS]]
         launchers = [number for number, process in enumerate(processes) if number and _is_launcher(process)]
         self.line = [process.pid for process in processes[: launchers[-1] + 1]] if launchers else []  # from this one up
+
+    @classmethod
+    @functools.cache
+    def of_this_command(cls) -> "Launcher":
+        """The launcher as it was when this was called first: a command does so at its start, for it may be gone later."""
+        return cls()
 
     def is_gone(self) -> bool:
         """Whether one of these processes has lost its parent. False where there was no launcher."""

@@ -118,7 +118,7 @@ class Watchdog:
         self._tells = False  # whether this process tells it, for all on this machine
         self._store_is_gone = False
         self._heartbeat: threading.Thread | None = None
-        self._launcher = Launcher()
+        self._launcher = Launcher.of_this_command()
         self._over = threading.Event()  # this process leaves in its own way
         self._leaving = threading.Lock()  # held by the thread that ends this process
 

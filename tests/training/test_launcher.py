@@ -51,6 +51,17 @@ def test_run_whose_launcher_is_killed_is_saved_and_leaves_no_process(
 
 
 @pytest.mark.run
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
+def test_launcher_that_is_killed_before_the_processes_know_each_other_leaves_none(launched, launcher):
+    one = launched(launcher, until=" rows")
+    os.kill(one.launcher(AGENT if launcher == "torchrun" else DEEPSPEED_LAUNCH), signal.SIGKILL)
+    one.end(60)
+    assert "The launcher of this run has gone." in one.output
+    assert wait_for_no_process(one) == []
+    assert "step      1/" not in one.output
+
+
+@pytest.mark.run
 @pytest.mark.long
 def test_second_run_of_deepspeed_on_a_machine_finds_another_port(run, tmp_path):
     with socket.create_server(("", 0)) as other_run:

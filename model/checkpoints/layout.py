@@ -170,6 +170,13 @@ class Checkpoint:
 
         return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as") or {})
 
+    def latest(self) -> str:
+        """The iteration that `latest` in its folder names by now; "" if it names none."""
+        try:
+            return _latest(self.folder)
+        except InputError:
+            return ""
+
     def weights_file(self, rank: int = 0) -> Path:
         """The weights of a model-parallel rank; in Hugging Face's layout all weights, or the index of their files."""
         if self.layout == "hf":

@@ -169,7 +169,7 @@ class _Saving:
             with told_as_a_sentence(iteration, folder, self.needed):
                 shared = _write_shared_files(folder, self.config_text)
                 put_in_place(self.unfinished, folder / str(iteration), shared)
-                write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
+                make_latest(folder, iteration)
         except BaseException:
             remove_unfinished(folder)
             raise
@@ -178,6 +178,11 @@ class _Saving:
         except OSError as error:
             warn(f"WARNING: {folder}: older iterations can't be removed ({error.strerror}).")
         say(f"Saved {folder} (iteration {iteration}).")
+
+
+def make_latest(folder: Path, iteration: int) -> None:
+    """Let the checkpoint in folder be that of an iteration."""
+    write_whole(folder / "latest", lambda path: path.write_text(str(iteration)))
 
 
 def on_every_process(act: Callable[[], None]) -> None:

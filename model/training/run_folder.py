@@ -34,6 +34,7 @@ import psutil
 
 from model.checkpoints.resume import SETTINGS_FILE, Ending, digests
 from model.checkpoints.running import RUNNING_FILE, Running
+from model.checkpoints.save import make_latest
 from model.checkpoints.whole import json_text, remove, write_whole
 from model.cli.config_file import flags_as_held
 from model.cli.preflight import Inputs
@@ -41,6 +42,7 @@ from model.cli.resuming import CommandLine
 from model.data.rows import Row, json_row
 from model.data.split import Selection
 from model.distributed import done_by_first_process, is_first_process
+from model.errors import InputError
 from model.progress import say, warn
 from model.training.curves import LossPicture
 from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, MetricsFile
@@ -100,8 +102,8 @@ class RunFolder:
         self.run.place(args, model)
         if not args.save:
             return
-        done_by_first_process(partial(self.running.claim, Path(args.save)))
         self.folder = Path(args.save)
+        done_by_first_process(partial(self._take, self.folder))
         args.summary_dir = args.summary_dir or args.save  # Weights & Biases keeps its files there
         if not is_first_process():
             return
@@ -112,6 +114,25 @@ class RunFolder:
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.run.is_behind)
         self.picture = LossPicture(self.folder)
         self.report.sinks += [self.metrics.write, self.picture.note, self._count]
+
+    def _take(self, folder: Path) -> None:
+        """Claim the folder. Its checkpoint is now the one that the run goes on from: a kill before the first save leaves that.
+
+        Raises:
+            InputError: another run goes on there, or the folder can't be written to.
+        """
+        self.running.claim(folder)
+        if self.line.resumed is None:
+            return
+        iteration, latest = self.line.steps_done, self.line.resumed.checkpoint.latest()
+        if latest == str(iteration):
+            return
+        try:
+            make_latest(folder, iteration)
+        except OSError as error:
+            raise InputError(f"{folder}: `latest` can't be written ({error.strerror}).") from None
+        was = f", {latest} was; that one stays until it is saved anew" if latest else ""
+        say(f"{folder}: iteration {iteration} is the latest from here on{was}.")
 
     def tensorboard_folder(self, base: str, name: str) -> Path | None:
         """Where TensorBoard's file goes: into the run's folder, or where --summary-dir says."""

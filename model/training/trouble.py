@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.whole import write_whole
+from model.checkpoints.save import make_latest
 from model.cli.options import Options
 from model.distributed import is_first_process
 from model.errors import InputError, RowError
@@ -205,7 +205,7 @@ def _set_aside(folder: Path, bad: int, good: int | None) -> None:
         if good is None:
             (folder / "latest").unlink(missing_ok=True)
         else:
-            write_whole(folder / "latest", lambda path: path.write_text(str(good)))
+            make_latest(folder, good)
         (folder / str(bad)).rename(folder / f"{bad}-diverged")
     torch.distributed.barrier()  # a launcher ends this process as soon as another one leaves
 

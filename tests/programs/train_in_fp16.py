@@ -14,12 +14,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import finetune_visualglm
-from model.training import metrics, sat_loop
+from model.training import metrics, sat_args
 
 accelerator = type(get_accelerator())
 accelerator.is_fp16_supported = lambda self: True
 accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
-settings, report_step = sat_loop._settings, metrics.TrainingReport.step
+settings, report_step = sat_args._settings, metrics.TrainingReport.step
 seen: dict[str, Any] = {}
 
 
@@ -38,7 +38,7 @@ def recording_step(report: Any, writer: Any, optimizer: Any, rate: float, loss: 
     report_step(report, writer, optimizer, rate, loss, *rest)
 
 
-sat_loop._settings = settings_with_fp16
+sat_args._settings = settings_with_fp16
 metrics.TrainingReport.step = recording_step  # type: ignore[method-assign]
 for run in sys.argv[1].split(";"):
     seen |= {"losses": [], "scales": []}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import threading
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from model.cli.options import parse
 from model.errors import InputError
 from model.training import sat_loop
 from model.training.metrics import TrainingReport
+from model.training.records import read_records
 from model.training.sat_loop import LoopState
 from model.training.saving import SECONDS_BETWEEN_SAVES, CheckpointSaver, TimedSaves
 
@@ -277,3 +279,25 @@ def test_two_processes_end_alike_when_their_disk_is_full(upstream_checkpoint: Pa
     assert "iteration 2 can't be saved (No space left on device)" in error
     assert iterations(tmp_path) == ["1"]
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.run
+def test_run_that_goes_on_from_an_earlier_iteration_and_is_killed_goes_on_from_there_again(run, tmp_path):
+    whole = run("--train-iters", "6", "--save-interval", "3")
+    assert whole.end() == 0, whole.output
+    (folder,) = (tmp_path / "saved").iterdir()
+    before = [(one.kind, one.step, one.loss) for one in read_records(folder / "metrics.jsonl")]
+    branch = run("--resume", folder / "3", "--train-iters", "100000", "--save-interval", "90000")
+    branch.read_until("step      5/")
+    branch.send(signal.SIGKILL)
+    branch.end()
+    assert (
+        f"{folder}: iteration 3 is the latest from here on, 6 was; that one stays until it is saved anew."
+        in branch.output
+    )
+    assert (folder / "latest").read_text() == "3"
+    assert (folder / "6").is_dir()
+    again = run("--resume", folder, "--train-iters", "6", "--save-interval", "3")
+    assert again.end() == 0, again.output
+    assert [(one.kind, one.step, one.loss) for one in read_records(folder / "metrics.jsonl")] == before
+    assert (folder / "latest").read_text() == "6"

@@ -15,6 +15,7 @@ does more, see `model.training.signals`. Only the standard library is imported.
 """
 
 import atexit
+import errno
 import math
 import multiprocessing
 import os
@@ -39,6 +40,9 @@ STATUS_OF_BAD_INPUT = 2
 STATUS_OF_A_LOST_PROCESS = 3
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
 STATUS_WITHOUT_READER = 141  # as a shell tells it of a program that SIGPIPE ended
+TOO_MANY_FILES = (
+    "too many files are open; a higher limit is needed, as by ulimit -n 4096. In training, --num-workers 0 opens fewer."
+)
 SECONDS_TO_CLEAN_UP = 0.7  # then a command ends as it is
 SECONDS_FOR_A_HANDLER = 3.0  # of a signal that came to a process of several
 SECONDS_FOR_THE_FIRST_TO_TELL = 5.0  # what is wrong with the input, and for the launcher to end the others
@@ -87,6 +91,11 @@ def exit_on_input_error(program: str) -> Iterator[None]:
             tells = True
         if tells:
             warn_from_any_process(f"{program}: error: {problem}")
+        sys.exit(STATUS_OF_BAD_INPUT)
+    except (OSError, RuntimeError) as problem:  # torch's is of the second kind
+        if os.strerror(errno.EMFILE) not in str(problem):
+            raise
+        warn_from_any_process(f"{program}: error: {TOO_MANY_FILES}")
         sys.exit(STATUS_OF_BAD_INPUT)
 
 

@@ -193,10 +193,12 @@ COMMANDS = {
 def files(tmp_path_factory):
     """MANY rows with a picture each, a LONG file of conversations, and where to put something OUT."""
     folder = tmp_path_factory.mktemp("files")
-    picture = (PROJECT / "fewshot-data/images/train00.png").read_bytes()
-    for number in range(500):
-        (folder / f"{number}.png").write_bytes(picture)
-    many = write_rows(folder, [{"img": f"{number}.png", "prompt": "?", "label": "a"} for number in range(500)])
+    picture = folder / "0.png"
+    picture.write_bytes((PROJECT / "fewshot-data/images/train00.png").read_bytes())
+    names = [f"{number}.png" for number in range(3000)]  # they take half a second
+    for name in names[1:]:
+        (folder / name).hardlink_to(picture)
+    many = write_rows(folder, [{"img": name, "prompt": "?", "label": "a"} for name in names])
     talk = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
     return {"MANY": many, "LONG": write_rows(folder, [talk] * 200_000, "long.json"), "OUT": folder / "out"}
 

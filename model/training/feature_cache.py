@@ -32,7 +32,7 @@ from model.training.feature_store import (
     placed,
     rows_in,
 )
-from model.training.worker_samples import HandedOver, NotedSamples, dead_workers_named, received, started
+from model.training.worker_samples import HandedOver, NotedSamples, dead_workers_named, end_if_unable, received, started
 
 IMAGES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions an image
 
@@ -130,6 +130,7 @@ def _add_missing_features(
         batch_size=IMAGES_AT_ONCE,
         num_workers=num_workers,
         collate_fn=HandedOver(list),
+        worker_init_fn=end_if_unable,
     )
     batches = started(loader)
     digests: dict[str, bytes] = {}

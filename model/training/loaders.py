@@ -16,12 +16,11 @@ from model.data.dataset import FewShotDataset
 from model.data.rows import Row
 from model.data.sampling import SampleOrder
 from model.data.split import Selection
-from model.data.workers import leave_signals_to_the_parent
 from model.distributed import has_gpu
 from model.sat_compat import import_sat
 from model.training.feature_cache import FeatureCache
 from model.training.trouble import BatchesAtHand
-from model.training.worker_samples import HandedOver, NotedSamples, received, started
+from model.training.worker_samples import HandedOver, NotedSamples, begin_work, received, started
 
 import_sat()
 
@@ -86,7 +85,7 @@ class Loader:
             pin_memory=has_gpu(),
             collate_fn=HandedOver(collate_fn),
             prefetch_factor=args.prefetch_factor if args.num_workers > 0 else None,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=begin_work,
         )
 
     def __len__(self) -> int:

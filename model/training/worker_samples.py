@@ -9,22 +9,27 @@ Batches go through /dev/shm, as torch sends them. In a container it may have 64 
 batch through its pipe: slower, but torch's own way waits for ever.
 """
 
+import errno
 import functools
 import io
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
+import resource
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from model.data.workers import end_workers_at_exit
-from model.errors import InputError, RowError
+from model.data.workers import end_workers_at_exit, leave_signals_to_the_parent
+from model.errors import TOO_MANY_FILES, InputError, RowError
 from model.progress import warn_from_any_process
 
+NOTES = 4  # numbers for each worker
 SAVED = "saved"  # the key of a batch that came through the pipe
 LOCKS_AS_QUEUES = 3  # what a DataLoader shares besides a queue for each worker: a queue and two events
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\)")
@@ -37,8 +42,8 @@ class NotedSamples(Dataset[Any]):
         """samples: what a DataLoader takes."""
         self.samples = samples
         self._notes = multiprocessing.RawArray(
-            "q", 3 * max(1, workers)
-        )  # of each worker: pid, sample, whether it's open
+            "q", NOTES * max(1, workers)
+        )  # of each worker: pid, sample, whether it's open, the system's number of the error that ended it
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -47,21 +52,30 @@ class NotedSamples(Dataset[Any]):
         worker = get_worker_info()
         if worker is None:
             return self.samples[index]
-        place = 3 * worker.id
-        self._notes[place : place + 3] = [os.getpid(), index, 1]
+        place = NOTES * worker.id
+        self._notes[place : place + NOTES] = [os.getpid(), index, 1, 0]
         sample = self.samples[index]
         self._notes[place + 2] = 0
         return sample
+
+    def note_error(self, worker: int, number: int) -> None:
+        """Worker number worker ends, by the error that the system gives this number."""
+        self._notes[NOTES * worker + 3] = number
 
     def opened_by(self, pid: int, name: Callable[[int], str]) -> tuple[str, bool] | None:
         """What the worker with this process number opened last, and whether it still was at it; None if nothing.
 
         Args:
             name: of a sample by its index, for a person.
+
+        Raises:
+            InputError: the worker ended because it could open no more files.
         """
-        for place in range(0, len(self._notes), 3):
-            process, index, is_open = self._notes[place : place + 3]
+        for place in range(0, len(self._notes), NOTES):
+            process, index, is_open, error = self._notes[place : place + NOTES]
             if process == pid:
+                if error == errno.EMFILE:
+                    raise InputError(TOO_MANY_FILES)
                 return name(index), bool(is_open)
         return None
 
@@ -86,6 +100,36 @@ class HandedOver:
         return batch
 
 
+def begin_work(worker: int = 0) -> None:
+    """What a worker process of the training rows does first."""
+    leave_signals_to_the_parent(worker)
+    end_if_unable(worker)
+
+
+def end_if_unable(worker: int = 0) -> None:
+    """Let this worker process end where it can't hand over a batch.
+
+    A thread of Python's hands batches over. Its error would be printed, and the main process would wait for ever.
+    """
+
+    def end(error: Exception, item: object) -> None:
+        if isinstance(error, OSError) and error.errno:
+            samples: Any = get_worker_info().dataset  # type: ignore[union-attr]  # this is one
+            samples.note_error(worker, error.errno)
+        if not _is_of_open_files(error):
+            traceback.print_exception(error)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system lets it: each tensor on its way from a worker is one."""
+    with suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
     """loader's iterator.
 
@@ -94,11 +138,14 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
     """
     try:
         if loader.num_workers > 0:
+            allow_open_files()
             # Asked beforehand: torch's half-made iterator prints a traceback when it is dropped.
             _ = [multiprocessing.Queue() for _ in range(loader.num_workers + LOCKS_AS_QUEUES)]
             end_workers_at_exit()
         return iter(loader)
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise InputError(TOO_MANY_FILES) from None
         raise InputError(
             f"the data workers can't be started: {error.strerror}. Needed is room in /dev/shm (in Docker, --shm-size=8g), "
             "or --num-workers 0."
@@ -138,10 +185,15 @@ def dead_workers_named(opened_by: Callable[[int], tuple[str, bool] | None]) -> I
 
     Raises:
         RowError: in place of that error. torch raises it wherever the main process is, from a signal.
+        InputError: too many files are open.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        if _is_of_open_files(error):
+            raise InputError(TOO_MANY_FILES) from None
+        if isinstance(error, OSError):
+            raise
         dead = _DEAD_WORKER.search(str(error))
         if dead is None:
             raise
@@ -151,3 +203,8 @@ def dead_workers_named(opened_by: Callable[[int], tuple[str, bool] | None]) -> I
             f"a data worker died{' ' * bool(named)}{named}. Linux kills a process when memory runs out; "
             "fewer --num-workers need less of it. With --num-workers 0 rows are opened in the main process."
         ) from None
+
+
+def _is_of_open_files(error: Exception) -> bool:
+    """Whether the main process could take no more from a worker, since it has too many files open."""
+    return "ancillary data" in str(error) or (isinstance(error, OSError) and error.errno == errno.EMFILE)

@@ -1,10 +1,16 @@
 """What worker processes open and hand over."""
 
 import os
+import shlex
+import subprocess
+import sys
 
+import pytest
 import torch
+from conftest import GOLDEN, PROJECT
 from torch.utils.data import DataLoader
 
+from model.errors import TOO_MANY_FILES
 from model.training import worker_samples
 from model.training.worker_samples import SAVED, HandedOver, NotedSamples, received
 
@@ -75,3 +81,17 @@ def test_list_of_pictures_with_their_digests_comes_back_from_the_pipe_as_it_was(
     assert [entry[:2] for entry in back] == [entry[:2] for entry in batch]
     assert torch.equal(back[0][2], torch.ones(2))
     assert back[1][2] is None
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("most", [24, 64])  # in the main process, and in a worker
+def test_run_that_may_open_too_few_files_says_so_and_ends(most, upstream_checkpoint, tmp_path):
+    words = [
+        sys.executable, str(PROJECT / "finetune_visualglm.py"), "--from_pretrained", str(upstream_checkpoint), "--use_lora",
+        "--train-data", str(GOLDEN / "upstream/dataset.json"), "--train-iters", "9", "--answers", "0", "--save", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(
+        f"ulimit -n {most}; {shlex.join(words)}", shell=True, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"finetune_visualglm.py: error: {TOO_MANY_FILES}\n"

@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     --experiment-name finetune-visualglm-6b \
     --model-parallel-size 1 \
     --mode finetune \
-    --train-iters 300 \
+    "${steps[@]}" \
     --resume-dataloader \
     --max_source_length 64 \
     --max_target_length 256 \

@@ -1,6 +1,6 @@
 # Sourced by the recipes. It settles how this machine starts the script:
 #
-#   "${launch[@]}" "$project/finetune_visualglm.py" "${held_out[@]}" $numbers … "$@"
+#   "${launch[@]}" "$project/finetune_visualglm.py" "${steps[@]}" "${held_out[@]}" $numbers … "$@"
 #
 # $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. Where that has names (GPU-…,
 #            MIG-…), which the launcher can't read: torchrun. Without a GPU, or with CUDA_VISIBLE_DEVICES empty or -1: one
@@ -8,6 +8,7 @@
 #            and ssh. Where it can't, start the same command on each machine, with NODE_RANK, its line in the file counted
 #            from 0, and MASTER_ADDR, the address of the first; also MASTER_PORT if 29500 is in use there.
 # $held_out  A tenth of the rows to evaluate on, unless the user's flags say what to evaluate on.
+# $steps     As long as in 2023, unless the user's flags count --epochs.
 # $numbers   --fp16. Without a GPU --bf16, if the CPU has instructions for bfloat16: it is then several times faster
 #            than float32.
 
@@ -18,6 +19,8 @@ fi
 numbers=--fp16
 held_out=(--holdout 0.1)
 case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
+steps=(--train-iters 300)
+case " $* " in *" --epochs"*) steps=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 first=${CUDA_VISIBLE_DEVICES-all}

@@ -18,6 +18,7 @@ from model.errors import InputError, command, interrupt_ends_quietly, raise_prob
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+from model.checkpoints.layout import newest_run_named
 from model.checkpoints.resume import SETTINGS_FILE
 from model.checkpoints.whole import write_whole
 from model.progress import say
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     with command("report.py"):
         options = command_line().parse_args(argv)
-        folders = [Path(run).expanduser() for run in options.runs]
+        folders = [folder_of(run) for run in options.runs]
         raise_problems(filter(None, map(problem_with, folders)))
         beside = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].resolve().parent / SEVERAL
         out = Path(options.out).expanduser() if options.out else beside
@@ -57,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{out}: can't be written ({error.strerror}); --out with another place is needed."
             ) from error
         say(f"Report: {out}")
+
+
+def folder_of(run: str) -> Path:
+    """The folder of that name, or of the newest run of that name."""
+    folder = Path(run).expanduser()
+    return folder if folder.exists() else newest_run_named(folder) or folder
 
 
 def problem_with(folder: Path) -> str | None:

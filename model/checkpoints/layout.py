@@ -268,7 +268,7 @@ def _place(name: str, flag: str) -> Path:
     for path in (given, in_home):
         if path.exists():
             return path
-    run = _newest_run(given)
+    run = newest_run_named(given)
     if run is not None:
         warn(f"{flag} {name}: the newest run of that name is taken, {run}.")
         return run
@@ -286,7 +286,7 @@ def _place(name: str, flag: str) -> Path:
     )
 
 
-def _newest_run(path: Path) -> Path | None:
+def newest_run_named(path: Path) -> Path | None:
     """The run that saved last of those whose names are path's and the time of their start, or what path names in it."""
     for named, below in ((path, ""), (path.parent, path.name)):
         dated = named.parent.glob(f"{glob.escape(named.name)}-*")

@@ -19,6 +19,7 @@ from model.errors import InputError
 from model.hub import is_hub_name
 
 KEY = "finetuning"
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")  # of an adapter's base
 VISION = "mixins.eva.model."  # before the names of the vision parts' tensors
 ADAPTER_NAMES = ("matrix_A", "matrix_B", "ptuning")  # parts of adapter tensors' names
 
@@ -85,7 +86,28 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
         raise InputError(
             f"{base.weights_file()}: an adapter checkpoint too; the model that {checkpoint.folder} was trained on is needed."
         )
+    found, needed = {**base.config}, {**checkpoint.config}
+    others = [
+        f"{name} {found[name]}, not {needed[name]}"
+        for name in SIZES
+        if name in found and name in needed and found[name] != needed[name]
+    ]
+    if others:
+        raise InputError(
+            f"--base {base.name}: a model of other sizes than {checkpoint.name} was trained on ({'; '.join(others)}); that "
+            "model is needed."
+        )
     return replace(checkpoint, base=base, config=cast(ModelConfig, {**base.config, **checkpoint.config}))
+
+
+def refuse_needless_base(checkpoint: Checkpoint, given: str | None) -> None:
+    """Raise an error if a base is given for a checkpoint that has all its weights itself.
+
+    Raises:
+        InputError: as said.
+    """
+    if given is not None and not is_adapter(checkpoint.config):
+        raise InputError(f"--base {given}: {checkpoint.name} is no adapter and has all its weights; leave --base out.")
 
 
 def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:

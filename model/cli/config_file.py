@@ -14,7 +14,7 @@ Only the standard library is imported, and PyYAML where there is such a file.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from model.cli.options import FlagParser, Options, full_parser, unknown_flag
 
 FLAG = "--config"
 NOT_IN_A_FILE = ("help", "config", "resume", "local_rank", "device")  # what belongs to one start of one process
+LENGTHS = {"epochs", "train-iters"}  # how long to train: of what is typed, neither is a file's
 FLAGS, GIVEN = "flags", "given"  # keys of settings.json
 
 
@@ -36,11 +37,12 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
         found, typed = finder.parse_known_args(list(argv))
     except argparse.ArgumentError:
         return list(argv)  # no value: the whole parser says so
-    return [word for file in found.config for word in words_of_file(file)] + typed
+    counts = {_key(word.split("=")[0]) for word in typed} & LENGTHS
+    return [word for file in found.config for word in words_of_file(file, LENGTHS if counts else ())] + typed
 
 
-def words_of_file(path: str) -> list[str]:
-    """The words of a command line that a file stands for; exits as `with_config_files`."""
+def words_of_file(path: str, without: Collection[str] = ()) -> list[str]:
+    """The words of a command line that a file stands for, but for some flags; exits as `with_config_files`."""
     parser = full_parser()
 
     def refuse(problem: str) -> NoReturn:
@@ -53,6 +55,8 @@ def words_of_file(path: str) -> list[str]:
         parser.error("\n".join(_unknown(path, key, parser) for key in unknown))
     words: list[str] = []
     for key, value in values.items():
+        if _key(key) in without:
+            continue
         try:
             words += _words(actions[_key(key)], value)
         except ValueError as problem:

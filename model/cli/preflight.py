@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
-from model.checkpoints.metadata import with_base
+from model.checkpoints.metadata import refuse_needless_base, with_base
 from model.checkpoints.resume import Resumed
 from model.checkpoints.sizes import (
     BYTES_OF_FLOAT32,
@@ -124,6 +124,8 @@ def checked_checkpoint(options: Options, resumed: Resumed | None = None) -> Chec
         resumed.checkpoint if resumed else Checkpoint.find(at_revision(options.from_pretrained, options.revision))
     )
     raise_problems(config_problems(options, checkpoint.config))
+    if resumed is None:  # else it may have begun from an adapter
+        refuse_needless_base(checkpoint, options.base)
     return with_base(checkpoint, options.base)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint, weights_path
-from model.checkpoints.metadata import KEY, with_base
+from model.checkpoints.metadata import KEY, refuse_needless_base, with_base
 from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import shapes, write_weights
@@ -47,16 +47,14 @@ def merge(
     Raises:
         InputError: there is nothing that can be merged, a file can't be used, or out is in use or has no room.
     """
-    checkpoint, folder = Checkpoint.find(checkpoint, "CHECKPOINT"), Path(out)
+    checkpoint = Checkpoint.find(checkpoint, "CHECKPOINT")
     adapters = AdapterConfig.from_json(checkpoint.config)
     _refuse_unmergeable(checkpoint.name, adapters)
-    is_replaced = overwrite and (folder / CONFIG_FILE).is_file() and folder.resolve() != checkpoint.folder.resolve()
-    if is_replaced:
-        old, folder = folder, folder.with_name(folder.name + UNFINISHED)
-        remove(folder)
-    elif folder.exists() and (not folder.is_dir() or any(path.suffix != UNFINISHED for path in folder.iterdir())):
-        raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
-    weights, _, _ = whole_weights(with_base(checkpoint, base), force_base=force_base)
+    refuse_needless_base(checkpoint, base)
+    whole = with_base(checkpoint, base)
+    old, folder = _place(Path(out), whole, overwrite)
+    is_replaced = old != folder
+    weights, _, _ = whole_weights(whole, force_base=force_base)
     plain = without_adapters(weights)
     needed = size_of(shapes(plain))
     free = free_bytes(folder)
@@ -109,6 +107,24 @@ def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Pa
     tokenizer = Path(find_tokenizer(checkpoint.folder, None))
     write_whole(folder / tokenizer.name, lambda file: shutil.copyfile(tokenizer, file))
     return [folder / CONFIG_FILE, folder / tokenizer.name]
+
+
+def _place(out: Path, whole: Checkpoint, overwrite: bool) -> tuple[Path, Path]:
+    """Where the merged checkpoint goes in the end, and where it is written: beside the one that it is to replace.
+
+    Raises:
+        InputError: something is there that stays.
+    """
+    is_replaced = overwrite and (out / CONFIG_FILE).is_file()
+    if is_replaced and out.resolve() in {one.folder.resolve() for one in (whole, whole.base) if one is not None}:
+        raise InputError(f"{out}: what is merged is read from there; another folder is needed.")
+    if is_replaced:
+        beside = out.with_name(out.name + UNFINISHED)
+        remove(beside)
+        return out, beside
+    if out.exists() and (not out.is_dir() or any(path.suffix != UNFINISHED for path in out.iterdir())):
+        raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
+    return out, out
 
 
 def _refuse_unmergeable(checkpoint: str, adapters: AdapterConfig) -> None:

@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import refuse_needless_base
 from model.errors import InputError
 from model.hub import at_revision
 from model.inference.sampling import Sampling
@@ -34,7 +35,10 @@ def found_checkpoint(options: argparse.Namespace) -> Checkpoint:
     Raises:
         InputError: there is none, or it can't be used.
     """
-    return Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    checkpoint = Checkpoint.find(at_revision(options.from_pretrained, options.revision))
+    if not getattr(options, "compare", None):  # the other one may be an adapter
+        refuse_needless_base(checkpoint, options.base)
+    return checkpoint
 
 
 def add_number_format_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Kinds of checkpoints: what they say of themselves, what they load, and how training goes on from them."""
 
+import argparse
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from model.convert.merge_lora import merge
 from model.cpu import pack_linears
 from model.errors import InputError
 from model.finetune import FineTuneVisualGLMModel
+from model.inference.flags import found_checkpoint
 from model.inference.load import load_for_answering
 
 WEIGHTS = "1/mp_rank_00_model_states.pt"
@@ -175,6 +177,26 @@ def test_other_base_is_refused_and_can_be_forced(orphan, upstream_checkpoint, tm
     assert torch.equal(model.transformer.word_embeddings.weight, read_weights(other / WEIGHTS)[
         "transformer.word_embeddings.weight"
     ])  # fmt: skip
+
+
+def test_base_of_other_sizes_is_refused_by_its_sizes_even_if_forced(orphan, upstream_checkpoint, tmp_path):
+    other = moved(upstream_checkpoint, tmp_path)
+    config = config_of(other)
+    sizes = config["hidden_size"]
+    (other / "model_config.json").write_text(json.dumps(config | {"hidden_size": 240, "num_layers": 9}))
+    with pytest.raises(InputError, match=f"--base {other}: .*num_layers 9, not .*; hidden_size 240, not {sizes}"):
+        load_for_answering(str(orphan), base=str(other), force_base=True)
+    with pytest.raises(InputError, match="hidden_size 240"):
+        merge(str(orphan), str(tmp_path / "merged"), base=str(other), force_base=True)
+
+
+def test_base_of_a_checkpoint_that_needs_none_is_refused(upstream_checkpoint, full_lora, tmp_path):
+    for name in (upstream_checkpoint, full_lora):
+        options = argparse.Namespace(from_pretrained=str(name), revision=None, base="gone")
+        with pytest.raises(InputError, match=f"--base gone: {name} is no adapter and has all its weights"):
+            found_checkpoint(options)
+    with pytest.raises(InputError, match="leave --base out"):
+        merge(str(full_lora), str(tmp_path / "merged"), base="gone")
 
 
 def test_adapter_is_no_base(orphan, ptuning):

@@ -66,6 +66,13 @@ def test_command_line_wins_wherever_the_file_stands(config, words):
         assert (options.lr, options.train_data, options.batch_size) == (5, ["c"], 2)
 
 
+def test_how_long_to_train_is_the_command_lines_however_it_counts(config):
+    for text, words, expected in (("train-iters: 9", ["--epochs", "2"], (None, 2)), ("epochs: 9", ["--train-iters=3"], (3, None)),
+                                  ("epochs: 9", [], (None, 9))):  # fmt: skip
+        options = options_of("--config", config(text), *words)
+        assert (options.train_iters, options.epochs) == expected
+
+
 def test_of_several_files_the_later_one_wins(config):
     files = [config("lr: 1\nseed: 7", "a.yaml"), config('{"lr": 2}', "b.json")]
     options = options_of("--config", files[0], "--config", files[1])

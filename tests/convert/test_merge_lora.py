@@ -179,6 +179,15 @@ def test_checkpoint_in_the_way_is_replaced_if_that_is_asked_for(lora, tmp_path):
         merge(str(lora), str(tmp_path / "notes"), overwrite=True)
 
 
+def test_what_is_merged_is_not_replaced_by_it(lora, upstream_checkpoint, tmp_path):
+    base = shutil.copytree(upstream_checkpoint, tmp_path / "base")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for out in (lora, base):
+        with pytest.raises(InputError, match=f"{out}: what is merged is read from there"):
+            merge(str(lora), str(out), base=str(base), overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.long
 @pytest.mark.run
 def test_writing_holds_one_tensor_at_a_time(tmp_path):

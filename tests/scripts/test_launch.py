@@ -33,3 +33,21 @@ def launch(**environment: str) -> str:
 )
 def test_hostfile_is_for_deepspeed_which_reaches_the_machines_itself_unless_each_has_a_number(environment, words):
     assert launch(**environment) == words
+
+
+@pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
+@pytest.mark.parametrize(("flags", "counts"), [([], "--train-iters 300"), (["--epochs", "2"], "--epochs 2")])
+def test_recipe_trains_as_long_as_in_2023_or_as_the_flags_say(recipe, flags, counts, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "VIRTUAL_ENV": "active",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", PROJECT / f"scripts/{recipe}.sh", *flags], env=environment, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()[-1]
+    assert counts in words
+    assert ("--train-iters" in words) != ("--epochs" in words)

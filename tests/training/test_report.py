@@ -136,6 +136,13 @@ def test_command_makes_the_page_of_a_run_in_its_folder_and_of_several_beside_the
     ]  # fmt: skip
 
 
+def test_name_without_its_time_is_the_newest_run(runs, capsys, tmp_path):
+    run = shutil.copytree(runs[0], tmp_path / "MyModel-01-02-03-04")
+    (run / "latest").write_text("1")
+    main([str(tmp_path / "MyModel")])
+    assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

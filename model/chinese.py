@@ -278,9 +278,14 @@ SENTENCES = {
         "可能需要更多步数，或换一个学习率：--find_lr 会给出建议"
     ),
     "The evaluation loss was lowest at step {step:d} ({best}) and rose to {last} while the training loss fell: rows are learned by"
-    " heart. Try --keep_best, --early_stopping 3, fewer epochs, or more rows.": (
+    " heart. Try {flags}, fewer epochs, or more rows.": (
         "评估损失在第 {step} 步最低（{best}），之后升到 {last}，而训练损失还在下降：模型在死记数据。"
-        "请试 --keep_best、--early_stopping 3、更少的轮数，或更多的数据。"
+        "请试 {flags}、更少的轮数，或更多的数据。"
+    ),
+    "The evaluation loss was lowest at step {step:d} ({best}) and rose to {last} while the training loss fell: rows are learned by"
+    " heart. Try fewer epochs, or more rows.": (
+        "评估损失在第 {step} 步最低（{best}），之后升到 {last}，而训练损失还在下降：模型在死记数据。"
+        "请试更少的轮数，或更多的数据。"
     ),
     "Report: {file}": "报告：{file}",
     # --find_lr

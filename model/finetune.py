@@ -12,7 +12,7 @@ from model.adapter_config import AdapterConfig
 from model.attention import PrefixMixin
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
-from model.frozen import keep_in_4_bits
+from model.frozen import FrozenLinear, keep_in_4_bits
 from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
@@ -68,7 +68,9 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         """Freeze everything but what is trained, and print what that is, kind by kind. SAT calls this once, before training."""
         self.freeze()
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        count, of_all = (sum(p.numel() for p in some) for some in ((p for _, p in trained), self.parameters()))
+        count = sum(parameter.numel() for _, parameter in trained)
+        kept_otherwise = (m.in_features * m.out_features for m in self.modules() if isinstance(m, FrozenLinear))
+        of_all = sum(parameter.numel() for parameter in self.parameters()) + sum(kept_otherwise)
         say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
         say("\n".join(f"  {line}" for line in by_kind({name: list(parameter.shape) for name, parameter in trained})))
 

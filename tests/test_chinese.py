@@ -375,6 +375,7 @@ def told_of_runs() -> list[str]:
         (falling[::-1], {"lr": 0.1}, [], {}),
         ([0.1, *falling], {"lr": 0.1}, [], {"before": before, "after": worse}),
         (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
+        (falling, {"keep_best": "loss", "early_stopping": 3}, evaluations, {}),
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
         lines += verdict({"flags": flags, "steps": 20, "data": cut if flags is low else {}}, [*steps, *more], answers)

@@ -155,7 +155,9 @@ def test_weights_that_cannot_be_packed_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("flags", [{"use_lora": True, "lora_rank": 2}, {"use_ptuning": True, "pre_seq_len": 2}])
-def test_packed_model_has_the_loss_the_gradient_and_the_state_of_the_plain_one(upstream_checkpoint, flags) -> None:
+def test_packed_model_has_the_loss_the_gradient_and_the_state_of_the_plain_one(
+    upstream_checkpoint, flags, capsys
+) -> None:
     model = load_model(upstream_checkpoint, "FineTuneVisualGLMModel", **flags)
     model.freeze()
     ids = [5, 6, 7, 86, 89, 8, 9, 90]
@@ -170,8 +172,15 @@ def test_packed_model_has_the_loss_the_gradient_and_the_state_of_the_plain_one(u
         return loss.item(), [p.grad for p in model.parameters() if p.requires_grad]
 
     loss, gradients = loss_and_gradients()
+
+    def counted() -> list[str]:
+        model.disable_untrainable_params()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Trainable")]
+
+    (plain,) = counted()
     pack_linears(model.transformer.layers)
     pack_linears(model.get_mixin("chatglm-final"))
+    assert counted() == [plain]  # as many parameters, in whichever form they are kept
     packed_loss, packed_gradients = loss_and_gradients()
     assert packed_loss == pytest.approx(loss, rel=1e-6)
     assert any(gradient.norm() > 0 for gradient in gradients)

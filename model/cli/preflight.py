@@ -220,12 +220,15 @@ def data_notes(
             f"--max_source_length {lengths.max_source_length} --max_target_length {lengths.max_target_length} (auto)"
         )
     for file, rows in selection.rows.items():
-        notes.append(f"{file}: {count_of(len(rows), 'row')}{truncation_note(truncations[file], len(rows))}")
+        usable = len(rows) - len(selection.left_out.get(file, ()))
+        notes.append(f"{file}: {count_of(usable, 'row')}{truncation_note(truncations[file], len(rows))}")
     held_out = sum(len(selection.chosen(file, training=False) or ()) for file in selection.held_out)
     if held_out:
         notes.append(
             f"Held out of --train-data for evaluation: {count_of(held_out, 'row')} (--holdout, --seed {options.seed})."
         )
+        if options.holdout is not None and options.holdout >= 1 and held_out != options.holdout:
+            notes.append(f"--holdout {options.holdout:g}: rows that share a picture stay together.")
     if "eval_interval" in options.user_set and not (options.valid_data or held_out or split_shares(options)[1]):
         notes.append(
             f"--eval-interval {options.eval_interval}: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."
@@ -235,10 +238,26 @@ def data_notes(
     return [*notes, epochs_note(options, selection)]
 
 
+def batch_and_accumulation(options: Options) -> tuple[int, int]:
+    """Samples of a process's micro-batch, and micro-batches of a step: by a DeepSpeed file, where it says so."""
+    if not options.deepspeed_config:
+        return options.batch_size, options.gradient_accumulation_steps
+    settings = read_json_object(options.deepspeed_config, "--deepspeed_config")
+
+    def number(name: str, otherwise: int) -> int:
+        found = settings.get(name)
+        return found if type(found) is int else otherwise
+
+    return (
+        number("train_micro_batch_size_per_gpu", options.batch_size),
+        number("gradient_accumulation_steps", options.gradient_accumulation_steps),
+    )
+
+
 def samples_per_step(options: Options) -> int:
     """Samples of one optimizer step, over all processes."""
-    processes = world_size() // options.model_parallel_size
-    return options.batch_size * options.gradient_accumulation_steps * processes
+    batch, accumulated = batch_and_accumulation(options)
+    return batch * accumulated * (world_size() // options.model_parallel_size)
 
 
 def training_samples(options: Options, selection: Selection) -> int:
@@ -270,8 +289,9 @@ def training_steps(options: Options, selection: Selection) -> int:
         return options.train_iters or SAT_TRAIN_ITERS
     # The last batch may be a small one; batches that make no whole step are left over.
     samples = options.epochs * training_samples(options, selection)
-    batches = -(-samples * options.gradient_accumulation_steps // samples_per_step(options))
-    return max(1, batches // options.gradient_accumulation_steps)
+    _, accumulated = batch_and_accumulation(options)
+    batches = -(-samples * accumulated // samples_per_step(options))
+    return max(1, batches // accumulated)
 
 
 def epochs_note(options: Options, selection: Selection) -> str:

@@ -42,11 +42,14 @@ def rouge_l(answer: str, label: str) -> float:
 
 
 def bleu(results: Sequence[Result]) -> float:
-    """Corpus BLEU, 0 to 100, of sacrebleu's "zh": Chinese by characters, other scripts by words."""
+    """Corpus BLEU, 0 to 100, of sacrebleu's "zh": Chinese by characters, other scripts by words.
+
+    Where all answers are shorter than four, it is of as many in a row as there are: it would be 0 for right ones too.
+    """
     import sacrebleu
 
     answers, labels = [result.answer for result in results], [result.label for result in results]
-    return float(sacrebleu.corpus_bleu(answers, [labels], tokenize="zh").score)
+    return float(sacrebleu.corpus_bleu(answers, [labels], tokenize="zh", use_effective_order=True).score)
 
 
 def summary(results: Sequence[Result]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from model.checkpoints.layout import read_json_object
 from model.checkpoints.sizes import size_text
 from model.cli.options import Options, parse
-from model.cli.preflight import Inputs, checkpoint_size, samples_per_step, training_steps
+from model.cli.preflight import Inputs, batch_and_accumulation, checkpoint_size, samples_per_step, training_steps
 from model.cli.resuming import CommandLine
 from model.data.lengths import PAD_MULTIPLE, longest_sample
 from model.distributed import free_host_memory, has_gpu
@@ -81,7 +81,7 @@ def device_of(options: Options) -> Device:
 
 def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
     """What a run with these options would do, with the longest rows of its data in one batch."""
-    stage, rows, accumulated = options.zero_stage, options.batch_size, options.gradient_accumulation_steps
+    stage, (rows, accumulated) = options.zero_stage, batch_and_accumulation(options)
     config = inputs.checkpoint.config
     setup = Setup.of_run(options, config, stage, on_gpu)
     if options.deepspeed_config:
@@ -89,8 +89,6 @@ def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
         stage = zero_stage(settings)
         half = [name for name in ("fp16", "bf16") if dict(settings.get(name) or {}).get("enabled")]  # type: ignore[call-overload]
         setup = replace(setup, zero_stage=stage, dtype=(half or ["fp32"])[0])
-        rows = _number(settings.get("train_micro_batch_size_per_gpu"), rows)
-        accumulated = _number(settings.get("gradient_accumulation_steps"), accumulated)
     if not on_gpu and setup.dtype == "fp16":
         setup = replace(setup, dtype="fp32")  # as a run without a GPU does
     images = 0 if keeps_features(options, inputs, setup) else rows
@@ -104,10 +102,6 @@ def largest_batch(options: Options, inputs: Inputs, rows: int, images: int) -> B
     tokens, target = longest_sample(files, inputs.tokenizer, inputs.lengths)
     seq = -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
     return Batch(rows, seq, rows * target, images)
-
-
-def _number(given: object, otherwise: int) -> int:
-    return given if isinstance(given, int) else otherwise
 
 
 def keeps_features(options: Options, inputs: Inputs, setup: Setup) -> bool:

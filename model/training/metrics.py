@@ -86,7 +86,7 @@ class TrainingReport:
         skipped, empty = (now - before for now, before in zip(counted, self._counted, strict=True))
         self._counted, self.steps_done = counted, step
         record = Record(
-            STEP, step, loss, time.time(), self.epoch(),
+            STEP, step, self._loss_of_usable_rows(loss, empty, args), time.time(), self.epoch(),
             lr=self.learning_rate,
             seconds=seconds,
             samples_per_second=args.batch_size * args.gradient_accumulation_steps * ranks / seconds,
@@ -97,6 +97,18 @@ class TrainingReport:
         )  # fmt: skip
         self.terminal.step(record, self.last_step or last_step, *counted)
         self._hand_on(record, summary_writer, args)
+
+    @staticmethod
+    def _loss_of_usable_rows(loss: float, empty: int, args: argparse.Namespace) -> float:
+        """A step's loss without its empty micro-batches, of which SAT counts 0; NaN if all were empty.
+
+        Of several processes only the first one's are known.
+        """
+        batches, is_alone = args.gradient_accumulation_steps, args.world_size == args.model_parallel_size
+        if empty >= batches and (is_alone or loss == 0):
+            return math.nan
+        is_mean_of_batches = getattr(args, "loss_normalization", None) != "token"
+        return loss * batches / (batches - empty) if 0 < empty < batches and is_alone and is_mean_of_batches else loss
 
     def evaluation(
         self,

@@ -56,6 +56,11 @@ class Record:
     rouge_l: float | None = None  # 0 to 1
     bleu: float | None = None  # 0 to 100
 
+    @property
+    def has_no_rows(self) -> bool:
+        """Whether a step has no loss because none of its rows could be used."""
+        return bool(self.empty_batches) and math.isnan(self.loss) and not self.skipped
+
     def to_line(self) -> str:
         """The record as a line of `metrics.jsonl`, with its end."""
         values = {name: value for name, value in vars(self).items() if value is not None}

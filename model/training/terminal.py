@@ -63,19 +63,22 @@ class Terminal:
         assert record.seconds is not None
         assert record.samples_per_second is not None
         now = time.monotonic()
-        self._losses = [*self._losses[1 - RUNNING_STEPS :], record.loss]
-        self._loss_sum, self._steps = self._loss_sum + record.loss, self._steps + 1
+        if not record.has_no_rows:
+            self._losses = [*self._losses[1 - RUNNING_STEPS :], record.loss]
+            self._loss_sum, self._steps = self._loss_sum + record.loss, self._steps + 1
         self._seconds, self._timed_steps = self._seconds + record.seconds, self._timed_steps + 1
         seconds = self._seconds / self._timed_steps
         left = self._seconds_left(record.step, last_step, seconds, now)
         samples_per_second = record.samples_per_second * record.seconds / seconds
         trouble = _trouble(record.loss_scale, skipped, empty_batches)
         if self._is_kept(record.step, last_step, now):
-            say(_line(record, last_step, self._loss_sum / self._steps, samples_per_second, left) + trouble)
+            mean = self._loss_sum / self._steps if self._steps else None
+            say(_line(record, last_step, mean, samples_per_second, left) + trouble)
             self._loss_sum, self._steps, self._seconds, self._timed_steps = 0.0, 0, 0.0, 0
             self._kept = self._renewed = now
         elif self.renews and now - self._renewed >= SECONDS_BETWEEN_RENEWALS:
-            line = _line(record, last_step, running_mean(self._losses), samples_per_second, left)
+            mean = running_mean(self._losses) if self._losses else None
+            line = _line(record, last_step, mean, samples_per_second, left)
             memory = f"  {record.memory_bytes / 2**30:.1f} GiB" if record.memory_bytes else ""
             renew(in_ui_language(line, sys.stdout) + memory + trouble)
             self._renewed = now
@@ -105,9 +108,9 @@ class Terminal:
             )
 
 
-def _line(record: Record, last_step: int, loss: float, samples_per_second: float, seconds_left: float) -> str:
+def _line(record: Record, last_step: int, loss: float | None, samples_per_second: float, seconds_left: float) -> str:
     return (
-        f"step {record.step:>{len(str(last_step))}}/{last_step}  loss {loss:.4f}  lr {record.lr:.2e}"
+        f"step {record.step:>{len(str(last_step))}}/{last_step}  loss {'none' if loss is None else f'{loss:.4f}'}  lr {record.lr:.2e}"
         f"  {speed(samples_per_second)}  {duration(seconds_left)} left"
     )
 

@@ -7,6 +7,7 @@ imported.
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pvariance
+from types import MappingProxyType
 from typing import Any
 
 from model.progress import count_of
@@ -42,7 +43,7 @@ def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Map
         lines.append(rise_advice(settings))
     elif fall is not None and not fall.is_clear:
         lines += advice(settings)
-    return lines + overfitting(steps, records)
+    return lines + overfitting(steps, records, settings)
 
 
 class Fall:
@@ -178,8 +179,10 @@ def _data_reasons(settings: Mapping[str, Any]) -> list[str]:
     return [f"{cut} of {rows} answers are cut off, so their ends are never learned; try --max_target_length auto"]
 
 
-def overfitting(steps: Sequence[Record], records: Sequence[Record]) -> list[str]:
-    """A sentence if the evaluation loss rises while the training loss falls, with flags to try."""
+def overfitting(
+    steps: Sequence[Record], records: Sequence[Record], settings: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
+    """A sentence if the evaluation loss rises while the training loss falls, with flags to try that settings don't have."""
     made = [one for one in records if one.kind == EVALUATION and one.split == VALIDATION and math.isfinite(one.loss)]
     if len(made) < 2 or not steps:
         return []
@@ -190,7 +193,10 @@ def overfitting(steps: Sequence[Record], records: Sequence[Record]) -> list[str]
     near_best = [record.loss for record in steps if record.step <= best.step][-window:]
     if near_best and fmean(near_best) <= fmean(record.loss for record in steps[-window:]):
         return []
+    given = settings.get("flags", {})
+    flags = {"keep_best": "--keep_best", "early_stopping": "--early_stopping 3"}
+    to_try = ", ".join([*(flag for name, flag in flags.items() if not given.get(name)), "fewer epochs"])
     return [
         f"The evaluation loss was lowest at step {best.step} ({best.loss:.4f}) and rose to {last.loss:.4f} while the training "
-        "loss fell: rows are learned by heart. Try --keep_best, --early_stopping 3, fewer epochs, or more rows."
+        f"loss fell: rows are learned by heart. Try {to_try}, or more rows."
     ]

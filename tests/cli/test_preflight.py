@@ -129,6 +129,17 @@ def test_epochs_note_counts_samples_over_files_weights_and_processes(
     assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
 
 
+def test_epochs_note_goes_by_the_batch_of_a_deepspeed_file(tmp_path: Path) -> None:
+    selection = selection_with(tmp_path, a=20)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5}))
+    words = ["--train-data", str(tmp_path / "a"), "--deepspeed_config", str(file), "--batch-size", "4"]
+    assert "2 steps of 10 see 20 samples, 1 epochs" in epochs_note(parse([*words, "--epochs", "1"]), selection)
+    assert "3 steps of 10 see 30 samples" in epochs_note(parse([*words, "--train-iters", "3"]), selection)
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
+    assert "5 steps of 4 see 20 samples" in epochs_note(parse([*words, "--epochs", "1"]), selection)
+
+
 def test_interval_of_evaluations_without_rows_for_them_is_told(good: Options) -> None:
     told = "--eval-interval 5: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."
     good.eval_interval, good.user_set = 5, good.user_set | {"eval_interval"}

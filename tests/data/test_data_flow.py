@@ -68,8 +68,10 @@ def test_bad_rows_stop_the_run_and_are_all_named(tmp_path, upstream_checkpoint):
 
 def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, upstream_checkpoint):
     bad = [{"img": "no.png", "prompt": "?", "label": "!"}, {}, 7]
-    done = train(upstream_checkpoint, write_rows(tmp_path, [*bad, *SHAPES]), "--bad_rows", "skip", "--train-iters", "1")
+    data = write_rows(tmp_path, [*bad, *SHAPES])
+    done = train(upstream_checkpoint, data, "--bad_rows", "skip", "--train-iters", "1")
     assert done.returncode == 0, done.stderr
+    assert f"{data}: {len(SHAPES)} rows" in done.stdout
     assert "Left out, 3 bad rows (--bad_rows skip):" in done.stdout
     assert "Training on 5 samples" in done.stdout
 

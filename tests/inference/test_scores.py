@@ -26,7 +26,9 @@ def result(answer, label, loss=1.0, tokens=1):
     return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
 
 
-@pytest.mark.parametrize("label", ["这张图片的背景是蓝天白云。", "The background is a blue sky with clouds."])
+@pytest.mark.parametrize(
+    "label", ["这张图片的背景是蓝天白云。", "The background is a blue sky with clouds.", "蓝色", "yes"]
+)
 def test_bleu_of_equal_answers_is_100_in_both_languages(label):
     assert bleu([result(label, label)]) == pytest.approx(100)
 
@@ -35,6 +37,11 @@ def test_bleu_takes_chinese_by_characters():
     one = result("这张图片的背景是蓝天白云", "这张图片的背景是金色沙漠")
     spaced = sacrebleu.corpus_bleu([" ".join(one.answer)], [[" ".join(one.label)]], tokenize="none")
     assert bleu([one]) == pytest.approx(spaced.score)
+
+
+def test_bleu_of_short_answers_that_are_wrong_is_low():
+    assert bleu([result("蓝色", "绿叶")]) < 10
+    assert bleu([result("yes", "no"), result("no", "no")]) == pytest.approx(50)
 
 
 def test_right_leaves_punctuation_and_case_aside_and_exact_match_does_not():

@@ -165,6 +165,24 @@ def test_line_shows_skipped_steps_and_batches_without_a_usable_row_once_there_ar
     assert second.endswith(" left  2 skipped  5 without a usable row")
 
 
+@pytest.mark.parametrize(("empty", "loss", "processes", "expected"), [
+    (2, 0.0, 1, math.nan),  # no row of the step
+    (1, 0.7, 1, 1.4),  # of two micro-batches one, which counts 0 in SAT's mean
+    (0, 0.7, 1, 0.7), (2, 0.7, 3, 0.7), (2, 0.0, 3, math.nan),
+])  # fmt: skip
+def test_rows_that_could_not_be_used_do_not_count_as_no_loss(clock, capsys, empty, loss, processes, expected):
+    report, records = TrainingReport(), []
+    report.sinks.append(records.append)
+    args = SimpleNamespace(**vars(ARGS) | {"world_size": processes, "model_parallel_size": 1})
+    report.empty_batches = empty
+    step(report, 1, loss=loss, args=args)
+    assert records[0].loss == pytest.approx(expected, nan_ok=True)
+    assert records[0].has_no_rows == math.isnan(expected)
+    step(report, 2, loss=1.5, args=args)
+    shown = [line.split("loss ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["none" if math.isnan(expected) else f"{expected:.4f}", "1.5000"]
+
+
 def test_line_of_an_fp16_step_shows_the_loss_scale(clock, capsys):
     args = SimpleNamespace(**vars(ARGS) | {"fp16": True})
     TrainingReport().step(None, SimpleNamespace(loss_scale=65536.0), 9.9, 1.5, 2000.0, 1, 20, args, {})

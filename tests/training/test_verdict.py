@@ -109,3 +109,11 @@ def test_evaluation_that_falls_or_hardly_rises_is_not_told(losses):
 
 def test_evaluation_that_rises_with_training_is_no_overfitting():
     assert overfitting(steps(FALLING[::-1]), evaluations([2.0, 1.5, 1.9])) == []
+
+
+def test_what_the_run_does_already_is_not_advised():
+    flags = {"keep_best": "loss", "early_stopping": 1}
+    (line,) = overfitting(steps(FALLING), evaluations([2.0, 1.5, 1.6, 1.9]), {"flags": flags})
+    assert line.endswith("Try fewer epochs, or more rows.")
+    (line,) = overfitting(steps(FALLING), evaluations([2.0, 1.5, 1.6, 1.9]), {"flags": {"keep_best": "loss"}})
+    assert line.endswith("Try --early_stopping 3, fewer epochs, or more rows.")

@@ -378,6 +378,10 @@ SENTENCES = {
     "{url}: can't be fetched ({reason}); the address of a picture is needed.": (
         "{url}：无法下载（{reason}）；需要一张图片的网址。"
     ),
+    "the question and its history take {tokens:d} tokens, and this model {length:d} with the answer; less text is needed.": (
+        "问题和对话历史共 {tokens} 个 token，而这个模型连同回答最多 {length} 个；请缩短文字。"
+    ),
+    "The answer was cut off (--max_length {length:d}).": "回答被截断（--max_length {length}）。",
     "the question and its history take {tokens:d} tokens; --max_length must be more, not {length:d}.": (
         "问题和对话历史共 {tokens} 个 token，超过了 --max_length {length}；输入 clear 重新开始，或增大 --max_length。"
     ),

@@ -11,7 +11,7 @@ and `stop` leave, the second at any moment.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,9 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    for flag, value in (("--image", options.image), ("--query", options.query)):
+        if value is not None and not value.strip():
+            raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
     if options.image:
         options.image = picture_path(options.image)
     return checkpoints
@@ -194,6 +197,7 @@ class Speaker:
         self.engine = Engine(self.model, self.tokenizer, positions=options.max_length)
         self.image: Any = None  # [1, 3, H, W] on the model's device
         self.history: list[tuple[str, str]] = []
+        self.is_cut = False  # whether the last answer has no end
 
     def look(self, picture: str) -> None:
         """Begin a new conversation about a picture, or about none if it is empty."""
@@ -206,11 +210,22 @@ class Speaker:
 
     def answer(self, query: str) -> None:
         """Print the answer while it grows, and add the turn to the conversation."""
-        from model.inference.chat import answer_so_far
         from model.inference.text import new_text
 
         printed = response = ""
-        for response in answer_so_far(
+        for response in self._so_far(query):
+            piece = new_text(response, printed)
+            show(piece)
+            printed += piece
+        rest = new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}"
+        show(rest, "\n")
+        self.history.append((query, response))
+
+    def _so_far(self, query: str) -> Iterator[str]:
+        """The answer as it grows."""
+        from model.inference.chat import answer_so_far
+
+        finished = yield from answer_so_far(
             self.image,
             self.model,
             self.tokenizer,
@@ -220,13 +235,8 @@ class Speaker:
             sampling=self.options.sampling,
             lang="en" if self.options.english else None,
             engine=self.engine,
-        ):
-            piece = new_text(response, printed)
-            show(piece)
-            printed += piece
-        rest = new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}"
-        show(rest, "\n")
-        self.history.append((query, response))
+        )
+        self.is_cut = finished == "length"
 
 
 class Demo:
@@ -249,7 +259,8 @@ class Demo:
     def ask_once(self) -> None:
         """Answer --query about --image: the answer alone, or one of each checkpoint after its name."""
         self.look(self.options.image or "")
-        self.answer(typed(self.options.query or self.first_question), "", "{name}: ")
+        query = self.first_question if self.options.query is None else self.options.query
+        self.answer(typed(query), "", "{name}: ")
 
     def look(self, picture: str) -> None:
         """Begin a new conversation about a picture, or about none if it is empty."""
@@ -289,8 +300,12 @@ class Demo:
             try:
                 if query:
                     self.answer(query, self.words.answer, self.words.answer_of)
+                    if any(speaker.is_cut for speaker in self.speakers):
+                        say(f"The answer was cut off (--max_length {self.options.max_length}).")
             except InputError as problem:
                 say(str(problem))
+                if any(speaker.history for speaker in self.speakers):
+                    show(self.words.hint, "\n")
             query = ""
 
 
@@ -301,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         choose_language(options)
         demo = Demo(check(options), options)
         try:
-            if options.image or options.query:
+            if (options.image, options.query) != (None, None):
                 demo.ask_once()
             else:
                 demo.talk()

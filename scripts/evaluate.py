@@ -27,8 +27,10 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import is_same_file, json_text, write_whole
 from model.chinese import in_ui_language
+from model.data.prompt import least_source_length
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
+from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.distributed import from_all_processes, world_size
 from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
@@ -254,6 +256,7 @@ def evaluate(options: argparse.Namespace) -> None:
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
     rows = usable_rows(options)
+    refuse_no_room(options, checkpoints[0], rows)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}
     if options.full_width:
         full_width = argparse.Namespace(**{**vars(options), "dtype": "auto", "quant": None})
@@ -289,6 +292,24 @@ def usable_rows(options: argparse.Namespace) -> list[Row]:
         say(note)
     left_out = set(selection.left_out.get(options.data, ()))
     return [row for number, row in enumerate(selection.rows[options.data]) if number not in left_out]
+
+
+def refuse_no_room(options: argparse.Namespace, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
+    """Raise an error where --max_length leaves no room for a question beside a picture.
+
+    Raises:
+        InputError: as said.
+    """
+    if not any(row.img for row in rows):
+        return
+    slots = checkpoint.config.get("image_length", 0)
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, options.tokenizer))
+    least = least_source_length(tokenizer, slots)
+    if options.max_length < least:
+        raise InputError(
+            f"--max_length {options.max_length}: no room for a question beside {slots} image tokens; at least {least} are "
+            "needed."
+        )
 
 
 def check(options: argparse.Namespace) -> None:

@@ -338,6 +338,7 @@ def checked(data: Path) -> list[str]:
         with serving(data) as url:
             text += printed_by(cli_demo.main, [*demo, f"{url}/gone.png"])
         text += printed_by(cli_demo.main, [*demo[:2], "--query", "?", "--max_length", "5"])
+        text += printed_by(cli_demo.main, [*demo[:2], "--query", "背景里有什么？" * 999])
         text += "".join(told_to_visitors())
         here, public = "http://127.0.0.1:7860/", "https://a.example"
         for host, addresses in (("0.0.0.0", [here]), ("127.0.0.1", [here, public]), ("127.0.0.1", [here])):
@@ -556,7 +557,7 @@ OF_THE_CODE = (
     "Step {step:d} skipped", "the loss is {loss}", "the gradient isn't finite", "The losses over the rates", "{name} answers at",
     "--host {host} without", "WARNING: {name}: iteration", "{file} is damaged: its", "It does not fit",
     "{count:d} answers were cut", "{folder}: the run ended", "The last evaluation was",
-    "Starting a step's kernels",
+    "Starting a step's kernels", "The answer was cut off",
 )  # fmt: skip
 
 

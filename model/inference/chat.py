@@ -3,7 +3,7 @@
 picture, question, past turns → context ids … [gMASK] <sop> → one token after another until <eop> → answer
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +164,10 @@ def answer_so_far(
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     lang: str | None = None,
     engine: Engine | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, str]:
     """The answer to query as it grows, once for each of its tokens. The other arguments are `chat_question`'s.
+
+    What it returns in the end is why there are no more tokens, as `Answer.finished`.
 
     Args:
         engine: that of the turns before, which has seen the picture; None makes one.
@@ -182,5 +184,6 @@ def answer_so_far(
         while not answer.finished:
             engine.step()
             yield text.of(answer.ids, finished=bool(answer.finished))
+        return answer.finished
     finally:
         answer.cancel()  # if it failed, or nobody wants more of it, the next turn doesn't wait for its end

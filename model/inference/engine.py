@@ -117,10 +117,13 @@ class Engine:
             raise InputError(
                 f"--max_length {max_length}: there is room for {self.positions} tokens, so less is needed."
             )
-        if len(question.input_ids) >= max_length:
+        taken = len(question.input_ids)
+        if taken >= max_length:
             raise InputError(
-                f"the question and its history take {len(question.input_ids)} tokens; "
-                f"--max_length must be more, not {max_length}."
+                f"the question and its history take {taken} tokens; --max_length must be more, not {max_length}."
+                if max_length < model_positions(self.model)
+                else f"the question and its history take {taken} tokens, and this model {max_length} with the answer; less "
+                "text is needed."
             )
         seed = question.sampling.seed
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)

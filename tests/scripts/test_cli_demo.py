@@ -84,6 +84,14 @@ def test_conversation_starts_over_at_clear_survives_a_wrong_picture_and_ends_at_
     assert run.stderr == ""
 
 
+def test_conversation_says_that_an_answer_was_cut_off_and_how_to_go_on_when_there_is_no_room(demo):
+    run = demo("--temperature", "0", "--max_length", "30", typed="\n你好\n你好\nstop\n")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("The answer was cut off (--max_length 30).") == 1
+    assert "--max_length must be more, not 30." in run.stdout
+    assert run.stdout.count("输入 clear 重新开始，stop 退出。") == 2  # at the start, and where it helps
+
+
 def test_english_demo_speaks_english(demo):
     run = demo("--english", typed="\nHello\n")
     assert run.stdout.startswith("clear starts over, stop ends.\nPicture, a path or a URL")
@@ -322,6 +330,8 @@ def test_ctrl_c_ends_politely(upstream_checkpoint):
         (["--top_p", "2"], "a number above 0"),
         (["--max_length", "100000"], "--max_length 100000: this model takes"),
         (["--query", "你好", "--max_length", "5"], "--max_length must be more, not 5"),
+        (["--query", ""], "--query: it is empty; a value is needed, or no --query."),
+        (["--image", "  "], "--image: it is empty"),
     ],
 )
 def test_something_wrong_is_a_sentence_and_status_2(demo, words, part):

@@ -250,6 +250,10 @@ def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--html", "/"], "--html /: a folder"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--out", str(ROWS)], "the same file as --data"),
         (
+            ["--from_pretrained", "BASE", "--data", str(ROWS), "--max_length", "20"],
+            "--max_length 20: no room for a question beside",
+        ),
+        (
             ["--from_pretrained", "BASE", "--data", str(ROWS), "--out", "x.json", "--html", "./x.json"],
             "the same file as --out",
         ),

@@ -391,6 +391,9 @@ SENTENCES = {
     "{url}: leads to this machine or into a private network; a public address is needed.": (
         "{url}：指向本机或内部网络；需要公网上的网址。"
     ),
+    "the picture file isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed.": (
+        "该文件不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP 或 AVIF）。"
+    ),
     "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed.": (
         "{name} 不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP 或 AVIF）。"
     ),
@@ -527,7 +530,9 @@ SENTENCES = {
 _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
-_PLURAL = re.compile(r"\b((?:row|sample|step|evaluation|answer|layer|tensor|picture|GPU)s)\b")  # of what may be one
+_PLURAL = re.compile(
+    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|picture|GPU)s)\b"
+)  # of what may be one
 _language = "auto"
 
 

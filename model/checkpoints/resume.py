@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from model.checkpoints.broken_files import what_it_is_instead
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.whole import json_text
 from model.errors import InputError
@@ -192,7 +193,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds, for broken zips, pickles and forbidden types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        words = str(error).strip().splitlines() if isinstance(error, RuntimeError | OSError) else []
+        reason = what_it_is_instead(path) or (words[0] if words else "it isn't a file that torch wrote")
         raise InputError(
             f"{path}: can't be read as the state of a run ({reason}); one that is whole is needed."
         ) from None

@@ -302,7 +302,12 @@ def load_tensors(path: Path, device: str = "cpu") -> Any:
                     raise
                 return torch.load(path, map_location=device, weights_only=True)  # torch's format before 1.6
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it holds the checkpoint's weights.") from None
+        gone = (
+            ""
+            if path.parent.is_dir()
+            else " (a run that goes on removes old iterations: --save_total_limit; try again)"
+        )
+        raise InputError(f"{path}: no such file; it holds the checkpoint's weights{gone}.") from None
     except (RuntimeError, OSError) as error:
         raise unreadable(path, _first_line(error)) from None
     except Exception as error:  # torch raises several kinds, for broken pickles and forbidden types

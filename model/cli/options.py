@@ -406,7 +406,7 @@ def flag_names() -> dict[str, str]:
 def flag_with_value(name: str, value: object) -> str:
     """A flag and its value as they stand on a command line: `--layer_range 0 14`, `--fp16`."""
     flag = flag_names()[name]
-    return flag if value is True else f"{flag} {shown(value)}"
+    return flag if value is True else f"{flag} {'none' if value is None else shown(value)}"
 
 
 def shown(value: object) -> str:

@@ -301,9 +301,10 @@ def epochs_note(options: Options, selection: Selection) -> str:
     samples, at_once = training_samples(options, selection), samples_per_step(options)
     steps = training_steps(options, selection)
     seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
+    epochs = _amount(seen / samples)
     return (
         f"Training on {count_of(samples, 'sample')}: {count_of(steps, 'step')} of {at_once} see {count_of(seen, 'sample')}, "
-        f"{_amount(seen / samples)} epochs"
+        f"{epochs} epoch{'' if epochs == '1' else 's'}"
         + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")
     )
 

@@ -3,6 +3,7 @@
 Standard library and Pillow only.
 """
 
+import errno
 import os
 import random
 import time
@@ -64,6 +65,11 @@ def scan_files(files: Sequence[str], bad_rows: str, image_folder: str | None = N
     Raises:
         InputError: a file can't be used; or bad_rows is "error", and there are some (the first 20 are named).
     """
+    raise_problems(
+        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
+        for file in dict.fromkeys(files)
+        if not os.path.lexists(file)
+    )
     selection, problems = Selection({}), []
     for file in dict.fromkeys(files):
         selection.rows[file], bad = scan_rows(file, image_folder)

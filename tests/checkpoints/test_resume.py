@@ -155,6 +155,15 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
     assert digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "it is empty"), (b"text", "it isn't a file that torch wrote"), (b"<html>", "it is a web page")]
+)  # fmt: skip
+def test_state_that_is_another_file_is_called_what_it_is(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(InputError, match=f"can't be read as the state of a run \\({reason}"):
+        read_state(tmp_path / STATE_FILE)
+
+
 def test_record_names_files_whose_names_are_not_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xce\xd2.json")  # as Windows writes Chinese
     record = RunRecord(1, 2, ["--train-data", name], "猫", 1, {name: "0"}, {name: [3]}, {})

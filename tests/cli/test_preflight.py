@@ -134,7 +134,7 @@ def test_epochs_note_goes_by_the_batch_of_a_deepspeed_file(tmp_path: Path) -> No
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5}))
     words = ["--train-data", str(tmp_path / "a"), "--deepspeed_config", str(file), "--batch-size", "4"]
-    assert "2 steps of 10 see 20 samples, 1 epochs" in epochs_note(parse([*words, "--epochs", "1"]), selection)
+    assert "2 steps of 10 see 20 samples, 1 epoch." in epochs_note(parse([*words, "--epochs", "1"]), selection)
     assert "3 steps of 10 see 30 samples" in epochs_note(parse([*words, "--train-iters", "3"]), selection)
     file.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
     assert "5 steps of 4 see 20 samples" in epochs_note(parse([*words, "--epochs", "1"]), selection)

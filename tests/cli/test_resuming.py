@@ -149,6 +149,7 @@ def test_more_iterations_are_taken_and_what_that_does_to_the_rate_is_said(run: P
         (["--seed", "2"], "--seed 2: the run has 1234, and the place in the data would be among other rows"),
         (["--holdout", "2"], "--holdout 2.0: the run has no --holdout, and the place in the data would be among"),
         (["--save", "elsewhere"], "--save elsewhere: the run has /.*, and a run goes on in its folder"),
+        (["--save", "none"], "--save none: the run has /.*, and a run goes on in its folder"),
         (
             ["--epochs", "3"],
             "--epochs 3: the run counts --train-iters, and --epochs goes through the rows in another order",

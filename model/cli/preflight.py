@@ -74,6 +74,8 @@ def preflight(
     notes = []
     if not (options.save or options.find_lr):  # --find_lr says by itself that it saves nothing
         notes.append("NOTHING IS SAVED (--save none): what is learned is gone when this run ends.")
+    if "gpu_memory" in options.user_set and not (options.dry_run or options.auto_batch_size):
+        notes.append("--gpu_memory is for --dry_run and for --batch-size auto; this run takes no notice of it.")
     notes += worker_notes(options)
     notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options, resumed)

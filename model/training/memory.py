@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterConfig
-from model.distributed import free_memory, world_size
+from model.distributed import free_host_memory, free_memory, processes_here, world_size
+from model.errors import InputError
 from model.progress import say
 
 GIB = 2**30
@@ -394,6 +395,9 @@ def fit_into_memory(model: Any, setup: Setup, at_most: Batch, of_data: Callable[
     Args:
         at_most: a micro-batch that is as long as --max_source_length and --max_target_length allow.
         of_data: gives the largest that the data makes. It is asked only where at_most doesn't fit.
+
+    Raises:
+        InputError: a CPU has no room for it either way.
     """
     from model.cpu import can_pack, give_back_memory, pack_linears
     from model.frozen import plain_linears
@@ -421,9 +425,27 @@ def fit_into_memory(model: Any, setup: Setup, at_most: Batch, of_data: Callable[
             f"Activations of {batch.tokens} tokens take about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB can be used: they "
             "are computed again in the backward pass, which takes a third longer. A smaller --batch-size avoids that."
         )
+        if weight.device.type == "cpu":  # Linux would kill the process without a word; CUDA says that memory ran out
+            refuse_too_large(needed_for(batch), batch)
     elif needed + second_order <= free:
         for network in networks:
             pack_linears(network)
+
+
+def refuse_too_large(needed: int, batch: Batch) -> None:
+    """Raise an error if a step needs more bytes of host memory than there are, swap included.
+
+    Raises:
+        InputError: as said.
+    """
+    import psutil
+
+    there = free_host_memory() + psutil.swap_memory().free // processes_here()[1]
+    if needed > there:
+        raise InputError(
+            f"--batch-size {batch.rows}: a step of {batch.tokens} tokens takes about {needed / GIB:.1f} GiB, {there / GIB:.1f} GiB "
+            "are free; a smaller one is needed, with --gradient-accumulation-steps for as many samples a step, or auto."
+        )
 
 
 def has_room_to_pack(setup: Setup, batch: Batch, free: int) -> bool:

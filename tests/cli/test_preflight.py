@@ -148,6 +148,14 @@ def test_interval_of_evaluations_without_rows_for_them_is_told(good: Options) ->
     assert told not in preflight(good).notes
 
 
+def test_gpu_memory_that_nobody_asks_for_is_told(good: Options) -> None:
+    good.gpu_memory, good.user_set = 2**34, good.user_set | {"gpu_memory"}
+    told = "--gpu_memory is for --dry_run and for --batch-size auto; this run takes no notice of it."
+    assert told in preflight(good).notes
+    good.dry_run = True
+    assert told not in preflight(good).notes
+
+
 def test_more_workers_than_processors_are_told(good: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5})
     told = "--num-workers 3: 2 processors found; more workers read no faster."

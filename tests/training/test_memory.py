@@ -11,6 +11,7 @@ from conftest import load_model
 from model import attention, loss
 from model.adapter_config import AdapterConfig
 from model.cpu import PrepackedLinear
+from model.errors import InputError
 from model.training import feature_cache, memory
 from model.training.memory import (
     Batch,
@@ -90,6 +91,15 @@ def test_activations_that_do_not_fit_are_recomputed_and_it_is_said(free, capsys)
     fit_into_memory(recomputed, SETUP, RELEASED, lambda: RELEASED)
     assert recomputed.transformer.checkpoint_activations
     assert "3.5 GiB, 3.2 GiB can be used" in capsys.readouterr().out
+
+
+def test_batch_that_a_cpu_has_no_room_for_either_way_is_refused(free, monkeypatch):
+    free(3.6)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 0)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=2**29))
+    sentence = r"--batch-size 4: a step of \d+ tokens takes about [\d.]+ GiB, 0.5 GiB are free; a smaller one is needed"
+    with pytest.raises(InputError, match=sentence):
+        fit_into_memory(model(), SETUP, RELEASED, lambda: RELEASED)
 
 
 def test_activations_that_fit_with_the_rows_of_the_data_are_kept(free, capsys):

@@ -80,8 +80,12 @@ class Guard:
             finally:
                 self.in_hand -= asks
         finally:
-            route = scope.get("route")  # unknown paths are one: each would be a line of the metrics
-            self._count(getattr(route, "path", "other"), status or GONE, time.monotonic() - started if asks else None)
+            self._count(self._path(scope), status or GONE, time.monotonic() - started if asks else None)
+
+    def _path(self, scope: MutableMapping[str, Any]) -> str:
+        """The route of a request, for the metrics. Unknown paths are one: each would be a line."""
+        known = {str(getattr(route, "path", "")) for route in getattr(self.app, "routes", ())}
+        return str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in known else "other"))
 
     def _problem(self, scope: MutableMapping[str, Any]) -> tuple[int, str, dict[str, str]] | None:
         """Why a request isn't let in: status, sentence, headers."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,3 +106,18 @@ def test_address_that_is_taken_is_refused():
         port = found.getsockname()[1]
         with pytest.raises(InputError, match=f"--port {port}: can't be listened to"):
             listening("127.0.0.1", port)
+
+
+def test_request_that_is_refused_is_counted_by_its_path_if_there_is_such_a_path():
+    async def with_routes(scope, receive, send):
+        await app(scope, receive, send)
+
+    with_routes.routes = [SimpleNamespace(path="/v1/chat/completions")]
+    guard = Guard(with_routes, "key", places=1, most_bytes=10, seconds=1)
+    for path in ("/v1/chat/completions", "/random/1", "/random/2"):
+        assert answered(guard, POST | {"path": path})[0] == 401
+    counted = [line for line in guard.metrics() if line.startswith("visualglm_requests_total")]
+    assert counted == [
+        'visualglm_requests_total{path="/v1/chat/completions",status="401"} 1',
+        'visualglm_requests_total{path="other",status="401"} 2',
+    ]

@@ -29,6 +29,7 @@ from model.data.workers import end_workers_at_exit, leave_signals_to_the_parent
 from model.errors import TOO_MANY_FILES, InputError, RowError
 from model.progress import warn_from_any_process
 
+OPEN_FILES = 65536  # more would slow down programs that close all they might have
 NOTES = 4  # numbers for each worker
 SAVED = "saved"  # the key of a batch that came through the pipe
 LOCKS_AS_QUEUES = 3  # what a DataLoader shares besides a queue for each worker: a queue and two events
@@ -124,10 +125,11 @@ def end_if_unable(worker: int = 0) -> None:
 
 
 def allow_open_files() -> None:
-    """Let this process open as many files as the system lets it: each tensor on its way from a worker is one."""
+    """Let this process open as many files as it may, up to OPEN_FILES: each tensor on its way from a worker is one."""
     with suppress(ValueError, OSError):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, enough), most))
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -93,12 +93,26 @@ def _values(path: str, refuse: Any) -> Mapping[str, object]:
 def _parsed(text: str, refuse: Any) -> Any:
     import yaml
 
+    def checked(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            refuse(f"{', '.join(twice)} twice; one value is needed.")
+        return dict(pairs)
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's, which takes the last of several values of a key."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            checked([(self.construct_object(key), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=checked)
     except ValueError:
         pass  # then it is YAML
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""

@@ -86,6 +86,8 @@ def test_of_several_files_the_later_one_wins(config):
     ("lr: [1", "line 1 column 7: not YAML (expected ',' or ']', but got '<stream end>'); lines such as `lr: 0.001` are needed."),
     ("fp16: 3", '"fp16" is 3; true or false is needed.'),
     ("lr: [1, 2]", '"lr" is [1, 2]; one value is needed.'),
+    ("lr: 1\nseed: 2\nlr: 3", "lr twice; one value is needed."),
+    ('{"lr": 1, "lr": 3}', "lr twice; one value is needed."),
 ])  # fmt: skip
 def test_file_that_cannot_be_used_is_named_with_what_is_wrong(config, capsys, text, said):
     file = config(text)

@@ -45,7 +45,10 @@ def cached_snapshot(name: str) -> Path | None:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
-    config = huggingface_hub.try_to_load_from_cache(repository, CHECKPOINT_FILES[0], revision=revision or None)
+    try:
+        config = huggingface_hub.try_to_load_from_cache(repository, CHECKPOINT_FILES[0], revision=revision or None)
+    except huggingface_hub.errors.HFValidationError:  # no name that a repository may have
+        return None
     return Path(config).parent if isinstance(config, str) else None
 
 

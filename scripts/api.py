@@ -194,7 +194,8 @@ class Api:
         """What is said of another name than the model's."""
         if name == self.options.model_name:
             return None
-        message = f'there is no model "{name[:100]}" here; "{self.options.model_name}" is needed.'
+        named = name[:100].encode(errors="backslashreplace").decode()
+        message = f'there is no model "{named}" here; "{self.options.model_name}" is needed.'
         return JSONResponse(error_body(404, message, "model_not_found"), 404)
 
     async def health(self) -> Response:
@@ -271,6 +272,8 @@ class Api:
             yield event(completion_chunk({"role": "assistant", "content": ""}, "", identity, name))
             while growth is not None:
                 piece = new_text(growth.text, shown, bool(growth.finished))
+                if growth.finished and not growth.text.startswith(shown):
+                    piece = f"\n{growth.text}"  # text that was sent can't be taken back
                 shown += piece
                 if piece:
                     yield event(completion_chunk({"content": piece}, "", identity, name))
@@ -347,12 +350,31 @@ async def on_fault(request: Request, error: Exception) -> Response:
 
 
 class Impatient(H11Protocol):
-    """uvicorn's HTTP, for clients that send their headers in time: uvicorn itself waits without end."""
+    """uvicorn's HTTP, for clients that send their headers in time: uvicorn itself waits without end.
+
+    Headers have as long as an idle connection is kept, the first ones and those of each request after it.
+    """
+
+    limit: asyncio.TimerHandle | None = None  # until the headers that have begun are whole
 
     def connection_made(self, transport: Any) -> None:
-        """Close the connection if no request has begun when as long has passed as an idle one may be kept."""
+        """Somebody is there, and has to begin a request."""
         super().connection_made(transport)
-        self.loop.call_later(self.config.timeout_keep_alive, lambda: None if self.cycle else transport.close())
+        self.wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request has come: bytes alone don't give it more time."""
+        super().data_received(data)
+        self.wait_for_headers()
+
+    def wait_for_headers(self) -> None:
+        """Close the connection if no request is in hand when the time is over."""
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and self.limit is None:
+            self.limit = self.loop.call_later(self.config.timeout_keep_alive, self.transport.close)
+        elif not is_waiting and self.limit is not None:
+            self.limit.cancel()
+            self.limit = None
 
 
 class Server(uvicorn.Server):

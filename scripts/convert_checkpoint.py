@@ -70,7 +70,7 @@ def converted(options: argparse.Namespace) -> Path:
     Raises:
         InputError: it can't be done.
     """
-    if Path(options.source, "adapter_config.json").is_file() and options.to == "sat":
+    if Path(options.source, "adapter_config.json").expanduser().is_file() and options.to == "sat":
         from model.convert.peft import from_peft
 
         return from_peft(options.source, options.destination, options.base, options.tokenizer)

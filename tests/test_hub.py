@@ -1,5 +1,6 @@
 """Names of the hub, against a hub on this machine: what is downloaded, what is gone on with, and what isn't waited for."""
 
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 from conftest import run_program, upstream_weights, write_checkpoint
 from fake_hub import COMMIT, hub_of
 
+from model.checkpoints.layout import Checkpoint
+from model.errors import InputError
 from model.hub import answers, at_revision, is_hub_name
 
 NAME = "owner/model"
@@ -132,6 +135,14 @@ def test_answers_knows_a_hub_from_silence(hub: tuple[str, list[str]], silent: st
     assert answers(hub[0])
     assert not answers(silent, seconds=0.2)
     assert not answers("http://127.0.0.1:9", seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/My--Model", "runs/模型", "runs/a..b", "runs/-a", "runs/a.git", f"runs/{'a' * 97}"]
+)
+def test_name_that_no_repository_can_have_is_no_folder_and_nothing_worse(name: str):
+    with pytest.raises(InputError, match=f"--from_pretrained {re.escape(name)}: no such folder"):
+        Checkpoint.find(name)
 
 
 @pytest.mark.parametrize(("name", "is_one"), [

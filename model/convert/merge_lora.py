@@ -1,5 +1,6 @@
 """LoRA folded into the weights, from file to file: no model is built, and one tensor at a time is in memory."""
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from model.checkpoints.tensors import shapes, write_weights
 from model.checkpoints.weights import refuse_unless_finite, whole_weights, without_adapters
 from model.checkpoints.whole import (
     CONFIG_FILE,
+    SHARED_FILES,
     UNFINISHED,
     json_text,
     put_in_place,
@@ -52,7 +54,7 @@ def merge(
     _refuse_unmergeable(checkpoint.name, adapters)
     refuse_needless_base(checkpoint, base)
     whole = with_base(checkpoint, base)
-    old, folder = _place(Path(out), whole, overwrite)
+    old, folder = _place(Path(os.path.abspath(out)) if overwrite else Path(out), whole, overwrite)
     is_replaced = old != folder
     weights, _, _ = whole_weights(whole, force_base=force_base)
     plain = without_adapters(weights)
@@ -82,9 +84,12 @@ def merge(
         remove_unfinished(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    if is_replaced:
-        remove(old)
+    if is_replaced:  # by two renames: a kill in between leaves both
+        aside = old.with_name(f"{old.name}.replaced{UNFINISHED}")
+        remove(aside)
+        old.rename(aside)
         folder = folder.rename(old)
+        remove(aside)
     _say_who_packed(shapes(plain), adapters)
     return folder
 
@@ -115,16 +120,26 @@ def _place(out: Path, whole: Checkpoint, overwrite: bool) -> tuple[Path, Path]:
     Raises:
         InputError: something is there that stays.
     """
-    is_replaced = overwrite and (out / CONFIG_FILE).is_file()
-    if is_replaced and out.resolve() in {one.folder.resolve() for one in (whole, whole.base) if one is not None}:
-        raise InputError(f"{out}: what is merged is read from there; another folder is needed.")
-    if is_replaced:
+    if overwrite and (out / CONFIG_FILE).is_file():
+        read = [one.folder.resolve() for one in (whole, whole.base) if one is not None]
+        if any(folder.is_relative_to(out.resolve()) for folder in read):
+            raise InputError(f"{out}: what is merged is read from there; another folder is needed.")
+        others = sorted(path.name for path in out.iterdir() if not _is_of_a_checkpoint(path))
+        if others:
+            raise InputError(
+                f"{out}: {', '.join(others[:3])}{' …' if len(others) > 3 else ''} found besides a checkpoint, and would go "
+                "with it; another folder is needed, or to move that away."
+            )
         beside = out.with_name(out.name + UNFINISHED)
         remove(beside)
         return out, beside
     if out.exists() and (not out.is_dir() or any(path.suffix != UNFINISHED for path in out.iterdir())):
         raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
     return out, out
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    return path.name in (*SHARED_FILES, "latest") or path.name.isdecimal() or path.suffix == UNFINISHED
 
 
 def _refuse_unmergeable(checkpoint: str, adapters: AdapterConfig) -> None:

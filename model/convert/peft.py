@@ -97,6 +97,11 @@ def _refuse_more_than_lora(
             f"{checkpoint.name}: {len(others)} trained tensors are no LoRA (the first: {others[0]}), and PEFT has no place "
             "for them; merge it, and convert the result with --to hf."
         )
+    if adapters.part_rates:
+        raise InputError(
+            f"{checkpoint.name}: besides LoRA, {', '.join(adapters.part_rates)} was trained (--train_parts), and PEFT has no "
+            "place for that; merge it, and convert the result with --to hf."
+        )
 
 
 def _factors(weights: Mapping[str, torch.Tensor], module: str) -> Factors:
@@ -117,7 +122,7 @@ def _peft_config(checkpoint: Checkpoint, adapters: AdapterConfig) -> dict[str, A
     config = checkpoint.config
     layers = "|".join(map(str, sorted(adapters.lora_layers(config["num_layers"]))))
     targets = "|".join(adapters.lora_targets)
-    name = base_of(config).name if is_adapter(config) else None
+    name = base_of(config).name if config.get("finetuning", {}).get("base") else None
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -187,6 +192,18 @@ def _refuse_more_than_peft_lora(path: Path, settings: Mapping[str, Any]) -> None
     for key, plain in PLAIN_LORA.items():
         if key in settings and settings[key] not in plain:
             raise InputError(f'{path}: "{key}" is {json.dumps(settings[key])}; {json.dumps(plain[0])} is needed.')
+    alphas = {"lora_alpha": settings.get("lora_alpha")}
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f'{path}: "alpha_pattern" is {json.dumps(patterns)}; an object of numbers is needed.')
+    for name, alpha in {**alphas, **patterns}.items():
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise InputError(f'{path}: "{name}" is {json.dumps(alpha)}; a number is needed.')
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f'{path}: "alpha_pattern" has "{pattern}", which is no pattern ({error}).') from None
 
 
 def _our_adapters(

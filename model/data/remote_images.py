@@ -115,7 +115,12 @@ def _content(source: str, limits: Limits) -> bytes:
     kind, comma, content = source.partition(",")
     if not comma:
         raise InputError("the picture's data URI has no comma; data:image/png;base64,… is needed.")
-    return _from_base64(content) if kind.lower().endswith(";base64") else unquote_to_bytes(content)
+    if kind.lower().endswith(";base64"):
+        return _from_base64(content)
+    try:
+        return unquote_to_bytes(content)
+    except UnicodeEncodeError:
+        raise InputError("the picture's data URI holds half a character; %41 and the like are needed.") from None
 
 
 def _from_base64(text: str) -> bytes:
@@ -181,6 +186,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) % 2**32)
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local:  # which Python counts to the internet
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

@@ -74,6 +74,10 @@ class KeyValueCache:
                 layer[:, :, :, self.cleared : until] = 0
             self.cleared = until
 
+    def forget(self) -> None:
+        """Let everything be set to zero anew before it is seen: it may hold nan, and 0 · nan is nan."""
+        self.cleared = self.prefix_length
+
     def attend(self, layer_id: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One layer's attention for the tokens of this pass, which are written: all [rows, heads, seq, head_dim]."""
         rows, places = self.places

@@ -135,8 +135,16 @@ class Engine:
     def step(self) -> list[Answer]:
         """Those answers that are a token longer now, or finished; empty if there is nothing to do.
 
-        New rows come first: one pass reads their contexts, and gives each its first token.
+        New rows come first: one pass reads their contexts, and gives each its first token. After an error, the answers in
+        hand are to be given up: nothing of what the cache holds is used again.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self.cache.forget()
+            raise
+
+    def _step(self) -> list[Answer]:
         cancelled = self._cancelled()
         started = self._start()
         if not (started or self.active):

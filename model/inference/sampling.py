@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # commands check their flags before torch is loaded
     import torch
 
 CHINESE_TOKENS = slice(63823, 130000)  # of ChatGLM-6B's vocabulary; forbidden where English is asked for
+COLD = 1e-4  # a temperature; at 1e-4 the likeliest of two tokens whose scores are 0.01 apart has all the probability
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0  # scores that are divided by others may be infinite
 FORBIDDEN = -65504.0  # SAT's score of a token that must not be answered
 
 
@@ -22,7 +24,7 @@ class Sampling:
     """How to choose tokens. The defaults are those of the released `chat`; the strategy is SAT's BaseStrategy.
 
     Args:
-        temperature: divides the scores; 0 always takes the likeliest token.
+        temperature: divides the scores; 0, or less than COLD, always takes the likeliest token.
         top_p: draw from the likeliest tokens of this total probability.
         top_k: draw from this many likeliest tokens; 0 draws from all, whatever top_p is.
         repetition_penalty: divides the scores of tokens that the answer already has.
@@ -48,14 +50,21 @@ class Sampling:
             problems.append(f"--top_k {self.top_k}: 0 or more is needed.")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p {self.top_p}: a number above 0, up to 1, is needed.")
-        if not 0 < self.repetition_penalty < math.inf:
-            problems.append(f"--repetition_penalty {self.repetition_penalty}: a number above 0 is needed.")
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            problems.append(
+                f"--repetition_penalty {self.repetition_penalty}: a number above 0, from {LEAST_PENALTY:g} to {MOST_PENALTY:g}, is needed."
+            )
         raise_problems(problems)
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether only the likeliest token has a chance. Scores that are divided by less than that may be infinite."""
+        return self.temperature < COLD
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the scores as they are decide."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.invalid_slices
+        return self.is_cold and self.repetition_penalty == 1 and not self.invalid_slices
 
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -105,10 +114,10 @@ def token_probabilities(
     scores = scores.float().clone()
     if answer and sampling.repetition_penalty != 1:
         scores[answer] = scores[answer] / sampling.repetition_penalty
-    scores /= sampling.temperature or 1
+    scores /= 1 if sampling.is_cold else sampling.temperature
     for forbidden in sampling.invalid_slices:
         scores[forbidden] = FORBIDDEN
-    if sampling.temperature == 0:
+    if sampling.is_cold:
         best, token = scores.max(dim=0, keepdim=True)
         return best.new_ones(1), token
     kept, tokens = scores.topk(min(sampling.top_k or len(scores), len(scores)))

@@ -117,6 +117,8 @@ class Service:
             self.steps += 1
             self.tokens += sum(answer.finished in ("", "length") for answer in changed)
             with self._changed:
+                # Those that a step has finished before it failed aren't among the ones that it gave.
+                changed = [*dict.fromkeys([*changed, *(one for one in self._listeners if one.finished)])]
                 listeners = [self._listeners[answer] for answer in changed]
                 for answer in changed:
                     if answer.finished:

@@ -188,6 +188,20 @@ def test_what_is_merged_is_not_replaced_by_it(lora, upstream_checkpoint, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_what_lies_in_the_folder_that_is_to_be_replaced_is_not_lost(lora, tmp_path, monkeypatch):
+    out = merge(str(lora), str(tmp_path / "merged"))
+    inside = shutil.copytree(lora, out / "run")
+    with pytest.raises(InputError, match="what is merged is read from there"):
+        merge(str(inside), str(out), overwrite=True)
+    with pytest.raises(InputError, match="run found besides a checkpoint, and would go with it"):
+        merge(str(lora), str(out), overwrite=True)
+    shutil.rmtree(inside)
+    monkeypatch.chdir(out)
+    merge(str(lora), ".", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    assert Checkpoint.find(out).iteration == "1"
+
+
 @pytest.mark.long
 @pytest.mark.run
 def test_writing_holds_one_tensor_at_a_time(tmp_path):

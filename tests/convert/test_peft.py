@@ -184,6 +184,10 @@ def test_checkpoints_without_lora_or_with_more_are_refused(upstream_checkpoint: 
     text = refused(to_peft, str(parts), out)
     assert "2 trained tensors are no LoRA (the first: mixins.eva.model.glm_proj." in text
     assert "convert the result with --to hf" in text
+    whole = write_tuned(
+        upstream_checkpoint, tmp_path / "whole", True, use_lora=True, lora_rank=2, train_parts=["glm_proj"]
+    )
+    assert "besides LoRA, glm_proj was trained (--train_parts)" in refused(to_peft, str(whole), out)
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -191,6 +195,10 @@ def test_checkpoints_without_lora_or_with_more_are_refused(upstream_checkpoint: 
     ({"bias": "all"}, '"bias" is "all"; "none" is needed'),
     ({"peft_type": "PREFIX_TUNING"}, '"peft_type" is "PREFIX_TUNING"; "LORA" is needed'),
     ({"base_model_name_or_path": None}, "no base_model_name_or_path; --base"),
+    ({"lora_alpha": None}, '"lora_alpha" is null; a number is needed'),
+    ({"lora_alpha": "x"}, '"lora_alpha" is "x"; a number is needed'),
+    ({"alpha_pattern": {"(": 1}}, '"alpha_pattern" has "(", which is no pattern'),
+    ({"alpha_pattern": [1]}, '"alpha_pattern" is [1]; an object of numbers is needed'),
 ])  # fmt: skip
 def test_adapters_of_other_kinds_are_refused(theirs: ChatGLM, tmp_path: Path, settings: dict, told: str):
     _, adapter = trained_by_peft(theirs, tmp_path / "adapter", r=2)

@@ -152,7 +152,7 @@ def test_address_of_the_internet_is_public(address):
 @pytest.mark.parametrize("address", [
     "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
     "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1",
-    "64:ff9b::7f00:1", "2002:7f00:1::", "198.18.0.1",
+    "64:ff9b::7f00:1", "2002:7f00:1::", "198.18.0.1", "fec0::1", "fec0:0:0:ffff::1",
 ])  # fmt: skip
 def test_address_of_this_machine_or_of_a_private_network_is_not_public(address):
     assert not is_public(address)

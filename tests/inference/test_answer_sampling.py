@@ -88,3 +88,16 @@ def test_each_row_is_drawn_its_own_way():
 def test_number_out_of_bounds_is_a_sentence(options, part):
     with pytest.raises(InputError, match=part):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-46, 1e-40, 9e-5, 1e-4])
+def test_cold_draws_take_the_likeliest_token_and_never_fail(temperature):
+    scores = torch.tensor([[900.0, -900.0, 901.0, 3e4, -3e4], [1.0, 2.0, 0.0, -1.0, 1.9]])
+    samplings = [Sampling(temperature, 1, 5, penalty) for penalty in (0.01, 100)]
+    assert next_tokens(scores, samplings, [[0, 1], [1]], [None, None]) == [0, 4]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 0.0099, 101, float("inf"), float("nan")])
+def test_penalty_that_makes_scores_infinite_is_refused(penalty):
+    with pytest.raises(InputError, match=r"--repetition_penalty .*: a number above 0, from 0\.01 to 100, is needed"):
+        Sampling(repetition_penalty=penalty)

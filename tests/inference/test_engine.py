@@ -211,3 +211,19 @@ def test_damaged_weights_are_a_sentence(base, tokenizer):
     engine.submit(text_question(tokenizer))
     with pytest.raises(InputError, match="hold nan"):
         engine.step()
+
+
+def test_answers_after_one_whose_numbers_were_not_finite_are_as_ever(model, tokenizer):
+    short, long = (
+        text_question(tokenizer, max_length=40),
+        text_question(tokenizer, "问：" + "你好" * 20 + "\n答：", max_length=60),
+    )
+    nan = torch.full((1, model.image_length, model.get_mixin("eva").model.glm_proj.weight.shape[1]), float("nan"))
+    bad = Question(tokenizer.encode("问：" + "你好" * 40 + "\n答："), 0, image_features=nan)
+    clean, engine = Engine(model, tokenizer, rows=2), Engine(model, tokenizer, rows=2)
+    expected = [finished(clean, answer).ids for answer in [clean.submit(short), clean.submit(long)]]
+    engine.submit(bad)
+    with pytest.raises(InputError, match="scores hold nan"):
+        engine.step()
+    engine.active.clear()  # as a server does
+    assert [finished(engine, answer).ids for answer in [engine.submit(short), engine.submit(long)]] == expected

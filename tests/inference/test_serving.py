@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 import torch
@@ -61,6 +62,22 @@ def test_step_that_fails_fails_its_answers_and_the_service_lives(model, tokenize
         assert growths(service, question, tokenizer)[-1].finished == "length"
         assert service.is_alive
     assert "1 answer failed: the model's scores hold nan" in capsys.readouterr().err
+
+
+def test_answers_cancelled_in_a_step_that_fails_are_forgotten(model, tokenizer, question, monkeypatch):
+    def fails(contexts):
+        time.sleep(0.1)
+        raise RuntimeError("no memory")
+
+    with Service(Engine(model, tokenizer, rows=1), queue=9) as service:
+        monkeypatch.setattr(service.engine, "_read_contexts", fails)
+        answers = [service.submit(question, lambda: None) for _ in range(3)]
+        answers[1].cancel()
+        deadline = time.monotonic() + 20
+        while service._listeners and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert service._listeners == {}
+    assert [answer.finished for answer in answers] == ["failed", "cancelled", "failed"]
 
 
 def test_more_questions_than_may_wait_are_refused(model, tokenizer, question):

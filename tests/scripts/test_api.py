@@ -1,6 +1,8 @@
 """The API: a real server, the real openai client, raw requests as curl sends them, and those of people who mean harm."""
 
+import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from model.data.tokenizer import ChatGLMTokenizer
 from model.inference.api_formats import Asked
 from model.inference.chat import chat
 from model.inference.sampling import Sampling
+from model.inference.serving import Growth
 from scripts.api import Api, main
 
 pytestmark = pytest.mark.run
@@ -313,6 +316,13 @@ HOSTILE = {
     "large body": (raw(bytes(1_100_000)), 413, "more than 1 MiB"),
     "large body without a length": (raw(iter([bytes(100_000)] * 20)), 413, "more than 1 MiB"),
     "path trick": (("/..%2f..%2fetc/passwd", {"json": {}}), 404, "Not Found"),
+    "half a character as the model": (
+        ("/v1/chat/completions", {"content": b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}',
+                                  "headers": {"content-type": "application/json"}}), 404, "no model",
+    ),
+    "half a character as the picture": (raw(b'{"text": "a", "image": "data:image/png,\\ud800"}'), 400, "half a character"),
+    "no warmth": (text("a", temperature=1e-300), 200, ""),
+    "tiny penalty": (text("a", repetition_penalty=1e-300), 400, "repetition_penalty 1e-300: a number above 0, from 0.01"),
     "wrong key": (raw(b"{}", authorization="Bearer another"), 401, "API key is missing or wrong"),
 }  # fmt: skip
 
@@ -322,6 +332,8 @@ def test_hostile_request_gets_a_sentence_and_the_server_lives(server, name):
     (path, request), status, words = HOSTILE[name]
     answered = server.post(path, **request)
     assert answered.status_code == status, answered.text
+    if status == 200:
+        return
     assert answered.json()["status"] == status
     assert re.search(words, answered.json()["error"]["message"]), answered.text
     assert "Traceback" not in answered.text
@@ -350,6 +362,37 @@ def test_bytes_that_are_no_whole_request_are_answered_or_dropped_and_the_server_
             pass
     assert answer in with_rest
     assert server.health == {"status": "ok"}
+
+
+def test_headers_of_a_second_request_have_to_come_in_time_too(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"POST / HTTP/1.1\r\nX-A: ")
+        started = time.monotonic()
+        for _ in range(4):  # a byte now and then gives no more time
+            time.sleep(0.3)
+            with contextlib.suppress(OSError):
+                connection.sendall(b"b")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(65536) == b""
+        assert time.monotonic() - started < 10
+    assert server.health == {"status": "ok"}
+
+
+def test_stream_that_takes_another_turn_ends_with_the_whole_answer():
+    async def growths():
+        for text, finished in (("图中", ""), ("图中有问题。答", ""), ("一只猫", ""), ("一只猫在桌上", "stop")):
+            yield Growth(text, finished, 3, 5)
+
+    async def streamed():
+        rest = growths()
+        api = SimpleNamespace(options=SimpleNamespace(model_name="small"))
+        events = [event async for event in Api.events(api, await anext(rest), rest, "id", False)]
+        parts = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events[:-1]]
+        return [part["content"] for part in parts if part.get("content")]
+
+    assert asyncio.run(streamed())[-1] == "\n一只猫在桌上"
 
 
 def test_openai_client_without_the_key_is_told(server):

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from model import sat_compat
 from model.cli.options import Options, script_parser
-from model.cli.preflight import Inputs, preflight, warm_up_notes
+from model.cli.preflight import Inputs, preflight, warm_up_notes, with_options
 from model.cli.resuming import CommandLine, command_line, finished_note
 from model.progress import outliving_readers, say
 from model.training import sat_loop
@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if line.options.dry_run or line.options.auto_batch_size:
             from model.training.dry_run import dry_run_report, with_batch_size
 
-            line = with_batch_size(line, inputs)
+            asked, line = line.options, with_batch_size(line, inputs)
+            inputs = with_options(inputs, asked, line.options)
         for note in (*line.notes, *inputs.notes, *warm_up_notes(line.options, line.steps_done)):
             say(note)
         if line.options.dry_run:

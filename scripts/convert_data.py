@@ -44,7 +44,11 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("conversations", type=expanduser, metavar="IN", help="JSON or JSON Lines file of conversations")
     parser.add_argument("rows", type=expanduser, metavar="OUT", help="JSON file to write; .jsonl writes JSON Lines")
     parser.add_argument(
-        "--images", default="", metavar="FOLDER", help="put before every picture's path (default: nothing)"
+        "--images",
+        type=expanduser,
+        default="",
+        metavar="FOLDER",
+        help="put before every picture's path (default: nothing)",
     )
     parser.add_argument("--lang", choices=["zh", "en"], help='"lang" of every row (default: none, the run decides)')
     parser.add_argument(

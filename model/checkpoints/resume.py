@@ -142,7 +142,7 @@ def newest_run(folder: Path, experiment: str) -> tuple[Resumed | None, list[str]
     """
     found: list[tuple[float, Path]] = []
     skipped: list[str] = []
-    for path in folder.glob(f"*/*/{RECORD_FILE}"):
+    for path in (folder / experiment).parent.glob(f"*/*/{RECORD_FILE}"):  # a name may have a folder in front
         if not path.parent.name.isdecimal():  # what a killed save has left
             continue
         try:

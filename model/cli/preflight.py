@@ -36,6 +36,7 @@ from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
+from model.data.sampling import SampleOrder
 from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.data.workers import run_in_subprocess
@@ -92,6 +93,13 @@ def preflight(
     steps = training_steps(options, data.selection)
     raise_problems(steps_problems(options, steps))
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps, data.cut_labels)
+
+
+def with_options(inputs: Inputs, before: Options, options: Options) -> Inputs:
+    """The same inputs for other options, of which those that a step's samples depend on may differ."""
+    old, new = (epochs_note(some, inputs.selection) for some in (before, options))
+    notes = [new if note == old else note for note in inputs.notes]
+    return replace(inputs, steps=training_steps(options, inputs.selection), notes=notes)
 
 
 def worker_notes(options: Options) -> list[str]:
@@ -229,7 +237,8 @@ def data_notes(
         notes.append(
             f"Held out of --train-data for evaluation: {count_of(held_out, 'row')} (--holdout, --seed {options.seed})."
         )
-        if options.holdout is not None and options.holdout >= 1 and held_out != options.holdout:
+        taken = sum(map(len, selection.held_out.values()))  # bad ones included
+        if options.holdout is not None and options.holdout >= 1 and taken != options.holdout:
             notes.append(f"--holdout {options.holdout:g}: rows that share a picture stay together.")
     if "eval_interval" in options.user_set and not (options.valid_data or held_out or split_shares(options)[1]):
         notes.append(
@@ -266,8 +275,12 @@ def training_samples(options: Options, selection: Selection) -> int:
     """Samples of one epoch: every turn of every row, as often as --train-data-weights says."""
     files = options.train_data or []
     weights = options.train_data_weights or [1] * len(files)
-    counts = (selection.sample_count(file) for file in files)
-    return sum(weight * count for weight, count in zip(weights, counts, strict=True))
+    counts = tuple(selection.sample_count(file) for file in files)
+    if not counts:
+        return 0
+    shares = split_shares(options)
+    order = SampleOrder(counts, 0, weights=tuple(weights), shares=tuple(shares), block_size=options.block_size)
+    return len(order)
 
 
 def epoch_problems(options: Options, selection: Selection) -> list[str]:

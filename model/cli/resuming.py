@@ -31,6 +31,9 @@ FREE = {
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
     "bad_rows", "image_folder", "feature_cache", "keep_best", "early_stopping", "answers", "eval_answers", "valid_data", "test_data", "base", "force_base", "tokenizer", "skip_init",
     "distributed_backend", "local_rank", "device", "checkpoint_activations", "checkpoint_num_layers",
+    "save_total_limit", "max_skipped_steps", "ui_lang", "no_save_rng", "revision", "config", "force_train", "help",
+    "input_source", "length_penalty", "max_inference_batch_size", "min_tgt_length", "no_repeat_ngram_size", "num_beams",
+    "out_seq_length", "output_path", "temperature", "top_k", "top_p", "with_id",
     "checkpoint_skip_layers", "rank_timeout", "model_parallel_size", "dry_run", "gpu_memory", "auto_batch_size",
 }  # fmt: skip
 # Flags that stay the run's, each with the reason.
@@ -54,6 +57,7 @@ class CommandLine:
     options: Options
     resumed: Resumed | None = None
     notes: list[str] = field(default_factory=list)  # sentences for the person at the prompt
+    evaluates_anew: bool = False  # on other rows than the run did: which evaluation was the best is not known any more
 
     @property
     def steps_done(self) -> int:
@@ -92,7 +96,15 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     if not joined.dry_run:
         refuse_running(resumed.checkpoint.folder)
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
-    return CommandLine(joined_words, joined, resumed, [*notes, *more_notes, *changed])
+    anew = [
+        name
+        for name in ("valid_data", "eval_answers")
+        if name in changes and (joined.keep_best or joined.early_stopping)
+    ]
+    changed += [
+        f"{flag_with_value(name, getattr(joined, name))}: the best evaluation is looked for anew." for name in anew
+    ]
+    return CommandLine(joined_words, joined, resumed, [*notes, *more_notes, *changed], bool(anew))
 
 
 def for_these_processes(ranks_before: int, before: Options, joined: Options) -> tuple[list[str], list[str]]:

@@ -160,8 +160,12 @@ def estimated_length(turn: Row, lengths: Lengths) -> int:
 def longest_sample(files: Mapping[str, Rows], tokenizer: Tokenizer, lengths: Lengths) -> tuple[int, int]:
     """Tokens of the longest sample that the rows make, and of the longest target in one, after truncation.
 
-    A batch is padded to its longest sample, so that the largest batch of a run has the longest of all.
+    A batch is padded to its longest sample, so that the largest batch of a run has the longest of all. Where padding is
+    learned too, all samples are as long as the lengths allow (`sample_from_row`).
     """
+    if not lengths.ignore_pad_token_for_loss:
+        padded = lengths.max_source_length + lengths.max_target_length
+        return padded, padded  # all but the question of the shortest
 
     def of_rows(rows: Iterable[Row]) -> tuple[int, int]:
         pairs = list(turn_lengths(rows, tokenizer, lengths))

@@ -4,6 +4,7 @@ Standard library and Pillow only.
 """
 
 import errno
+import functools
 import os
 import random
 import time
@@ -163,11 +164,17 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
 
 def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
     """File and index of every row, in groups that share an image. A row without an image is a group by itself."""
-    folder = os.getcwd()
+    folder, real = os.getcwd(), functools.cache(os.path.realpath)
+
+    def place(img: str) -> str:
+        folder_of_img, name = os.path.split(os.path.join(folder, img))
+        path = os.path.join(real(folder_of_img), name)
+        return os.path.realpath(path) if os.path.islink(path) else path
+
     groups: dict[object, list[tuple[str, int]]] = {}
     for file in dict.fromkeys(files):
         for index, row in enumerate(selection.rows[file]):
-            key = (file, index) if row.img is None else os.path.normpath(os.path.join(folder, row.img))
+            key = (file, index) if row.img is None else place(row.img)
             groups.setdefault(key, []).append((file, index))
     return list(groups.values())
 

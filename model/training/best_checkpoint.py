@@ -4,7 +4,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class BestEvaluation:
         self.save_checkpoint, self.by, self.patience = save_checkpoint, by, patience
         self.values: list[float] | None = None  # of the best, each the higher the better; None without one
         self.since = 0  # evaluations in a row that were no better
-        self._is_known = False  # else the folder may have one
+        self.resumed_at: int | None = None  # the iteration that a run goes on from
+        self._is_known = False  # else the folder may have a better one
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know."""
@@ -50,7 +51,7 @@ class BestEvaluation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of another run's, if it looked for the best by the same measure."""
         if state.get("by") == self.by:
-            self.values, self.since, self._is_known = state["values"], state["since"], True
+            self.values, self.since = state["values"], state["since"]
 
     @property
     def is_over(self) -> bool:
@@ -63,9 +64,8 @@ class BestEvaluation:
         """Save model if this evaluation is the best. Whether the run is to end. Every process calls this alike."""
         if not self._is_known:
             self._find(args)
-        values = [] if self.by == "loss" else [measures.get(self.by, -math.inf)]
-        values.append(-measures["loss"])
-        is_better = all(map(math.isfinite, values)) and (self.values is None or values > self.values)
+        values = self._values(measures)
+        is_better = self._are_better(values)
         self.since = 0 if is_better else self.since + 1
         if is_better:
             self.values = values
@@ -81,12 +81,21 @@ class BestEvaluation:
                 )
         return ends
 
+    def _values(self, measures: Mapping[str, float]) -> list[float]:
+        values = [] if self.by == "loss" else [measures.get(self.by, -math.inf)]
+        return [*values, -measures["loss"]]
+
+    def _are_better(self, values: Sequence[float]) -> bool:
+        return all(map(math.isfinite, values)) and (self.values is None or list(values) > self.values)
+
     def _find(self, args: argparse.Namespace) -> None:
-        """What the folder of a run that goes on says of its best; earlier versions kept it nowhere else."""
+        """What the folder of a run that goes on has, if that is better: after the last step a run saves, and then evaluates."""
         self._is_known = True
-        if self.by == "loss" and args.save:
-            loss = from_first_process(best_loss(Path(args.save, BEST_FOLDER)))
-            self.values = [-loss] if math.isfinite(loss) else None
+        if self.resumed_at is None or not args.save:
+            return
+        kept = from_first_process(kept_measures(Path(args.save, BEST_FOLDER)))
+        if kept.get("iteration", 0) <= self.resumed_at and "loss" in kept and self._are_better(self._values(kept)):
+            self.values = self._values(kept)
 
     def _keep(self, model: Any, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]) -> None:
         assert self.save_checkpoint is not None
@@ -101,12 +110,17 @@ class BestEvaluation:
 
 def best_loss(folder: Path) -> float:
     """The evaluation loss of the checkpoint kept in folder; infinite when there is none."""
+    return kept_measures(folder).get("loss", math.inf)
+
+
+def kept_measures(folder: Path) -> dict[str, float]:
+    """The measures of the checkpoint kept in folder, and its iteration; nothing where there is none."""
     try:
         iteration = folder / (folder / "latest").read_text(encoding="utf-8").strip()
         file = iteration / BEST_FILE if (iteration / BEST_FILE).is_file() else folder / BEST_FILE
     except (OSError, ValueError):
         file = folder / BEST_FILE  # where earlier versions had it
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf  # none yet, or one whose saving was interrupted
+        return {name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # none yet, or one whose saving was interrupted

@@ -108,11 +108,14 @@ class Loader:
     @property
     def samples_taken(self) -> int:
         """Samples of the order, of all processes together, that have been given out or left out."""
-        return self._taken * self.batch_sampler.order.batch
+        order = self.batch_sampler.order
+        return min(self._taken * order.batch, len(order))
 
     def start_at_sample(self, samples: int) -> None:
         """Leave out so many samples of the order, of all processes together: the whole batches among them."""
-        self._taken = self.batch_sampler.start = samples // self.batch_sampler.order.batch
+        order = self.batch_sampler.order
+        batches = order.batch_count if samples == len(order) else samples // order.batch
+        self._taken = self.batch_sampler.start = batches
 
     def opened_by(self, pid: int) -> tuple[str, bool] | None:
         """The row that a worker process opened last, and whether it still was at it; None if that isn't known."""

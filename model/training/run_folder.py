@@ -267,6 +267,7 @@ def data_of(
         "path": os.path.abspath(file),
         "sha256": sha256,
         "rows": len(selection.rows[file]),
+        "samples": selection.sample_count(file),
         "trained_on": selection.row_count(file) if trained_on else 0,
         "held_out": len(selection.chosen(file, training=False) or ()),
         "left_out": len(selection.left_out.get(file, ())),

@@ -73,10 +73,11 @@ class RunState:
         self._loader: Any = None
         self._samples_per_epoch = 1
         self._said: set[str] = set()
+        self._evaluates_anew = False  # on other rows than before
 
     def watch(self, hooks: Hooks, line: CommandLine, inputs: Inputs) -> None:
         """Be told of what the run does, and take down what it is: its flags, its data files, rows that are left out."""
-        options = line.options
+        options, self._evaluates_anew = line.options, line.evaluates_anew
         self._samples_per_epoch = training_samples(options, inputs.selection)
         self._record = RunRecord(
             iteration=0,
@@ -110,7 +111,9 @@ class RunState:
     def watch_for_the_best(self, best: BestEvaluation) -> None:
         """Be told which evaluation is the best, from what the run that goes on knew of it."""
         self.best = best
-        best.load_state_dict(self._stored.get("best", {}))
+        if self.resumed is not None and not self._evaluates_anew:
+            best.resumed_at = self.resumed.record.iteration
+            best.load_state_dict(self._stored.get("best", {}))
 
     def saves_every_weight(self, args: argparse.Namespace) -> bool:
         """Whether checkpoints hold the whole model: those of a run that goes on do if its first ones did."""

@@ -118,6 +118,9 @@ class SkippedSteps(StepWatcher):
         self.last_applied = 0  # number of the last step that changed the weights, from 1
         self.lost = False  # the weights give a loss that isn't finite
         self.learned_batches = 0  # with a usable row, of this process, since the processes last asked each other
+        self.steps_since = 0  # they did so
+        self.first: int | None = None  # number of the first step here; a run that goes on had others before
+        self.has_learned = False  # whether one of the steps here had a usable row
         self.saved: list[int] = []  # iterations
 
     def after_step(self, state: LoopState, loss: Any, skipped: bool) -> None:
@@ -136,7 +139,10 @@ class SkippedSteps(StepWatcher):
         ends = number == state.args.train_iters
         if self.in_a_row >= self.most or (ends and self.lost):
             self._stop(number, state)
-        if ends or number % self.most == 0:
+        self.steps_since += 1
+        if self.first is None:
+            self.first = number
+        if ends or self.steps_since == self.most:
             self._stop_without_usable_rows(number, state)
 
     def _count_skipped(self, number: int, state: LoopState, loss: float) -> None:
@@ -171,9 +177,11 @@ class SkippedSteps(StepWatcher):
     def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
         learned = torch.tensor(float(self.learned_batches), device=state.args.device)
         torch.distributed.all_reduce(learned)
-        self.learned_batches = 0
-        if not learned.item():
-            steps = (number - 1) % self.most + 1
+        steps, self.learned_batches, self.steps_since = self.steps_since, 0, 0
+        self.has_learned = self.has_learned or bool(learned.item())
+        # The last steps of a run may be few: what it learned before is not lost for them.
+        learned_before = self.has_learned or (self.first or 1) > 1
+        if not learned.item() and (steps == self.most or not learned_before):
             raise InputError(
                 f"stopped after step {number}: no row of the last {steps} steps could be used, so nothing was learned. "
                 "Needed are rows whose pictures can be opened; those that can't are named above."

@@ -170,13 +170,12 @@ def _adapter_reasons(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _data_reasons(settings: Mapping[str, Any]) -> list[str]:
-    files = settings.get("data", {}).values()
-    cut, rows = (
-        sum(file.get(name) or 0 for file in files if file.get("trained_on")) for name in ("cut_labels", "rows")
-    )
+    trained = [file for file in settings.get("data", {}).values() if file.get("trained_on")]
+    cut = sum(file.get("cut_labels") or 0 for file in trained)
+    answers = sum(file.get("samples") or file.get("rows") or 0 for file in trained)  # one for every turn
     if not cut:
         return []
-    return [f"{cut} of {rows} answers are cut off, so their ends are never learned; try --max_target_length auto"]
+    return [f"{cut} of {answers} answers are cut off, so their ends are never learned; try --max_target_length auto"]
 
 
 def overfitting(

@@ -10,7 +10,14 @@ from conftest import PROJECT, write_rows, write_tuned
 
 from model.checkpoints.layout import Checkpoint
 from model.cli.options import Options, parse
-from model.cli.preflight import checkpoint_size, epoch_problems, epochs_note, preflight
+from model.cli.preflight import (
+    checkpoint_size,
+    epoch_problems,
+    epochs_note,
+    preflight,
+    training_samples,
+    with_options,
+)
 from model.data.split import Selection, read_selection
 from model.errors import InputError
 
@@ -127,6 +134,24 @@ def test_epochs_note_counts_samples_over_files_weights_and_processes(
         "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
     )
     assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
+
+
+def test_epochs_note_counts_the_share_of_split_that_is_trained_on(tmp_path: Path) -> None:
+    selection = selection_with(tmp_path, a=20)
+    words = ["--train-data", str(tmp_path / "a"), "--split", "5,5", "--block-size", "20", "--batch-size", "2"]
+    note = epochs_note(parse([*words, "--train-iters", "10"]), selection)
+    assert note.startswith("Training on 10 samples: 10 steps of 2 see 20 samples, 2 epochs")
+
+
+def test_steps_and_their_note_are_those_of_the_batch_that_auto_has_found(good: Options) -> None:
+    good.epochs, good.train_iters, good.batch_size, good.gradient_accumulation_steps = 1, None, 2, 2
+    inputs = preflight(good)
+    found = parse(["--train-data", *(good.train_data or []), "--epochs", "1", "--batch-size", "1"])
+    new = with_options(inputs, good, found)
+    samples = training_samples(good, inputs.selection)
+    assert new.steps == samples
+    assert epochs_note(found, inputs.selection) in new.notes
+    assert epochs_note(good, inputs.selection) not in new.notes
 
 
 def test_epochs_note_goes_by_the_batch_of_a_deepspeed_file(tmp_path: Path) -> None:

@@ -122,6 +122,31 @@ def test_flag_that_changes_no_step_is_taken_without_a_word(run: Path, words: lis
     assert line.notes == []
 
 
+def test_flags_of_a_run_that_change_no_step_are_no_change(run: Path) -> None:
+    words = ("--save_total_limit", "3", "--max_skipped_steps", "7", "--ui_lang", "en", "--no-save-rng")
+    assert command_line(["--resume", str(run), *words]).notes == []
+
+
+def test_best_evaluation_is_looked_for_anew_on_other_rows(run: Path, tmp_path: Path) -> None:
+    other = str(write_rows(tmp_path, ROWS, "other.json"))
+    line = command_line(["--resume", str(run), "--valid-data", other, "--keep_best"])
+    assert line.notes == [f"--valid-data {other}: the best evaluation is looked for anew."]
+    assert line.evaluates_anew
+    assert not command_line(["--resume", str(run), "--valid-data", other]).evaluates_anew
+
+
+def test_newest_run_of_an_experiment_in_a_folder_of_its_own_is_found(words: list[str], tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "saved/group/animals-1", {}, {"weight": torch.zeros(1)})
+    (data,) = tmp_path.glob("rows.json")
+    of_run = [*words, "--experiment-name", "group/animals"]
+    record = RunRecord(6, 20, of_run, "group/animals", 1, {str(data): digest(data)}, {}, {})
+    write_state({}, folder / "1" / STATE_FILE)
+    record.write(folder / "1" / RECORD_FILE)
+    line = command_line([*of_run, "--resume", "auto"])
+    assert line.resumed is not None
+    assert line.resumed.checkpoint.folder == folder
+
+
 def test_flag_that_changes_the_numbers_is_taken_with_a_sentence(run: Path) -> None:
     line = command_line(["--resume", str(run), "--lr", "0.02", "--bf16"])
     assert (line.options.lr, line.options.bf16) == (0.02, True)

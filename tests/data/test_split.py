@@ -160,6 +160,20 @@ def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling
     assert len(selection.held_out[one]) == 1
 
 
+def test_held_out_picture_is_the_same_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for number in range(8):
+        shutil.copy(PICTURE, tmp_path / f"real/{number}.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "7.png").symlink_to(tmp_path / "real/7.png")
+    one = str(write_rows(tmp_path, shared(*(f"real/{number}.png" for number in range(8)))))
+    others = [f"linked/{number}.png" for number in range(7)] + ["7.png"]
+    other = str(write_rows(tmp_path, shared(*others), "other.json"))
+    selection, _ = scan_files([one, other], "error")
+    hold_out(selection, [one, other], 6, seed=1)
+    assert selection.held_out[one] == selection.held_out[other]
+
+
 def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:
     selection, _ = scan_files([str(write_rows(tmp_path, shared("a.png", "a.png", "a.png")))], "error")
     with pytest.raises(InputError, match="--holdout 1: all 3 rows in --train-data have the same picture"):

@@ -2,11 +2,12 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.training.best_checkpoint import BEST_FILE, best_loss, mean_over_tokens
+from model.training.best_checkpoint import BEST_FILE, BestEvaluation, best_loss, mean_over_tokens
 
 
 def test_mean_over_tokens_counts_every_token_alike():
@@ -33,3 +34,21 @@ def test_best_loss_is_what_was_written(tmp_path):
 def test_best_loss_when_its_file_was_cut_short_is_infinite(tmp_path, text):
     (tmp_path / BEST_FILE).write_text(text)
     assert best_loss(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("iteration", "loss", "is_kept"), [(10, 1.7, True), (8, 1.7, True), (12, 1.7, False), (10, 1.9, False)]
+)
+def test_evaluation_behind_the_last_checkpoint_counts_for_the_run_that_goes_on(tmp_path, iteration, loss, is_kept):
+    """The last step is saved, and evaluated after that: the state of the run doesn't know of it."""
+    folder = tmp_path / "best"
+    (folder / str(iteration)).mkdir(parents=True)
+    (folder / "latest").write_text(str(iteration))
+    (folder / str(iteration) / BEST_FILE).write_text(json.dumps({"iteration": iteration, "loss": loss}))
+    saved = []
+    best = BestEvaluation(lambda *args: saved.append(args[0]))
+    best.resumed_at = 10
+    best.load_state_dict({"by": "loss", "values": [-1.83], "since": 0})
+    args = SimpleNamespace(save=str(tmp_path), iteration=14, train_iters=20)
+    best.consider(None, args, 14, {"loss": 1.8})
+    assert saved == ([] if is_kept else [14])

@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT, RUNS, printed_losses, run_program, run_python, write_rows
 from warm_start import commands
 
+from model.data.sampling import SampleOrder
 from model.training.trouble import longest
 
 TRAIN = (
@@ -90,6 +91,25 @@ def broken_picture(tmp_path: Path) -> dict:
     """A row whose picture can't be opened."""
     (tmp_path / "broken.png").write_bytes(b"no picture")
     return {"img": str(tmp_path / "broken.png"), "prompt": "什么？", "label": "没有"}
+
+
+@pytest.mark.run
+def test_run_whose_last_rows_cannot_be_used_keeps_what_it_has_learned(tmp_path, broken_picture):
+    good = {"prompt": "什么？", "label": "没有"}
+    rows = write_rows(tmp_path, [good] * 20 + [broken_picture])
+    seed = next(
+        seed for seed in range(1, 999) if SampleOrder((21,), seed, epochs=1)[20] == 20
+    )  # the broken one is last
+    done = finetune(
+        rows, "--bad_rows", "skip", "--check_seconds", "0", "--epochs", "1", "--batch-size", "1", "--save", tmp_path / "saved",
+        "--seed", str(seed),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *_, last_but_one, last = (line for line in done.stdout.splitlines() if line.startswith("step "))
+    assert "without a usable row" not in last_but_one
+    assert last.endswith("  1 without a usable row")
+    (folder,) = (tmp_path / "saved").iterdir()
+    assert (folder / "latest").read_text() == "21"
 
 
 @pytest.mark.run

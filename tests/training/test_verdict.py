@@ -71,6 +71,7 @@ def test_loss_that_rose_at_once_and_fell_again_has_diverged_if_the_same_rows_hav
         ({}, {}, "alpha/rank = 0.1; try --lora_alpha 10"),
         ({"layer_range": [0, 14]}, {}, "LoRA is in 2 layers only (--layer_range)"),
         ({}, {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 17}}, "17 of 20 answers are cut off"),
+        ({}, {"a.json": {"rows": 5, "samples": 15, "trained_on": 5, "cut_labels": 15}}, "15 of 15 answers are cut off"),
     ],
 )
 def test_run_that_stood_still_is_told_why_that_is_likely(flags, data, part):

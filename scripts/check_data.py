@@ -130,7 +130,8 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
             rows, tokenizer, unsettled, options.max_source_length, options.max_target_length, limit
         )
         lengths = replace(unsettled, max_source_length=source, max_target_length=target)
-        report["tokens"] = token_report(rows.values(), tokenizer, lengths)
+        positions = config.get("max_sequence_length")
+        report["tokens"] = {**token_report(rows.values(), tokenizer, lengths), "positions": positions}
     report["problems"] = sum(map(len, problems.values()))
     report["wrong"] = bool(report["problems"] or (overlap and overlap["rows"]))
     return report
@@ -361,9 +362,10 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
         f"--max_source_length {now['max_source_length']} --max_target_length {now['max_target_length']} cut"
         f" {cut['prompts']} prompts, {cut['labels']} labels and the oldest turns of {cut['histories']} samples"
     )
-    lines.append(
-        f"--max_source_length {enough['max_source_length']} --max_target_length {enough['max_target_length']} cut nothing"
-    )
+    nothing = f"--max_source_length {enough['max_source_length']} --max_target_length {enough['max_target_length']} cut nothing"
+    positions, needed = tokens["positions"], enough["max_source_length"] + enough["max_target_length"]
+    too_many = positions is not None and needed > positions
+    lines.append(f"{nothing}; this checkpoint takes {positions} together" if too_many else nothing)
     return lines
 
 

@@ -19,6 +19,11 @@ fi
 numbers=--fp16
 held_out=(--holdout 0.1)
 case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
+for word in "$@"; do # a file of flags may say what to evaluate on, too
+    if [ "${config:-}" = next ]; then config=$word; fi
+    case $word in --config) config=next ;; --config=*) config=${word#*=} ;; esac
+    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout)"?[[:space:]]*:' "$config"; then held_out=(); fi
+done
 steps=(--train-iters 300)
 case " $* " in *" --epochs"*) steps=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -43,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command("report.py"):
         options = command_line().parse_args(argv)
         folders = [folder_of(run) for run in options.runs]
-        raise_problems(filter(None, map(problem_with, folders)))
+        problems = {folder: problem for folder in folders if (problem := problem_with(folder))}
+        if len(problems) == len(folders) or any(not folder.exists() for folder in problems):
+            raise_problems(problems.values())
+        for problem in problems.values():  # of checkpoints/MyModel-*, say, which also finds what was merged
+            say(f"Left out: {problem}")
+        folders = [folder for folder in folders if folder not in problems]
         beside = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].resolve().parent / SEVERAL
         out = Path(options.out).expanduser() if options.out else beside
         if not out.absolute().parent.is_dir():

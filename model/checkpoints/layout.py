@@ -273,6 +273,8 @@ def _place(name: str, flag: str) -> Path:
         warn(f"{flag} {name}: the newest run of that name is taken, {run}.")
         return run
     tried = [f"no folder {given.absolute()}", f"no folder {in_home} ($SAT_HOME)"]
+    if flag == "--resume":  # a run isn't downloaded
+        raise InputError(f"{flag} {name}: no such folder; the folder of a run is needed, or auto.")
     from model.checkpoints.download import from_hub, from_sat  # it imports this module
 
     for get in (from_hub, from_sat):

@@ -78,6 +78,8 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     if options.resume == AUTO:
         resumed, notes = _newest(options)
     else:
+        if not options.dry_run:
+            refuse_running(Path(options.resume).expanduser())  # which may have saved nothing yet
         resumed, notes = resumed_from(options.resume), []
     if resumed is None:
         return CommandLine(words, options, None, notes)

@@ -19,6 +19,8 @@ from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
 from model.progress import count_of
 
+SECONDS_FOR_PICTURES = 2.0  # where rows are bad already
+
 
 @dataclass
 class Selection:
@@ -75,7 +77,10 @@ def scan_files(files: Sequence[str], bad_rows: str, image_folder: str | None = N
     for file in dict.fromkeys(files):
         selection.rows[file], bad = scan_rows(file, image_folder)
         problems += bad
-    if bad_rows == "error":
+    if bad_rows == "error" and problems:  # what is wrong with pictures is told with it, and not at the next try
+        known, end = CheckedImages() if is_first_process() else None, time.monotonic() + SECONDS_FOR_PICTURES
+        for rows in selection.rows.values() if known is not None else ():
+            problems += check_rows(rows, known, end - time.monotonic()).problems.values()
         raise_problems(first_lines(problems))
     return selection, problems
 

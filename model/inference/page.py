@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from model.chinese import in_ui_language, speaks_chinese
@@ -160,7 +161,7 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
 
     def at(x: float, y: float) -> str:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (x / end if end else 0)
-        return f"{across:.1f} {TOP + (height - TOP - BOTTOM) * (1 - min(y, top) / top):.1f}"
+        return f"{across:.1f} {TOP + (height - TOP - BOTTOM) * (1 - y / top):.1f}"
 
     parts = []
     for number in range(round(top / step) + 1):
@@ -173,10 +174,11 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
         parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{label}</text>')
     for curve in sorted(drawn, key=lambda curve: not curve.pale):
         colour = f"var(--c{curve.colour % COLOURS})"
-        path = "M" + " L".join(at(*point) for point in curve.points)
         kind = "pale" if curve.pale else "plain"
-        parts.append(f'<path class="{kind}" d="{path}" style="stroke:{colour}"/>')
-        for point in curve.points if curve.dots else ():
+        for run in _below(curve.points, top):
+            path = "M" + " L".join(at(*point) for point in run)
+            parts.append(f'<path class="{kind}" d="{path}" style="stroke:{colour}"/>')
+        for point in (one for one in curve.points if curve.dots and one[1] <= top):
             x, y = at(*point).split()
             parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>')
     keys = "".join(
@@ -188,11 +190,31 @@ def chart(curves: Sequence[Curve], height: int, what: str, most: float | None = 
     return f"<figure>{drawing}<figcaption>{keys}</figcaption></figure>"
 
 
+def _below(points: Sequence[tuple[float, float]], top: float) -> list[list[tuple[float, float]]]:
+    """The runs of points up to top, each with where the curve crosses that."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for before, point in zip([None, *points], points, strict=False):
+        if before is not None and (before[1] > top) != (point[1] > top):
+            share = (top - before[1]) / (point[1] - before[1])
+            runs[-1].append((before[0] + share * (point[0] - before[0]), top))
+        if point[1] <= top:
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
 def _finite(curve: Curve) -> Curve:
+    """A curve of its finite points; of very many the lowest and the highest of each stretch, so that no spike is lost."""
     points = [point for point in curve.points if all(map(math.isfinite, point))]
-    every = max(1, len(points) // MOST_POINTS)
-    kept = points[::every] + ([points[-1]] if points and (len(points) - 1) % every else [])
-    return Curve(curve.name, kept, curve.colour, curve.pale, curve.dots)
+    if len(points) > MOST_POINTS:
+        each = math.ceil(2 * len(points) / MOST_POINTS)
+        stretches = [points[start : start + each] for start in range(0, len(points), each)]
+        ends = [
+            (min(some, key=itemgetter(1)), max(some, key=itemgetter(1)), points[0], points[-1]) for some in stretches
+        ]
+        points = sorted({point for some in ends for point in some})
+    return Curve(curve.name, points, curve.colour, curve.pale, curve.dots)
 
 
 def _tick(high: float, lines: int) -> float:

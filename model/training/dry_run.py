@@ -241,14 +241,15 @@ def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
         yield _batch_flags(way), "the same step in more parts, up to as many times as long", way
     if smaller is not None and not setup.recomputed:
         way = recomputed.with_rows(1)
-        yield f"--checkpoint-activations {_batch_flags(way)}", "both", way
+        yield f"--checkpoint-activations {_batch_flags(way)}", "a third longer, and the step in more parts", way
     if "lora" in setup.adapters.methods:
         methods = tuple("qlora" if method == "lora" else method for method in setup.adapters.methods)
         in_4_bits = plan.changed(adapters=replace(setup.adapters, methods=methods))  # type: ignore[arg-type]
         cost = "up to twice as long; weights are rounded to 4 bits"
+        with_all = "up to three times as long, the step in more parts; weights are rounded to 4 bits"
         yield "--use_qlora in place of --use_lora", cost, in_4_bits
         way = in_4_bits.changed(recomputed=True).with_rows(1)
-        yield f"--use_qlora --checkpoint-activations {_batch_flags(way)}", "all of these", way
+        yield f"--use_qlora --checkpoint-activations {_batch_flags(way)}", with_all, way
     for processes in (2, 4, 8):
         if processes > setup.model_parallel and setup.config["num_attention_heads"] % processes == 0:
             way = plan.changed(model_parallel=processes)

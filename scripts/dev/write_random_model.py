@@ -21,6 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
+from model.errors import InputError, command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.progress import say
 
 TINY = Path(__file__).resolve().parents[2] / "model" / "tiny"
@@ -129,12 +134,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--shape", choices=("mini", "6b"), help="write this shape of benchmark.py in place of these three"
     )
     options = parser.parse_args(argv)
-    if options.shape:
-        write_random_shape(options.folder, options.shape)
-    else:
-        write_random_model(options.folder, options.hidden, options.layers, options.heads)
-    size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
-    say(f"{options.folder}: {size / 2**30:.2f} GiB")
+    with command("write_random_model.py"):
+        if options.folder.exists():
+            raise InputError(f"{options.folder}: something is there already; a new folder is needed.")
+        if options.hidden % options.heads or min(options.hidden, options.layers, options.heads) < 1:
+            raise InputError(
+                f"--hidden {options.hidden} --layers {options.layers} --heads {options.heads}: 1 or more of each are needed, "
+                "and a width that the heads divide."
+            )
+        if options.shape:
+            write_random_shape(options.folder, options.shape)
+        else:
+            write_random_model(options.folder, options.hidden, options.layers, options.heads)
+        size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
+        say(f"{options.folder}: {size / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,11 @@ def test_holdout_is_evaluated_and_the_best_checkpoint_can_be_loaded(tmp_path, up
 
 
 def test_bad_rows_stop_the_run_and_are_all_named(tmp_path, upstream_checkpoint):
-    data = write_rows(tmp_path, [SHAPES[0], {"img": "no.png", "prompt": "?", "label": "!"}, SHAPES[2]])
+    data = write_rows(tmp_path, [SHAPES[0], {"img": "no.png", "prompt": "?", "label": "!"}, SHAPES[2], {"prompt": 3}])
     done = train(upstream_checkpoint, data)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert f"{data} row 2: there is no file no.png" in done.stderr
+    assert f'{data} row 4: no "label"' in done.stderr
 
 
 def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, upstream_checkpoint):

@@ -86,6 +86,19 @@ def test_section_without_content_is_nothing():
     assert section("Heading", "", "") == ""
 
 
+def test_chart_shows_every_spike_and_cuts_off_what_is_above():
+    losses = [3.0] * 500 + [0.1] * 3000
+    losses[2000], losses[2002] = 0.35, 0.02
+    drawing = chart([Curve("loss", list(enumerate(losses)), 0)], 200, "losses", most=0.4)
+    (path,) = re.findall(r'<path class="plain" d="M([^"]+)"', drawing)
+    places = [tuple(map(float, point.split())) for point in path.replace(" M", " L").split(" L")]
+    assert places[0][1] == 10.0  # where it comes from above: no plateau stands for what is not shown
+    assert places[0][0] > 60 + 0.1 * (WIDTH - 72)
+    level = sorted(height for _, height in places)[len(places) // 2]
+    assert min(height for _, height in places[2:]) < level - 80  # the spike
+    assert max(height for _, height in places) > level + 20  # and the dip
+
+
 def test_chart_leaves_out_what_is_not_finite_and_thins_long_curves():
     curves = [
         Curve("long", [(step, 1 + step % 2) for step in range(100_000)], 0),

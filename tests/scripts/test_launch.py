@@ -35,6 +35,20 @@ def test_hostfile_is_for_deepspeed_which_reaches_the_machines_itself_unless_each
     assert launch(**environment) == words
 
 
+@pytest.mark.parametrize(
+    ("text", "holds_out"), [("lr: 0.1", True), ("valid-data: [a.json]", False), ('{"holdout": 3}', False)]
+)
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_recipe_holds_nothing_out_where_a_file_of_flags_says_what_to_evaluate_on(text, holds_out, form, tmp_path):
+    (tmp_path / "flags").write_text(text)
+    command = 'source scripts/launch.sh && echo "held out: ${held_out[*]}"'
+    flags = form.format(tmp_path / "flags").split()
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *flags], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert ("--holdout 0.1" in done.stdout) == holds_out
+
+
 @pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
 @pytest.mark.parametrize(("flags", "counts"), [([], "--train-iters 300"), (["--epochs", "2"], "--epochs 2")])
 def test_recipe_trains_as_long_as_in_2023_or_as_the_flags_say(recipe, flags, counts, tmp_path):

@@ -136,6 +136,16 @@ def test_command_makes_the_page_of_a_run_in_its_folder_and_of_several_beside_the
     ]  # fmt: skip
 
 
+def test_what_is_no_run_among_runs_is_left_out(runs, capsys, tmp_path):
+    picture = tmp_path / "MyModel-find_lr.png"
+    picture.touch()
+    main([str(runs[0]), str(picture), str(PROJECT / "model/tiny"), "--out", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"Left out: {picture}: ")
+    assert out[1].startswith(f"Left out: {PROJECT / 'model/tiny'}: no metrics.jsonl")
+    assert out[2] == f"Report: {tmp_path / 'page.html'}"
+
+
 def test_name_without_its_time_is_the_newest_run(runs, capsys, tmp_path):
     run = shutil.copytree(runs[0], tmp_path / "MyModel-01-02-03-04")
     (run / "latest").write_text("1")

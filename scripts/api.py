@@ -1,7 +1,7 @@
 """Answer questions about pictures over HTTP: as OpenAI's API does, and as the API released in 2023 did.
 
 python scripts/api.py --from_pretrained model/tiny
-python scripts/api.py --from_pretrained checkpoints/MyModel-* --quant 4 --port 8080 --api_key SECRET
+python scripts/api.py --from_pretrained checkpoints/MyModel --quant 4 --port 8080 --api_key SECRET
 
     POST /v1/chat/completions   OpenAI's: pictures as http(s) address or data URI, stream, stop, seed, max_tokens, …
     GET  /v1/models             the one model that answers

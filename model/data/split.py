@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,12 +170,21 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
 
 def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
     """File and index of every row, in groups that share an image. A row without an image is a group by itself."""
-    folder, real = os.getcwd(), functools.cache(os.path.realpath)
+    folder = os.getcwd()
+
+    @functools.cache
+    def real(folder_of_img: str) -> tuple[str, set[str]]:
+        """Where a folder is, and its links: asking for each picture takes longer than all that is done here."""
+        place = os.path.realpath(folder_of_img)
+        with suppress(OSError), os.scandir(place) as entries:
+            return place, {entry.name for entry in entries if entry.is_symlink()}
+        return place, set()
 
     def place(img: str) -> str:
         folder_of_img, name = os.path.split(os.path.join(folder, img))
-        path = os.path.join(real(folder_of_img), name)
-        return os.path.realpath(path) if os.path.islink(path) else path
+        real_folder, links = real(folder_of_img)
+        path = os.path.join(real_folder, name)
+        return os.path.realpath(path) if name in links else path
 
     groups: dict[object, list[tuple[str, int]]] = {}
     for file in dict.fromkeys(files):

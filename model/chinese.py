@@ -160,6 +160,10 @@ SENTENCES = {
     " unless --lr-decay-iters says over how many.": (
         "从这里起用 {flag}；原来是 {before}，之后的结果会与不改时不同：学习率按全部步数下降，除非用 --lr-decay-iters 指定步数。"
     ),
+    "the adapters are the checkpoint's": "适配器取自检查点",
+    "the place in the data would be among other rows": "数据中的位置会对应到别的数据",
+    "a run goes on in its folder": "训练要在原来的目录里继续",
+    "the checkpoint has its weights in the other form": "检查点的权重是另一种形式",
     "{flag}: the run has {before}, and {reason}; the same is needed, or a new run.": (
         "{flag}：这次训练用的是 {before}，不能更改（{reason}）；请用相同的值，或重新开始训练。"
     ),
@@ -522,6 +526,16 @@ SENTENCES = {
     "--max_source_length {source:d} --max_target_length {target:d} cut nothing": (
         "--max_source_length {source} --max_target_length {target} 不会截断任何内容"
     ),
+    "--max_source_length {source:d} --max_target_length {target:d} cut nothing; this checkpoint takes {positions:d} together": (
+        "--max_source_length {source} --max_target_length {target} 不会截断任何内容；而这个检查点总共只能处理 {positions} 个 token"
+    ),
+    "evaluation: of {rows:d} rows, {same:d} are also trained on, {pictures:d} have a picture and {prompts:d} a prompt that is": (
+        "评估：共 {rows} 条，其中 {same} 条也在训练数据中，{pictures} 条的图片、{prompts} 条的问题也在训练数据中"
+    ),
+    "token lengths: not counted; --from_pretrained CHECKPOINT or --tokenizer PATH is needed for that": (
+        "token 数：未统计；需要 --from_pretrained 检查点 或 --tokenizer 路径"
+    ),
+    "{rows:d} rows: {both:d} rows both trained and evaluated on.": "{rows} 条数据：{both} 条既用于训练又用于评估。",
     "{rows:d} rows: all is well.": "{rows} 条数据：没有问题。",
     "{rows:d} rows: {bad:d} bad rows.": "{rows} 条数据：{bad} 条有问题。",
 }

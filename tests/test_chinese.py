@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, run_python, write_rows
 from PIL import Image
 from warm_start import commands
 
@@ -317,6 +317,9 @@ def checked(data: Path) -> list[str]:
         )
         text += printed_by(check_data.main, [DATA, "--from_pretrained", "model/tiny"])
         text += printed_by(check_data.main, [str(data / "bad.json")])
+        text += printed_by(check_data.main, [DATA, "--valid", DATA])
+        long = str(write_rows(data, [{"prompt": "背景里有什么？" * 99, "label": "雪地。" * 199}], "long.json"))
+        text += printed_by(check_data.main, [long, "--from_pretrained", "model/tiny"])
         asked = [
             "--from_pretrained",
             "model/tiny",
@@ -531,7 +534,7 @@ def lines_of_resuming(run: Path, again: list[str]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(PROJECT)
         notes = list(command_line(again).notes)
-        for flag in (["--lora_rank", "3"], ["--seed", "3"]):
+        for flag in (["--lora_rank", "3"], ["--seed", "3"], ["--save", "x"], ["--save_full_model"]):
             with pytest.raises(InputError) as refused:
                 command_line(["--resume", str(run), *flag])
             notes += str(refused.value).splitlines()
@@ -549,7 +552,7 @@ OF_A_RUN = (
     "answers right", "Answering {rows}, as", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
     "Going on with", "{signal}: stopped after step {step:d} of {last:d}. To", "{flag} from here on", "{flag}: the run has",
     "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer {",
-    "right ", "{count:d} held-out",
+    "right ", "{count:d} held-out", "the adapters are", "the place in the data", "a run goes on", "the checkpoint has its weights",
 )  # fmt: skip
 OF_SLOW_ANSWERS = "Answering, tokens at most"  # tests/training/test_answers.py has it printed
 # Those that only what is rare or takes long prints: they are held against the text in the code.

@@ -13,11 +13,13 @@ Only the standard library is imported.
 
 import os
 import platform
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from model.checkpoints.whole import remove
+from model.distributed import is_first_process
 from model.errors import InputError
 
 try:
@@ -26,6 +28,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUNNING_FILE = "running.txt"  # in the run's folder
+SECONDS_FOR_THE_FIRST, SECONDS_BETWEEN_LOOKS = 30.0, 0.1
 
 
 class Running:
@@ -72,19 +75,30 @@ class Running:
 def refuse_running(folder: Path) -> None:
     """Return if no other process trains in this folder.
 
+    Of several processes the first one knows at once. The others wait a while: it may be the first one itself, at the end of
+    the run before in the same processes.
+
     Raises:
         InputError: one does.
     """
+    until = time.monotonic() + (0 if is_first_process() else SECONDS_FOR_THE_FIRST)
+    while (found := _who_trains_in(folder)) and time.monotonic() < until:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if found:
+        raise InputError(
+            f"--resume: {folder} is trained in by {found} now, and two at once would overwrite each other's checkpoints; wait "
+            "until it has ended, or end it."
+        )
+
+
+def _who_trains_in(folder: Path) -> str:
+    """The other process that has claimed the folder; "" where there is none."""
     try:
         file = (folder / RUNNING_FILE).open(encoding="utf-8", errors="replace")
     except OSError:
-        return
+        return ""
     with file:
-        if not _locked(file, "lockf", "LOCK_SH"):
-            raise InputError(
-                f"--resume: {folder} is trained in by {file.readline().strip() or 'another process'} now, and two at once "
-                "would overwrite each other's checkpoints; wait until it has ended, or end it."
-            )
+        return "" if _locked(file, "lockf", "LOCK_SH") else file.readline().strip() or "another process"
 
 
 def locked_here(file: IO[bytes]) -> bool:

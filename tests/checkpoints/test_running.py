@@ -4,11 +4,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT
 
+from model.checkpoints import running as module
 from model.checkpoints.running import RUNNING_FILE, Running, refuse_running
 from model.errors import InputError
 
@@ -42,6 +44,16 @@ def test_folder_that_another_process_trains_in_is_refused_by_its_name(tmp_path: 
     with Running() as running, pytest.raises(InputError, match="two at once would overwrite"):
         running.claim(tmp_path)
     assert (tmp_path / RUNNING_FILE).read_text().startswith(f"process {other.pid} on ")  # still the other's
+
+
+def test_other_processes_of_a_run_wait_until_its_first_has_left(tmp_path: Path, other, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(module, "SECONDS_FOR_THE_FIRST", 0.3)
+    with pytest.raises(InputError, match="is trained in by process"):
+        refuse_running(tmp_path)
+    monkeypatch.setattr(module, "SECONDS_FOR_THE_FIRST", 60)
+    threading.Timer(0.5, other.stdin.close).start()
+    refuse_running(tmp_path)
 
 
 @pytest.mark.parametrize("way", ["ends", "killed"])

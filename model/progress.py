@@ -101,6 +101,15 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether text has no half characters. Names of files may: Linux allows any bytes, those of a Chinese Windows, say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _print(text: str, stream: TextIO) -> None:
     global _renewed
     with _printing:

@@ -36,7 +36,7 @@ from model.checkpoints.whole import (
     has_checksums,
 )
 from model.errors import InputError, raise_problems
-from model.progress import warn
+from model.progress import is_unicode, warn
 
 if TYPE_CHECKING:
     from model.data.prompt import AskedAs
@@ -245,15 +245,6 @@ def read_json_object(path: str | Path, what: str) -> dict[str, object]:
         found = "a list" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
         raise InputError(f"{where}: {found} found; an object {{…}} is needed.")
     return value
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a file's name is text. Linux allows any bytes; those of a Chinese Windows, say, come as half characters."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _place(name: str, flag: str) -> Path:

@@ -75,8 +75,7 @@ def sync(path: Path) -> None:
 def put_in_place(unfinished: Path, folder: Path, shared: Iterable[Path] = ()) -> None:
     """Give the finished folder unfinished the name folder, with the checksums of its files and of shared ones in it.
 
-    A folder of that name is replaced. That takes two renames: a kill in the microseconds between them leaves neither,
-    and the iteration before is then used.
+    A folder of that name is replaced: see `take_place`. Of a kill in between, the iteration before is used.
     """
     files = sorted(path for path in unfinished.iterdir() if path.is_file())
     for path in files:
@@ -84,10 +83,19 @@ def put_in_place(unfinished: Path, folder: Path, shared: Iterable[Path] = ()) ->
     checksums = {path.name: checksum(path) for path in files} | {f"../{path.name}": checksum(path) for path in shared}
     text = json.dumps({"files": checksums}, indent=4, ensure_ascii=False)
     write_whole(unfinished / CHECKSUMS_FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    take_place(unfinished, folder)
+
+
+def take_place(new: Path, folder: Path) -> None:
+    """Give the folder new the name folder, and remove what had it.
+
+    That takes two renames. A kill in the microseconds between them leaves both, under names that end in `.unfinished`.
+    """
     replaced = folder.with_name(f"{folder.name}.replaced{UNFINISHED}")
+    remove(replaced)
     if folder.exists():
         os.rename(folder, replaced)
-    os.rename(unfinished, folder)
+    os.rename(new, folder)
     sync(folder.parent)
     remove(replaced)
 

@@ -24,7 +24,7 @@ from model.checkpoints.config_types import (
     or_auto,
     problems_of_kind,
 )
-from model.checkpoints.layout import NOT_UNICODE, EvaArgs, ModelConfig, checkpoint_problem, is_unicode, split_problems
+from model.checkpoints.layout import NOT_UNICODE, EvaArgs, ModelConfig, checkpoint_problem, split_problems
 from model.checkpoints.sizes import folder_problems
 from model.checkpoints.whole import CONFIG_FILE
 from model.cli.options import Options, flag_names, flag_with_value, shown
@@ -32,6 +32,7 @@ from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length
 from model.data.tokenizer import ChatGLMTokenizer
 from model.distributed import world_size
+from model.progress import is_unicode
 
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.
 _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (

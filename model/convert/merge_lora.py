@@ -23,6 +23,7 @@ from model.checkpoints.whole import (
     put_in_place,
     remove,
     remove_unfinished,
+    take_place,
     write_whole,
 )
 from model.data.tokenizer import find_tokenizer
@@ -84,12 +85,9 @@ def merge(
         remove_unfinished(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    if is_replaced:  # by two renames: a kill in between leaves both
-        aside = old.with_name(f"{old.name}.replaced{UNFINISHED}")
-        remove(aside)
-        old.rename(aside)
-        folder = folder.rename(old)
-        remove(aside)
+    if is_replaced:
+        take_place(folder, old)
+        folder = old
     _say_who_packed(shapes(plain), adapters)
     return folder
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, cast, overload
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.errors import InputError, raise_problems
+from model.progress import is_unicode
 
 LANGUAGES = ("zh", "en")
 ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
@@ -289,7 +290,7 @@ def row_from_json(entry: object, where: str, needs_label: bool = True) -> Row:
 def _check_text(key: str, value: object, where: str, needs: str) -> None:
     if not isinstance(value, str):
         raise InputError(f'{where}: "{key}" is {_json_kind(value)}; {needs}.')
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise InputError(f'{where}: "{key}" holds half a character (a lone \\ud800–\\udfff); whole ones are needed.')
 
 
@@ -341,7 +342,7 @@ def _history(turns: object, where: str) -> tuple[tuple[str, str], ...]:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise InputError(f'{where}: "history" holds {_shown(turn)} as its turn {number}; {needed}.')
-        if not all(_is_unicode(text) for text in turn):
+        if not all(is_unicode(text) for text in turn):
             raise InputError(f'{where}: "history" holds half a character in its turn {number}; {needed}.')
         if not turn[1].strip():
             raise InputError(f'{where}: "history" has an empty answer in its turn {number}; it is an answer to learn.')
@@ -350,14 +351,6 @@ def _history(turns: object, where: str) -> tuple[tuple[str, str], ...]:
 
 def _quoted(keys: Sequence[str]) -> str:
     return " and no ".join(f'"{key}"' for key in keys)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _json_kind(value: object) -> str:

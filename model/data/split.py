@@ -3,18 +3,17 @@
 Standard library and Pillow only.
 """
 
-import errno
 import functools
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.data.bad_rows import first_lines
-from model.data.image_check import CheckedImages, check_rows
+from model.data.image_check import CheckedImages, ImageCheck, check_rows
 from model.data.rows import Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
@@ -69,21 +68,30 @@ def scan_files(files: Sequence[str], bad_rows: str, image_folder: str | None = N
     Raises:
         InputError: a file can't be used; or bad_rows is "error", and there are some (the first 20 are named).
     """
-    raise_problems(
-        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
-        for file in dict.fromkeys(files)
-        if not os.path.lexists(file)
-    )
     selection, problems = Selection({}), []
+    unusable: list[str] = []
     for file in dict.fromkeys(files):
-        selection.rows[file], bad = scan_rows(file, image_folder)
-        problems += bad
+        try:
+            selection.rows[file], bad = scan_rows(file, image_folder)
+            problems += bad
+        except InputError as problem:
+            unusable.append(str(problem))
+    raise_problems(unusable)
     if bad_rows == "error" and problems:  # what is wrong with pictures is told with it, and not at the next try
-        known, end = CheckedImages() if is_first_process() else None, time.monotonic() + SECONDS_FOR_PICTURES
-        for rows in selection.rows.values() if known is not None else ():
-            problems += check_rows(rows, known, end - time.monotonic()).problems.values()
+        problems += [
+            problem for _, check in _checked(selection, SECONDS_FOR_PICTURES) for problem in check.problems.values()
+        ]
         raise_problems(first_lines(problems))
     return selection, problems
+
+
+def _checked(selection: Selection, seconds: float) -> Iterator[tuple[str, ImageCheck]]:
+    """Each file, and what was found in its pictures, in so many seconds in all. Only the first process opens images."""
+    if not is_first_process():
+        return
+    checked_before, end = CheckedImages(), time.monotonic() + seconds
+    for file, rows in selection.rows.items():
+        yield file, check_rows(rows, checked_before, end - time.monotonic())
 
 
 def leave_out_bad_images(selection: Selection, problems: list[str], bad_rows: str, check_seconds: float) -> list[str]:
@@ -98,11 +106,8 @@ def leave_out_bad_images(selection: Selection, problems: list[str], bad_rows: st
     Raises:
         InputError: bad_rows is "error" and there are bad rows (the first 20 are named), or every row of a file is bad.
     """
-    notes, end = [], time.monotonic() + check_seconds
-    checked_before = CheckedImages() if is_first_process() else None
-    unopened = 0
-    for file, rows in selection.rows.items() if checked_before is not None else ():
-        check = check_rows(rows, checked_before, end - time.monotonic())
+    notes, unopened = [], 0
+    for file, check in _checked(selection, check_seconds):
         problems += check.problems.values()
         selection.left_out[file] = list(check.problems)
         unopened += check.unopened

@@ -117,8 +117,6 @@ class Service:
             self.steps += 1
             self.tokens += sum(answer.finished in ("", "length") for answer in changed)
             with self._changed:
-                # Those that a step has finished before it failed aren't among the ones that it gave.
-                changed = [*dict.fromkeys([*changed, *(one for one in self._listeners if one.finished)])]
                 listeners = [self._listeners[answer] for answer in changed]
                 for answer in changed:
                     if answer.finished:
@@ -128,13 +126,13 @@ class Service:
                     on_change()
 
     def _failed(self, error: Exception) -> "list[Answer]":
-        """The answers in hand, given up."""
+        """The answers in hand, given up, and those that the step had finished before it failed."""
         failed = list(self.engine.active)
         self.engine.active.clear()
         for answer in failed:
             answer.finished = "failed"
         warn(f"{count_of(len(failed), 'answer')} failed: {printable(str(error) or type(error).__name__)}")
-        return failed
+        return [answer for answer in tuple(self._listeners) if answer.finished]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Guard:
     def __init__(self, app: App, key: str | None, places: int, most_bytes: int, seconds: float) -> None:
         self.app, self.key, self.places = app, key, places
         self.most_bytes, self.seconds = most_bytes, seconds
+        self.paths = {str(getattr(route, "path", "")) for route in getattr(app, "routes", ())}
         self.in_hand = 0
         self.answered: Counter[tuple[str, int]] = Counter()  # by path and status
         self.durations = [0] * (len(BUCKETS) + 1)
@@ -84,8 +85,7 @@ class Guard:
 
     def _path(self, scope: MutableMapping[str, Any]) -> str:
         """The route of a request, for the metrics. Unknown paths are one: each would be a line."""
-        known = {str(getattr(route, "path", "")) for route in getattr(self.app, "routes", ())}
-        return str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in known else "other"))
+        return str(getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self.paths else "other"))
 
     def _problem(self, scope: MutableMapping[str, Any]) -> tuple[int, str, dict[str, str]] | None:
         """Why a request isn't let in: status, sentence, headers."""

@@ -108,11 +108,6 @@ class BestEvaluation:
         say(f"Best evaluation so far, kept in {folder}.")
 
 
-def best_loss(folder: Path) -> float:
-    """The evaluation loss of the checkpoint kept in folder; infinite when there is none."""
-    return kept_measures(folder).get("loss", math.inf)
-
-
 def kept_measures(folder: Path) -> dict[str, float]:
     """The measures of the checkpoint kept in folder, and its iteration; nothing where there is none."""
     try:

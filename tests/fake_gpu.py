@@ -50,6 +50,7 @@ class Memory(TorchDispatchMode):
         self.now = self.peak = 0  # bytes on "cuda"
         self.host_now = self.host_peak = 0  # bytes of fake tensors on the CPU
         self.refuses_waits = False  # whether a copy from "cuda" to the CPU is an error
+        self.is_recording = False  # whether one to "cuda" is an error too: no graph can have it
         self._known: dict[int, Any] = {}
 
     def reset(self) -> None:
@@ -74,6 +75,10 @@ class Memory(TorchDispatchMode):
             target = kwargs.get("device")
             if target is not None and target.type == "cpu" and args[0].device.type == "cuda":
                 raise RuntimeError("a copy to the CPU waits for the device")
+        if self.is_recording and function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            other = kwargs.get("device") or args[-1].device
+            if (args[0].device.type == "cpu") != (other.type == "cpu"):
+                raise RuntimeError("operation not permitted when stream is capturing: a copy between CPU and GPU")
 
     def _count(self, storage: Any, on_gpu: bool) -> None:
         key = storage._cdata
@@ -101,6 +106,21 @@ def refuse_two(what: str, function: Any, found: set[Any]) -> None:
     """Raise an error if there are several."""
     if len(found) > 1:
         raise RuntimeError(f"{function}: several {what}, {sorted(map(str, found))}")
+
+
+class FakeRecorder:
+    """In place of `model.inference.cuda_graph.Recorder`: what can't be recorded is refused, and a replay gives what is there."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.memory.refuses_waits = self.memory.is_recording = True
+        try:
+            result = work()
+        finally:
+            self.memory.refuses_waits = self.memory.is_recording = False
+        return lambda: result
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN, PROJECT, FakeTimers, load_model, write_checkpoint
-from fake_gpu import CUDA, GIB, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
+from fake_gpu import CUDA, GIB, FakeRecorder, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
 
 from model import attention
 from model.adapter_config import AdapterConfig
@@ -30,8 +30,9 @@ from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.data.dataset import data_collator, packed_collator
 from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear, dequantized
+from model.inference import cuda_graph, load, seen_images
 from model.inference import engine as engine_module
-from model.inference import load, seen_images
+from model.inference.cuda_graph import TokenGraphs
 from model.inference.engine import Engine, Question
 from model.lora import LoraLinear
 from model.loss import head_loss
@@ -157,16 +158,20 @@ def config_of(args: Any) -> ModelConfig:
 
 
 def answer(model: Any, args: Any) -> None:
-    """Two questions, one with a picture, in the engine: both contexts, then two tokens more of each."""
+    """Two questions, one with a picture, in the engine: both contexts, then three tokens more of each, the last from a graph."""
     tokenizer = SimpleNamespace(eos_token_id=90, pad_token_id=3)
     engine = Engine(model.eval(), tokenizer, rows=2, positions=80)  # type: ignore[arg-type]
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    assert (engine.graphs is None) == is_trained
+    engine.graphs = TokenGraphs(engine.cache, engine.token_scores)
     side = args.eva_args["image_size"][0]
     context = sample(config_of(args), 42, 0)["input_ids"]
     for image in (torch.zeros(1, 3, side, side, device=CUDA), None):
         engine.submit(Question(context[: 40 + 2 * (image is None)], 3, image))
-    for _ in range(3):
+    for _ in range(4):
         engine.step()
-    assert [len(row.ids) for row in engine.active] == [3, 3]
+    assert [len(row.ids) for row in engine.active] == [4, 4]
+    assert engine.graphs.can_record
 
 
 @pytest.fixture
@@ -179,6 +184,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     monkeypatch.setattr(engine_module, "next_tokens", lambda scores, *_: [7] * len(scores))
     monkeypatch.setattr(seen_images, "digest", lambda _: b"a picture")
     with fake_gpu() as memory:
+        monkeypatch.setattr(cuda_graph, "Recorder", partial(FakeRecorder, memory))
         yield memory
 
 
@@ -537,3 +543,19 @@ def test_planted_mistake_is_found(smallest: Path, mistake: str, monkeypatch: pyt
             model, args = on_gpu(smallest, "fp16", **METHODS[method])
         with pytest.raises((RuntimeError, ValueError), match=found):
             step(model, args, kind, gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mistake",
+    [lambda ids: ids + torch.zeros(ids.shape, device="cpu").to(CUDA).long(), lambda ids: ids * ids.max().item()],
+)
+def test_mistake_in_a_recorded_pass_is_found(
+    gpu: Memory, smallest: Path, mistake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, args = on_gpu(smallest, "fp16", **METHODS["lora"])
+    monkeypatch.setattr(
+        engine_module, "answer_position_ids", lambda *_: mistake(torch.ones(2, 2, 1, device=CUDA).long())
+    )
+    with pytest.raises((AssertionError, RuntimeError), match=r"can_record|scalar|item"):
+        answer(model, args)

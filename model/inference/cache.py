@@ -32,8 +32,8 @@ class KeyValueCache:
         head_dim = layers[0].attention.hidden_size_per_attention_head
         prefixes = list(model.mixins["ptuning"].prefix) if "ptuning" in model.mixins else []
         self.prefix_length = prefixes[0].shape[2] if prefixes else 0
-        keys = self.prefix_length + positions
-        self.layers = [embeddings.new_empty(2, slots, heads, keys, head_dim) for _ in layers]
+        self.slots, self.most_keys, self.device = slots, self.prefix_length + positions, embeddings.device
+        self.layers = [embeddings.new_empty(2, slots, heads, self.most_keys, head_dim) for _ in layers]
         for layer, prefix in zip(self.layers, prefixes, strict=False):
             layer[:, :, :, : self.prefix_length] = prefix.detach().unsqueeze(1)
         self.cleared = self.prefix_length  # what isn't seen must be numbers all the same: 0 · nan is nan
@@ -46,30 +46,43 @@ class KeyValueCache:
         seq, first = max(lengths), self.prefix_length
         self.rows = slice(first_row, first_row + len(lengths))
         self.keys = first + seq
-        self._clear()
+        self.clear(self.keys)
         self.places = self.rows, slice(first, self.keys)
-        device, dtype = self.layers[0].device, self.layers[0].dtype
-        context_length = torch.tensor(lengths, device=device) - 1
+        dtype = self.layers[0].dtype
+        context_length = torch.tensor(lengths, device=self.device) - 1
         mask = prefix_mask(context_length, torch.zeros_like(context_length), seq).to(dtype)
         self.bias = score_bias(torch.nn.functional.pad(mask, (first, 0), value=1), dtype)
 
+    def keys_at(self, positions: Sequence[int]) -> int:
+        """How many keys there are when the furthest row has a token at its position, the prefix included."""
+        return self.prefix_length + max(positions) + 1
+
     def advance(self, positions: Sequence[int]) -> None:
         """Let the next pass bring one token for each of the first rows, at these positions, [rows]."""
-        device, first = self.layers[0].device, self.prefix_length
-        last, rows = max(positions), len(positions)
-        self.rows, self.keys, self.bias = slice(rows), first + last + 1, None
-        self._clear()
-        self.places = self.rows, slice(first + last, first + last + 1)
-        if min(positions) != last:
-            places = torch.tensor(positions, device=device) + first
-            self.places = torch.arange(rows, device=device), places  # type: ignore[assignment]
-            seen = torch.arange(self.keys, device=device) <= places[:, None]
-            self.bias = score_bias(seen[:, None, None].to(self.layers[0].dtype), self.layers[0].dtype)
+        keys = self.keys_at(positions)
+        self.clear(keys)
+        if min(positions) != max(positions):
+            self.advance_each(torch.tensor(positions, device=self.device), keys)
+            return
+        self.rows, self.keys, self.bias = slice(len(positions)), keys, None
+        self.places = self.rows, slice(keys - 1, keys)
 
-    def _clear(self) -> None:
-        """Set to zero what rows that are shorter than the longest have behind their last token."""
-        if self.keys > self.cleared:
-            until = self.keys + CLEARED_AHEAD
+    def advance_each(self, positions: torch.Tensor, keys: int) -> None:
+        """The same for positions int64[rows] on the device, none of which is asked for: keys are all that may be seen.
+
+        So many keys have to be clear (`clear`).
+        """
+        rows, dtype = len(positions), self.layers[0].dtype
+        places = positions + self.prefix_length
+        self.rows, self.keys = slice(rows), keys
+        self.places = torch.arange(rows, device=self.device), places  # type: ignore[assignment]
+        seen = torch.arange(keys, device=self.device) <= places[:, None]
+        self.bias = score_bias(seen[:, None, None].to(dtype), dtype)
+
+    def clear(self, keys: int) -> None:
+        """Set to zero what rows that are shorter than so many keys have behind their last token."""
+        if keys > self.cleared:
+            until = keys + CLEARED_AHEAD
             for layer in self.layers:
                 layer[:, :, :, self.cleared : until] = 0
             self.cleared = until

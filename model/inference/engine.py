@@ -18,6 +18,7 @@ Shapes: rows = answers in the making, seq = tokens of the longest context, vocab
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -26,6 +27,7 @@ from model.checkpoints.metadata import answer_length
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.cache import KeyValueCache
+from model.inference.cuda_graph import TokenGraphs, can_be_recorded
 from model.inference.sampling import GREEDY, Sampling, next_tokens
 from model.inference.seen_images import SeenImages
 from model.masks import answer_position_ids, glm_position_ids
@@ -96,8 +98,9 @@ class Engine:
         self.device = model.transformer.word_embeddings.weight.device
         self.rows = rows
         self.cache = KeyValueCache(model, rows, self.positions)
+        self.token_scores = partial(token_scores, model, self.cache)  # not a method: the engine would hold itself
+        self.graphs = TokenGraphs(self.cache, self.token_scores) if can_be_recorded(model) else None
         self.seen = SeenImages(model)
-        self.head = model.get_mixin("chatglm-final").lm_head
         self.waiting: deque[Answer] = deque()
         self.active: list[Answer] = []  # row n of the cache is that of answer n
 
@@ -149,9 +152,8 @@ class Engine:
         started = self._start()
         if not (started or self.active):
             return cancelled
-        first, hidden = self._read_contexts(started) if started else (0, self._read_tokens())
+        first, scores = self._read_contexts(started) if started else (0, self._read_tokens())
         answers = self.active[first:]
-        scores = self.head(hidden.unsqueeze(1))[:, 0]
         tokens = next_tokens(
             scores,
             [answer.question.sampling for answer in answers],
@@ -214,7 +216,7 @@ class Engine:
         return started
 
     def _read_contexts(self, answers: list[Answer]) -> tuple[int, torch.Tensor]:
-        """The first of these answers' rows, and the hidden states [rows, hidden] that predict their first tokens."""
+        """The first of these answers' rows, and the scores [rows, vocab] of their first tokens."""
         questions, first = [answer.question for answer in answers], len(self.active) - len(answers)
         lengths = [len(question.input_ids) for question in questions]
         seq = max(lengths)
@@ -229,7 +231,7 @@ class Engine:
             cache=self.cache,
             **self._images(questions, seq),
         )[0]
-        return first, hidden
+        return first, scores_of(hidden, self.model)
 
     def _images(self, questions: list[Question], seq: int) -> dict[str, torch.Tensor]:
         """The features of the questions' images, and their slots in the flattened rows · seq; nothing if there are none."""
@@ -245,20 +247,36 @@ class Engine:
         return {"image_features": torch.stack(features), "image_slots": torch.stack(slots).to(self.device)}
 
     def _read_tokens(self) -> torch.Tensor:
-        """The hidden states [rows, hidden] that predict the next token of every row in hand."""
+        """The scores [rows, vocab] of the next token of every row in hand."""
         positions = [answer.length - 1 for answer in self.active]
         context_lengths = [len(answer.question.input_ids) - 1 for answer in self.active]
+        numbers = [context_lengths, positions, [answer.ids[-1] for answer in self.active]]
+        if self.graphs:
+            return self.graphs.scores(numbers)
         self.cache.advance(positions)
-        tensor = torch.tensor(
-            [context_lengths, positions, [answer.ids[-1] for answer in self.active]], device=self.device
-        )
-        hidden = self.model(
-            input_ids=tensor[2].unsqueeze(1),
-            position_ids=answer_position_ids(tensor[0], tensor[1]),
-            answer_positions=torch.arange(len(self.active), device=self.device),
-            cache=self.cache,
-        )[0]
-        return hidden
+        return self.token_scores(torch.tensor(numbers, device=self.device))
+
+
+def token_scores(model: VisualGLMModel, cache: KeyValueCache, numbers: torch.Tensor) -> torch.Tensor:
+    """The scores [rows, vocab] of the tokens that follow one token of each row, which cache has been told of.
+
+    Args:
+        numbers: int64[3, rows]: the length of each row's context without <sop>, its newest token's position, that token.
+    """
+    context_lengths, positions, tokens = numbers
+    hidden = model(
+        input_ids=tokens.unsqueeze(1),
+        position_ids=answer_position_ids(context_lengths, positions),
+        answer_positions=torch.arange(len(tokens), device=tokens.device),
+        cache=cache,
+    )[0]
+    return scores_of(hidden, model)
+
+
+def scores_of(hidden: torch.Tensor, model: VisualGLMModel) -> torch.Tensor:
+    """[rows, hidden] → [rows, vocab]."""
+    scores: torch.Tensor = model.get_mixin("chatglm-final").lm_head(hidden.unsqueeze(1))[:, 0]
+    return scores
 
 
 def model_positions(model: VisualGLMModel) -> int:

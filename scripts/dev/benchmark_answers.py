@@ -33,7 +33,7 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.progress import say
-from scripts.dev.benchmark import machine, peak_host_memory, spread
+from scripts.dev.benchmark import machine, peak_host_memory, spread, synchronize
 from scripts.dev.released_way import separate_attention
 from scripts.dev.shapes import SHAPES, random_model
 from scripts.dev.write_random_model import write_random_shape
@@ -117,8 +117,9 @@ class Released(Way):
         ends = []
 
         class Timed(BaseStrategy):
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
+            def forward(strategy, *args: Any, **kwargs: Any) -> Any:
                 result = super().forward(*args, **kwargs)
+                synchronize(self.device)
                 ends.append(time.perf_counter())
                 return result
 
@@ -193,6 +194,7 @@ def products_alone(model: Any) -> float:
             start = time.perf_counter()
             for linear, x in zip(linears, inputs, strict=True):
                 linear(x)
+            synchronize(weights.device)
             times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
 

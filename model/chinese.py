@@ -342,6 +342,12 @@ SENTENCES = {
         "放不下：{there}。没有哪个参数单独就能放下：需要更大的 GPU。"
     ),
     "It does not fit: {there}. What would make it fit, the cheapest first:": "放不下：{there}。下面的办法可以放下，代价小的在前：",
+    "Not counted: NCCL, which took 1.2 GiB of an H100 in a run of one process.": (
+        "未计入：NCCL，在 H100 上单进程训练时占用了 1.2 GiB。"
+    ),
+    "Not counted: NCCL, which took 1.2 GiB of an H100 in a run of one process. --distributed-backend gloo does without it: on one GPU there is nobody to talk to.": (
+        "未计入：NCCL，在 H100 上单进程训练时占用了 1.2 GiB。加上 --distributed-backend gloo 就不需要它：只有一个 GPU 时无需通信。"
+    ),
     "{usable} of {memory} GiB can be used ({device})": "{memory} GiB 中有 {usable} GiB 可用（{device}）",
     "the CPU, as no GPU was found": "CPU，没有找到 GPU",
     "{count:d} GPUs found, {name}": "找到 {count} 个 GPU，{name}",

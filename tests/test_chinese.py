@@ -430,7 +430,9 @@ def told_of_plans() -> list[str]:
                 found = SimpleNamespace(name="A", total_memory=31 * 2**30)
                 patch.setattr("torch.cuda.get_device_properties", lambda _, found=found: found)
                 patch.setattr(dry_run, "in_column", lambda text, _, told=told: told.append(text) or text)
-                report = dry_run.dry_run_report(SimpleNamespace(gpu_memory=None), SimpleNamespace(checkpoint=None))  # type: ignore[arg-type]
+                report = dry_run.dry_run_report(
+                    SimpleNamespace(gpu_memory=None, distributed_backend="nccl"), SimpleNamespace(checkpoint=None)
+                )  # type: ignore[arg-type]
             lines += [*report.splitlines(), *told, *(cost for _, cost, _ in dry_run.ways_to_fit(plan))]
     return lines
 

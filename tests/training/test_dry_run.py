@@ -87,6 +87,27 @@ def test_report_of_what_does_not_fit_names_the_flags_that_help_in_their_order(
     assert all(float(way.split(" GiB;")[0].split()[-1]) <= 0.9 * 24e9 / 2**30 for way in ways if " GiB;" in way)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said", "advised"),
+    [
+        ("", True, True),
+        ("--zero-stage 1", True, False),
+        ("--train_parts vit=1e-5", True, False),
+        ("--distributed-backend gloo", False, False),
+    ],
+)
+def test_report_for_a_gpu_says_what_nccl_takes_and_how_to_do_without(
+    capsys: pytest.CaptureFixture[str], large: str, flags: str, said: bool, advised: bool
+) -> None:
+    report = told(capsys, "--from_pretrained", large, "--fp16", "--gpu_memory", "24GB", *flags.split())
+    assert ("Not counted: NCCL, which took 1.2 GiB" in report) == said
+    assert ("--distributed-backend gloo does without it" in report) == advised
+
+
+def test_report_for_a_cpu_says_nothing_of_nccl(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "NCCL" not in told(capsys, "--from_pretrained", "model/tiny", "--layer_range", "0")
+
+
 def test_report_of_what_no_flag_makes_fit_says_so(capsys: pytest.CaptureFixture[str], large: str) -> None:
     assert "a larger GPU is needed" in told(capsys, "--from_pretrained", large, "--gpu_memory", "1GB")
 

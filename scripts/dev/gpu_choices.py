@@ -259,9 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         say("\n".join(lines))
         (options.folder / "choices.md").write_text("\n".join(lines) + "\n")
         say(f"This call took {duration(time.monotonic() - started)}.")
-        if torch.distributed.is_initialized():  # by SAT; NCCL warns where nobody ends it
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    from torch import distributed
+
+    distributed.destroy_process_group()  # SAT's; NCCL warns where nobody ends it

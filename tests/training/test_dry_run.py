@@ -104,8 +104,10 @@ def test_report_for_a_gpu_says_what_nccl_takes_and_how_to_do_without(
     assert ("--distributed-backend gloo does without it" in report) == advised
 
 
-def test_report_for_a_cpu_says_nothing_of_nccl(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "NCCL" not in told(capsys, "--from_pretrained", "model/tiny", "--layer_range", "0")
+def test_report_for_a_cpu_says_nothing_of_nccl(large: str) -> None:
+    options = parse([*FLAGS, "--from_pretrained", large])
+    assert dry_run.nccl_note(plan_of(options, preflight(options), on_gpu=True).setup, "nccl")
+    assert not dry_run.nccl_note(plan_of(options, preflight(options), on_gpu=False).setup, "nccl")
 
 
 def test_report_of_what_no_flag_makes_fit_says_so(capsys: pytest.CaptureFixture[str], large: str) -> None:

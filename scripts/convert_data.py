@@ -28,7 +28,7 @@ from model.errors import InputError, command, interrupt_ends_quietly, raise_prob
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
-from model.checkpoints.whole import is_same_file
+from model.checkpoints.whole import is_same_file, write_whole
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
@@ -105,9 +105,11 @@ def refuse_to_overwrite(options: argparse.Namespace) -> None:
     """Return if what is at OUT, if anything, may be replaced.
 
     Raises:
-        InputError: it is the file of conversations itself, or --overwrite is not given.
+        InputError: it is the file of conversations itself or no file, or --overwrite is not given.
     """
     out = Path(options.rows)
+    if out.exists() and not out.is_file():
+        raise InputError(f"{out}: not a file; the name of one is needed.")
     if is_same_file(out, options.conversations):
         raise InputError(f"{out}: the same file as IN; another one is needed.")
     if out.exists() and not options.overwrite:
@@ -213,7 +215,7 @@ def _image(entry: dict[str, Any], where: str) -> str | None:
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows as a JSON list, a row a line, or as JSON Lines where path ends in .jsonl.
+    """Write rows as a JSON list, a row a line, or as JSON Lines where path ends in .jsonl; whole or not at all.
 
     Raises:
         InputError: path can't be written.
@@ -221,7 +223,7 @@ def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "\n".join(lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        write_whole(path.resolve(), lambda file: file.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a place to write to is needed.") from error
 

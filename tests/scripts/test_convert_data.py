@@ -1,6 +1,8 @@
 """convert_data.py turns other tools' conversations into rows, and names those that can't be."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,24 @@ def test_file_that_is_there_is_replaced_when_asked_and_the_conversations_never(t
         assert out.read_text() == before, found
     main([str(conversations), str(rows), "--overwrite"])
     assert [row.label for row in read_rows(rows)] == ["!"]
+
+
+def test_rows_that_were_there_stay_where_the_new_ones_can_not_be_written(tmp_path: Path) -> None:
+    conversations, rows = tmp_path / "c.json", tmp_path / "rows.json"
+    conversations.write_text(json.dumps([llava("?", "!" * 100)] * 100))
+    rows.write_text("mine")
+    command = f"ulimit -f 4; {sys.executable} {PROJECT}/scripts/convert_data.py {conversations} {rows} --overwrite"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, rows.read_text()) == (2, "mine")
+    assert f"{rows}: File too large; a place to write to is needed." in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"c.json", "rows.json"}
+
+
+def test_rows_are_not_written_over_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.json").write_text(json.dumps([llava("?", "!")]))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "c.json"), "/dev/null", "--overwrite"])
+    assert "/dev/null: not a file; the name of one is needed." in capsys.readouterr().err
 
 
 def test_conversations_of_which_none_can_be_a_row_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

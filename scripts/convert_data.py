@@ -165,14 +165,17 @@ def _turns(entry: dict[str, Any], where: str) -> list[tuple[str, str]]:
         key = next((key for key in ("conversations", "messages") if key in entry), None)
         found = f'"{key}" is no list with something in it' if key else 'no "conversations" nor "messages"'
         raise InputError(f"{where}: {found}; a list of what was said is needed.")
-    system, turns, question = "", [], None
+    system = "" if entry.get("system") is None else entry["system"]  # ShareGPT's and LLaMA-Factory's key
+    if not isinstance(system, str):
+        raise InputError(f'{where}: "system" is no text; what the system says is needed.')
+    said, turns, question = [system], [], None
     for number, part in enumerate(spoken, 1):
         speaker, text = _part(part, f"{where} part {number}")
         if speaker == "system" and number == 1:
-            system = text.strip() + "\n"
+            said.append(text)
         elif speaker == "question" and question is None:
-            question = system + _without_mark(text)
-            system = ""
+            question = "\n".join([*filter(None, map(str.strip, said)), _without_mark(text)])
+            said = []
         elif speaker == "answer" and question is not None:
             turns.append((question, text.strip()))
             question = None

@@ -46,6 +46,22 @@ def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parts", "said"),
+    [([], "Be brief.\n"), ([{"from": "system", "value": "Be kind."}], "Be brief.\nBe kind.\n")],
+)
+def test_row_of_a_conversation_has_what_its_system_key_says_before_the_first_question(parts: list, said: str) -> None:
+    entry = llava("<image>\nWhat?", "A cat.", "Where?", "Here.", image="a.jpg", system=" Be brief. ")
+    entry["conversations"] = parts + entry["conversations"]
+    row = row_of(entry, "")
+    assert (row["history"], row["prompt"]) == ([[f"{said}What?", "A cat."]], "Where?")
+
+
+@pytest.mark.parametrize("system", [None, "", " "])
+def test_row_of_a_conversation_with_an_empty_system_key_is_as_without(system: str | None) -> None:
+    assert row_of(llava("What?", "That.", system=system), "") == {"prompt": "What?", "label": "That."}
+
+
+@pytest.mark.parametrize(
     ("entry", "found"),
     [
         (7, "no object"),
@@ -56,6 +72,8 @@ def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:
         (llava("?", "!", images=["a.jpg", "b.jpg"]), "2 pictures; one at most is needed"),
         (llava("<image>?", "!"), '<image> in a question, but no "image"'),
         (llava("?", "!", image=3), '"image" is no text'),
+        (llava("?", "!", system=["Be brief."]), '"system" is no text; what the system says is needed'),
+        (llava("?", "!", system=False), '"system" is no text'),
         ({"conversations": [{"from": "gpt", "value": "!"}]}, "part 1: answer out of turn"),
         ({"conversations": [{"from": "cat", "value": "!"}]}, 'part 1: spoken by "cat"'),
         ({"conversations": [{"from": "human", "value": 3}]}, 'part 1: "value" is no text'),

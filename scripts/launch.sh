@@ -48,6 +48,22 @@ else
     fi
 fi
 if [ -n "${HOSTFILE:-}" ]; then
+    refuse() {
+        echo "$(basename "$0"): error: $1" >&2
+        exit 2
+    }
+    [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no file that can be read; a DeepSpeed hostfile is needed."
+    entry='[^#[:space:]][^[:space:]]*[[:space:]]+slots=[0-9]+'
+    machines=$(grep -cE "^[[:space:]]*$entry" "$HOSTFILE" || true)
+    wrong=$(grep -vE "^[[:space:]]*(#|\$|$entry)" "$HOSTFILE" | head -n 1 || true)
+    needed='lines such as "worker-1 slots=8" are needed.'
+    [ -z "$wrong" ] || refuse "HOSTFILE=$HOSTFILE: a line \"$wrong\" in it; $needed"
+    [ "$machines" -gt 0 ] || refuse "HOSTFILE=$HOSTFILE: no machine in it; $needed"
     launch=(deepspeed --log_level warning --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
-    if [ -n "${NODE_RANK:-}" ]; then launch+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"); fi
+    if [ -n "${NODE_RANK:-}" ]; then
+        [[ $NODE_RANK =~ ^[0-9]{1,9}$ ]] && ((10#$NODE_RANK < machines)) ||
+            refuse "NODE_RANK=$NODE_RANK: no such line in $HOSTFILE; a number from 0 to $((machines - 1)) is needed."
+        [ -n "${MASTER_ADDR:-}" ] || refuse "NODE_RANK=$NODE_RANK without MASTER_ADDR; the address of the first machine is needed."
+        launch+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    fi
 fi

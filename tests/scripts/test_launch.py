@@ -2,22 +2,21 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
 
 
-def launch(**environment: str) -> str:
-    """The words before the script's path on a machine without a GPU."""
-    done = subprocess.run(
-        ["bash", "-c", 'source scripts/launch.sh && echo "${launch[@]}"'],
-        cwd=PROJECT,
+def launched(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What the recipes do in a folder on a machine without a GPU; they print the words before the script's path."""
+    return subprocess.run(
+        ["bash", "-c", f'set -euo pipefail; source {PROJECT}/scripts/launch.sh && echo "${{launch[@]}}"', "recipe.sh"],
+        cwd=folder,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "VIRTUAL_ENV": "active"} | environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +30,43 @@ def launch(**environment: str) -> str:
         ),
     ],
 )
-def test_hostfile_is_for_deepspeed_which_reaches_the_machines_itself_unless_each_has_a_number(environment, words):
-    assert launch(**environment) == words
+def test_hostfile_is_for_deepspeed_which_reaches_the_machines_itself_unless_each_has_a_number(
+    environment, words, tmp_path
+):
+    (tmp_path / "hosts").write_text("# two machines\n\none slots=8\n two  slots=4 # the small one\n")
+    done = launched(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == words
+
+
+LINES_NEEDED = 'lines such as "worker-1 slots=8" are needed.'
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"HOSTFILE": "nope"}, "HOSTFILE=nope: no file that can be read; a DeepSpeed hostfile is needed."),
+        ({"HOSTFILE": "empty"}, f"HOSTFILE=empty: no machine in it; {LINES_NEEDED}"),
+        ({"HOSTFILE": "wrong"}, f'HOSTFILE=wrong: a line "two: 8" in it; {LINES_NEEDED}'),
+        (
+            {"HOSTFILE": "hosts", "NODE_RANK": "0"},
+            "NODE_RANK=0 without MASTER_ADDR; the address of the first machine is needed.",
+        ),
+        *(
+            (
+                {"HOSTFILE": "hosts", "NODE_RANK": rank, "MASTER_ADDR": "10.0.0.1"},
+                f"NODE_RANK={rank}: no such line in hosts; a number from 0 to 1 is needed.",
+            )
+            for rank in ("7", "one", "-1")
+        ),
+    ],
+)
+def test_hostfile_that_can_not_be_used_is_told_in_a_sentence(environment, told, tmp_path):
+    (tmp_path / "hosts").write_text("one slots=8\ntwo slots=8\n")
+    (tmp_path / "empty").write_text("\n# none yet\n")
+    (tmp_path / "wrong").write_text("one slots=8\ntwo: 8\n")
+    done = launched(tmp_path, **environment)
+    assert (done.returncode, done.stderr) == (2, f"recipe.sh: error: {told}\n")
 
 
 @pytest.mark.parametrize(

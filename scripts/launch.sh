@@ -21,7 +21,7 @@ held_out=(--holdout 0.1)
 case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
 for word in "$@"; do # a file of flags may say what to evaluate on, too
     if [ "${config:-}" = next ]; then config=$word; fi
-    case $word in --config) config=next ;; --config=*) config=${word#*=} ;; esac
+    case $word in --conf*=*) config=${word#*=} ;; --conf*) config=next ;; esac
     if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout)"?[[:space:]]*:' "$config"; then held_out=(); fi
 done
 steps=(--train-iters 300)

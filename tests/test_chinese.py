@@ -93,7 +93,16 @@ def test_first_variable_that_is_set_decides(
     assert chinese.speaks_chinese() is is_chinese
 
 
-@pytest.mark.parametrize(("words", "is_chinese"), [([], False), (["--ui_lang", "zh"], True), (["--ui_lang=en"], False)])
+@pytest.mark.parametrize(
+    ("words", "is_chinese"),
+    [
+        ([], False),
+        (["--ui_lang", "zh"], True),
+        (["--ui_lang=en"], False),
+        (["--ui_lan", "zh"], True),
+        (["--ui=zh"], True),
+    ],
+)
 def test_flag_wins_over_the_environment_and_ends_with_its_command_line(
     monkeypatch: pytest.MonkeyPatch, words: list[str], is_chinese: bool
 ) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.cli.options import FlagParser, Options, full_parser, unknown_flag
+from model.cli.options import FlagParser, Options, full_parser, unknown_flag, whole_flags
 
 FLAG = "--config"
 NOT_IN_A_FILE = ("help", "config", "resume", "local_rank", "device")  # what belongs to one start of one process
@@ -31,12 +31,13 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
 
     Exits with status 2 and a sentence on standard error where the file can't be read or has what no flag takes.
     """
+    argv = whole_flags(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument(FLAG, action="append", default=[])
     try:
-        found, typed = finder.parse_known_args(list(argv))
+        found, typed = finder.parse_known_args(argv)
     except argparse.ArgumentError:
-        return list(argv)  # no value: the whole parser says so
+        return argv  # no value: the whole parser says so
     counts = {_key(word.split("=")[0]) for word in typed} & LENGTHS
     return [word for file in found.config for word in words_of_file(file, LENGTHS if counts else ())] + typed
 

@@ -245,6 +245,17 @@ def _truth(text: str) -> bool:
     return words[text.lower()]
 
 
+def whole_flags(argv: Sequence[str]) -> list[str]:
+    """argv with the flags that argparse takes for abbreviations in full, so that all who look for one find it."""
+    return [_whole_flag(word) for word in argv]
+
+
+def _whole_flag(word: str) -> str:
+    flag, is_assigned, value = word.partition("=")
+    meant = [known for known in flag_names().values() if known.startswith(flag)] if flag.startswith("--") else []
+    return f"{meant[0]}{is_assigned}{value}" if len(meant) == 1 else word
+
+
 def spelled_out(argv: Sequence[str]) -> list[str]:
     """argv with --batch-size auto, which SAT's parser doesn't know, as --auto_batch_size, and the user's own folder for ~.
 
@@ -333,6 +344,7 @@ def parse(argv: Sequence[str]) -> Options:
     Prints and exits where argparse does: with status 0 for `--help`, with status 2 and a sentence on standard error for
     an unknown flag, a missing value or a value of the wrong type.
     """
+    argv = whole_flags(argv)
     choose_ui_language(_ui_language(argv))
     parser = full_parser()
     defaults: dict[str, object] = vars(parser.parse_args([]))

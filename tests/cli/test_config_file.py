@@ -68,9 +68,16 @@ def test_command_line_wins_wherever_the_file_stands(config, words):
 
 def test_how_long_to_train_is_the_command_lines_however_it_counts(config):
     for text, words, expected in (("train-iters: 9", ["--epochs", "2"], (None, 2)), ("epochs: 9", ["--train-iters=3"], (3, None)),
-                                  ("epochs: 9", [], (None, 9))):  # fmt: skip
+                                  ("epochs: 9", [], (None, 9)), ("train-iters: 9", ["--epoch", "2"], (None, 2)),
+                                  ("epochs: 9", ["--train-it=3"], (3, None))):  # fmt: skip
         options = options_of("--config", config(text), *words)
         assert (options.train_iters, options.epochs) == expected
+
+
+@pytest.mark.parametrize("words", [["--conf", "FILE"], ["--confi=FILE"]])
+def test_file_counts_by_an_abbreviated_flag_too(config, words):
+    file = config("lr: 3")
+    assert options_of(*(word.replace("FILE", file) for word in words)).lr == 3
 
 
 def test_of_several_files_the_later_one_wins(config):
@@ -125,6 +132,10 @@ def test_run_remembers_the_flags_and_not_the_file(config):
     line = command_line(["--config", config("lr: 3"), *TRAINING])
     assert line.words == ["--lr=3", *TRAINING]
     assert line.options.lr == 3
+
+
+def test_run_remembers_nothing_of_its_launcher_by_an_abbreviated_flag():
+    assert command_line(["--local", "0", *TRAINING]).words == TRAINING
 
 
 def test_settings_of_a_run_give_its_flags_again(config):

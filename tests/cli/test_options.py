@@ -158,6 +158,15 @@ def test_parse_when_a_flag_is_abbreviated_takes_it_as_sat_does() -> None:
     assert options.user_set == {"train_iters"}
 
 
+@pytest.mark.parametrize(
+    ("word", "whole"),
+    [("--conf", "--config"), ("--lora_r=3", "--lora_rank=3"), ("--save", "--save"), ("--train-dat", "--train-dat"),
+     ("--", "--"), ("-h", "-h"), ("--nothing=1", "--nothing=1"), ("conf", "conf")],
+)  # fmt: skip
+def test_whole_flags_has_in_full_what_can_be_but_one_flag(word: str, whole: str) -> None:
+    assert module.whole_flags([word]) == [whole]
+
+
 def test_parse_of_the_2023_recipe_finds_no_problem() -> None:
     assert flag_problems(parse(RECIPE.split())) == []
 

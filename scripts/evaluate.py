@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out b
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import is_same_file, json_text, write_whole
+from model.checkpoints.whole import is_replaceable, is_same_file, json_text, write_whole
 from model.chinese import in_ui_language
 from model.data.prompt import least_source_length
 from model.data.rows import Row
@@ -33,12 +34,14 @@ from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.distributed import from_all_processes, world_size
 from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
+from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together
 SHOWN = 3  # rows printed as examples: the worst
 SECONDS_BETWEEN_WRITES = 5.0  # of --out
+OWN_RESULTS = re.compile(rb'(\[\s*)?[{]\s*"checkpoint":')
 SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --html, and how they are shown
     ("rows", "rows", "{:.0f}"),
     ("right", "right", "{:.0f}"),
@@ -171,16 +174,20 @@ def written(path: str, text: str, flag: str) -> None:
 def place_problems(options: argparse.Namespace) -> list[str]:
     """Why the files of --out and --html can't be written, as far as their places tell now."""
     problems = []
-    for flag, path in (("--out", options.out), ("--html", options.html)):
-        folder = Path(path or ".").absolute().parent
-        if path and Path(path).is_dir():
+    for flag, path, own in (("--out", options.out, OWN_RESULTS), ("--html", options.html, OWN_PAGE)):
+        if not path:
+            continue
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir():
             problems.append(f"{flag} {path}: a folder; the name of a file is needed.")
-        elif path and not folder.is_dir():
+        elif not folder.is_dir():
             problems.append(f"{flag} {path}: no folder {folder}; one that is there is needed.")
-        elif path and not os.access(folder, os.W_OK):
+        elif not os.access(folder, os.W_OK):
             problems.append(f"{flag} {path}: {folder} can't be written to; another place is needed.")
-        if path and is_same_file(path, options.data):
+        elif is_same_file(path, options.data):
             problems.append(f"{flag} {path}: the same file as --data; another one is needed.")
+        elif not is_replaceable(Path(path), own):
+            problems.append(f"{flag} {path}: there is such a file, and not of evaluate.py; another name is needed.")
     if options.out and options.html and is_same_file(options.out, options.html):
         problems.append(f"--html {options.html}: the same file as --out; another one is needed.")
     return problems

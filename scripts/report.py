@@ -20,7 +20,8 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import newest_run_named
 from model.checkpoints.resume import SETTINGS_FILE
-from model.checkpoints.whole import write_whole
+from model.checkpoints.whole import is_replaceable, write_whole
+from model.inference.page import OWN_PAGE
 from model.progress import say
 from model.training.records import METRICS_FILE, REPORT_FILE
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = Path(options.out).expanduser() if options.out else beside
         if not out.absolute().parent.is_dir():
             raise InputError(f"--out {out}: no folder {out.absolute().parent}; one that is there is needed.")
+        if not is_replaceable(out, OWN_PAGE):
+            raise InputError(f"{out}: what is there is no page of report.py; --out with another name is needed.")
         from model.training.report import report
 
         text = report(folders)

@@ -14,6 +14,7 @@ Only the standard library is imported.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ UNFINISHED = ".unfinished"
 CHECKSUMS_FILE = "checksums.json"
 CONFIG_FILE = "model_config.json"
 SHARED_FILES = (CONFIG_FILE, "ice_text.model")  # in the checkpoint's folder, above its iterations
+HEAD = 2**16  # bytes of a file that tell whose it is
 WORTH_SAYING = 2**30  # bytes: hashing more takes seconds
 
 
@@ -56,6 +58,17 @@ def is_same_file(one: str | Path, other: str | Path) -> bool:
         return os.path.samefile(one, other)
     except OSError:
         return Path(one).resolve() == Path(other).resolve()
+
+
+def is_replaceable(path: Path, own: re.Pattern[bytes]) -> bool:
+    """Whether nothing of anybody else's is lost by writing path: nothing is there, or a file that is empty or matches own."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    return not head or own.match(head) is not None
 
 
 def json_text(content: Any, indent: int) -> str:

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -47,6 +48,11 @@ svg .grid{stroke:var(--line);stroke-width:1}svg path{fill:none;stroke-width:1.6}
 @media(max-width:600px){body{padding:.7rem}.row{grid-template-columns:1fr}.row img{max-width:240px}
 svg text{font-size:17px}dl{grid-template-columns:1fr}dd{margin-bottom:.35rem}}
 """
+
+
+OWN_PAGE = re.compile(
+    rb"<!doctype html>\n<html [^>]*><head>.*<style>\n:root[{]color-scheme:light dark;--page:", re.DOTALL
+)
 
 
 def escaped(text: object) -> str:

@@ -236,6 +236,38 @@ def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path
     assert "unfinished" not in json.loads(path.read_text())
 
 
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+@pytest.mark.parametrize(
+    "content", ['[{"prompt": "?", "label": "!"}]', '{"kind": "step", "loss": 3}', "<!doctype html>"]
+)
+def test_file_of_somebody_else_is_not_replaced(tmp_path, flag, content):
+    (tmp_path / "file").write_text(content)
+    options = evaluate.command_line().parse_args(
+        ["--from_pretrained", "x", "--data", str(ROWS), flag, str(tmp_path / "file")]
+    )
+    assert evaluate.place_problems(options) == [
+        f"{flag} {tmp_path / 'file'}: there is such a file, and not of evaluate.py; another name is needed."
+    ]
+
+
+def test_results_and_page_of_an_earlier_evaluation_are_replaced(tmp_path):
+    out, html = str(tmp_path / "results.json"), str(tmp_path / "page.html")
+    options = evaluate.command_line().parse_args(
+        ["--from_pretrained", "x", "--data", str(ROWS), "--out", out, "--html", html]
+    )
+    one = Result("a.png", "问", "答", "答", True, True, 1.0, 0.5, 2)
+    output, measures = evaluate.Output(out, rows=2), summary([one])
+    evaluate.written(html, evaluate.page_of({"tuned": [one]}, {"tuned": measures}), "--html")
+    for write in (
+        lambda: output.note("tuned", {0: one}),
+        lambda: output.write({"tuned": [one]}, {"tuned": measures}),
+        lambda: output.write({"tuned": [one], "base": [one]}, {"tuned": measures, "base": measures}),
+        lambda: (tmp_path / "results.json").write_text(""),
+    ):
+        write()
+        assert evaluate.place_problems(options) == []
+
+
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("words", "part"),

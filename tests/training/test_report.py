@@ -127,6 +127,7 @@ def test_page_is_made_though_a_file_is_missing_or_broken(runs, missing):
 
 
 def test_command_makes_the_page_of_a_run_in_its_folder_and_of_several_beside_the_first(runs, capsys):
+    (runs[0] / "report.html").write_text(report(runs))  # an earlier page
     main([str(runs[0])])
     assert (runs[0] / "report.html").read_text().startswith("<!doctype html>")
     main([str(run) for run in runs])
@@ -159,6 +160,11 @@ def test_name_without_its_time_is_the_newest_run(runs, capsys, tmp_path):
         (["gone"], "gone: no such folder"),
         ([str(PROJECT / "model/tiny")], "no metrics.jsonl and no settings.json"),
         (["RUN", "--out", "gone/page.html"], "--out gone/page.html: no folder"),
+        (
+            ["RUN", "--out", "one/metrics.jsonl"],
+            "one/metrics.jsonl: what is there is no page of report.py; --out with another",
+        ),
+        (["RUN", "--out", "one"], "one: what is there is no page of report.py"),
     ],
 )
 def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(

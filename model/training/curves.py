@@ -39,6 +39,12 @@ FEWEST_STEPS = 5
 LOWEST_PRIORITY = 19
 IN_THE_BACKGROUND = "--in-the-background"
 MOST_EPOCH_MARKS = 20
+DEFAULT_FAMILY = "DejaVu Sans"  # comes with matplotlib
+CHINESE_FAMILIES = (  # of Linux, Windows and macOS
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Serif CJK SC", "Noto Serif CJK JP", "Source Han Sans SC",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
+    "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS",
+)  # fmt: skip
 BLUE, PALE, ORANGE, GREY, RED = "#1f5fa8", "#a9c4e4", "#d9680f", "#8a8a8a", "#c0262c"
 
 
@@ -82,8 +88,9 @@ class LossPicture:
 
     def finish(self) -> None:
         """Start to draw the whole run, and return at once. A picture that is being drawn lacks its end: it is given up."""
+        has_begun = self._process is not None
         self.give_up()
-        if self._step >= FEWEST_STEPS or self._process is not None:
+        if self._step >= FEWEST_STEPS or has_begun:
             self._start(time.monotonic())
 
     def give_up(self) -> None:
@@ -91,12 +98,20 @@ class LossPicture:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+            self._process = None
 
     def wait(self) -> None:
-        """Return when the picture is there, or after half a minute."""
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(SECONDS_FOR_THE_LAST)
+        """Return when the picture is there, or after half a minute; say so if it can't be drawn."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(SECONDS_FOR_THE_LAST)
+            if status:
+                warn(
+                    f"{LOSS_FILE} is not drawn: its process ended with status {status}; python -m model.training.curves "
+                    f"{self.folder} says why."
+                )
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -144,9 +159,20 @@ def figure(records: Sequence[Record], resumed: Sequence[int], title: str) -> Any
     for axes in (losses, rates):
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    losses.set_title(title, loc="left", fontsize=11)
+    text, families = drawable(title)
+    losses.set_title(text, loc="left", fontsize=11, fontfamily=families, parse_math=False)
     losses.legend(frameon=False, fontsize=9)
     return drawing
+
+
+def drawable(title: str) -> tuple[str, list[str]]:
+    """A title without the characters that no font here has, and the families of the fonts that have the others."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
+
+    installed = set(get_font_names())
+    families = [DEFAULT_FAMILY, *(family for family in CHINESE_FAMILIES if family in installed)]
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+    return "".join(one for one in title if any(font.get_char_index(ord(one)) for font in fonts)), families
 
 
 def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:

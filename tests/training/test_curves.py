@@ -58,6 +58,48 @@ def test_axis_is_not_stretched_by_one_loss_far_above_all_others():
     assert figure(made, [], "a-run").axes[0].get_ylim()[1] < 100
 
 
+def title_of(drawing):
+    return drawing.axes[0].get_title(loc="left")
+
+
+def test_title_is_drawn_as_it_is_typed(tmp_path):
+    folder = tmp_path / r"cost$\frac$_{x"
+    folder.mkdir()
+    main(written(folder, records(8)))
+    assert Image.open(folder / "loss.png").size == (1080, 720)
+    assert title_of(figure(records(8), [], folder.name)) == folder.name
+
+
+def test_title_has_chinese_where_a_font_has_it_and_no_boxes_elsewhere(monkeypatch):
+    monkeypatch.setattr(module, "CHINESE_FAMILIES", ("Not Installed",))
+    assert title_of(figure(records(8), [], "小猫-é\n7")) == "-é7"
+    every_character = "Last Resort High-Efficiency"  # comes with matplotlib
+    monkeypatch.setattr(module, "CHINESE_FAMILIES", ("Not Installed", every_character))
+    drawing = figure(records(8), [], "小猫-é7")
+    assert title_of(drawing) == "小猫-é7"
+
+
+@pytest.mark.run
+def test_picture_that_can_not_be_drawn_is_told_once(tmp_path, capsys):
+    picture = LossPicture(written(tmp_path, records(8)))
+    (tmp_path / "loss.png").mkdir()  # in its place
+    picture.note(Record("step", 8, 1.0, 0.0))
+    picture.finish()
+    picture.wait()
+    picture.wait()
+    assert capsys.readouterr().err == (
+        f"loss.png is not drawn: its process ended with status 1; python -m model.training.curves {tmp_path} says why.\n"
+    )
+
+
+def test_picture_that_is_given_up_is_not_told(tmp_path, capsys):
+    picture = LossPicture(written(tmp_path, records(8)))
+    picture.note(Record("evaluation", 8, 1.0, 0.0))
+    picture.give_up()
+    picture.wait()
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("made", [
     records(1), [Record("step", 1, math.nan, 0.0, lr=0.0)], [Record("evaluation", 4, 1.0, 0.0, split="val")],

@@ -10,11 +10,11 @@ to `<save>/<experiment>-find_lr.png`.
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.whole import write_whole
 from model.cli.options import FIND_LR_STEPS, Options
 from model.distributed import is_first_process
 from model.progress import say, warn
@@ -79,8 +79,7 @@ class RateSweep(StepWatcher):
         if self.place is None:
             return
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
-            draw(self.losses, found, self.place / self.name)
+            write_whole(self.place / self.name, lambda file: draw(self.losses, found, file))
             say(f"The losses over the rates: {self.place / self.name}")
         except (ImportError, OSError) as error:
             warn(f"{self.place / self.name} is not drawn ({error}).")
@@ -131,6 +130,4 @@ def draw(losses: Sequence[float], found: float | None, path: Path) -> None:
         axes.set_ylim(0, 1.5 * max(finite[: len(finite) // 2 + 1]))
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.legend(frameon=False)
-    unfinished = path.with_suffix(".unfinished")
-    drawing.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, path)
+    drawing.savefig(path, format="png", dpi=120)

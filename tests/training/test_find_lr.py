@@ -2,12 +2,14 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, run_python
+from PIL import Image
 
-from model.cli.options import FIND_LR_STEPS
-from model.training.find_lr import HIGHEST, LOWEST, proposed_rate, rate_of
+from model.cli.options import FIND_LR_STEPS, parse
+from model.training.find_lr import HIGHEST, LOWEST, RateSweep, proposed_rate, rate_of
 
 NOISE = [0.1, -0.1] * 50
 
@@ -39,6 +41,17 @@ def test_losses_that_end_in_nan_still_propose():
 )
 def test_losses_that_never_fall_propose_nothing(losses):
     assert proposed_rate(losses) is None
+
+
+def test_picture_of_an_experiment_in_a_folder_is_drawn_there(tmp_path, capsys):
+    options = parse(["--save", str(tmp_path / "saved"), "--experiment-name", "team/x"])
+    sweep = RateSweep(options, SimpleNamespace(step_watchers=[]))
+    sweep.losses = losses_of(lowest_at=65, diverges_at=66)
+    sweep.tell()
+    picture = tmp_path / "saved/team/x-find_lr.png"
+    assert capsys.readouterr().out.splitlines()[-1] == f"The losses over the rates: {picture}"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [picture]
+    assert Image.open(picture).format == "PNG"
 
 
 def run_on_tiny(folder, *words):

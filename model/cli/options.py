@@ -259,23 +259,32 @@ def _whole_flag(word: str) -> str:
 def spelled_out(argv: Sequence[str]) -> list[str]:
     """argv with --batch-size auto, which SAT's parser doesn't know, as --auto_batch_size, and the user's own folder for ~.
 
-    Of `--save=~/runs`, and of words in a --config file, the shell leaves the ~ as it is.
+    Of `--save=~/runs`, and of words in a --config file, the shell leaves the ~ as it is. In a text it stays.
     """
     words: list[str] = []
-    for word in map(_with_home, argv):
+    flag = ""
+    for word in argv:
         is_value = word == "auto" and words and words[-1] in ("--batch-size", "--batch_size")
         if is_value:
             words[-1] = "--auto_batch_size"
+        elif word == "--batch-size=auto":
+            words.append("--auto_batch_size")
+        elif word.startswith("--"):
+            flag, is_assigned, value = word.partition("=")
+            words.append(f"{flag}={expanduser(value)}" if is_assigned and flag in path_flags() else word)
         else:
-            words.append("--auto_batch_size" if word == "--batch-size=auto" else word)
+            words.append(expanduser(word) if flag in path_flags() else word)
     return words
 
 
-def _with_home(word: str) -> str:
-    flag, is_assigned, value = word.partition("=")
-    if flag.startswith("--") and is_assigned:
-        return f"{flag}={expanduser(value)}"
-    return expanduser(word)
+@functools.cache
+def path_flags() -> frozenset[str]:
+    """The flags that take files and folders, as their help says."""
+    return frozenset(
+        action.option_strings[-1]
+        for action in full_parser()._actions
+        if re.search("FILE|FOLDER|PATH", str(action.metavar))
+    )
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

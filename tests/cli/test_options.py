@@ -294,12 +294,22 @@ def test_keep_best_is_by_the_loss_unless_it_says_otherwise(words: list[str], mea
     assert module.parse(words).keep_best == measure
 
 
+def test_flags_that_take_paths_are_known_by_their_help() -> None:
+    assert module.path_flags() == {
+        "--from_pretrained", "--base", "--tokenizer", "--image_folder", "--feature_cache", "--resume", "--config", "--save",
+        "--load", "--summary-dir", "--train-data", "--valid-data", "--test-data", "--input-source", "--output-path",
+        "--deepspeed_config", "--deepscale_config",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
         (["--save=~/runs"], ["--save=/home/ann/runs"]), (["--save", "~/runs"], ["--save", "/home/ann/runs"]),
         (["--train-data", "a~.json", "~/b.json"], ["--train-data", "a~.json", "/home/ann/b.json"]),
         (["--source_prefix", "~ like this: ~/x"], ["--source_prefix", "~ like this: ~/x"]),
+        (["--source_prefix", "~", "--experiment-name=~/x"], ["--source_prefix", "~", "--experiment-name=~/x"]),
+        (["--save=~/x=~", "--use_lora"], ["--save=/home/ann/x=~", "--use_lora"]),
     ],
 )  # fmt: skip
 def test_home_is_spelled_out_where_the_shell_leaves_it(

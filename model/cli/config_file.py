@@ -2,7 +2,7 @@
 
     use_lora: true                              a flag without a value
     train-data: [one.json, two.json]            several values
-    lr: 1e-3                                    with - or _ , as the command line takes them
+    lr: 1e-3                                    with - or _ , as the command line takes them; so are numbers
     train_parts: [qformer=1e-5]
 
 A file becomes the words of a command line, which stand before those that were typed. So its values are checked as flags
@@ -14,6 +14,7 @@ Only the standard library is imported, and PyYAML where there is such a file.
 
 import argparse
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,9 @@ from model.cli.options import FlagParser, Options, full_parser, unknown_flag, wh
 FLAG = "--config"
 NOT_IN_A_FILE = ("help", "config", "resume", "local_rank", "device")  # what belongs to one start of one process
 LENGTHS = {"epochs", "train-iters"}  # how long to train: of what is typed, neither is a file's
+TEXT = "tag:yaml.org,2002:str"
+NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+SAME_IN_YAML = r"-?(0|[1-9][0-9]*)|[-+]?\.(inf|nan)"  # numbers of a flag; others stay as they are typed
 FLAGS, GIVEN = "flags", "given"  # keys of settings.json
 
 
@@ -102,7 +106,14 @@ def _parsed(text: str, refuse: Any) -> Any:
         return dict(pairs)
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's, which takes the last of several values of a key."""
+        """PyYAML's, but no key may stand twice, and a flag's 0100, 1:30 and 1.10 don't become 64, 90 and 1.1."""
+
+        def construct_document(self, node: Any) -> Any:
+            for _, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if one.tag in NUMBERS and not re.fullmatch(SAME_IN_YAML, one.value, re.IGNORECASE):
+                        one.tag = TEXT
+            return super().construct_document(node)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             checked([(self.construct_object(key), None) for key, _ in node.value])

@@ -1,6 +1,7 @@
 """--config: what a file of flags comes to on the command line, and what is said of one that can't be used."""
 
 import json
+import math
 
 import pytest
 
@@ -56,6 +57,34 @@ base:
     )
     assert "base" not in options.user_set
     assert "fp16" not in options.user_set
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("seed: 0100", "seed", 100),
+        ("seed: 1_000", "seed", 1000),
+        ("experiment-name: 007", "experiment_name", "007"),
+        ("experiment-name: 1.10", "experiment_name", "1.10"),
+        ("experiment-name: 12:30:00", "experiment_name", "12:30:00"),
+        ("experiment-name: 2024-01-02 3:04:05", "experiment_name", "2024-01-02 3:04:05"),
+        ("train-data: [08, 010, 0x10]", "train_data", ["08", "010", "0x10"]),
+        ("layer_range: [00, 014, -1]", "layer_range", [0, 14, -1]),
+        ("lr: 00.10", "lr", 0.1),
+        ("check_seconds: .inf", "check_seconds", math.inf),
+        ("eva_args: {image_size: [28, 28], hidden: 0.50}", "eva_args", {"image_size": [28, 28], "hidden": 0.5}),
+    ],
+)
+def test_number_is_the_one_that_is_typed(config, line, name, value):
+    assert getattr(options_of("--config", config(line)), name) == value
+
+
+@pytest.mark.parametrize(("line", "said"), [("holdout: 1:30", "--holdout 1:30: a number is needed."),
+                                            ("seed: 0x10", "--seed 0x10: a whole number is needed.")])  # fmt: skip
+def test_number_that_the_command_line_does_not_take_is_refused(config, capsys, line, said):
+    with pytest.raises(SystemExit, match="2"):
+        options_of("--config", config(line))
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--lr", "5"], ["--lr=5"]])

@@ -108,7 +108,8 @@ def open_image(
 
     Transparency is dropped, as `convert("RGB")` drops it. Grey of more than 8 bits is scaled to 8 bits, not clipped.
     Mode I;16 is scaled from 0…65535. Modes I and F have no fixed range: they are scaled from the smallest of 0…1 (F
-    only), 0…255, 0…65535 and 0…2³¹ - 1 that holds their brightest value.
+    only), 0…255, 0…65535 and 0…2³¹ - 1 that holds their brightest value. In F, values above that or not finite are
+    refused: they mark where there is no value, and would make all others black.
 
     Pillow's limit of pixels, which holds for the whole process, is set to MAX_PIXELS.
 
@@ -121,7 +122,8 @@ def open_image(
         formats: those that are opened, of a path or a file.
 
     Raises:
-        InputError: source is no image, is damaged, or has more than most_pixels or than memory holds. Its text is one line.
+        InputError: source is no image, is damaged, has more than most_pixels or than memory holds, or values that are no
+            brightness. Its text is one line.
     """
     if isinstance(source, Image.Image):
         name = "the picture"
@@ -232,7 +234,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in GREY_RANGES or image.mode.startswith("I;16"):
-        image = _eight_bit_grey(image)
+        image = _eight_bit_grey(image, name)
     elif image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns where the palette holds transparency
     elif image.mode == "La":
@@ -249,9 +251,22 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bit_grey(image: Image.Image) -> Image.Image:
+def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" and not _has_greys_only(image):
+        raise InputError(
+            f"{name} has values that are no brightness (NaN, infinite or above {GREY_RANGES['F'][-1]}); a picture without "
+            "them is needed."
+        )
     grey = image.convert("F")
     ranges = GREY_RANGES.get(image.mode, (65535,))  # the other modes are I;16 in its byte orders
     brightest = cast(tuple[float, float], grey.getextrema())[1]
     white = next((top for top in ranges if brightest <= top), ranges[-1])
     return grey.point(lambda value: value * (255 / white) + 0.5).convert("L")  # + 0.5: Pillow truncates from F to L
+
+
+def _has_greys_only(image: Image.Image) -> bool:
+    """Whether no value of an image in mode F marks a place without one. Large negative ones do no harm: they are black."""
+    import numpy  # Pillow's extrema pass over NaN
+
+    values = numpy.asarray(image)  # float32[H, W]
+    return bool(numpy.isfinite(values).all() and values.max() <= GREY_RANGES["F"][-1])

@@ -1,6 +1,7 @@
 """Image files: good ones are opened in RGB, hostile ones and bad addresses are refused with a sentence."""
 
 import io
+import math
 import os
 import random
 import struct
@@ -146,7 +147,6 @@ def test_picture_of_a_png_in_each_mode_is_rgb(tmp_path, mode, colour, expected):
         ("F", 0.5, (128, 128, 128)),
         ("F", 200.0, (200, 200, 200)),
         ("F", 65535.0, (255, 255, 255)),
-        ("F", float("nan"), (0, 0, 0)),
     ],
 )
 def test_picture_of_an_image_in_each_other_mode_is_rgb(mode, colour, expected):
@@ -263,6 +263,24 @@ def test_picture_when_it_is_a_link_to_itself_is_refused(tmp_path):
 def test_picture_when_it_is_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     assert "a.jpg is not an ordinary file" in refused(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38])
+@pytest.mark.parametrize("place", [(0, 0), (2, 1)])
+def test_picture_when_a_value_is_no_brightness_is_refused(tmp_path, value, place):
+    image = Image.new("F", (3, 2), 200.0)
+    image.putpixel(place, value)
+    path = saved(tmp_path, image, "a.tif")
+    assert refused(path) == (
+        f"{path} has values that are no brightness (NaN, infinite or above 2147483647); a picture without them is needed."
+    )
+
+
+def test_picture_with_a_large_negative_value_is_black_there_alone(tmp_path):
+    image = Image.new("F", (3, 2), 200.0)
+    image.putpixel((0, 0), -3.4e38)
+    opened = open_image(saved(tmp_path, image, "a.tif"))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (200, 200, 200)]
 
 
 def test_picture_when_its_name_holds_a_line_break_is_refused_in_one_line():

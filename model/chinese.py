@@ -96,6 +96,18 @@ SENTENCES = {
         "{name} 对应两个不同的文件：{one} 和 {other}；请用 --image_folder 指定图片所在的目录。"
     ),
     f"{{name}} isn't a picture; {_PICTURE_NEEDED}.": f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}。",
+    "{name} is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed.": (
+        "{name} 是 HEIC 图片（iPhone 的默认格式），无法打开；请转存为 JPEG。"
+    ),
+    "{name} is an SVG drawing, and can't be opened; the same drawing as PNG is needed.": (
+        "{name} 是 SVG 矢量图，无法打开；请导出为 PNG。"
+    ),
+    "{name} is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that.": (
+        "{name} 是 git-lfs 的指针文件，不是图片本身；请运行 git lfs pull 下载。"
+    ),
+    "{name} is a web page, where a download's link has led to a page or a login; the picture itself is needed.": (
+        "{name} 是网页（下载链接打开的是网页或登录页）；需要图片本身。"
+    ),
     f"{{name}} is damaged or cut short; {_PICTURE_NEEDED}.": f"{{name}} 已损坏或不完整；{_PICTURE_NEEDED_ZH}。",
     "Left out, {count:d} bad rows (--bad_rows skip):": "跳过 {count} 条有问题的数据（--bad_rows skip）：",
     "… and {count:d} more; all are in {file}.": "…… 还有 {count} 条；全部列在 {file}。",

@@ -281,6 +281,14 @@ def told_to_visitors() -> Iterator[str]:
         yield f"{problem.value}\n"
 
 
+INSTEAD_OF_PICTURES = {
+    "phone.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "pointer.png": b"version https://git-lfs.github.com/spec/v1\n",
+    "page.jpg": b"<!DOCTYPE html><title>Sign in</title>",
+}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data files, of which most are wrong."""
@@ -288,6 +296,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.json").write_text("[{]")
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((PROJECT / "fewshot-data/images/train00.png").read_bytes()[:1000])
+    for name, content in INSTEAD_OF_PICTURES.items():
+        (folder / name).write_bytes(content)
     no_label = {"img": ROW["img"], "prompt": "背景？"}
     files = {
         "empty": [],
@@ -297,7 +307,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"image": "a.png", "prompt": "背景？", "label": "雪地。"},
             {"label": "雪地。"},
         ],
-        "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png")],
+        "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png", *INSTEAD_OF_PICTURES)],
         "many-bad": [ROW, *[no_label] * 25],
     }
     files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]

@@ -7,9 +7,9 @@ import json
 import zipfile
 from pathlib import Path
 
+from model.file_kinds import is_lfs_pointer, is_web_page
+
 HEAD = 512  # bytes that tell what a file is
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 LARGEST_HEADER = 100_000_000  # bytes: the limit that the safetensors library sets
 
 
@@ -22,9 +22,9 @@ def what_it_is_instead(path: Path) -> str | None:
         return None  # whoever opens it says why
     if not head:
         return "it is empty"
-    if head.lstrip().lower().startswith(WEB_PAGES):
+    if is_web_page(head):
         return "it is a web page: the link of the download led to a page, or asked for a login"
-    if head.startswith(LFS_POINTER):
+    if is_lfs_pointer(head):
         return "it is a pointer of git-lfs, not the file itself: git lfs pull fetches that"
     if path.suffix == ".safetensors":
         return _safetensors_problem(path)

@@ -18,7 +18,8 @@ MOST_LINES_OF_A_CAUSE = 3
 _OF_A_ROW = re.compile(r"(?P<file>.+?) (?P<kind>row|line) (?P<number>\d+)(?P<what>\D.*)", re.DOTALL)
 _NAMES = re.compile(
     r"(?<=there is no file ).+?(?=;)"
-    r"|(?<=: ).+?(?= (?:isn't a picture|is damaged|is empty|is a folder|can't be|is not an ordinary|has more|has no pixels|is a link))"
+    r"|(?<=: ).+?(?= (?:isn't a picture|is damaged|is empty|is a folder|can't be|is not an ordinary|has more|has no pixels|is a link"
+    r"|has values|is a HEIC|is an SVG|is a pointer|is a web page))"
 )
 
 

@@ -10,12 +10,14 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import IO, cast
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from model.data.image_memory import decoding_bytes, memory_for
 from model.errors import InputError
+from model.file_kinds import is_lfs_pointer, is_web_page, text_of
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
 LEAST_REDUCTION = 3  # a JPEG decoded at reduced size has edges at least so many times as long as when resized
@@ -37,6 +39,8 @@ IMAGE_FORMATS = (
     "PSD",
 )
 IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
+HEAD = 4096  # bytes that tell what else a file is
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 ImageSource = str | os.PathLike[str] | IO[bytes] | Image.Image
 
@@ -142,7 +146,7 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name, min(most_pixels, MAX_PIXELS))) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}.") from error
+        raise InputError(f"{name} {_what_it_is_instead(_head(source))}.") from error
     except OSError as error:
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
@@ -212,6 +216,32 @@ def _decoded(
             image.draft(None, (target_size * LEAST_REDUCTION,) * 2)  # type: ignore[arg-type]  # any mode; JPEG only
         with memory_for(decoding_bytes(image, pixels), name):
             return _upright_rgb(image, name)
+
+
+def _head(source: ImageSource) -> bytes:
+    """The first bytes of a path or an open file; none of an image, or if they can't be read any more."""
+    if isinstance(source, Image.Image):
+        return b""
+    try:
+        with open(source, "rb") if isinstance(source, str | os.PathLike) else nullcontext(source) as file:
+            file.seek(0)
+            return file.read(HEAD)
+    except OSError:
+        return b""
+
+
+def _what_it_is_instead(head: bytes) -> str:
+    """What a file is that Pillow can't identify; what is needed."""
+    text = text_of(head)
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        return "is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed"
+    if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"svg" in text and b"<html" not in text:
+        return "is an SVG drawing, and can't be opened; the same drawing as PNG is needed"
+    if is_lfs_pointer(head):
+        return "is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that"
+    if is_web_page(head):
+        return "is a web page, where a download's link has led to a page or a login; the picture itself is needed"
+    return f"isn't a picture; {IMAGE_NEEDED}"
 
 
 def _known(formats: Sequence[str]) -> list[str]:

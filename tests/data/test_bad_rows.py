@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from model.data.bad_rows import MOST_PROBLEM_LINES, cache_folder, first_lines, handle_bad_rows
-from model.errors import RowError
+from model.data.bad_rows import MOST_PROBLEM_LINES, by_cause, cache_folder, first_lines, handle_bad_rows
+from model.data.images import open_image
+from model.errors import InputError, RowError
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,19 @@ def test_more_problems_are_counted_and_all_are_in_a_file(cache: Path) -> None:
     assert listed == problems[:MOST_PROBLEM_LINES]
     assert last == f"… and 3 more; all are in {cache / 'bad-rows.txt'}."
     assert (cache / "bad-rows.txt").read_text().splitlines() == problems
+
+
+@pytest.mark.parametrize(
+    "content", [b"\0\0\0\x18ftypheic", b"<svg/>", b"<html>", b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_pictures_that_are_the_same_other_thing_are_one_line(tmp_path: Path, content: bytes) -> None:
+    problems = []
+    for number in range(1, 7):
+        (tmp_path / f"{number}.jpg").write_bytes(content)
+        with pytest.raises(InputError) as problem:
+            open_image(tmp_path / f"{number}.jpg")
+        problems.append(f"rows.json row {number}: {problem.value}")
+    assert by_cause(problems) == [problems[0].replace("row 1:", "row 1 and 5 more rows:")]
 
 
 def test_file_that_cant_be_written_is_named_with_the_reason(cache: Path) -> None:

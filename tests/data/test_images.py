@@ -291,9 +291,34 @@ def test_picture_when_its_name_holds_a_zero_is_refused():
     assert "can't be the name of a file" in refused("a\0.jpg")
 
 
-@pytest.mark.parametrize("content", [b"this is a text\n" * 9, b"<html><body>404</body></html>", b"\0" * 999, b"P"])
+@pytest.mark.parametrize("content", [b"this is a text\n" * 9, b"\0" * 999, b"P", b"\0\0\0\x18ftypisom"])
 def test_picture_when_it_is_something_else_is_refused(tmp_path, content):
     assert "a.jpg isn't a picture; a picture" in refused(written(tmp_path, content, "a.jpg"))
+
+
+HEIC = "is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed."
+SVG = "is an SVG drawing, and can't be opened; the same drawing as PNG is needed."
+POINTER = "is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that."
+PAGE = "is a web page, where a download's link has led to a page or a login; the picture itself is needed."
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\0\0\0\x28ftypheic\0\0\0\0mif1MiHB" + b"\0" * 99, HEIC),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", HEIC),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- drawn -->\n<svg width="9"/>', SVG),
+        (b"\n<SVG/>", SVG),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1963\n", POINTER),
+        (b"<html><body>404</body></html>", PAGE),
+        (b"\r\n<!DOCTYPE html><title>Sign in</title><svg/>", PAGE),
+        (b'<?xml version="1.0"?><html><svg/></html>', PAGE),
+    ],
+)
+def test_picture_when_it_is_something_known_is_told_for_what_it_is(tmp_path, content, told):
+    path = written(tmp_path, content, "a.jpg")
+    assert refused(path) == f"{path} {told}"
+    assert refused(io.BytesIO(content)) == f"the picture file {told}"
 
 
 def test_picture_when_it_is_a_program_for_ghostscript_is_not_run(tmp_path):

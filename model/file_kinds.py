@@ -1,0 +1,22 @@
+"""What a file is by its first bytes, where a download has left something else than was asked for.
+
+Only the standard library is imported.
+"""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+
+
+def text_of(head: bytes) -> bytes:
+    """The first bytes of a file of markup in lower case, without what may stand before it."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+
+
+def is_web_page(head: bytes) -> bool:
+    """Whether a file with these first bytes is a web page: a link that led to a page, or to a login."""
+    return text_of(head).startswith(WEB_PAGES)
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file with these first bytes stands for one that git-lfs has not fetched."""
+    return head.startswith(LFS_POINTER)

@@ -151,6 +151,8 @@ def open_image(
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
         raise InputError(f"{name} {found}; {IMAGE_NEEDED}.") from error
+    except MemoryError as error:
+        raise InputError(f"{name} takes more memory to decode than is left; a smaller picture is needed.") from error
     except Exception as error:  # a damaged file leaves Pillow's decoders as almost any exception
         raise InputError(f"{name} is damaged and can't be decoded; {IMAGE_NEEDED}.") from error
 

@@ -5,11 +5,13 @@ import math
 import os
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, PROJECT
 from PIL import Image
 
 from model.data import images
@@ -349,6 +351,17 @@ def png_that_claims(width, height):
 def test_picture_when_it_has_over_200_million_pixels_is_refused(tmp_path, width, height):
     path = written(tmp_path, png_that_claims(width, height), "a.png")
     assert refused(path) == f"{path} has more than 200 million pixels; a smaller picture is needed."
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.bmp", "a.gif"])
+def test_picture_that_memory_has_no_room_for_is_not_damaged(tmp_path, name):
+    path = saved(tmp_path, Image.new("L", (6000, 6000)), name)
+    program = "import sys; from model.data.images import open_image; open_image(sys.argv[1])"
+    command = ["bash", "-c", 'ulimit -v 200000; exec "$@"', "bash", sys.executable, "-c", program, path]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        f"model.errors.InputError: {path} takes more memory to decode than is left; a smaller picture is needed."
+    )
 
 
 def test_picture_when_its_header_promises_more_than_it_holds_is_refused(tmp_path):

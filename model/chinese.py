@@ -35,6 +35,7 @@ SENTENCES = {
     "{flag}: no value found; one is needed.": "{flag}：缺少参数值。",
     "{flag} {value}: 1 or more is needed.": "{flag} {value}：需要大于或等于 1 的值。",
     "{flag} {value}: a number greater than 0 is needed.": "{flag} {value}：需要大于 0 的数。",
+    "{flag} {value}: a finite number of 0 or more is needed.": "{flag} {value}：需要大于或等于 0 的有限数。",
     "No method: --use_lora, --use_qlora or --use_ptuning is needed.": (
         "没有指定微调方法：需要 --use_lora、--use_qlora 或 --use_ptuning。"
     ),
@@ -79,6 +80,7 @@ SENTENCES = {
     "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (
         "{path} 第 {line} 行第 {column} 列：不是合法的 JSON（{reason}）；需要一个 JSON 列表，每项是一条数据。"
     ),
+    "{path}: the file is empty; at least one row is needed.": "{path}：文件是空的；至少需要一条数据。",
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
     f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
     'no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.': (

@@ -348,6 +348,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
     if tokens is None:
         return ["token lengths: not counted; --from_pretrained CHECKPOINT or --tokenizer PATH is needed for that"]
+    if not tokens["source"]["up_to"]:
+        return ["token lengths: not counted; a row without a problem is needed for that"]
     lines = []
     for name, what in (("source", "question, picture and frame included"), ("target", "answer")):
         spread = tokens[name]

@@ -238,7 +238,7 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     yield ["--lr", "fast"]
     yield ["--mode", "sleep"]
     yield ["--lr"]
-    yield [*good, "--batch-size", "0", "--lr", "-1"]
+    yield [*good, "--batch-size", "0", "--lr", "-1", "--weight-decay", "inf"]
     yield ["--keep_best", "--save", "x"]
     yield [*good, "--use_qlora", "--train-iters", "3", "--epochs", "3", "--holdout", "4", "--valid-data", DATA]
     yield [*good, "--keep_best", "--save", "x"]
@@ -246,7 +246,7 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, "--max_source_length", "36"]
     yield [*good[:-1], "gone.json"]
     yield ["--use_lora", "--train-data", DATA, "--from_pretrained", "gone"]
-    for name in ("broken", "empty", "bad", "gone-picture", "two/files"):
+    for name in ("broken", "nothing", "empty", "bad", "gone-picture", "two/files"):
         yield [*good[:-1], str(folder / f"{name}.json")]
 
 
@@ -294,6 +294,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data files, of which most are wrong."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "broken.json").write_text("[{]")
+    (folder / "nothing.json").touch()
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((PROJECT / "fewshot-data/images/train00.png").read_bytes()[:1000])
     for name, content in INSTEAD_OF_PICTURES.items():

@@ -47,7 +47,12 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
         lambda number: number >= 0,
         "0 or more is needed.",
-        ("auto_warmup_steps", "weight_decay", "num_workers", "rank_timeout", "answers", "eval_answers", "checkpoint_skip_layers"),
+        ("auto_warmup_steps", "num_workers", "rank_timeout", "answers", "eval_answers", "checkpoint_skip_layers"),
+    ),
+    (
+        lambda number: 0 <= number < math.inf,
+        "a finite number of 0 or more is needed.",
+        ("weight_decay",),
     ),
     (
         lambda number: 0 < number < math.inf,

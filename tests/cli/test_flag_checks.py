@@ -100,6 +100,8 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--lr", "0"], ["--lr 0.0: a number greater than 0 is needed."]),
     (["--lr", "nan"], ["--lr nan: a number greater than 0 is needed."]),
     (["--lr-decay-ratio", "0"], ["--lr-decay-ratio 0.0: a number greater than 0 is needed."]),
+    (["--weight-decay", "inf"], ["--weight-decay inf: a finite number of 0 or more is needed."]),
+    (["--weight-decay", "-1"], ["--weight-decay -1.0: a finite number of 0 or more is needed."]),
     (["--warmup", "2"], ["--warmup 2.0: a number from 0 to 1 is needed."]),
     (["--seed", "0"], ["--seed 0: a whole number from 1 to 4294967295 is needed."]),
     (["--train-data-weights", "1", "2"], ["--train-data-weights 1 2: 2 found for 1 files", "one for each file"]),

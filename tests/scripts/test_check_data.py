@@ -90,6 +90,16 @@ def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path,
     assert sum(tokens["source"]["up_to"].values()) == 3
 
 
+def test_lengths_of_no_good_row_are_not_advised(tmp_path: Path) -> None:
+    lines = report_lines(
+        report_of(str(write_rows(tmp_path, [{}, {}])), "--from_pretrained", str(PROJECT / "model/tiny"))
+    )
+    assert lines[-2:] == [
+        "token lengths: not counted; a row without a problem is needed for that",
+        "2 rows: 2 bad rows.",
+    ]
+
+
 def test_lengths_that_are_auto_are_what_the_data_needs(tmp_path: Path, row: dict) -> None:
     rows = [row, row | {"label": "一二三四五六七八九十" * 3}, row | {"prompt": "一二三四五六七八九十" * 9}]
     words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER)

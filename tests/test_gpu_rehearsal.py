@@ -171,7 +171,7 @@ def answer(model: Any, args: Any) -> None:
     for _ in range(4):
         engine.step()
     assert [len(row.ids) for row in engine.active] == [4, 4]
-    assert engine.graphs.can_record
+    assert not engine.graphs.refused
 
 
 @pytest.fixture
@@ -557,5 +557,5 @@ def test_mistake_in_a_recorded_pass_is_found(
     monkeypatch.setattr(
         engine_module, "answer_position_ids", lambda *_: mistake(torch.ones(2, 2, 1, device=CUDA).long())
     )
-    with pytest.raises((AssertionError, RuntimeError), match=r"can_record|scalar|item"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"refused|scalar|item"):
         answer(model, args)

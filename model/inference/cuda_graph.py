@@ -66,7 +66,7 @@ class TokenGraphs:
         self.cache, self.read, self.record = cache, read, Recorder()
         self.numbers = torch.full((3, cache.slots), UNUSED, device=cache.device)
         self.met: dict[tuple[int, int], Work | None] = {}  # rows and keys of a pass, and its graph once there is one
-        self.can_record = True
+        self.refused: set[tuple[int, int]] = set()  # those that couldn't be recorded
 
     def scores(self, numbers: Sequence[list[int]]) -> torch.Tensor:
         """The scores [rows, vocab] that read gives of numbers; they stand until the next call."""
@@ -85,14 +85,17 @@ class TokenGraphs:
             self.cache.advance_each(numbers[1], keys)
             return self.read(numbers)
 
-        is_new = (rows, keys) not in self.met
-        graph = self.met.setdefault((rows, keys))
-        if graph is None and not is_new and self.can_record:
+        size = rows, keys
+        is_new = size not in self.met
+        graph = self.met.setdefault(size)
+        if graph is None and not is_new and size not in self.refused:
             try:
-                graph = self.met[rows, keys] = self.record(work)
-            except RuntimeError as error:
-                self.can_record = False
-                warn(f"Answers come more slowly: a pass can't be recorded here ({' '.join(str(error).split())[:200]}).")
+                graph = self.met[size] = self.record(work)
+            except RuntimeError as error:  # it may be another thread's doing, so that other sizes are tried
+                if not self.refused:
+                    reason = " ".join(str(error).split())[:200]
+                    warn(f"Answers come more slowly: a pass can't be recorded here ({reason}).")
+                self.refused.add(size)
         return graph or work
 
 

@@ -27,6 +27,9 @@ PREFIX_SCALE = 0.01  # SAT's PrefixTuningMixin
 # Keys; up to so many, torch's fused CPU kernel is several times slower than its parts where there is a gradient (torch
 # 2.13). For one token of an answer it is the faster in float32; in bfloat16 it takes two to three times as long as they do.
 SHORT_ON_CPU = 256
+# Keys of all heads and rows that one token of each row sees; up to so many, the fused kernel in float32 takes less time,
+# with bringing them into float32, than products in bfloat16, which oneDNN prepares anew for each number of keys.
+FEW_ON_CPU = 4096
 INVISIBLE = (
     -10_000.0
 )  # SAT's score of a position that isn't seen; finite, so that padding, which sees nothing, is finite
@@ -61,6 +64,9 @@ def attention(
     """
     is_alone, is_short = query.shape[-2] == 1, key.shape[-2] <= SHORT_ON_CPU
     if query.device.type == "cpu" and (query.dtype == torch.bfloat16 if is_alone else is_short):
+        if is_alone and key.shape[:-1].numel() <= FEW_ON_CPU:
+            wide = query.float(), key.float(), value.float(), None if bias is None else bias.float()
+            return F.scaled_dot_product_attention(*wide, dropout_p=dropped).to(query.dtype)
         scale = query.shape[-1] ** -0.5
         # oneDNN brings the second factor of a product into an order of its own: a single query, rather than all keys.
         scores = (key @ query.mT).mT if is_alone else query @ key.mT

@@ -70,13 +70,17 @@ def without_memory() -> Iterator[None]:
         yield
 
 
-def residual_layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """norm(x), to which a layer adds its output: in x's dtype, or in float32 if x is bfloat16 on a CPU.
+def residual_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the layers add up in, if x is one of their inputs or weights: x's dtype; float32 for bfloat16 on a CPU.
 
     Rounded to bfloat16, these sums make three quarters of the gradient's error. A GPU would pay for float32 in memory.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        x = x.float()
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
+
+
+def residual_layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """norm(x), to which a layer adds its output, in `residual_dtype`."""
+    x = x.to(residual_dtype(x))
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 

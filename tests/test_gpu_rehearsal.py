@@ -30,7 +30,7 @@ from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.data.dataset import data_collator, packed_collator
 from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear, dequantized
-from model.inference import cuda_graph, load, seen_images
+from model.inference import cuda_graph, load, seen_images, token_pass
 from model.inference import engine as engine_module
 from model.inference.cuda_graph import TokenGraphs
 from model.inference.engine import Engine, Question
@@ -163,7 +163,7 @@ def answer(model: Any, args: Any) -> None:
     engine = Engine(model.eval(), tokenizer, rows=2, positions=80)  # type: ignore[arg-type]
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
     assert (engine.graphs is None) == is_trained
-    engine.graphs = TokenGraphs(engine.cache, engine.token_scores)
+    engine.graphs = TokenGraphs(engine.cache, engine.token_pass)
     side = args.eva_args["image_size"][0]
     context = sample(config_of(args), 42, 0)["input_ids"]
     for image in (torch.zeros(1, 3, side, side, device=CUDA), None):
@@ -554,8 +554,6 @@ def test_mistake_in_a_recorded_pass_is_found(
     gpu: Memory, smallest: Path, mistake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, args = on_gpu(smallest, "fp16", **METHODS["lora"])
-    monkeypatch.setattr(
-        engine_module, "answer_position_ids", lambda *_: mistake(torch.ones(2, 2, 1, device=CUDA).long())
-    )
+    monkeypatch.setattr(token_pass, "answer_position_ids", lambda *_: mistake(torch.ones(2, 2, 1, device=CUDA).long()))
     with pytest.raises((AssertionError, RuntimeError), match=r"refused|scalar|item"):
         answer(model, args)

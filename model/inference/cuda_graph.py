@@ -59,7 +59,7 @@ class TokenGraphs:
     """Passes over one token of each row, for an engine whose keys and values are in cache.
 
     Args:
-        read: gives the scores [rows, vocab] of numbers, int64[3, rows], as `engine.token_scores` does.
+        read: gives the scores [rows, vocab] of numbers, int64[3, rows], as a `TokenPass` does.
     """
 
     def __init__(self, cache: KeyValueCache, read: Callable[[torch.Tensor], torch.Tensor]) -> None:

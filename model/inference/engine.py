@@ -10,7 +10,8 @@
             ...
 
 Each step is one pass of the model: over the contexts of new rows, padded on the right, or over one token of every row in
-hand. Keys and values stay in `model.inference.cache`. The layers themselves are those of training.
+hand. Keys and values stay in `model.inference.cache`. Contexts go through the model as in training, tokens through a
+shorter way to the same numbers, `model.inference.token_pass`.
 
 Shapes: rows = answers in the making, seq = tokens of the longest context, vocab = entries of the vocabulary.
 """
@@ -18,7 +19,6 @@ Shapes: rows = answers in the making, seq = tokens of the longest context, vocab
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 
 import torch
@@ -30,7 +30,8 @@ from model.inference.cache import KeyValueCache
 from model.inference.cuda_graph import TokenGraphs, can_be_recorded
 from model.inference.sampling import GREEDY, Sampling, next_tokens
 from model.inference.seen_images import SeenImages
-from model.masks import answer_position_ids, glm_position_ids
+from model.inference.token_pass import TokenPass
+from model.masks import glm_position_ids
 from model.visualglm import VisualGLMModel
 
 PREFILL_TOKENS = 4096  # of contexts that are read in one pass; more would take memory, and gain nothing
@@ -98,9 +99,10 @@ class Engine:
         self.device = model.transformer.word_embeddings.weight.device
         self.rows = rows
         self.cache = KeyValueCache(model, rows, self.positions)
-        self.token_scores = partial(token_scores, model, self.cache)  # not a method: the engine would hold itself
-        self.graphs = TokenGraphs(self.cache, self.token_scores) if can_be_recorded(model) else None
+        self.token_pass = TokenPass(model, self.cache)
+        self.graphs = TokenGraphs(self.cache, self.token_pass) if can_be_recorded(model) else None
         self.seen = SeenImages(model)
+        self.head = model.get_mixin("chatglm-final").lm_head
         self.waiting: deque[Answer] = deque()
         self.active: list[Answer] = []  # row n of the cache is that of answer n
 
@@ -231,7 +233,7 @@ class Engine:
             cache=self.cache,
             **self._images(questions, seq),
         )[0]
-        return first, scores_of(hidden, self.model)
+        return first, self.head(hidden.unsqueeze(1))[:, 0]
 
     def _images(self, questions: list[Question], seq: int) -> dict[str, torch.Tensor]:
         """The features of the questions' images, and their slots in the flattened rows · seq; nothing if there are none."""
@@ -254,29 +256,7 @@ class Engine:
         if self.graphs:
             return self.graphs.scores(numbers)
         self.cache.advance(positions)
-        return self.token_scores(torch.tensor(numbers, device=self.device))
-
-
-def token_scores(model: VisualGLMModel, cache: KeyValueCache, numbers: torch.Tensor) -> torch.Tensor:
-    """The scores [rows, vocab] of the tokens that follow one token of each row, which cache has been told of.
-
-    Args:
-        numbers: int64[3, rows]: the length of each row's context without <sop>, its newest token's position, that token.
-    """
-    context_lengths, positions, tokens = numbers
-    hidden = model(
-        input_ids=tokens.unsqueeze(1),
-        position_ids=answer_position_ids(context_lengths, positions),
-        answer_positions=torch.arange(len(tokens), device=tokens.device),
-        cache=cache,
-    )[0]
-    return scores_of(hidden, model)
-
-
-def scores_of(hidden: torch.Tensor, model: VisualGLMModel) -> torch.Tensor:
-    """[rows, hidden] → [rows, vocab]."""
-    scores: torch.Tensor = model.get_mixin("chatglm-final").lm_head(hidden.unsqueeze(1))[:, 0]
-    return scores
+        return self.token_pass(torch.tensor(numbers, device=self.device))
 
 
 def model_positions(model: VisualGLMModel) -> int:

@@ -14,6 +14,7 @@ from model.data.prompt import context_ids
 from model.errors import InputError
 from model.inference.chat import chat
 from model.inference.load import image_size, load_for_answering
+from model.inference.token_pass import TokenPass
 
 PICTURE = GOLDEN / "upstream/images/0.png"
 CHATTY = {"max_length": 64, "temperature": 0}  # greedy, some twenty tokens
@@ -30,11 +31,23 @@ def model(upstream_checkpoint):
     return load_model(upstream_checkpoint)
 
 
-def heard(model):
-    """A list that will hold the token ids of each forward pass of model, int64[batch, seq] as lists."""
-    passes = []
-    model.register_forward_pre_hook(lambda _, __, inputs: passes.append(inputs["input_ids"].tolist()), with_kwargs=True)
-    return passes
+@pytest.fixture
+def heard(monkeypatch):
+    """A function of a model: a list that will hold the token ids of each pass through it, int64[batch, seq] as lists."""
+    passes, read = [], TokenPass.__call__
+
+    def reads(token_pass, numbers):
+        passes.append(numbers[2].unsqueeze(1).tolist())
+        return read(token_pass, numbers)
+
+    def listening(model):
+        model.register_forward_pre_hook(
+            lambda _, __, inputs: passes.append(inputs["input_ids"].tolist()), with_kwargs=True
+        )
+        return passes
+
+    monkeypatch.setattr(TokenPass, "__call__", reads)
+    return listening
 
 
 @torch.no_grad()
@@ -56,7 +69,9 @@ def answer_without_cache(model, tokenizer, ids, pre_image, image, max_length, pe
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "penalty"), [*((flags, 1.2) for flags in ADAPTERS), ({}, 1.0)])
-def test_greedy_answer_with_the_cache_equals_one_computed_without(upstream_checkpoint, tokenizer, flags, penalty):
+def test_greedy_answer_with_the_cache_equals_one_computed_without(
+    upstream_checkpoint, tokenizer, flags, penalty, heard
+):
     model = load_model(upstream_checkpoint, "FineTuneVisualGLMModel" if flags else "VisualGLMModel", **flags)
     for name, parameter in model.named_parameters():
         if "matrix_B" in name or "ptuning" in name:
@@ -72,7 +87,7 @@ def test_greedy_answer_with_the_cache_equals_one_computed_without(upstream_check
     assert [one[0][0] for one in passes[1:]] == expected[:-1]
 
 
-def test_answer_stops_at_eop(model, tokenizer):
+def test_answer_stops_at_eop(model, tokenizer, heard):
     passes = heard(model)
 
     def end_after_four(head, inputs, logits):
@@ -84,7 +99,7 @@ def test_answer_stops_at_eop(model, tokenizer):
     assert response == tokenizer.decode([554, 554, 554]).strip()
 
 
-def test_answer_at_max_length_ends(model, tokenizer):
+def test_answer_at_max_length_ends(model, tokenizer, heard):
     ids, _ = context_ids("你好", None, False, tokenizer, 32)
     passes = heard(model)
     chat(None, model, tokenizer, "你好", max_length=len(ids) + 3, temperature=0)
@@ -105,7 +120,7 @@ def test_sampled_answers_differ_unless_the_seed_is_the_same(model, tokenizer):
     assert sampled(1) != sampled(2)
 
 
-def test_token_ids_in_invalid_slices_are_never_answered(model, tokenizer):
+def test_token_ids_in_invalid_slices_are_never_answered(model, tokenizer, heard):
     allowed = 554
     passes = heard(model)
     chat(None, model, tokenizer, "你好", invalid_slices=[slice(0, allowed), slice(allowed + 1, None)], **CHATTY)
@@ -129,13 +144,13 @@ def test_cache_is_gone_after_a_failure(model, tokenizer):
 # the context
 
 
-def test_context_without_a_picture_is_the_question_in_its_frame(model, tokenizer):
+def test_context_without_a_picture_is_the_question_in_its_frame(model, tokenizer, heard):
     passes = heard(model)
     chat(None, model, tokenizer, "你好", **CHATTY)
     assert passes[0] == [[*tokenizer.encode("问：你好\n答：", add_special_tokens=False), 86, 89]]
 
 
-def test_context_with_a_picture_is_what_training_saw(model, tokenizer):
+def test_context_with_a_picture_is_what_training_saw(model, tokenizer, heard):
     passes = heard(model)
     chat(PICTURE, model, tokenizer, "你好", **CHATTY)
     opening = tokenizer.encode("<img>", add_special_tokens=False)
@@ -143,7 +158,7 @@ def test_context_with_a_picture_is_what_training_saw(model, tokenizer):
     assert passes[0] == [[*opening, *[3] * 32, *question, 86, 89]]
 
 
-def test_history_enters_the_context_and_grows_by_the_turn(model, tokenizer):
+def test_history_enters_the_context_and_grows_by_the_turn(model, tokenizer, heard):
     history = [("你是谁？", "我是一只猫。")]
     passes = heard(model)
     response, longer, _ = chat(None, model, tokenizer, "真的？", history=history, **CHATTY)
@@ -153,7 +168,7 @@ def test_history_enters_the_context_and_grows_by_the_turn(model, tokenizer):
     assert history == [("你是谁？", "我是一只猫。")]
 
 
-def test_english_context_has_the_english_frame(model, tokenizer):
+def test_english_context_has_the_english_frame(model, tokenizer, heard):
     passes = heard(model)
     chat(None, model, tokenizer, "Who?", history=[("a", "b")], english=True, **CHATTY)
     assert passes[0] == [[*tokenizer.encode("Q:a\nA:b\nQ:Who?\nA:", add_special_tokens=False), 86, 89]]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ def test_question_whose_asker_has_gone_takes_no_place_from_another(model, tokeni
 
 
 def test_answer_that_is_left_early_frees_its_row(model, tokenizer, question):
+    long = replace(question, max_length=None)  # not done before its first growth is seen
+
     async def first():
-        answer = growing(service, question, tokenizer)
+        answer = growing(service, long, tokenizer)
         growth = await anext(answer)
         await answer.aclose()
         return growth

@@ -80,7 +80,7 @@ SENTENCES = {
     "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (
         "{path} 第 {line} 行第 {column} 列：不是合法的 JSON（{reason}）；需要一个 JSON 列表，每项是一条数据。"
     ),
-    "{path}: the file is empty; at least one row is needed.": "{path}：文件是空的；至少需要一条数据。",
+    "{path}: line 1 column 1: not JSON, for the file is empty; at least one row is needed.": "{path}：文件是空的；至少需要一条数据。",
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
     f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
     'no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.': (
@@ -98,17 +98,17 @@ SENTENCES = {
         "{name} 对应两个不同的文件：{one} 和 {other}；请用 --image_folder 指定图片所在的目录。"
     ),
     f"{{name}} isn't a picture; {_PICTURE_NEEDED}.": f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}。",
-    "{name} is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed.": (
-        "{name} 是 HEIC 图片（iPhone 的默认格式），无法打开；请转存为 JPEG。"
+    f"{{name}} isn't a picture; {_PICTURE_NEEDED}: it is HEIC, as iPhones save pictures; the same one as JPEG will do.": (
+        f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}：这是 HEIC（iPhone 的照片格式），请转存为 JPEG。"
     ),
-    "{name} is an SVG drawing, and can't be opened; the same drawing as PNG is needed.": (
-        "{name} 是 SVG 矢量图，无法打开；请导出为 PNG。"
+    f"{{name}} isn't a picture; {_PICTURE_NEEDED}: it is an SVG drawing; the same one as PNG will do.": (
+        f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}：这是 SVG 矢量图，请导出为 PNG。"
     ),
-    "{name} is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that.": (
-        "{name} 是 git-lfs 的指针文件，不是图片本身；请运行 git lfs pull 下载。"
+    f"{{name}} isn't a picture; {_PICTURE_NEEDED}: it is a pointer of git-lfs; git lfs pull fetches the picture.": (
+        f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}：这是 git-lfs 的指针文件，请运行 git lfs pull 下载图片。"
     ),
-    "{name} is a web page, where a download's link has led to a page or a login; the picture itself is needed.": (
-        "{name} 是网页（下载链接打开的是网页或登录页）；需要图片本身。"
+    f"{{name}} isn't a picture; {_PICTURE_NEEDED}: it is a web page, where a download's link has led to a page or a login.": (
+        f"{{name}} 不是图片；{_PICTURE_NEEDED_ZH}：这是网页，下载链接打开的是网页或登录页。"
     ),
     f"{{name}} is damaged or cut short; {_PICTURE_NEEDED}.": f"{{name}} 已损坏或不完整；{_PICTURE_NEEDED_ZH}。",
     "Left out, {count:d} bad rows (--bad_rows skip):": "跳过 {count} 条有问题的数据（--bad_rows skip）：",
@@ -420,6 +420,12 @@ SENTENCES = {
     ),
     "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed.": (
         "{name} 不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP 或 AVIF）。"
+    ),
+    "the picture file isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed: it is HEIC, as iPhones save pictures; the same one as JPEG will do.": (
+        "该文件不是可用的图片，而是 HEIC（iPhone 的照片格式）；请转存为 JPEG。"
+    ),
+    "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed: it is a web page, where a download's link has led to a page or a login.": (
+        "{name} 不是图片，而是网页（可能是登录页）；需要图片本身的网址。"
     ),
     "{name} has more than {number} million pixels; a smaller picture is needed.": (
         "{name} 超过 {number} 百万像素；需要一张更小的图片。"

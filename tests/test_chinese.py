@@ -272,6 +272,8 @@ def told_to_visitors() -> Iterator[str]:
     asked = Asked("?", [], None, GREEDY)
     for act in (
         lambda: opened(b"no picture"),
+        lambda: opened(INSTEAD_OF_PICTURES["phone.jpg"]),
+        lambda: opened(INSTEAD_OF_PICTURES["page.jpg"]),
         lambda: opened(large.getvalue()),
         lambda: downloaded("http://127.0.0.1/a.png", STRANGERS),
         lambda: checked_question(asked, None, model, tokenizer, 5, lang="zh"),

@@ -146,7 +146,7 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name, min(most_pixels, MAX_PIXELS))) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} {_what_it_is_instead(_head(source))}.") from error
+        raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}{_what_it_is_instead(_head(source))}.") from error
     except OSError as error:
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
@@ -233,17 +233,17 @@ def _head(source: ImageSource) -> bytes:
 
 
 def _what_it_is_instead(head: bytes) -> str:
-    """What a file is that Pillow can't identify; what is needed."""
+    """What a file is that Pillow can't identify, as the end of a sentence; nothing if that isn't known."""
     text = text_of(head)
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
-        return "is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed"
+        return ": it is HEIC, as iPhones save pictures; the same one as JPEG will do"
     if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"svg" in text and b"<html" not in text:
-        return "is an SVG drawing, and can't be opened; the same drawing as PNG is needed"
+        return ": it is an SVG drawing; the same one as PNG will do"
     if is_lfs_pointer(head):
-        return "is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that"
+        return ": it is a pointer of git-lfs; git lfs pull fetches the picture"
     if is_web_page(head):
-        return "is a web page, where a download's link has led to a page or a login; the picture itself is needed"
-    return f"isn't a picture; {IMAGE_NEEDED}"
+        return ": it is a web page, where a download's link has led to a page or a login"
+    return ""
 
 
 def _known(formats: Sequence[str]) -> list[str]:

@@ -178,7 +178,7 @@ def values_of(path: str | os.PathLike[str]) -> Iterator[object]:
         raise InputError(f"{path}: byte {error.start + 1} isn't UTF-8; save the file as UTF-8.") from error
     start = _skip_blank(text, 0)
     if start == len(text):
-        raise InputError(f"{path}: the file is empty; at least one row is needed.")
+        raise InputError(f"{path}: line 1 column 1: not JSON, for the file is empty; at least one row is needed.")
     if text[start : start + 1] == "{" and _has_rows_in_lines(text, start):
         return _entries_of_lines(path, text)
     return _entries_of_list(path, text, start)

@@ -15,7 +15,7 @@ from conftest import GOLDEN, PROJECT
 from PIL import Image
 
 from model.data import images
-from model.data.images import image_path, image_places, open_image
+from model.data.images import IMAGE_NEEDED, image_path, image_places, open_image
 from model.errors import InputError
 
 PICTURE = GOLDEN / "upstream/images/0.png"
@@ -293,15 +293,15 @@ def test_picture_when_its_name_holds_a_zero_is_refused():
     assert "can't be the name of a file" in refused("a\0.jpg")
 
 
-@pytest.mark.parametrize("content", [b"this is a text\n" * 9, b"\0" * 999, b"P", b"\0\0\0\x18ftypisom"])
+@pytest.mark.parametrize("content", [b"this is a text\n" * 9, b"<html><body>404</body></html>", b"\0" * 999, b"P"])
 def test_picture_when_it_is_something_else_is_refused(tmp_path, content):
     assert "a.jpg isn't a picture; a picture" in refused(written(tmp_path, content, "a.jpg"))
 
 
-HEIC = "is a HEIC picture, as iPhones save them, and can't be opened; the same picture as JPEG is needed."
-SVG = "is an SVG drawing, and can't be opened; the same drawing as PNG is needed."
-POINTER = "is a pointer of git-lfs, not the picture itself; git lfs pull is needed, which fetches that."
-PAGE = "is a web page, where a download's link has led to a page or a login; the picture itself is needed."
+HEIC = "it is HEIC, as iPhones save pictures; the same one as JPEG will do."
+SVG = "it is an SVG drawing; the same one as PNG will do."
+POINTER = "it is a pointer of git-lfs; git lfs pull fetches the picture."
+PAGE = "it is a web page, where a download's link has led to a page or a login."
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,12 @@ PAGE = "is a web page, where a download's link has led to a page or a login; the
 )
 def test_picture_when_it_is_something_known_is_told_for_what_it_is(tmp_path, content, told):
     path = written(tmp_path, content, "a.jpg")
-    assert refused(path) == f"{path} {told}"
-    assert refused(io.BytesIO(content)) == f"the picture file {told}"
+    assert refused(path) == f"{path} isn't a picture; {IMAGE_NEEDED}: {told}"
+    assert refused(io.BytesIO(content)) == f"the picture file isn't a picture; {IMAGE_NEEDED}: {told}"
+
+
+def test_picture_when_it_is_a_film_is_no_heic(tmp_path):
+    assert refused(written(tmp_path, b"\0\0\0\x18ftypisom", "a.jpg")).endswith(f"isn't a picture; {IMAGE_NEEDED}.")
 
 
 def test_picture_when_it_is_a_program_for_ghostscript_is_not_run(tmp_path):

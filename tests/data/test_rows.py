@@ -34,8 +34,9 @@ def test_rows_when_the_file_begins_with_a_byte_order_mark_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", ": the file is empty; at least one row is needed."),
-        (b"\xef\xbb\xbf \r\n\t\n", ": the file is empty; at least one row is needed."),
+        (b"", "line 1 column 1: not JSON"),
+        (b"", "the file is empty; at least one row is needed."),
+        (b"\xef\xbb\xbf \r\n\t\n", "the file is empty; at least one row is needed."),
         (b'[{"img": "a.png",\n "prompt" "?"}]', "line 2 column 11: not JSON"),
         (b"{}", "not a JSON list"),
         (b'{"rows": []}', "not a JSON list"),

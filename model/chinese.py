@@ -324,6 +324,11 @@ SENTENCES = {
         "最大的批：{rows} 条数据，每条 {tokens} 个 token，其中要学的共 {learned} 个；{pictures}。每步 {batches} 批，"
         "{processes} 个进程分担数据。"
     ),
+    "Largest batch: {rows:d} rows in {packs:d} packs of {tokens:d} tokens, {learned:d} of them learned; {pictures}. "
+    "Batches a step: {batches:d}, processes that share the rows: {processes:d}.": (
+        "最大的批：{rows} 条数据拼成 {packs} 条序列，每条 {tokens} 个 token，其中要学的共 {learned} 个；{pictures}。"
+        "每步 {batches} 批，{processes} 个进程分担数据。"
+    ),
     "features of the pictures": "图片用已算好的特征",
     "{count:d} pictures": "图片 {count} 张",
     "Memory of each GPU in {dtype}, GiB:": "每个 GPU 的显存（{dtype}），GiB：",
@@ -571,7 +576,7 @@ _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
 _PLURAL = re.compile(
-    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|picture|GPU)s)\b"
+    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|picture|pack|GPU)s)\b"
 )  # of what may be one
 _language = "auto"
 

@@ -152,6 +152,11 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
          "可能的原因：只有 2 层有 LoRA（--layer_range）；不给这个参数则每一层都有。"),
         ("Likely: --lr 0.5 is too high; try 0.17, or --find_lr, which proposes a rate. With --holdout, --keep_best keeps the best checkpoint.",
          "可能的原因：--lr 0.5 太大；请试 0.17，或用 --find_lr 得到建议的学习率。有 --holdout 时，--keep_best 会保留最好的检查点。"),
+        (
+            "Largest batch: 4 rows in 1 pack of 272 tokens, 56 of them learned; features of the pictures. Batches a step: 1, "
+            "processes that share the rows: 1.",
+            "最大的批：4 条数据拼成 1 条序列，每条 272 个 token，其中要学的共 56 个；图片用已算好的特征。每步 1 批，1 个进程分担数据。",
+        ),
         ("A sentence that the table lacks.", "A sentence that the table lacks."),
         ('{"answers right: 3/50": 1}', '{"answers right: 3/50": 1}'),
         ("", ""),
@@ -439,8 +444,8 @@ def told_of_plans() -> list[str]:
     for on_gpu, packed, methods in ((True, False, ("lora",)), (False, True, ("lora",)), (False, True, ("qlora",))):
         adapters = replace(adapters, methods=methods)
         setup = Setup(SHAPES["6b"], adapters, "fp32", on_gpu=on_gpu, packed=packed, data_parallel=2)
-        for images in (0, 4):
-            plan = dry_run.Plan(setup, Batch(4, 320, 1024, images), 2)
+        for images, packs in ((0, 0), (4, 0), (0, 1), (0, 2)):
+            plan = dry_run.Plan(setup, Batch(4, 320, 1024, images, packs), 2)
             told: list[str] = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dry_run, "plan_of", lambda *_, plan=plan: plan)

@@ -28,6 +28,7 @@ from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.metadata import VISION, Base
 from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.data.dataset import data_collator, packed_collator
+from model.data.lengths import packed_shape
 from model.finetune import FineTuneVisualGLMModel
 from model.frozen import Nf4Linear, dequantized
 from model.inference import cuda_graph, load, seen_images, token_pass
@@ -289,19 +290,25 @@ class Counted:
     tokens: int
     learned: int = 13
     recomputed: bool = False
+    packed: bool = False
+
+    @property
+    def batch(self) -> Batch:
+        packs, seq = packed_shape([self.tokens] * self.rows) if self.packed else (0, self.tokens)
+        return Batch(self.rows, seq, self.rows * self.learned, images=0, packs=packs)
 
 
 LONG = 320 - 40  # tokens of a row's answer, beside the picture and a short question
-COUNTED = [Counted(1, 56), Counted(4, 320, LONG), Counted(4, 320, LONG, True)]
+COUNTED = [Counted(1, 56), Counted(4, 320, LONG), Counted(4, 320, LONG, True), Counted(70, 56, packed=True)]
 COUNTED_BESIDES = [Counted(1, 320, LONG), Counted(4, 56)]
 RECIPE = {"lora_rank": 10, "layer_range": [0, 14], "pre_seq_len": 4, "lora_dropout": 0.1}
 GIB_AT_MOST = {"lora": 13.0, "qlora": 5.3, "ptuning": 13.0}  # for the first of them: a T4 has 15, small cards have 6
 
 
-def with_features(config: ModelConfig, rows: int, tokens: int, learned: int) -> dict[str, Any]:
-    """A batch of rows of so many tokens, whose pictures have been looked at."""
-    row = with_numbers(sample)(config, tokens, learned, "image_features", torch.float16)
-    return fake(with_numbers(data_collator)([row] * rows))
+def with_features(config: ModelConfig, case: Counted) -> dict[str, Any]:
+    """The batch of a case, whose pictures have been looked at."""
+    row = with_numbers(sample)(config, case.tokens, case.learned, "image_features", torch.float16)
+    return fake(with_numbers(packed_collator if case.packed else data_collator)([row] * case.rows))
 
 
 def loaded_as_in_a_run(memory: Memory, base: Checkpoint, **flags: Any) -> tuple[Any, Any]:
@@ -363,10 +370,10 @@ def test_6b_fits_small_gpus_and_its_memory_is_estimated_within_a_tenth(
     peaks = []
     for case in cases:
         setup = replace(setup, recomputed=case.recomputed)
-        told = estimate(setup, Batch(case.rows, case.tokens, case.rows * case.learned, images=0))
+        told = estimate(setup, case.batch)
         gpu.reset()
         model.transformer.checkpoint_activations = case.recomputed
-        trained_step(model, args, with_features(config, case.rows, case.tokens, case.learned))
+        trained_step(model, args, with_features(config, case))
         counted = gpu.peak + optimizer_bytes(setup)[1]
         estimated = sum(told.training.values()) - CUDA_ITSELF
         peaks.append((case, counted, estimated))

@@ -185,7 +185,8 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="What the loss is a mean over: each process's micro-batch, as released, or all supervised tokens of an "
              "optimizer step, however it is cut (default %(default)s).")
     add("--packing", action="store_true",
-        help="Put several short rows of a batch behind each other in one sequence; the loss stays the same.")
+        help="Put several short rows of a batch behind each other in one sequence; the loss stays the same. Meant for GPUs: "
+             "on a CPU, attention over long sequences is several times slower.")
     add("--group_by_length", action="store_true",
         help="Put rows of about the same length into a batch, so that less of it is padding; the order of the batches "
              "stays one of chance.")

@@ -16,13 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from model.data.images import open_image
-from model.data.lengths import PAD_MULTIPLE, estimated_length
+from model.data.lengths import PACKED_TOKENS, estimated_length, packs, padded
 from model.data.prompt import IGNORE_INDEX, Lengths, Sample, Tokenizer, pre_image, sample_from_row
 from model.data.rows import Row, Rows, read_rows, row_turns
 from model.errors import InputError
 from model.masks import packed_position_ids, supervised_positions
-
-PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 
 Entry = TypeVar("Entry")
 
@@ -197,7 +195,7 @@ class _MadeWhenAsked(Sequence[Entry]):
 
 
 def data_collator(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One batch of samples, a row each, padded on the right to the longest, rounded up to a multiple of PAD_MULTIPLE.
+    """One batch of samples, a row each, padded on the right to the longest, rounded up by `padded`.
 
     input_ids          int64[batch, seq]               padding is the pad id
     labels             int64[batch, seq]               padding is IGNORE_INDEX
@@ -224,14 +222,8 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
     in_context     bool[batch, seq]       before <sop>
     position_ids   int64[batch, 2, seq]   each sample's own; see `model.masks.packed_position_ids`
     """
-    rows: list[list[dict[str, Any]]] = []
-    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):  # first fit, the longest first
-        length = len(example["input_ids"])
-        row = next((row for row in rows if _length(row) + length <= capacity), None)
-        if row is None:
-            rows.append([example])
-        else:
-            row.append(example)
+    packed = packs([len(example["input_ids"]) for example in examples], capacity)
+    rows = [[examples[index] for index in row] for row in packed]
     batch = _batch(rows)
     segments = torch.full_like(batch["labels"], -1)
     in_context = torch.zeros_like(batch["labels"], dtype=torch.bool)
@@ -249,7 +241,7 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
 def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """A batch of rows, each of one sample, or of several one after another; see `data_collator`."""
     examples = [example for row in rows for example in row]
-    seq = -(-max(map(_length, rows)) // PAD_MULTIPLE) * PAD_MULTIPLE
+    seq = padded(max(map(_length, rows)))
     input_ids = torch.full((len(rows), seq), examples[0]["pad_token_id"], dtype=torch.int64)
     labels = torch.full((len(rows), seq), IGNORE_INDEX, dtype=torch.int64)
     slots, with_image = [], []

@@ -11,7 +11,8 @@ ones is counted here without making samples. A text is tokenized only if its cha
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from heapq import nlargest
+from itertools import chain, cycle, islice
 from typing import TypeVar
 
 from model.data.prompt import (
@@ -29,6 +30,7 @@ from model.data.prompt import (
 from model.data.rows import Row, Rows, row_turns
 from model.data.workers import begin_in_processes
 
+PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows with its square
 PAD_MULTIPLE = 8  # tokens, to whose multiples batches are padded; half-precision matrix units work in tiles of 8
 ROWS_AT_ONCE = 1000  # tokenized together
 ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
@@ -157,23 +159,53 @@ def estimated_length(turn: Row, lengths: Lengths) -> int:
     return bounded_length(source, len(turn.label), lengths)
 
 
-def longest_sample(files: Mapping[str, Rows], tokenizer: Tokenizer, lengths: Lengths) -> tuple[int, int]:
-    """Tokens of the longest sample that the rows make, and of the longest target in one, after truncation.
+def longest_samples(
+    files: Mapping[str, Rows], tokenizer: Tokenizer, lengths: Lengths, count: int = 1
+) -> tuple[list[int], int]:
+    """Tokens of the count longest samples that the rows make, and of the longest target in one, after truncation.
 
-    A batch is padded to its longest sample, so that the largest batch of a run has the longest of all. Where padding is
-    learned too, all samples are as long as the lengths allow (`sample_from_row`).
+    A batch is padded to its longest sample, so that the largest batch of a run has the longest of all. Samples that are
+    fewer come again. Where padding is learned too, all are as long as the lengths allow (`sample_from_row`).
     """
     if not lengths.ignore_pad_token_for_loss:
         padded = lengths.max_source_length + lengths.max_target_length
-        return padded, padded  # all but the question of the shortest
+        return [padded] * count, padded  # all but the question of the shortest
 
-    def of_rows(rows: Iterable[Row]) -> tuple[int, int]:
+    def of_rows(rows: Iterable[Row]) -> tuple[list[int], int]:
         pairs = list(turn_lengths(rows, tokenizer, lengths))
         target = max((min(target, lengths.max_target_length) for _, target in pairs), default=0)
-        return max((bounded_length(*pair, lengths) for pair in pairs), default=0), target
+        return nlargest(count, (bounded_length(*pair, lengths) for pair in pairs)), target
 
     longest, targets = zip(*_begin(of_rows, files, _parts(files))(), strict=True)
-    return max(longest), max(targets)
+    return list(islice(cycle(nlargest(count, chain(*longest))), count)), max(targets)
+
+
+def packs(lengths: Sequence[int], capacity: int = PACKED_TOKENS) -> list[list[int]]:
+    """Which samples, of so many tokens each, share a row of up to capacity tokens: first fit, the longest first.
+
+    One that is longer has a row of its own.
+    """
+    rows: list[list[int]] = []
+    taken: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        row = next((row for row, tokens in enumerate(taken) if tokens + lengths[index] <= capacity), len(rows))
+        if row == len(rows):
+            rows.append([])
+            taken.append(0)
+        rows[row].append(index)
+        taken[row] += lengths[index]
+    return rows
+
+
+def padded(tokens: int) -> int:
+    """Tokens of the rows of a batch whose longest has so many."""
+    return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def packed_shape(lengths: Sequence[int]) -> tuple[int, int]:
+    """Rows, and tokens of each, of the batch that --packing makes of samples of so many tokens."""
+    rows = packs(lengths)
+    return len(rows), padded(max(sum(lengths[index] for index in row) for row in rows))
 
 
 def begin_counting_truncations(

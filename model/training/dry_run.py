@@ -4,7 +4,7 @@ Neither loads weights; torch is imported only to ask what GPUs there are, and no
 those of `model.training.memory`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from model.checkpoints.layout import read_json_object
@@ -12,7 +12,7 @@ from model.checkpoints.sizes import size_text
 from model.cli.options import Options, parse
 from model.cli.preflight import Inputs, batch_and_accumulation, checkpoint_size, samples_per_step, training_steps
 from model.cli.resuming import CommandLine
-from model.data.lengths import PAD_MULTIPLE, longest_sample
+from model.data.lengths import longest_samples, packed_shape, padded
 from model.distributed import free_host_memory, has_gpu
 from model.errors import InputError
 from model.progress import count_of, in_column
@@ -50,6 +50,7 @@ class Plan:
     setup: Setup
     batch: Batch
     accumulated: int  # micro-batches of a step
+    longest: Sequence[int] = ()  # with --packing: tokens of as many of the longest samples as a step has
 
     @property
     def told(self) -> Estimate:
@@ -60,6 +61,9 @@ class Plan:
         old = self.batch
         images = rows if old.images else 0
         batch = replace(old, rows=rows, answers=old.answers // old.rows * rows, images=images)
+        if self.longest:
+            packs, seq = packed_shape(self.longest[:rows])
+            batch = replace(batch, packs=packs, seq=seq)
         return replace(self, batch=batch, accumulated=old.rows * self.accumulated // rows)
 
     def changed(self, **setup: object) -> "Plan":
@@ -92,16 +96,22 @@ def plan_of(options: Options, inputs: Inputs, on_gpu: bool) -> Plan:
     if not on_gpu and setup.dtype == "fp16":
         setup = replace(setup, dtype="fp32")  # as a run without a GPU does
     images = 0 if keeps_features(options, inputs, setup) else rows
-    plan = Plan(setup, largest_batch(options, inputs, rows, images), accumulated)
+    longest, target = longest_of_data(options, inputs, rows * accumulated)
+    batch = batch_of(options, rows, images, longest, target)
+    plan = Plan(setup, batch, accumulated, longest if options.packing else ())
     return plan if on_gpu else plan.changed(packed=has_room_to_pack(setup, plan.batch, free_host_memory()))
 
 
-def largest_batch(options: Options, inputs: Inputs, rows: int, images: int) -> Batch:
-    """A batch of so many rows as the data makes it, where the longest rows meet. Much data takes seconds to count."""
+def longest_of_data(options: Options, inputs: Inputs, count: int) -> tuple[list[int], int]:
+    """`longest_samples` of the training data. Much of it takes seconds to count."""
     files = {file: inputs.selection.rows[file] for file in options.train_data or []}
-    tokens, target = longest_sample(files, inputs.tokenizer, inputs.lengths)
-    seq = -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
-    return Batch(rows, seq, rows * target, images)
+    return longest_samples(files, inputs.tokenizer, inputs.lengths, count if options.packing else 1)
+
+
+def batch_of(options: Options, rows: int, images: int, longest: Sequence[int], target: int) -> Batch:
+    """The batch of so many rows in which the longest ones meet, and all labels are as long as target."""
+    packs, seq = packed_shape(longest[:rows]) if options.packing else (0, padded(longest[0]))
+    return Batch(rows, seq, rows * target, images, packs)
 
 
 def keeps_features(options: Options, inputs: Inputs, setup: Setup) -> bool:
@@ -167,9 +177,10 @@ def dry_run_report(options: Options, inputs: Inputs) -> str:
     told, batch, setup = plan.told, plan.batch, plan.setup
     in_4_bits = f"; {told.in_4_bits:,} are kept in 4 bits" if told.in_4_bits else ""
     pictures = "features of the pictures" if not batch.images else f"{count_of(batch.images, 'picture')}"
+    shared = f" in {count_of(batch.packs, 'pack')}" if batch.packs else ""
     lines = [
         f"Parameters: {told.parameters:,}, of which {told.trained:,} are trained{in_4_bits}.",
-        f"Largest batch: {count_of(batch.rows, 'row')} of {batch.seq} tokens, {batch.answers} of them learned; {pictures}. "
+        f"Largest batch: {count_of(batch.rows, 'row')}{shared} of {batch.seq} tokens, {batch.answers} of them learned; {pictures}. "
         f"Batches a step: {plan.accumulated}, processes that share the rows: {setup.data_parallel}.",
         f"Memory of {'each GPU' if setup.on_gpu else 'each process'} in {setup.dtype}, GiB:",
         *(_table_line(name, size) for name, size in told.training.items() if size),

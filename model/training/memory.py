@@ -35,20 +35,26 @@ MASTER = 4  # half precision's second copy, in float32
 IMAGES_AT_ONCE = 16  # while all pictures are looked at: see `model.training.feature_cache`
 CHUNK_SCORES = 2**26  # see `model.loss`
 SHORT_ON_CPU = 256  # keys; see `model.attention`
+COPIES_BACKWARD = 2  # of a layer's attention weights with dropout, on a CPU: two gradients at once
 
 
 @dataclass(frozen=True)
 class Batch:
     """The largest micro-batch of a process."""
 
-    rows: int
-    seq: int  # tokens of a row, padding included
+    rows: int  # samples
+    seq: int  # tokens of a sequence, padding included
     answers: int  # supervised tokens, of all rows
     images: int  # that go through the vision part in each step; 0 where their features are kept
+    packs: int = 0  # sequences that the rows share with --packing; 0 where each has its own
+
+    @property
+    def sequences(self) -> int:
+        return self.packs or self.rows
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.seq
+        return self.sequences * self.seq
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,10 @@ def holes_bytes(setup: Setup, batch: Batch) -> int:
     """
     if setup.on_gpu:
         return 0
-    holes = HOLES_OF_ACTIVATIONS * activation_bytes(setup, batch)
+    one, copies = _attention_weights(setup, batch)
+    layers = 1 if setup.recomputed else setup.config["num_layers"] - first_trained_layer(setup)
+    mapped = (layers * copies + COPIES_BACKWARD) * one if one >= MAPPED else 0
+    holes = HOLES_OF_ACTIVATIONS * (activation_bytes(setup, batch) - mapped)
     if setup.is_4bit:
         hidden, inner = setup.config["hidden_size"], inner_size(setup.config)
         sizes = [3 * hidden * hidden, hidden * hidden, hidden * inner, inner * hidden]
@@ -268,11 +277,11 @@ def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, flo
     attention = norm + 4 * hidden * size / part  # query, key, value, output
     if adapters.has_ptuning:  # key and value with the prefix behind them, beside those without
         attention += 2 * hidden * size / part * (batch.seq + adapters.prefix_length) / batch.seq - hidden * size / part
-    keys = batch.seq + (adapters.prefix_length if adapters.has_ptuning else 0)
     if setup.on_gpu:
         attention += 4 * heads / part
-    elif keys <= SHORT_ON_CPU or setup.attention_dropout:  # the weights of all keys, and those that dropout leaves
-        attention += heads / part * keys * size * (3 if setup.attention_dropout else 1)
+    else:
+        one, copies = _attention_weights(setup, batch)
+        attention += copies * one / batch.tokens
     rest = dropped + norm + inner * size / part + dropped
     lora = {"attention": 0.0, "rest": 0.0}
     if adapters.has_lora:
@@ -288,6 +297,21 @@ def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, flo
             is_there = target == "dense" and not adapters.dropout  # attention's output
             lora[place] += (0 if is_there else wide[target] * of_input) + 3 * adapters.rank * size
     return attention, rest, lora["attention"], lora["rest"]
+
+
+def _keys(setup: Setup, batch: Batch) -> int:
+    return batch.seq + (setup.adapters.prefix_length if setup.adapters.has_ptuning else 0)
+
+
+def _attention_weights(setup: Setup, batch: Batch) -> tuple[float, int]:
+    """Bytes of a layer's weights of all keys, and how often a CPU keeps them for the gradient: those that dropout leaves too.
+
+    torch computes them in float32, unless there are few keys, which `model.attention` does by itself.
+    """
+    keys, dropped = _keys(setup, batch), bool(setup.attention_dropout)
+    is_short = keys <= SHORT_ON_CPU
+    one = batch.tokens * keys * setup.config["num_attention_heads"] / setup.model_parallel
+    return one * (setup.bytes if is_short else 4), 3 if dropped else int(is_short)
 
 
 def activation_bytes(setup: Setup, batch: Batch) -> int:
@@ -307,13 +331,15 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
     of_layers = [kept(layer) for layer in range(first_trained_layer(setup), layers)]
     if setup.recomputed:
         of_layers = [max(of_layers, default=0), *(layers * [float(tokens * hidden * size)])]
-    masks = batch.rows * batch.seq * batch.seq * size * 2  # the mask, and what it adds to the scores
-    positions = 3 * batch.seq * batch.rows * hidden // config["num_attention_heads"] * size
+    masks = batch.tokens * batch.seq * size * 2  # the mask, and what it adds to the scores
+    positions = 3 * tokens * hidden // config["num_attention_heads"] * size
     rows = min(answers, max(1, CHUNK_SCORES // config["vocab_size"]))
     in_float32 = 4 if setup.on_gpu else 0  # the scores' logarithms
     loss = rows * config["vocab_size"] // part * (size + in_float32) + 2 * answers * hidden * size
     unpacked = hidden * inner * size if setup.is_4bit else 0
     backward = tokens * (2 * inner / part + 2 * hidden) * size + unpacked
+    if not setup.on_gpu and setup.attention_dropout and _keys(setup, batch) > SHORT_ON_CPU:
+        backward = max(backward, COPIES_BACKWARD * _attention_weights(setup, batch)[0])
     return int(sum(of_layers) + masks + positions + max(loss, backward)) + vision_activation_bytes(setup, batch)
 
 

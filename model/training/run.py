@@ -28,11 +28,11 @@ from model.distributed import from_first_process, has_gpu, launcher_environment
 from model.training.answers import RowAnswers
 from model.training.best_checkpoint import BestEvaluation
 from model.training.deepspeed_config import zero_stage
-from model.training.dry_run import largest_batch
+from model.training.dry_run import batch_of, longest_of_data
 from model.training.feature_cache import FeatureCache
 from model.training.find_lr import RateSweep
 from model.training.loaders import make_loaders
-from model.training.memory import Batch, Setup, fit_into_memory
+from model.training.memory import Setup, fit_into_memory
 from model.training.metrics import TrainingReport
 from model.training.run_folder import RunFolder
 from model.training.run_state import RunState
@@ -96,11 +96,11 @@ class Run:
         features.offload_vision(is_saved=bool(self.state.saves_every_weight(args) or args.load or is_tuned))
         model.finish_loading()
         model.freeze()
-        seq, answers = args.max_source_length + args.max_target_length, args.batch_size * args.max_target_length
         setup = Setup.of_run(args, self.inputs.checkpoint.config, zero_stage(args.deepspeed_config), has_gpu())
-        rows, images = args.batch_size, args.batch_size if features.vision_is_needed else 0
-        of_data = partial(largest_batch, self.line.options, self.inputs, rows, images)
-        fit_into_memory(model, setup, Batch(rows, seq, answers, images), of_data)
+        options, rows = self.line.options, args.batch_size
+        batch = partial(batch_of, options, rows, rows if features.vision_is_needed else 0)
+        at_most = batch(rows * [args.max_source_length + args.max_target_length], args.max_target_length)
+        fit_into_memory(model, setup, at_most, lambda: batch(*longest_of_data(options, self.inputs, rows)))
         return model
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from model.data.bad_rows import handle_bad_rows
-from model.data.dataset import PAD_MULTIPLE, FewShotDataset, data_collator
+from model.data.dataset import FewShotDataset, data_collator
+from model.data.lengths import PAD_MULTIPLE
 from model.data.prompt import IGNORE_INDEX
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError, RowError

@@ -14,7 +14,7 @@ from model.data.lengths import (
     bounded_length,
     count_truncations,
     estimated_length,
-    longest_sample,
+    longest_samples,
     needed_lengths,
     turn_lengths,
 )
@@ -30,16 +30,16 @@ def row(prompt="这张图片的背景里有什么内容？", label="蒙蒙细雨
     return Row("0.png", prompt, label, "data.json row 1")
 
 
-def test_longest_sample_is_padded_where_padding_is_learned(tokenizer, tmp_path):
+def test_longest_samples_are_padded_where_padding_is_learned(tokenizer, tmp_path):
     file = write_rows(tmp_path, [{"prompt": "?", "label": "!"}])
     rows = {str(file): read_rows(file)}
     lengths = dataclasses.replace(LENGTHS, ignore_pad_token_for_loss=False)
     sample = sample_from_row(rows[str(file)][0], tokenizer, lengths)
     learned = sum(label != IGNORE_INDEX for label in sample.labels)
-    tokens, target = longest_sample(rows, tokenizer, lengths)
-    assert tokens == len(sample.input_ids) == 128
-    assert learned <= target <= tokens
-    assert longest_sample(rows, tokenizer, LENGTHS)[0] < 20
+    tokens, target = longest_samples(rows, tokenizer, lengths)
+    assert tokens == [len(sample.input_ids)] == [128]
+    assert learned <= target <= tokens[0]
+    assert longest_samples(rows, tokenizer, LENGTHS)[0][0] < 20
 
 
 def test_truncations_of_rows_are_counted(tokenizer):

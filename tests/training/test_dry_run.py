@@ -15,10 +15,11 @@ from model.adapter_config import AdapterConfig
 from model.cli.options import parse, spelled_out
 from model.cli.preflight import Inputs, preflight
 from model.cli.resuming import command_line
-from model.data.lengths import longest_sample
+from model.data.dataset import packed_collator
+from model.data.lengths import longest_samples
 from model.data.prompt import sample_from_row
 from model.errors import InputError
-from model.training import dry_run
+from model.training import dry_run, memory
 from model.training.dry_run import plan_of, with_batch_size
 from model.training.memory import Batch, Setup
 from model.training.step_time import step_operations
@@ -172,8 +173,8 @@ def test_longest_sample_is_that_of_the_samples_themselves() -> None:
     options = parse([*FLAGS, "--from_pretrained", "model/tiny", "--layer_range", "0"])
     inputs: Inputs = preflight(options)
     samples = [sample_from_row(row, inputs.tokenizer, inputs.lengths) for row in inputs.selection.rows[ROWS]]
-    longest, target = longest_sample({ROWS: inputs.selection.rows[ROWS]}, inputs.tokenizer, inputs.lengths)
-    assert longest == max(len(sample.input_ids) for sample in samples)
+    longest, target = longest_samples({ROWS: inputs.selection.rows[ROWS]}, inputs.tokenizer, inputs.lengths)
+    assert longest == [max(len(sample.input_ids) for sample in samples)]
     assert target == max(sum(label != -100 for label in sample.labels) for sample in samples)
 
 
@@ -193,6 +194,44 @@ def test_auto_takes_the_largest_batch_that_fits_and_keeps_the_step(
 def test_auto_when_one_row_does_not_fit_says_what_is_needed(large: str) -> None:
     with pytest.raises(InputError, match=r"one row of 72 tokens takes 1\d\.\d\d GiB, 3\.35 can be used"):
         auto(large, "--gpu_memory", "4GB")
+
+
+def test_packed_batch_is_counted_as_the_collator_makes_it() -> None:
+    options = parse(
+        [*FLAGS, "--from_pretrained", "model/tiny", "--layer_range", "0", "--packing", "--batch-size", "64"]
+    )
+    inputs = preflight(options)
+    samples = [sample_from_row(row, inputs.tokenizer, inputs.lengths) for row in inputs.selection.rows[ROWS]]
+    longest = sorted(samples, key=lambda sample: -len(sample.input_ids))
+    examples = [
+        {"input_ids": one.input_ids, "labels": one.labels, "image": None, "pad_token_id": 0}
+        for one in [*3 * longest, *longest[:4]]
+    ]
+    made = packed_collator(examples)["input_ids"]
+    plan = plan_of(options, inputs, on_gpu=False)
+    assert (plan.batch.packs, plan.batch.seq) == tuple(made.shape) == (3, 2032)
+    assert (plan.with_rows(4).batch.packs, plan.with_rows(4).batch.tokens) == (1, 272)
+
+
+def test_auto_counts_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "free_host_memory", lambda: 10**9)
+    words = ["--use_lora", *FLAGS[4:], "--from_pretrained", "model/tiny", "--gradient-accumulation-steps", "16"]
+    words += ["--batch-size", "auto"]
+    lines = [command_line([*words, *more]) for more in ([], ["--packing"])]
+    rows = [with_batch_size(line, preflight(line.options)).options.batch_size for line in lines]
+    assert rows[0] == 64
+    assert rows[1] <= 16
+
+
+def test_run_counts_packs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack of 1300 tokens keeps attention weights of half a GiB."""
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2**29)
+    words = ["--use_lora", *FLAGS[4:], "--from_pretrained", "model/tiny", "--answers", "0", "--num-workers", "0"]
+    words += ["--train-iters", "1", "--batch-size", "20"]
+    finetune_visualglm.main(words)
+    assert "computed again" not in capsys.readouterr().out
+    finetune_visualglm.main([*words, "--packing"])
+    assert "computed again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--batch-size", "auto"], ["--batch-size=auto"], ["--auto_batch_size"]])
@@ -256,6 +295,12 @@ SETTINGS = [
     for dtype in ("", "--bf16")
 ]
 TRAINS = ["--mode", "finetune", "--train-data", ROWS, "--save", "none", "--train-iters", "3"]
+
+
+@pytest.mark.run
+def test_peak_with_packing_on_a_cpu_is_as_estimated() -> None:
+    words = ["--use_lora", *TRAINS[:-1], "1", "--from_pretrained", "model/tiny", "--answers", "0", "--num-workers", "0"]
+    assert_peak_is_as_estimated([*words, "--packing", "--batch-size", "30"])
 
 
 @pytest.mark.long

@@ -176,13 +176,22 @@ def test_unpacked_weights_leave_holes_in_the_heap_of_a_cpu_if_they_are_small():
     qlora = replace(SETUP, adapters=AdapterConfig(("qlora",), layers=(0, 14)), dtype="bf16", on_gpu=False)
     narrow = replace(qlora, config=SETUP.config | {"hidden_size": 1024, "inner_hidden_size": 4096})
 
+    short = replace(RELEASED, seq=200)  # whose attention weights are in the heap too
+
     def of_weights(setup):
-        return holes_bytes(setup, RELEASED) - memory.HOLES_OF_ACTIVATIONS * activation_bytes(setup, RELEASED)
+        return holes_bytes(setup, short) - memory.HOLES_OF_ACTIVATIONS * activation_bytes(setup, short)
 
     assert of_weights(qlora) == pytest.approx(0, abs=1)
     assert of_weights(narrow) == pytest.approx(memory.HOLES_OF_UNPACKED * 28 * 3 * 1024 * 1024 * 2, rel=1e-6)
     assert holes_bytes(replace(narrow, on_gpu=True), RELEASED) == 0
     assert of_weights(replace(narrow, adapters=SETUP.adapters)) == pytest.approx(0, abs=1)
+
+
+def test_large_attention_weights_leave_no_holes_in_the_heap_of_a_cpu():
+    setup = replace(SETUP, dtype="fp32", on_gpu=False)
+    weights = 28 * 3 * 32 * 4 * 320 * 320 * 4  # layers, what dropout keeps, heads
+    of_all = memory.HOLES_OF_ACTIVATIONS * activation_bytes(setup, RELEASED)
+    assert of_all - holes_bytes(setup, RELEASED) >= memory.HOLES_OF_ACTIVATIONS * weights
 
 
 def test_process_on_a_cpu_takes_more_where_torch_is_built_for_gpus(tmp_path, monkeypatch):

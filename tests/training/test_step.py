@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FakeTimers, golden_values, load_model
 
-from model.data import dataset
+from model.data import lengths
 from model.data.dataset import data_collator
 from model.errors import RowError
 from model.training.step import evaluation_step, forward_step, get_batch, token_normalized_step
@@ -108,7 +108,7 @@ def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
 def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(process_group, monkeypatch):
     losses = []
     for multiple in (1, 64):
-        monkeypatch.setattr(dataset, "PAD_MULTIPLE", multiple)
+        monkeypatch.setattr(lengths, "PAD_MULTIPLE", multiple)
         losses.append(forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())[0])
     torch.testing.assert_close(*losses)
 

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from model.training.dry_run import dry_run_report, with_batch_size
 
             asked, line = line.options, with_batch_size(line, inputs)
-            inputs = with_options(inputs, asked, line.options)
+            inputs = with_options(inputs, asked, line.options, line.resumed)
         for note in (*line.notes, *inputs.notes, *warm_up_notes(line.options, line.steps_done)):
             say(note)
         if line.options.dry_run:

@@ -32,7 +32,7 @@ from model.cli.flag_checks import (
     split_row_problems,
     split_shares,
 )
-from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options
+from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options, parse
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
@@ -90,16 +90,17 @@ def preflight(
     data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
     if resumed:
         data.selection.left_out = resumed.record.left_out
-    steps = training_steps(options, data.selection)
+    steps = steps_of_run(options, data.selection, resumed)
     raise_problems(steps_problems(options, steps))
-    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, [*notes, *data.notes], steps, data.cut_labels)
+    notes += [*data.notes, epochs_note(options, data.selection, steps)]
+    return Inputs(checkpoint, tokenizer, data.selection, data.lengths, notes, steps, data.cut_labels)
 
 
-def with_options(inputs: Inputs, before: Options, options: Options) -> Inputs:
+def with_options(inputs: Inputs, before: Options, options: Options, resumed: Resumed | None = None) -> Inputs:
     """The same inputs for other options, of which those that a step's samples depend on may differ."""
-    old, new = (epochs_note(some, inputs.selection) for some in (before, options))
-    notes = [new if note == old else note for note in inputs.notes]
-    return replace(inputs, steps=training_steps(options, inputs.selection), notes=notes)
+    steps = steps_of_run(options, inputs.selection, resumed)
+    old, new = epochs_note(before, inputs.selection, inputs.steps), epochs_note(options, inputs.selection, steps)
+    return replace(inputs, steps=steps, notes=[new if note == old else note for note in inputs.notes])
 
 
 def worker_notes(options: Options) -> list[str]:
@@ -223,7 +224,7 @@ def settled_lengths(
 def data_notes(
     options: Options, selection: Selection, lengths: Lengths, truncations: Mapping[str, Truncations]
 ) -> list[str]:
-    """What the run will do with its data: rows, what is truncated in each file, held-out ones, samples seen and epochs."""
+    """What the run will do with its data: rows, what is truncated in each file, held-out ones."""
     notes = []
     if None in (options.max_source_length, options.max_target_length):
         notes.append(
@@ -246,7 +247,7 @@ def data_notes(
         )
     if "eval_iters" in options.user_set and (options.valid_data or held_out):
         notes.append("--eval-iters is not used: an evaluation goes through all rows once.")
-    return [*notes, epochs_note(options, selection)]
+    return notes
 
 
 def batch_and_accumulation(options: Options) -> tuple[int, int]:
@@ -265,10 +266,10 @@ def batch_and_accumulation(options: Options) -> tuple[int, int]:
     )
 
 
-def samples_per_step(options: Options) -> int:
-    """Samples of one optimizer step, over all processes."""
+def samples_per_step(options: Options, processes: int | None = None) -> int:
+    """Samples of one optimizer step, over so many processes, or all that there are."""
     batch, accumulated = batch_and_accumulation(options)
-    return batch * accumulated * (world_size() // options.model_parallel_size)
+    return batch * accumulated * ((processes or world_size()) // options.model_parallel_size)
 
 
 def training_samples(options: Options, selection: Selection) -> int:
@@ -309,12 +310,24 @@ def training_steps(options: Options, selection: Selection) -> int:
     return max(1, batches // accumulated)
 
 
-def epochs_note(options: Options, selection: Selection) -> str:
+def steps_of_run(options: Options, selection: Selection, resumed: Resumed | None) -> int:
+    """Optimizer steps of a run. One that goes on has as many as it began with, while --epochs and a step's samples stay.
+
+    `training_steps` may be one more or less on other processes: micro-batches of another size leave others over.
+    """
+    if resumed and options.epochs:
+        before, processes = parse(resumed.record.words), resumed.record.processes
+        if (before.epochs, samples_per_step(before, processes)) == (options.epochs, samples_per_step(options)):
+            return resumed.record.steps
+    return training_steps(options, selection)
+
+
+def epochs_note(options: Options, selection: Selection, steps: int | None = None) -> str:
     """How many samples a run sees, and how many times through the data that is."""
     if options.find_lr:
         return f"Looking for a learning rate: {FIND_LR_STEPS} steps with a rising one; --lr and the number of steps don't count."
     samples, at_once = training_samples(options, selection), samples_per_step(options)
-    steps = training_steps(options, selection)
+    steps = steps or training_steps(options, selection)
     seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
     epochs = _amount(seen / samples)
     return (

@@ -7,6 +7,7 @@ order where that is the released one; batches are slices of it.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -33,9 +34,13 @@ TRAINING, EVALUATION, TEST = range(3)  # the parts of --split
 class OrderedBatches(Sampler[list[int]]):
     """This process's samples of each micro-batch of an order."""
 
-    def __init__(self, order: SampleOrder, batches_per_step: int = 1) -> None:
-        """batches_per_step is how many micro-batches an optimizer step takes."""
-        self.order, self.batches_per_step = order, batches_per_step
+    def __init__(self, order: SampleOrder, batches_per_step: int = 1, steps: int | None = None) -> None:
+        """batches_per_step is how many micro-batches an optimizer step takes.
+
+        steps is how many there are; those that make whole steps, if absent. A micro-batch of the last step for which no
+        sample is left gets the step's first one, as a rank without samples does.
+        """
+        self.order, self.batches_per_step, self.steps = order, batches_per_step, steps
         self.start = 0  # micro-batches to leave out
 
     @property
@@ -50,7 +55,12 @@ class OrderedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         group = mpu.get_data_parallel_group()
         rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        return self.order.batches(rank, ranks, self.start)
+        batches = self.order.batches(rank, ranks, self.start)
+        if self.steps is None:
+            return batches
+        first = (self.steps - 1) * self.batches_per_step * self.order.batch
+        missing = repeat([self.order[min(first, len(self.order) - 1)]])
+        return islice(chain(batches, missing), max(0, self.steps * self.batches_per_step - self.start))
 
     def __len__(self) -> int:
         return self.order.batch_count
@@ -71,12 +81,13 @@ class Loader:
         collate_fn: Any,
         batches_per_step: int = 1,
         batches: BatchesAtHand | None = None,
+        steps: int | None = None,
     ) -> None:
         """batches is told of each batch that is handed out, and which rows the worker processes open."""
         self._told, self._samples = batches, NotedSamples(samples, args.num_workers)
         if batches is not None:
             batches.openers.append(self.opened_by)
-        self.batch_sampler = OrderedBatches(order, batches_per_step)
+        self.batch_sampler = OrderedBatches(order, batches_per_step, steps)
         self._taken = 0  # micro-batches of the order that are behind
         self._batches = DataLoader(
             self._samples,
@@ -89,7 +100,7 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        return max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
+        return self.batch_sampler.steps or max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
         self._taken = self.batch_sampler.start
@@ -150,6 +161,7 @@ def make_loaders(
     selection: Selection,
     features: FeatureCache,
     batches: BatchesAtHand | None = None,
+    steps: int | None = None,
 ) -> tuple[Loader | None, Loader | None, Loader | None]:
     """The loaders of training, evaluation and test, as SAT's function of this name gives them.
 
@@ -157,7 +169,7 @@ def make_loaders(
 
     Args:
         selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
-        batches: told of each batch that a loader hands out.
+        batches: told of each batch that a loader hands out. steps: of the run, where --epochs doesn't say it.
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:
@@ -181,7 +193,10 @@ def make_loaders(
     shares = tuple(get_split(args))
     training_rows = samples_of(args.train_data)
     order = training_order(args, training_rows, shares, batch)
-    train = Loader(ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, batches)
+    of_epochs = steps if args.epochs else None
+    train = Loader(
+        ConcatDataset(training_rows), order, args, collate_fn, args.gradient_accumulation_steps, batches, of_epochs
+    )
     valid = test = None
     if args.valid_data is not None:
         valid = loader_in_order(samples_of(args.valid_data), 0, "val")

@@ -72,7 +72,9 @@ class Run:
         features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
         selection.left_out = from_first_process(selection.left_out)
         self.state.watch(hooks, self.line, self.inputs)
-        hooks.make_loaders = partial(make_loaders, selection=selection, features=features, batches=self.batches)
+        hooks.make_loaders = partial(
+            make_loaders, selection=selection, features=features, batches=self.batches, steps=self.inputs.steps
+        )
         hooks.get_model = partial(self._complete, model, args, features)
         if options.keep_best or options.early_stopping:
             save = self.saver.save if options.keep_best else None

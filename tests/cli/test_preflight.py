@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, write_rows, write_tuned
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.resume import RunRecord
 from model.cli.options import Options, parse
 from model.cli.preflight import (
     checkpoint_size,
     epoch_problems,
     epochs_note,
     preflight,
+    steps_of_run,
     training_samples,
+    training_steps,
     with_options,
 )
 from model.data.split import Selection, read_selection
@@ -134,6 +138,29 @@ def test_epochs_note_counts_samples_over_files_weights_and_processes(
         "Training on 20 samples: 5 steps of 8 see 40 samples, 2 epochs."
     )
     assert "25 steps of 8 see 200 samples, 10 epochs" in epochs_note(parse([*words, "--train-iters", "25"]), selection)
+
+
+@pytest.mark.parametrize(
+    ("processes", "words", "steps"),
+    [
+        (1, ["--gradient-accumulation-steps", "4"], 8),  # as it began
+        (2, ["--gradient-accumulation-steps", "2"], 8),
+        (4, ["--gradient-accumulation-steps", "2"], 4),  # a step takes more samples
+        (1, ["--gradient-accumulation-steps", "4", "--epochs", "2"], 15),
+    ],
+)
+def test_run_that_goes_on_on_other_processes_keeps_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, words: list[str], steps: int
+) -> None:
+    selection = selection_with(tmp_path, a=31)
+    run = ["--train-data", str(tmp_path / "a"), "--batch-size", "1", "--epochs", "1"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    begun = training_steps(parse(run), selection)
+    record = RunRecord(3, begun, run, "animals", 4, {}, {}, {})
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    resumed = SimpleNamespace(record=record)
+    assert begun == 8
+    assert steps_of_run(parse([*run, *words]), selection, resumed) == steps  # type: ignore[arg-type]
 
 
 def test_epochs_note_counts_the_share_of_split_that_is_trained_on(tmp_path: Path) -> None:

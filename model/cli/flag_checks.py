@@ -273,7 +273,7 @@ def split_row_problems(options: Options, row_counts: Mapping[str, int]) -> list[
     """Which files have too few rows for --split, which deals out --block-size rows at a time.
 
     Args:
-        row_counts: rows of each file in --train-data.
+        row_counts: rows of each file in --train-data that can be used, each turn counted.
     """
     if split_shares(options)[0] == 1:
         return []

@@ -193,7 +193,7 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     # Nobody but the first process tells it, and counting takes a while.
     truncations = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
     notes = leave_out_bad_images(selection, problems, options.bad_rows, options.check_seconds)
-    raise_problems(split_row_problems(options, {file: len(selection.rows[file]) for file in train_files}))
+    raise_problems(split_row_problems(options, {file: selection.sample_count(file) for file in train_files}))
     notes += same_file_warnings(train_files, valid_files)
     if options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)

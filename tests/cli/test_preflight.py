@@ -163,6 +163,14 @@ def test_run_that_goes_on_on_other_processes_keeps_its_steps(
     assert steps_of_run(parse([*run, *words]), selection, resumed) == steps  # type: ignore[arg-type]
 
 
+def test_rows_that_are_left_out_do_not_count_for_split(good: Options, tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "img": str(tmp_path / "missing.png")}, *ROWS]
+    good.train_data, good.bad_rows = [str(write_rows(tmp_path, rows, "some.json"))], "skip"
+    good.split, good.block_size, good.epochs, good.train_iters = "8,1,1", 5, None, 4
+    with pytest.raises(InputError, match=r"some\.json: 4 rows found; --split 8,1,1 needs --block-size 5"):
+        preflight(good)
+
+
 def test_epochs_note_counts_the_share_of_split_that_is_trained_on(tmp_path: Path) -> None:
     selection = selection_with(tmp_path, a=20)
     words = ["--train-data", str(tmp_path / "a"), "--split", "5,5", "--block-size", "20", "--batch-size", "2"]

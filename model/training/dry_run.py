@@ -118,10 +118,15 @@ def keeps_features(options: Options, inputs: Inputs, setup: Setup) -> bool:
     """Whether the frozen vision part looks at each picture once, and leaves: see `model.training.feature_cache`."""
     if setup.trains_vision:
         return False
-    files = [*(options.train_data or []), *(options.valid_data or []), *(options.test_data or [])]
-    rows = max(inputs.selection.sample_count(file) for file in files)
-    planned = options.epochs or training_steps(options, inputs.selection) * samples_per_step(options) / rows
-    return bool(options.feature_cache) or planned >= 2
+    selection = inputs.selection
+    if options.feature_cache:
+        return True
+    if options.epochs and not options.find_lr:
+        return options.epochs >= 2
+    data_sets = (options.train_data, options.valid_data, options.test_data)
+    rows = [sum(map(selection.sample_count, files or [])) for files in data_sets]
+    rows.append(sum(selection.sample_count(file, training=False) for file in selection.held_out))
+    return training_steps(options, selection) * samples_per_step(options) >= 2 * max(rows)
 
 
 # --- the batch --------------------------------------------------------------------------------------------------------

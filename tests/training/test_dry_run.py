@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, run_python, write_rows
 
 import finetune_visualglm
 from model.adapter_config import AdapterConfig
@@ -194,6 +194,43 @@ def test_auto_takes_the_largest_batch_that_fits_and_keeps_the_step(
 def test_auto_when_one_row_does_not_fit_says_what_is_needed(large: str) -> None:
     with pytest.raises(InputError, match=r"one row of 72 tokens takes 1\d\.\d\d GiB, 3\.35 can be used"):
         auto(large, "--gpu_memory", "4GB")
+
+
+@pytest.mark.parametrize(
+    ("steps", "flags", "kept"),
+    [
+        (6, [], False),  # 24 samples of 20, which are 10 in each file
+        (10, [], True),
+        (9, [], False),
+        (6, ["--feature_cache", "features"], True),
+        (6, ["--holdout", "0.7"], False),  # whose 14 rows are the larger data set
+        (7, ["--holdout", "0.7"], True),
+    ],
+)
+def test_features_are_kept_where_the_rows_of_all_files_come_twice(
+    tmp_path: Path, steps: int, flags: list[str], kept: bool
+) -> None:
+    rows = json.loads((PROJECT / ROWS).read_text())
+    rows = [{**row, "img": str(PROJECT / row["img"])} for row in rows]
+    files = [write_rows(tmp_path, rows[:10], "a.json"), write_rows(tmp_path, rows[10:20], "b.json")]
+    options = parse(
+        [
+            "--use_lora",
+            "--mode",
+            "finetune",
+            "--from_pretrained",
+            "model/tiny",
+            "--save",
+            "none",
+            "--train-data",
+            *map(str, files),
+            "--train-iters",
+            str(steps),
+            *flags,
+        ]
+    )
+    inputs = preflight(options)
+    assert (plan_of(options, inputs, on_gpu=True).batch.images == 0) == kept
 
 
 def test_packed_batch_is_counted_as_the_collator_makes_it() -> None:

@@ -181,6 +181,9 @@ SENTENCES = {
     "{flag}: the run has {before}, and {reason}; the same is needed, or a new run.": (
         "{flag}：这次训练用的是 {before}，不能更改（{reason}）；请用相同的值，或重新开始训练。"
     ),
+    "{flag}: the run has {before}, whose rows it evaluates on; --resume is needed without --valid-data, or a new run.": (
+        "{flag}：这次训练用的是 {before}，用留出的数据评估；请在 --resume 时去掉 --valid-data，或重新开始训练。"
+    ),
     "--resume auto: no checkpoint of {name} under {folder} can be resumed; a fresh run starts.": (
         "--resume auto：{folder} 下没有 {name} 可以继续的检查点；从头开始训练。"
     ),

@@ -18,11 +18,15 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then
 fi
 numbers=--fp16
 held_out=(--holdout 0.1)
-case " $* " in *" --valid-data"* | *" --holdout"*) held_out=() ;; esac
+case " $* " in
+    *" --valid-data"* | *" --holdout"*) held_out=() ;;
+    *" --split 1 "* | *" --split=1 "*) ;; # trains on every row
+    *" --split"*) held_out=() ;;
+esac
 for word in "$@"; do # a file of flags may say what to evaluate on, too
     if [ "${config:-}" = next ]; then config=$word; fi
     case $word in --conf*=*) config=${word#*=} ;; --conf*) config=next ;; esac
-    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout)"?[[:space:]]*:' "$config"; then held_out=(); fi
+    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout|split)"?[[:space:]]*:' "$config"; then held_out=(); fi
 done
 steps=(--train-iters 300)
 case " $* " in *" --epochs"*) steps=() ;; esac

@@ -563,7 +563,13 @@ def lines_of_resuming(run: Path, again: list[str]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(PROJECT)
         notes = list(command_line(again).notes)
-        for flag in (["--lora_rank", "3"], ["--seed", "3"], ["--save", "x"], ["--save_full_model"]):
+        for flag in (
+            ["--lora_rank", "3"],
+            ["--seed", "3"],
+            ["--save", "x"],
+            ["--save_full_model"],
+            ["--valid-data", DATA],
+        ):
             with pytest.raises(InputError) as refused:
                 command_line(["--resume", str(run), *flag])
             notes += str(refused.value).splitlines()

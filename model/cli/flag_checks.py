@@ -189,7 +189,7 @@ def _evaluation_problems(options: Options) -> list[str]:
     if options.find_lr and (options.resume or options.load):
         flag = "--resume" if options.resume else "--load"
         problems.append(f"--find_lr and {flag}: a rate is looked for from the start; --find_lr is needed without it.")
-    if not (options.valid_data or options.holdout is not None):
+    if not (options.valid_data or options.holdout is not None or _split_evaluates(options)):
         problems += [
             f"{flag_names()[name]}: nothing to evaluate on; --holdout or --valid-data is needed."
             for name in ("keep_best", "early_stopping", "eval_answers")
@@ -202,6 +202,13 @@ def _evaluation_problems(options: Options) -> list[str]:
     if options.keep_best and options.save is None:
         problems.append("--keep_best: no --save; a folder for the checkpoint is needed.")
     return problems
+
+
+def _split_evaluates(options: Options) -> bool:
+    try:
+        return split_shares(options)[1] > 0
+    except ValueError:  # which `_split_problems` tells
+        return True
 
 
 def _is_below(name: str) -> bool:

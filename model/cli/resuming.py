@@ -258,6 +258,11 @@ def fixed_problems(before: Options, joined: Options) -> list[str]:
         for name in differing(before, joined)
         if name in FIXED
     ]
+    if before.holdout is not None and joined.valid_data:
+        problems.append(
+            f"{flag_with_value('valid_data', joined.valid_data)}: the run has {flag_with_value('holdout', before.holdout)}, whose rows it "
+            "evaluates on; --resume is needed without --valid-data, or a new run."
+        )
     if (before.epochs is None) != (joined.epochs is None):
         problems.append(
             f"--epochs {joined.epochs}: the run counts --train-iters, and --epochs goes through the rows in another order; "

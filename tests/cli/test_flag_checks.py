@@ -321,6 +321,7 @@ def test_muon_is_refused_for_prefixes_and_taken_for_lora() -> None:
             ("--keep_best", "exact", "--holdout", "2"),
             "--keep_best exact: no rows are answered; --eval_answers N is needed.",
         ),
+        (("--keep_best", "--save", "x", "--split", "1"), "--keep_best: nothing to evaluate on"),
         (("--early_stopping", "3"), "--early_stopping: nothing to evaluate on"),
         (("--early_stopping", "0", "--holdout", "2"), "--early_stopping 0: 1 or more is needed."),
         (("--eval_answers", "4"), "--eval_answers: nothing to evaluate on"),
@@ -347,3 +348,8 @@ def test_image_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
     assert _image_size_problems(good("--image_size", "336"), {"patch_size": 14}) == []
     [sentence] = _image_size_problems(good("--image_size", "300"), {"patch_size": 14})
     assert sentence == "--image_size 300: the vision tower reads patches of 14 pixels; a multiple is needed."
+
+
+def test_share_of_split_is_something_to_evaluate_on() -> None:
+    words = ("--split", "8,2", "--save", "x", "--keep_best", "exact", "--eval_answers", "2", "--early_stopping", "3")
+    assert flag_problems(good(*words)) == []

@@ -115,6 +115,17 @@ def test_processes_that_cannot_share_the_samples_of_a_step_need_a_batch_size(
     assert "--batch-size 12 is needed" in refusal("--resume", run_of_four, "--group_by_length")
 
 
+def test_other_rows_to_evaluate_on_are_refused_where_the_run_holds_rows_out(run: Path, tmp_path: Path) -> None:
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "words": [*record["words"], "--holdout", "0.25"]}))
+    other = str(write_rows(tmp_path, ROWS, "other.json"))
+    assert refusal("--resume", run, "--valid-data", other) == (
+        f"--valid-data {other}: the run has --holdout 0.25, whose rows it evaluates on; --resume is needed without "
+        "--valid-data, or a new run."
+    )
+
+
 def test_flag_that_changes_no_step_is_taken_without_a_word(run: Path, words: list[str]) -> None:
     line = command_line(["--resume", str(run), "--save-interval", "3", "--num-workers", "0", "--local_rank", "0"])
     assert (line.options.save_interval, line.options.num_workers) == (3, 0)

@@ -70,7 +70,8 @@ def test_hostfile_that_can_not_be_used_is_told_in_a_sentence(environment, told, 
 
 
 @pytest.mark.parametrize(
-    ("text", "holds_out"), [("lr: 0.1", True), ("valid-data: [a.json]", False), ('{"holdout": 3}', False)]
+    ("text", "holds_out"),
+    [("lr: 0.1", True), ("valid-data: [a.json]", False), ('{"holdout": 3}', False), ("split: 9,1", False)],
 )
 @pytest.mark.parametrize("form", ["--config {}", "--config={}", "--conf {}", "--confi={}"])
 def test_recipe_holds_nothing_out_where_a_file_of_flags_says_what_to_evaluate_on(text, holds_out, form, tmp_path):
@@ -80,6 +81,17 @@ def test_recipe_holds_nothing_out_where_a_file_of_flags_says_what_to_evaluate_on
     done = subprocess.run(
         ["bash", "-c", command, "bash", *flags], cwd=PROJECT, capture_output=True, text=True, check=True
     )
+    assert ("--holdout 0.1" in done.stdout) == holds_out
+
+
+@pytest.mark.parametrize(
+    ("flags", "holds_out"),
+    [("--split 9,1", False), ("--split=8,1,1", False), ("--split 1", True), ("--split 1,1 --lr 1", False), ("", True)],
+)
+def test_recipe_holds_nothing_out_where_split_does(flags, holds_out):
+    command = 'source scripts/launch.sh && echo "held out: ${held_out[*]}"'
+    words = ["bash", "-c", command, "bash", *flags.split()]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True)
     assert ("--holdout 0.1" in done.stdout) == holds_out
 
 

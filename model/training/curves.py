@@ -14,9 +14,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model.checkpoints.resume import SETTINGS_FILE
@@ -28,6 +29,7 @@ from model.training.records import (
     STEP,
     VALIDATION,
     Record,
+    comparable,
     read_records,
     running_means,
 )
@@ -122,24 +124,33 @@ def main(folder: Path) -> None:
     records = read_records(folder / METRICS_FILE)
     if records:
         unfinished = folder / f"{LOSS_FILE}.unfinished"
-        figure(records, resumed_after(folder), folder.name).savefig(unfinished, format="png", dpi=120)
+        drawing = figure(records, resumed_after(folder), folder.name, settings_in(folder))
+        drawing.savefig(unfinished, format="png", dpi=120)
         os.replace(unfinished, folder / LOSS_FILE)
 
 
 def resumed_after(folder: Path) -> list[int]:
     """After which steps a run went on, from its settings.json."""
-    try:
-        starts = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["starts"]
-        return sorted({start["after_step"] for start in starts} - {0})
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    return sorted({start.get("after_step", 0) for start in settings_in(folder).get("starts", [])} - {0})
 
 
-def figure(records: Sequence[Record], resumed: Sequence[int], title: str) -> Any:
+def settings_in(folder: Path) -> Mapping[str, Any]:
+    """What settings.json says; nothing if it can't be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
+    return {}
+
+
+def figure(
+    records: Sequence[Record],
+    resumed: Sequence[int],
+    title: str,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """A matplotlib figure of a run: its losses over its steps, with the learning rate below.
 
     Args:
-        resumed: after which steps the run went on.
+        resumed: after which steps the run went on. settings: what its `settings.json` holds.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -148,7 +159,7 @@ def figure(records: Sequence[Record], resumed: Sequence[int], title: str) -> Any
     evaluations = [record for record in records if record.kind == EVALUATION and record.split == VALIDATION]
     drawing = Figure(figsize=(9, 6), layout="constrained")
     losses, rates = drawing.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    _draw_losses(losses, steps, evaluations)
+    _draw_losses(losses, steps, evaluations, comparable(evaluations, settings))
     _draw_marks(losses, steps, resumed)
     rates.plot([record.step for record in steps], [record.lr for record in steps], color=GREY, linewidth=1.2)
     rates.set_ylabel("learning rate")
@@ -175,7 +186,7 @@ def drawable(title: str) -> tuple[str, list[str]]:
     return "".join(one for one in title if any(font.get_char_index(ord(one)) for font in fonts)), families
 
 
-def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Record]) -> None:
+def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Record], compared: Sequence[Record]) -> None:
     numbers, losses = [record.step for record in steps], [record.loss for record in steps]
     few = len(steps) <= 30
     axes.plot(numbers, losses, color=PALE, linewidth=1, marker="." if few else "", label="training loss")
@@ -184,9 +195,8 @@ def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Recor
     if evaluations:
         at, loss = [record.step for record in evaluations], [record.loss for record in evaluations]
         axes.plot(at, loss, color=ORANGE, linewidth=1.5, marker="o", markersize=4, label="evaluation loss")
-    finite = [record for record in evaluations if math.isfinite(record.loss)]
-    if finite:
-        best = min(finite, key=lambda record: record.loss)
+    if compared:
+        best = min(compared, key=lambda record: record.loss)
         axes.plot(
             [best.step], [best.loss], color=ORANGE, marker="*", markersize=15, markeredgecolor="white", linestyle="",
             label=f"best evaluation: {best.loss:.4f} at step {best.step}",

@@ -15,10 +15,10 @@ Only the standard library is imported.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from model.checkpoints.whole import write_whole
 from model.progress import warn
@@ -88,6 +88,21 @@ class Record:
 def read_records(path: Path) -> list[Record]:
     """The records in a file, without lines that a kill has cut short; none if there is no such file."""
     return list(_records(path))
+
+
+def comparable(records: Sequence[Record], settings: Mapping[str, Any]) -> list[Record]:
+    """The evaluations with a finite loss over the rows that a run with these settings evaluates on now.
+
+    A run that goes on may have others than before (--valid-data).
+    """
+    starts = settings.get("starts") or []
+    rows = [start.get("valid_data") for start in starts]
+    changes = [
+        start.get("after_step", 0) for start, old, new in zip(starts[1:], rows, rows[1:], strict=False) if old != new
+    ]
+    since = max(changes, default=0)
+    made = (one for one in records if one.kind == EVALUATION and one.split == VALIDATION)
+    return [one for one in made if one.step > since and math.isfinite(one.loss)]
 
 
 def _records(path: Path) -> Iterator[Record]:

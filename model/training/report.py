@@ -28,6 +28,7 @@ from model.training.records import (
     STEP,
     VALIDATION,
     Record,
+    comparable,
     read_records,
     running_means,
 )
@@ -119,9 +120,10 @@ def figures_of(story: Story) -> Iterator[tuple[str, str]]:
     if fall is not None:
         yield "training loss, first and last steps", f"{fall.before:.4f} → {fall.after:.4f}"
     if evaluations:
-        best = min(evaluations, key=lambda record: record.loss)
         yield "evaluation loss, last", _loss_of(evaluations[-1])
-        yield "evaluation loss, lowest", _loss_of(best)
+    compared = comparable(evaluations, story.settings)
+    if compared:
+        yield "evaluation loss, lowest", _loss_of(min(compared, key=lambda record: record.loss))
     before, after = answers.get("before"), answers.get("after")
     if after is not None:
         whose = "held out" if answers["held_out"] else "trained on"

@@ -150,7 +150,8 @@ class RunFolder:
         settings["starts"] = []
         if self.line.resumed is not None:
             settings |= earlier_settings(self.folder, self.line.steps_done)
-        settings["starts"].append(start_of_run(self.line))
+        valid_data = [settings["data"][file]["sha256"] for file in self.line.options.valid_data or []]
+        settings["starts"].append({**start_of_run(self.line), "valid_data": valid_data})
         self._write_settings(settings)
         held_out = list(held_out_rows(selection, self.line.options.lang))
         if held_out:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from model.progress import count_of
-from model.training.records import EVALUATION, STEP, VALIDATION, Record
+from model.training.records import STEP, Record, comparable
 
 LEAST_STEPS = 10  # fewer say nothing
 SHARE, LARGEST_WINDOW = 5, 200  # the first and the last fifth of the steps are compared, 200 at most
@@ -182,7 +182,7 @@ def overfitting(
     steps: Sequence[Record], records: Sequence[Record], settings: Mapping[str, Any] = MappingProxyType({})
 ) -> list[str]:
     """A sentence if the evaluation loss rises while the training loss falls, with flags to try that settings don't have."""
-    made = [one for one in records if one.kind == EVALUATION and one.split == VALIDATION and math.isfinite(one.loss)]
+    made = comparable(records, settings)
     if len(made) < 2 or not steps:
         return []
     best, last = min(made, key=lambda record: record.loss), made[-1]

@@ -115,6 +115,14 @@ def test_run_of_which_nothing_is_recorded_has_no_picture(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
+@pytest.mark.slow
+def test_best_evaluation_is_one_over_the_rows_of_now():
+    starts = [{"after_step": step, "valid_data": [str(step)]} for step in (0, 5)]
+    losses = {4: 1.0, 8: 3.0, 12: 2.0}
+    made = [*records(12), *(Record("evaluation", step, loss, 0.0, split="val") for step, loss in losses.items())]
+    assert "best evaluation: 2.0000 at step 12" in labels(figure(made, [5], "a-run", {"starts": starts}))
+
+
 def test_epochs_end_at_the_first_step_that_completes_them():
     epochs = [0.4, 0.8, 1.2, 1.6, 2.0, 4.1]
     assert epoch_ends([Record("step", n, 1.0, 0.0, epoch=epoch) for n, epoch in enumerate(epochs, 1)]) == [3, 5, 6]

@@ -57,6 +57,19 @@ def test_page_tells_the_run_and_shows_the_worst_answer_first(runs):
     assert "1.2500 at step 40" in text
 
 
+def test_lowest_evaluation_is_a_number_over_the_rows_that_the_run_evaluates_on_now(runs):
+    losses = {10: 0.5, 20: float("nan"), 30: 1.5}
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.writelines(
+            Record(EVALUATION, step, loss, 0.0, split=VALIDATION).to_line() for step, loss in losses.items()
+        )
+    lowest = "evaluation loss, lowest.*?([0-9.]+) at step"
+    assert re.search(lowest, report(runs[:1]), re.DOTALL)[1] == "0.5000"
+    starts = [{"after_step": step, "valid_data": [str(step)]} for step in (0, 15)]
+    (runs[0] / "settings.json").write_text(json.dumps(SETTINGS | {"starts": starts}))
+    assert re.search(lowest, report(runs[:1]), re.DOTALL)[1] == "1.2500"
+
+
 def test_flags_stand_on_the_page_as_they_are_typed(runs):
     text = report(runs[:1])
     for flag, value in (("--lr", "0.01"), ("--train-iters", "40"), ("--use_lora", "✓"), ("--gone_since", "x")):

@@ -112,6 +112,16 @@ def test_evaluation_that_rises_with_training_is_no_overfitting():
     assert overfitting(steps(FALLING[::-1]), evaluations([2.0, 1.5, 1.9])) == []
 
 
+def test_evaluations_over_other_rows_are_not_compared():
+    starts = [{"after_step": 0, "valid_data": ["a"]}, {"after_step": 20, "valid_data": ["b"]}]
+    made = evaluations([2.0, 1.5, 2.6, 2.5])
+    assert overfitting(steps(FALLING), made, {"starts": starts}) == []
+    same = [start | {"valid_data": ["a"]} for start in starts]
+    assert "lowest at step 20" in overfitting(steps(FALLING), made, {"starts": same})[0]
+    (line,) = overfitting(steps(FALLING), evaluations([1.0, 1.5, 2.6, 2.9]), {"starts": starts})
+    assert "lowest at step 30 (2.6000)" in line
+
+
 def test_what_the_run_does_already_is_not_advised():
     flags = {"keep_best": "loss", "early_stopping": 1}
     (line,) = overfitting(steps(FALLING), evaluations([2.0, 1.5, 1.6, 1.9]), {"flags": flags})

@@ -123,10 +123,20 @@ def for_these_processes(ranks_before: int, before: Options, joined: Options) -> 
         return [], []
     steps, rest = divmod(before.gradient_accumulation_steps * ranks_before, ranks)
     if rest or joined.group_by_length:  # which sorts what a micro-batch of all processes takes
-        needed = before.batch_size * ranks_before / ranks
+        at_once = before.batch_size * ranks_before
+        samples = at_once * before.gradient_accumulation_steps
+        if at_once % ranks == 0:
+            needed = f"--batch-size {at_once // ranks} is needed"
+        elif samples % ranks == 0 and not joined.group_by_length:
+            own = samples // ranks
+            size = max(size for size in range(1, before.batch_size + 1) if own % size == 0)
+            needed = f"--batch-size {size} --gradient-accumulation-steps {own // size} is needed"
+        else:
+            shared = at_once if joined.group_by_length else samples
+            needed = f"a number of processes that {shared} can be divided by is needed"
         raise InputError(
-            f"--resume: {ranks} data-parallel processes found, the run had {ranks_before}; --batch-size {needed:g} is needed, "
-            f"so that a step takes the same samples, or as many processes as before."
+            f"--resume: {ranks} data-parallel processes found, the run had {ranks_before}; {needed}, so that a step takes the "
+            "same samples, or as many processes as before."
         )
     note = (
         f"{ranks} data-parallel processes go on where {ranks_before} were: each takes {steps} micro-batches for a step."

@@ -126,6 +126,32 @@ def test_other_rows_to_evaluate_on_are_refused_where_the_run_holds_rows_out(run:
     )
 
 
+@pytest.mark.parametrize(
+    ("processes", "flags", "needed"),
+    [
+        ("5", [], "a number of processes that 24 can be divided by is needed, so that"),
+        ("16", ["--group_by_length"], "a number of processes that 24 can be divided by is needed, so that"),
+    ],
+)
+def test_processes_that_no_batch_size_suits_are_told_which_number_does(
+    run_of_four: Path, monkeypatch: pytest.MonkeyPatch, processes: str, flags: list[str], needed: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert needed in refusal("--resume", run_of_four, *flags)
+
+
+def test_micro_batches_that_processes_cannot_share_are_cut_anew(
+    run_of_four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_of_four / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    words = [*record["words"], "--gradient-accumulation-steps", "2"]  # 48 samples a step, of which 24 at once
+    file.write_text(json.dumps({**record, "words": words}))
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    found = refusal("--resume", run_of_four)
+    assert "--batch-size 3 --gradient-accumulation-steps 1 is needed, so that" in found
+
+
 def test_flag_that_changes_no_step_is_taken_without_a_word(run: Path, words: list[str]) -> None:
     line = command_line(["--resume", str(run), "--save-interval", "3", "--num-workers", "0", "--local_rank", "0"])
     assert (line.options.save_interval, line.options.num_workers) == (3, 0)

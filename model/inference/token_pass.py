@@ -82,5 +82,5 @@ class TokenPass:
             residual = layer.second_norm(torch.add(layer.dense(attended), residual, alpha=self.alpha))
             inner = layer.activation(layer.dense_h_to_4h(residual.to(self.dtype)))
             hidden = torch.add(layer.dense_4h_to_h(inner), residual, alpha=self.alpha)
-        scores: torch.Tensor = self.head(self.last_norm(hidden.to(self.dtype)))
+        scores: torch.Tensor = self.head(self.last_norm(hidden.to(self.dtype)).unsqueeze(1))[:, 0]
         return scores

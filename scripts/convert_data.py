@@ -108,6 +108,8 @@ def refuse_to_overwrite(options: argparse.Namespace) -> None:
         InputError: it is the file of conversations itself or no file, or --overwrite is not given.
     """
     out = Path(options.rows)
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: no folder {out.absolute().parent}; one that is there is needed.")
     if out.exists() and not out.is_file():
         raise InputError(f"{out}: not a file; the name of one is needed.")
     if is_same_file(out, options.conversations):

@@ -26,7 +26,7 @@ esac
 for word in "$@"; do # a file of flags may say what to evaluate on, too
     if [ "${config:-}" = next ]; then config=$word; fi
     case $word in --conf*=*) config=${word#*=} ;; --conf*) config=next ;; esac
-    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout|split)"?[[:space:]]*:' "$config"; then held_out=(); fi
+    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout)"?[[:space:]]*:' "$config"; then held_out=(); fi
 done
 steps=(--train-iters 300)
 case " $* " in *" --epochs"*) steps=() ;; esac

@@ -44,6 +44,9 @@ class RunRecord:
     ]  # of the checkpoint that the run started from: SAT writes only some of it into the run's own
     saved_at: float = field(default_factory=time.time)  # seconds since 1970
     version: int = VERSION
+    samples: int = (
+        0  # of the order of training that are behind; 0 in the record of an older program, which didn't note it
+    )
 
     def write(self, path: Path) -> None:
         """Write the record to a file."""
@@ -56,7 +59,7 @@ class RunRecord:
         Raises:
             InputError: the file can't be read, or doesn't hold such a record.
         """
-        values = read_json_object(path, "The record of a run")
+        values = {"samples": 0, **read_json_object(path, "The record of a run")}
         odd = [one.name for one in fields(cls) if not _fits(values.get(one.name), one.name)]
         if odd:
             raise InputError(f"{path}: {', '.join(odd)} can't be used; a record that a run wrote is needed.")
@@ -67,7 +70,7 @@ class RunRecord:
 
 def _fits(value: object, name: str) -> bool:
     """Whether a value from JSON is what the field of this name holds."""
-    if name in ("iteration", "steps", "processes", "version"):
+    if name in ("iteration", "steps", "processes", "version", "samples"):
         return type(value) is int and value >= 0
     if name == "saved_at":
         return type(value) in (int, float)

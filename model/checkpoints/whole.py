@@ -66,8 +66,11 @@ def is_replaceable(path: Path, own: re.Pattern[bytes]) -> bool:
         return True
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return False
     return not head or own.match(head) is not None
 
 

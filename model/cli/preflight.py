@@ -266,10 +266,10 @@ def batch_and_accumulation(options: Options) -> tuple[int, int]:
     )
 
 
-def samples_per_step(options: Options, processes: int | None = None) -> int:
-    """Samples of one optimizer step, over so many processes, or all that there are."""
+def samples_per_step(options: Options) -> int:
+    """Samples of one optimizer step, over all processes."""
     batch, accumulated = batch_and_accumulation(options)
-    return batch * accumulated * ((processes or world_size()) // options.model_parallel_size)
+    return batch * accumulated * (world_size() // options.model_parallel_size)
 
 
 def training_samples(options: Options, selection: Selection) -> int:
@@ -311,15 +311,20 @@ def training_steps(options: Options, selection: Selection) -> int:
 
 
 def steps_of_run(options: Options, selection: Selection, resumed: Resumed | None) -> int:
-    """Optimizer steps of a run. One that goes on has as many as it began with, while --epochs and a step's samples stay.
+    """Optimizer steps of a run. One that goes on with --epochs takes those for which samples are left.
 
-    `training_steps` may be one more or less on other processes: micro-batches of another size leave others over.
+    Where all of its steps took as many samples as they do now, it keeps the number that it began with: `training_steps`
+    may be one more or less on other processes, as micro-batches of another size leave others over.
     """
-    if resumed and options.epochs:
-        before, processes = parse(resumed.record.words), resumed.record.processes
-        if (before.epochs, samples_per_step(before, processes)) == (options.epochs, samples_per_step(options)):
-            return resumed.record.steps
-    return training_steps(options, selection)
+    if not (resumed and resumed.record.samples and options.epochs):
+        return training_steps(options, selection)
+    record, at_once = resumed.record, samples_per_step(options)
+    if record.samples == record.iteration * at_once and parse(record.words).epochs == options.epochs:
+        return record.steps
+    _, accumulated = batch_and_accumulation(options)
+    micro_batch, samples = at_once // accumulated, options.epochs * training_samples(options, selection)
+    batches = -(-samples // micro_batch) - record.samples // micro_batch if record.samples < samples else 0
+    return record.iteration + batches // accumulated
 
 
 def epochs_note(options: Options, selection: Selection, steps: int | None = None) -> str:

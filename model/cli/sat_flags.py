@@ -178,8 +178,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-load-rng", action="store_true", help="Leave the random states of a checkpoint alone.")
     add("--resume-dataloader", action="store_true", help="Go on with the data where the checkpoint of --load stopped.")
     add("--distributed-backend", default="nccl", metavar="NAME",
-        help="How processes talk: nccl between GPUs, gloo between CPUs (default %(default)s). A run on one GPU may take gloo: "
-             "NCCL keeps 1.2 GiB of an H100 for itself.")
+        help="How processes talk: nccl between GPUs, gloo between CPUs (default %(default)s). A run on one GPU with "
+             "--zero-stage 0 may take gloo: NCCL keeps 1.2 GiB of an H100 for itself.")
     add("--local_rank", type=int, metavar="N", help="Number of this process on its machine; launchers set it.")
     add("--exit-interval", type=int, metavar="N", help="Leave after N iterations (default: never).")
     add("--wandb", action="store_true", help="Report to Weights & Biases (needs the package wandb).")

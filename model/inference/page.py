@@ -51,7 +51,7 @@ svg text{font-size:17px}dl{grid-template-columns:1fr}dd{margin-bottom:.35rem}}
 
 
 OWN_PAGE = re.compile(
-    rb"<!doctype html>\n<html [^>]*><head>.*<style>\n:root[{]color-scheme:light dark;--page:", re.DOTALL
+    rb"<!doctype html>\n<html[^>]*><head>.*<style>\n:root[{]color-scheme:light dark;--page:", re.DOTALL
 )
 
 

@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
 
 def resumed_after(folder: Path) -> list[int]:
     """After which steps a run went on, from its settings.json."""
-    return sorted({start.get("after_step", 0) for start in settings_in(folder).get("starts", [])} - {0})
+    return sorted({start.get("after_step", 0) for start in settings_in(folder).get("starts") or []} - {0})
 
 
 def settings_in(folder: Path) -> Mapping[str, Any]:

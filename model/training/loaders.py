@@ -34,11 +34,11 @@ TRAINING, EVALUATION, TEST = range(3)  # the parts of --split
 class OrderedBatches(Sampler[list[int]]):
     """This process's samples of each micro-batch of an order."""
 
-    def __init__(self, order: SampleOrder, batches_per_step: int = 1, steps: int | None = None) -> None:
+    def __init__(self, order: SampleOrder, batches_per_step: int = 1, steps: tuple[int, int] | None = None) -> None:
         """batches_per_step is how many micro-batches an optimizer step takes.
 
-        steps is how many there are; those that make whole steps, if absent. A micro-batch of the last step for which no
-        sample is left gets the step's first one, as a rank without samples does.
+        steps is how many there are, and how many of them are done; as many as the order has whole ones, if absent. A
+        micro-batch of the last step for which no sample is left gets the step's first one, as a rank without samples does.
         """
         self.order, self.batches_per_step, self.steps = order, batches_per_step, steps
         self.start = 0  # micro-batches to leave out
@@ -58,9 +58,10 @@ class OrderedBatches(Sampler[list[int]]):
         batches = self.order.batches(rank, ranks, self.start)
         if self.steps is None:
             return batches
-        first = (self.steps - 1) * self.batches_per_step * self.order.batch
+        steps, done = self.steps
+        first = (steps - 1) * self.batches_per_step * self.order.batch
         missing = repeat([self.order[min(first, len(self.order) - 1)]])
-        return islice(chain(batches, missing), max(0, self.steps * self.batches_per_step - self.start))
+        return islice(chain(batches, missing), max(0, steps - done) * self.batches_per_step)
 
     def __len__(self) -> int:
         return self.order.batch_count
@@ -81,7 +82,7 @@ class Loader:
         collate_fn: Any,
         batches_per_step: int = 1,
         batches: BatchesAtHand | None = None,
-        steps: int | None = None,
+        steps: tuple[int, int] | None = None,
     ) -> None:
         """batches is told of each batch that is handed out, and which rows the worker processes open."""
         self._told, self._samples = batches, NotedSamples(samples, args.num_workers)
@@ -100,7 +101,8 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        return self.batch_sampler.steps or max(1, len(self.batch_sampler) // self.batch_sampler.batches_per_step)
+        sampler = self.batch_sampler
+        return sampler.steps[0] if sampler.steps else max(1, len(sampler) // sampler.batches_per_step)
 
     def __iter__(self) -> Iterator[Any]:
         self._taken = self.batch_sampler.start
@@ -161,7 +163,7 @@ def make_loaders(
     selection: Selection,
     features: FeatureCache,
     batches: BatchesAtHand | None = None,
-    steps: int | None = None,
+    steps: tuple[int, int] | None = None,
 ) -> tuple[Loader | None, Loader | None, Loader | None]:
     """The loaders of training, evaluation and test, as SAT's function of this name gives them.
 
@@ -169,7 +171,7 @@ def make_loaders(
 
     Args:
         selection: the rows that were read, and which of them are held out. features: knows the vision part's output.
-        batches: told of each batch that a loader hands out. steps: of the run, where --epochs doesn't say it.
+        batches: told of each batch that a loader hands out. steps: of a run that goes on, and how many are done.
     """
 
     def samples_of(files: Sequence[str], training: bool = True) -> list[FewShotDataset]:

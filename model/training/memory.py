@@ -235,7 +235,8 @@ def holes_bytes(setup: Setup, batch: Batch) -> int:
         return 0
     one, copies = _attention_weights(setup, batch)
     layers = 1 if setup.recomputed else setup.config["num_layers"] - first_trained_layer(setup)
-    mapped = (layers * copies + COPIES_BACKWARD) * one if one >= MAPPED else 0
+    at_once = COPIES_BACKWARD if _drops_by_itself(setup, batch) else 0
+    mapped = (layers * copies + at_once) * one if one >= MAPPED else 0
     holes = HOLES_OF_ACTIVATIONS * (activation_bytes(setup, batch) - mapped)
     if setup.is_4bit:
         hidden, inner = setup.config["hidden_size"], inner_size(setup.config)
@@ -303,6 +304,11 @@ def _keys(setup: Setup, batch: Batch) -> int:
     return batch.seq + (setup.adapters.prefix_length if setup.adapters.has_ptuning else 0)
 
 
+def _drops_by_itself(setup: Setup, batch: Batch) -> bool:
+    """Whether torch's own attention on a CPU leaves weights out: it has two gradients of them at once."""
+    return not setup.on_gpu and bool(setup.attention_dropout) and _keys(setup, batch) > SHORT_ON_CPU
+
+
 def _attention_weights(setup: Setup, batch: Batch) -> tuple[float, int]:
     """Bytes of a layer's weights of all keys, and how often a CPU keeps them for the gradient: those that dropout leaves too.
 
@@ -338,7 +344,7 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
     loss = rows * config["vocab_size"] // part * (size + in_float32) + 2 * answers * hidden * size
     unpacked = hidden * inner * size if setup.is_4bit else 0
     backward = tokens * (2 * inner / part + 2 * hidden) * size + unpacked
-    if not setup.on_gpu and setup.attention_dropout and _keys(setup, batch) > SHORT_ON_CPU:
+    if _drops_by_itself(setup, batch):
         backward = max(backward, COPIES_BACKWARD * _attention_weights(setup, batch)[0])
     return int(sum(of_layers) + masks + positions + max(loss, backward)) + vision_activation_bytes(setup, batch)
 

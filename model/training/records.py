@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,13 +94,10 @@ def read_records(path: Path) -> list[Record]:
 def comparable(records: Sequence[Record], settings: Mapping[str, Any]) -> list[Record]:
     """The evaluations with a finite loss over the rows that a run with these settings evaluates on now.
 
-    A run that goes on may have others than before (--valid-data).
+    A run that goes on may have others than before (--valid-data). Older programs didn't note which a start had.
     """
-    starts = settings.get("starts") or []
-    rows = [start.get("valid_data") for start in starts]
-    changes = [
-        start.get("after_step", 0) for start, old, new in zip(starts[1:], rows, rows[1:], strict=False) if old != new
-    ]
+    starts = [start for start in settings.get("starts") or [] if "valid_data" in start]
+    changes = [new.get("after_step", 0) for old, new in pairwise(starts) if new["valid_data"] != old["valid_data"]]
     since = max(changes, default=0)
     made = (one for one in records if one.kind == EVALUATION and one.split == VALIDATION)
     return [one for one in made if one.step > since and math.isfinite(one.loss)]

@@ -72,9 +72,11 @@ class Run:
         features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
         selection.left_out = from_first_process(selection.left_out)
         self.state.watch(hooks, self.line, self.inputs)
+        steps = from_first_process(self.inputs.steps)  # the others count rows that it has left out, too
         hooks.make_loaders = partial(
-            make_loaders, selection=selection, features=features, batches=self.batches, steps=self.inputs.steps
-        )
+            make_loaders, selection=selection, features=features, batches=self.batches,
+            steps=(steps, self.line.steps_done) if self.line.resumed else None,
+        )  # fmt: skip
         hooks.get_model = partial(self._complete, model, args, features)
         if options.keep_best or options.early_stopping:
             save = self.saver.save if options.keep_best else None

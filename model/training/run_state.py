@@ -211,7 +211,11 @@ class RunState:
             state = self.collect(iteration, LoopState(model, optimizer, scheduler, args))
             assert self._record is not None
             record = replace(
-                self._record, saved_at=time.time(), iteration=iteration, steps=self.report.last_step or args.train_iters
+                self._record,
+                saved_at=time.time(),
+                iteration=iteration,
+                steps=self.report.last_step or args.train_iters,
+                samples=state["samples"],
             )
             files = {STATE_FILE: lambda path: write_state(state, path), RECORD_FILE: record.write}
             # The first process reads rows, whatever the layout: its place in them is the run's.

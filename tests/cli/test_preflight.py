@@ -145,7 +145,8 @@ def test_epochs_note_counts_samples_over_files_weights_and_processes(
     [
         (1, ["--gradient-accumulation-steps", "4"], 8),  # as it began
         (2, ["--gradient-accumulation-steps", "2"], 8),
-        (4, ["--gradient-accumulation-steps", "2"], 4),  # a step takes more samples
+        (4, ["--gradient-accumulation-steps", "2"], 5),  # of the 19 that are left, a step takes 8
+        (1, ["--gradient-accumulation-steps", "1"], 22),  # and now one
         (1, ["--gradient-accumulation-steps", "4", "--epochs", "2"], 15),
     ],
 )
@@ -156,7 +157,7 @@ def test_run_that_goes_on_on_other_processes_keeps_its_steps(
     run = ["--train-data", str(tmp_path / "a"), "--batch-size", "1", "--epochs", "1"]
     monkeypatch.setenv("WORLD_SIZE", "4")
     begun = training_steps(parse(run), selection)
-    record = RunRecord(3, begun, run, "animals", 4, {}, {}, {})
+    record = RunRecord(3, begun, run, "animals", 4, {}, {}, {}, samples=12)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     resumed = SimpleNamespace(record=record)
     assert begun == 8

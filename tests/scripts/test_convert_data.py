@@ -169,3 +169,11 @@ def test_conversations_of_which_none_can_be_a_row_are_named(tmp_path: Path, caps
     assert 'row 1: "conversations" is no list with something in it' in told
     assert 'row 2 part 1: "content" is no text' in told
     assert "no conversation in it that can be a row" in told
+
+
+def test_folder_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.json").write_text(json.dumps([llava("?", "!")]))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "c.json"), str(tmp_path / "mistyped/rows.json")])
+    assert f"no folder {tmp_path / 'mistyped'}; one that is there is needed." in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_rows, write_tuned
 
+from model.checkpoints.whole import is_replaceable
 from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
+from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, rouge_l, summary, without_punctuation
 from scripts import cli_demo, evaluate, predict
 from scripts.evaluate import comparison
@@ -248,6 +250,23 @@ def test_file_of_somebody_else_is_not_replaced(tmp_path, flag, content):
     assert evaluate.place_problems(options) == [
         f"{flag} {tmp_path / 'file'}: there is such a file, and not of evaluate.py; another name is needed."
     ]
+
+
+def test_file_that_cant_be_read_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("something")
+
+    def open_nothing(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", open_nothing)
+    assert not is_replaceable(tmp_path / "file", evaluate.OWN_RESULTS)
+
+
+def test_page_of_an_older_program_is_replaced(tmp_path):
+    (tmp_path / "page.html").write_text(
+        "<!doctype html>\n<html><head><style>\n:root{color-scheme:light dark;--page:#fff"
+    )
+    assert is_replaceable(tmp_path / "page.html", OWN_PAGE)
 
 
 def test_results_and_page_of_an_earlier_evaluation_are_replaced(tmp_path):

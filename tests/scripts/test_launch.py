@@ -71,7 +71,7 @@ def test_hostfile_that_can_not_be_used_is_told_in_a_sentence(environment, told, 
 
 @pytest.mark.parametrize(
     ("text", "holds_out"),
-    [("lr: 0.1", True), ("valid-data: [a.json]", False), ('{"holdout": 3}', False), ("split: 9,1", False)],
+    [("lr: 0.1", True), ("valid-data: [a.json]", False), ('{"holdout": 3}', False), ("split: 9,1", True)],
 )
 @pytest.mark.parametrize("form", ["--config {}", "--config={}", "--conf {}", "--confi={}"])
 def test_recipe_holds_nothing_out_where_a_file_of_flags_says_what_to_evaluate_on(text, holds_out, form, tmp_path):

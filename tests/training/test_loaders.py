@@ -80,12 +80,12 @@ def test_batches_after_steps_left_out_are_the_rest_of_all_batches(process_group)
 
 def test_last_step_for_which_samples_are_short_takes_all_that_are_left():
     order = SampleOrder(counts=(11,), seed=1, epochs=1, batch=2)
-    loader = Loader(range(11), order, sat_args(), list, batches_per_step=4, steps=2)
+    loader = Loader(range(11), order, sat_args(), list, batches_per_step=4, steps=(2, 0))
     samples = [order[place] for place in range(11)]
     assert len(loader) == 2
     assert list(loader)[4:] == [samples[8:10], samples[10:], samples[8:9], samples[8:9]]
     assert [one for batch in list(loader)[:4] for one in batch] == samples[:8]
-    assert len(list(Loader(range(11), order, sat_args(), list, batches_per_step=4, steps=1))) == 4
+    assert len(list(Loader(range(11), order, sat_args(), list, batches_per_step=4, steps=(1, 0)))) == 4
 
 
 def test_loader_starts_its_workers_when_the_first_batch_is_asked_for():

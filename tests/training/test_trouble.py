@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, RUNS, printed_losses, run_program, run_python, write_rows
+from conftest import PROJECT, RUNS, free_port, printed_losses, run_program, run_python, write_rows
 from warm_start import commands
 
 from model.data.sampling import SampleOrder
@@ -110,6 +110,58 @@ def test_run_whose_last_rows_cannot_be_used_keeps_what_it_has_learned(tmp_path, 
     assert last.endswith("  1 without a usable row")
     (folder,) = (tmp_path / "saved").iterdir()
     assert (folder / "latest").read_text() == "21"
+
+
+@pytest.mark.run
+@pytest.mark.timeout(120)  # they waited for ever
+def test_processes_that_have_not_looked_at_the_pictures_end_with_the_first_one(tmp_path, broken_picture):
+    """It alone knows which rows are left out, and so how many steps --epochs are."""
+    rows = write_rows(tmp_path, [{"prompt": "什么？", "label": "没有"}] * 6 + [broken_picture] * 6)
+    words = (
+        *TRAIN,
+        rows,
+        "--bad_rows",
+        "skip",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "1",
+        "--save",
+        "none",
+        "--answers",
+        "0",
+    )
+    two = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    done = run_python(*two, "finetune_visualglm.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(("batch", "steps"), [("2", "10/10"), ("8", "4/4")])
+def test_run_through_the_rows_that_goes_on_with_another_batch_takes_those_that_are_left(tmp_path, batch, steps):
+    """16 are left after two steps of 4; of 24 rows in all, counted as if from the start, a batch of 2 would want more."""
+    rows = write_rows(tmp_path, [{"prompt": "什么？", "label": f"{number}"} for number in range(12)])
+    flags = (
+        rows,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--save",
+        tmp_path / "saved",
+        "--answers",
+        "0",
+        "--num-workers",
+        "0",
+    )
+    first = finetune(*flags, "--save-interval", "2", "--exit-interval", "2")
+    assert first.returncode == 0, first.stderr
+    (folder,) = (tmp_path / "saved").iterdir()
+    rest = run_python("finetune_visualglm.py", "--resume", folder, "--exit-interval", "99", "--batch-size", batch)
+    assert rest.returncode == 0, rest.stderr
+    last = [line for line in rest.stdout.splitlines() if line.startswith("step ")][-1]
+    assert last.removeprefix("step ").split()[0] == steps
 
 
 @pytest.mark.run

@@ -117,7 +117,9 @@ def test_evaluations_over_other_rows_are_not_compared():
     made = evaluations([2.0, 1.5, 2.6, 2.5])
     assert overfitting(steps(FALLING), made, {"starts": starts}) == []
     same = [start | {"valid_data": ["a"]} for start in starts]
-    assert "lowest at step 20" in overfitting(steps(FALLING), made, {"starts": same})[0]
+    of_an_older_program = [{"after_step": 0}, starts[1]]
+    for starts_over_the_same in (same, of_an_older_program):
+        assert "lowest at step 20" in overfitting(steps(FALLING), made, {"starts": starts_over_the_same})[0]
     (line,) = overfitting(steps(FALLING), evaluations([1.0, 1.5, 2.6, 2.9]), {"starts": starts})
     assert "lowest at step 30 (2.6000)" in line
 

@@ -183,7 +183,8 @@ def drawable(title: str) -> tuple[str, list[str]]:
     installed = set(get_font_names())
     families = [DEFAULT_FAMILY, *(family for family in CHINESE_FAMILIES if family in installed)]
     fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
-    return "".join(one for one in title if any(font.get_char_index(ord(one)) for font in fonts)), families
+    shown = "".join(one for one in title if any(font.get_char_index(ord(one)) for font in fonts))
+    return shown.strip(), families
 
 
 def _draw_losses(axes: Any, steps: Sequence[Record], evaluations: Sequence[Record], compared: Sequence[Record]) -> None:

@@ -73,6 +73,7 @@ def test_title_is_drawn_as_it_is_typed(tmp_path):
 def test_title_has_chinese_where_a_font_has_it_and_no_boxes_elsewhere(monkeypatch):
     monkeypatch.setattr(module, "CHINESE_FAMILIES", ("Not Installed",))
     assert title_of(figure(records(8), [], "小猫-é\n7")) == "-é7"
+    assert title_of(figure(records(8), [], "小猫 7")) == "7"
     every_character = "Last Resort High-Efficiency"  # comes with matplotlib
     monkeypatch.setattr(module, "CHINESE_FAMILIES", ("Not Installed", every_character))
     drawing = figure(records(8), [], "小猫-é7")

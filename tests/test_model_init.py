@@ -136,18 +136,7 @@ def test_parts_of_a_rows_way_know_nothing_of_the_parts_after_them():
 
 
 # Who may import whom. Everything may import what stands in its own room.
-GROUND = {
-    "errors",
-    "chinese",
-    "progress",
-    "distributed",
-    "adapter_config",
-    "model_flags",
-    "sat_compat",
-    "masks",
-    "hub",
-    "file_kinds",
-}
+GROUND = {"errors", "chinese", "progress", "distributed", "adapter_config", "model_flags", "sat_compat", "masks", "hub"}
 MAY_IMPORT = {
     "ground": set(),
     "data": {"ground"},

@@ -7,7 +7,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from model.file_kinds import is_lfs_pointer, is_web_page
+from model.data.file_kinds import is_lfs_pointer, is_web_page
 
 HEAD = 512  # bytes that tell what a file is
 LARGEST_HEADER = 100_000_000  # bytes: the limit that the safetensors library sets

@@ -15,9 +15,9 @@ from typing import IO, cast
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from model.data.file_kinds import is_lfs_pointer, is_web_page, text_of
 from model.data.image_memory import decoding_bytes, memory_for
 from model.errors import InputError
-from model.file_kinds import is_lfs_pointer, is_web_page, text_of
 
 MAX_PIXELS = 200_000_000  # a 200-megapixel phone's largest photo; as RGB it takes 0.8 GB of memory
 LEAST_REDUCTION = 3  # a JPEG decoded at reduced size has edges at least so many times as long as when resized

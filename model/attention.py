@@ -236,12 +236,6 @@ def rotated_query_key_value(stacked: torch.Tensor, cos: torch.Tensor, sin: torch
     return _RotatedQueryKeyValue.apply(stacked, cos, sin)
 
 
-def rotated_tokens(stacked: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rotary` of one token a row: queries and keys [rows, 2, heads, head_dim], by cos and sin of `token_cos_sin`."""
-    pairs = stacked.unflatten(-1, cos.shape[-3:])
-    return (pairs * cos).addcmul_(pairs.flip(-2), sin).view_as(stacked)
-
-
 class PrefixAttentionMixin(ChatGLMAttnMixin):
     """ChatGLM's self-attention. Its only tensor is SAT's buffer `rotary_emb.inv_freq`."""
 
@@ -252,8 +246,8 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         self.last: tuple[Any, Any] = (None, None)  # position_ids and their rows; every layer has the same positions
 
-    def _cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """cos and sin of position_ids' angles, [*position_ids.shape, head_dim / 2] each."""
+    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotary_rows` of position_ids, int64[batch, 2, seq], all below max_sequence_length."""
         if self.table is None or self.table[0].dtype != dtype or self.table[0].device != position_ids.device:
             device = position_ids.device
             # Not the buffer inv_freq: in bfloat16 it is rounded, and far positions would be off by a tenth of a radian.
@@ -262,22 +256,10 @@ class PrefixAttentionMixin(ChatGLMAttnMixin):
             angles = (positions[:, None] * frequencies).repeat(1, 2)
             self.table = angles.cos().to(dtype), angles.sin().to(dtype)
             self.last = None, None
-        return [F.embedding(position_ids, table) for table in self.table]
-
-    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotary_rows` of position_ids, int64[batch, 2, seq], all below max_sequence_length."""
-        if self.last[0] is not position_ids or self.last[1][0].dtype != dtype:
-            cos, sin = (found.transpose(1, 2).flatten(2) for found in self._cos_sin(position_ids, dtype))
+        if self.last[0] is not position_ids:
+            cos, sin = (F.embedding(position_ids, table).transpose(1, 2).flatten(2) for table in self.table)
             self.last = position_ids, rotary_rows(cos, sin)
         return self.last[1]
-
-    def token_cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `rotated_tokens` takes, of position_ids int64[rows, 2, 1]: [rows, 1, 1, 2, 2, head_dim / 4] each.
-
-        The last dimensions are a token's positions, the two numbers of each pair, and the pairs.
-        """
-        cos, sin = (found.view(len(found), 1, 1, 2, 2, -1) for found in self._cos_sin(position_ids, dtype))
-        return cos, torch.cat((-sin[..., :1, :], sin[..., 1:, :]), dim=-2)
 
     def attention_forward(  # type: ignore[override]
         self,

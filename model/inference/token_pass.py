@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model.attention import rotated_tokens
+from model.attention import apply_rotary
 from model.inference.cache import KeyValueCache
 from model.masks import answer_position_ids
 from model.visualglm import VisualGLMModel, residual_dtype
@@ -45,7 +45,7 @@ class TokenPass:
         layers, embeddings = model.transformer.layers, model.transformer.word_embeddings.weight
         self.cache, self.head = cache, model.get_mixin("chatglm-final").lm_head
         self.embed = model.get_mixin("eva").word_embedding_forward
-        self.token_cos_sin = model.get_mixin("chatglm-attn").token_cos_sin
+        self.cos_sin = model.get_mixin("chatglm-attn").cos_sin
         self.heads = layers[0].attention.num_attention_heads_per_partition
         self.alpha = (2 * len(layers)) ** 0.5  # DeepNorm's scale of the residual
         self.dtype, self.wide = embeddings.dtype, residual_dtype(embeddings)
@@ -72,12 +72,13 @@ class TokenPass:
             numbers: int64[3, rows]: the length of each row's context without <sop>, its newest token's position, that token.
         """
         context_lengths, positions, tokens = numbers
-        cos, sin = self.token_cos_sin(answer_position_ids(context_lengths, positions), self.dtype)
+        cos, sin = self.cos_sin(answer_position_ids(context_lengths, positions), self.dtype)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(2)  # for query and key alike
         hidden = self.embed(tokens).to(self.wide)
         for number, layer in enumerate(self.layers):
             residual = layer.norm(hidden)
             stacked = layer.query_key_value(residual.to(self.dtype)).unflatten(-1, (3, self.heads, -1))
-            query, key = rotated_tokens(stacked[:, :2], cos, sin).unsqueeze(3).unbind(1)
+            query, key = apply_rotary(stacked[:, :2], cos, sin).unsqueeze(3).unbind(1)
             attended = self.cache.attend(number, query, key, stacked[:, 2].unsqueeze(2)).flatten(1)
             residual = layer.second_norm(torch.add(layer.dense(attended), residual, alpha=self.alpha))
             inner = layer.activation(layer.dense_h_to_4h(residual.to(self.dtype)))

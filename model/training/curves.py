@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from model.checkpoints.resume import SETTINGS_FILE
+from model.checkpoints.whole import write_whole
 from model.progress import warn
 from model.training.records import (
     EVALUATION,
@@ -123,10 +124,8 @@ def main(folder: Path) -> None:
     """Draw the picture of the run in folder."""
     records = read_records(folder / METRICS_FILE)
     if records:
-        unfinished = folder / f"{LOSS_FILE}.unfinished"
         drawing = figure(records, resumed_after(folder), folder.name, settings_in(folder))
-        drawing.savefig(unfinished, format="png", dpi=120)
-        os.replace(unfinished, folder / LOSS_FILE)
+        write_whole(folder / LOSS_FILE, lambda file: drawing.savefig(file, format="png", dpi=120))
 
 
 def resumed_after(folder: Path) -> list[int]:

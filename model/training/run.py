@@ -70,9 +70,9 @@ class Run:
         """
         options, selection, hooks = self.line.options, self.inputs.selection, self.hooks
         features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
-        selection.left_out = from_first_process(selection.left_out)
+        # The others count rows that it has left out, too.
+        selection.left_out, steps = from_first_process((selection.left_out, self.inputs.steps))
         self.state.watch(hooks, self.line, self.inputs)
-        steps = from_first_process(self.inputs.steps)  # the others count rows that it has left out, too
         hooks.make_loaders = partial(
             make_loaders, selection=selection, features=features, batches=self.batches,
             steps=(steps, self.line.steps_done) if self.line.resumed else None,

@@ -126,8 +126,7 @@ def _end_before_torch_does(status: object) -> None:
     # A worker of a step that failed is still there. It takes no SIGTERM, so that Python would wait for it without end.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an error of a killed worker
-    for child in multiprocessing.active_children():
-        child.kill()
+    _kill_children()
     atexit._run_exitfuncs()
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
@@ -299,11 +298,17 @@ _listener = _Listener()
 
 def end_now(number: int) -> NoReturn:
     """End this process and those that it has started at this point, with the status of a signal."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    _kill_children()
     with suppress(OSError, RuntimeError):  # nobody reads it, or a signal came while it was written
         sys.stdout.flush()
     os._exit(STATUS_OF_A_SIGNAL + number)
+
+
+def _kill_children() -> None:
+    """Kill the processes that this one has started. Its threads that wait for them have nothing to say of it."""
+    threading.excepthook = lambda _: None
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # --- closed pipes -----------------------------------------------------------------------------------------------------

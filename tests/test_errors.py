@@ -229,6 +229,25 @@ def test_signal_while_a_command_starts_or_works_ends_it_and_its_processes_silent
         os.killpg(process.pid, 0)
 
 
+def test_threads_that_wait_for_killed_processes_say_nothing():
+    """Python's own, of a pool whose tasks have been given up, would print a traceback until this process is gone."""
+    program = """if 1:
+        import sys, time
+        from concurrent.futures import ProcessPoolExecutor
+        from types import SimpleNamespace
+        from model.errors import end_now
+        pool = ProcessPoolExecutor(1)
+        tasks = [pool.submit(time.sleep, 9) for _ in range(9)]
+        time.sleep(0.3)
+        for task in tasks:
+            task.cancel()
+        sys.stdout = SimpleNamespace(flush=lambda: time.sleep(0.5))
+        end_now(2)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 # --- terminals and pipes
 
 

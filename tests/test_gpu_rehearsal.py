@@ -35,6 +35,7 @@ from model.inference import cuda_graph, load, seen_images, token_pass
 from model.inference import engine as engine_module
 from model.inference.cuda_graph import TokenGraphs
 from model.inference.engine import Engine, Question
+from model.inference.sampling import Sampling, drawn_token
 from model.lora import LoraLinear
 from model.loss import head_loss
 from model.training import sat_loop
@@ -213,6 +214,15 @@ def test_model_is_loaded_trained_saved_and_asked_on_a_gpu(gpu: Memory, smallest:
         model.to(CUDA)  # DeepSpeed does that
         assert not any(p.device == CUDA for p in model.get_mixin("eva").model.vit.parameters())
         step(model.train(), args, "features", gpu)
+
+
+def test_drawing_tokens_does_not_wait_for_the_device() -> None:
+    samplings = [Sampling(), Sampling(top_k=0), Sampling(temperature=0, invalid_slices=(slice(0, 9),))]
+    with fake_gpu() as memory:
+        memory.refuses_waits = True
+        scores = torch.randn(3, 100, dtype=torch.float16, device=CUDA)
+        drawn = [drawn_token(row, sampling, [5, 7]) for row, sampling in zip(scores, samplings, strict=True)]
+        assert [(token.shape, token.dtype, token.device) for token in drawn] == [((), torch.int64, CUDA)] * 3
 
 
 @pytest.mark.slow

@@ -81,24 +81,23 @@ def next_tokens(
     Raises:
         InputError: a score is nan.
     """
-    best, likeliest = scores.max(dim=-1)  # nan is above all numbers here
+    best, tokens = scores.max(dim=-1)  # nan is above all numbers here
     if any(map(math.isnan, best.tolist())):
         raise InputError("the model's scores hold nan: its weights are damaged, or too large for its number format.")
-    tokens = likeliest.tolist()
     for row, sampling in enumerate(samplings):
         if not sampling.takes_the_likeliest:
             tokens[row] = drawn_token(scores[row], sampling, answers[row], generators[row])
-    return tokens
+    return tokens.tolist()
 
 
 def drawn_token(
     scores: "torch.Tensor", sampling: Sampling, answer: list[int], generator: "torch.Generator | None" = None
-) -> int:
-    """One token, by scores [vocab]."""
+) -> "torch.Tensor":
+    """One token, int64[], by scores [vocab]. It stays on the device, for which nothing here waits."""
     import torch
 
     probabilities, tokens = token_probabilities(scores, sampling, answer)
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+    return tokens.gather(0, torch.multinomial(probabilities, 1, generator=generator)).squeeze(0)
 
 
 def token_probabilities(

@@ -528,6 +528,8 @@ SENTENCES = {
     "label  {text}": "标签  {text}",
     "answer {text}": "回答  {text}",
     "{count:d} answers were cut off (--max_length {length:d}).": "{count} 个回答被截断（--max_length {length}）。",
+    "{count:d} of {rows:d} questions were shortened, as training does ({bound}); predict.py, cli_demo.py and the servers ask"
+    " them whole.": "{rows} 个问题中有 {count} 个像训练时那样被截短（{bound}）；predict.py、cli_demo.py 和服务会完整地提问。",
     "right {right:d}/{rows:d}, {measures}": "答对 {right}/{rows}，{measures}",
     "right in the first only: {first:d}, in the second only: {second:d}": "只有第一个答对：{first}；只有第二个答对：{second}",
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (

@@ -11,10 +11,10 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +32,7 @@ from model.data.prompt import least_source_length
 from model.data.rows import Row
 from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.distributed import from_all_processes, world_size
+from model.distributed import done_by_first_process, from_all_processes, world_size
 from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
 from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
@@ -50,10 +50,20 @@ SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --h
     ("bleu", "BLEU", "{:.1f}"),
     ("loss", "loss per token of the labels", "{:.4f}"),
     ("cut", "answers cut off", "{:.0f}"),
+    ("shortened", "questions shortened", "{:.0f}"),
 )
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
+
+
+class Fact(NamedTuple):
+    """What is known of a row when it is asked: the summed loss of its label's tokens, and how many there are."""
+
+    loss: float
+    tokens: int
+    room: int  # tokens that its answer may have
+    shortened: bool  # the question lost its end, or earlier turns
 
 
 def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Namespace) -> list[Result]:
@@ -68,20 +78,21 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     model, tokenizer = load_for_answering(
         checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype, parts
     )
+    rows = done_by_first_process(lambda: rows)  # it alone has opened the pictures, and left bad ones out
     process, processes = int(os.environ.get("RANK", "0")) // parts, world_size() // parts
     mine = rows[process::processes]
-    losses: list[tuple[float, int]] = []
-    rooms: list[int] = []
-    questions = asked(mine, model, tokenizer, options, losses, rooms)
+    facts: list[Fact] = []
+    questions = asked(mine, model, tokenizer, options, facts)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
     results: dict[int, Result] = {}
     out = Output(options.out, len(rows))
     silent = not (is_first_process() and sys.stderr.isatty())
     with tqdm(total=len(mine), desc="answering", unit="row", disable=silent) as bar:
         for place, ids in answers:
-            row = mine[place]
+            row, fact = mine[place], facts[place]
             answer = answer_text(ids, tokenizer, model.asked_as.is_english(row.lang))
-            results[process + place * processes] = result_of(row, answer, *losses[place], len(ids) >= rooms[place])
+            result = result_of(row, answer, fact.loss, fact.tokens, len(ids) >= fact.room)
+            results[process + place * processes] = replace(result, shortened=fact.shortened)
             bar.update()
             out.note(checkpoint.name, results)
     for of_others in from_all_processes(results):
@@ -94,13 +105,9 @@ def asked(
     model: Any,
     tokenizer: Any,
     options: argparse.Namespace,
-    losses: list[tuple[float, int]],
-    rooms: list[int],
+    facts: list[Fact],
 ) -> Iterator[Any]:
-    """Each row as a question that is asked as the checkpoint was trained.
-
-    Before it is given, the loss of its label is added to losses, and to rooms how many tokens its answer may have.
-    """
+    """Each row as a question that is asked as the checkpoint was trained; before it is given, its fact is added to facts."""
     import torch
 
     from model.data.prompt import sample_from_row
@@ -116,11 +123,12 @@ def asked(
         pictures = [image_tensor(row.img, model) for row in batch if row.img is not None]
         features = seen.features(pictures)
         samples = [sample_from_row(row, tokenizer, lengths) for row in batch]
-        losses += label_losses(samples, None, model, tokenizer, torch.stack(features) if features else None)
+        losses = label_losses(samples, None, model, tokenizer, torch.stack(features) if features else None)
         of_pictures = iter(features)
-        for row, sample in zip(batch, samples, strict=True):
+        for row, sample, loss in zip(batch, samples, losses, strict=True):
             ids = sample.input_ids[: sample.input_ids.index(tokenizer.bos_token_id) + 1]
-            rooms.append(options.max_length - len(ids))
+            shortened = bool(sample.truncated_prompt_tokens or sample.dropped_turns)
+            facts.append(Fact(*loss, options.max_length - len(ids), shortened))
             yield Question(
                 ids, sample.pre_image, image_features=None if row.img is None else next(of_pictures).unsqueeze(0)
             )
@@ -283,9 +291,25 @@ def evaluate(options: argparse.Namespace) -> None:
         say(heading + summary_line(measured))
         if measured["cut"]:
             say(f"{measured['cut']:.0f} answers were cut off (--max_length {options.max_length}).")
+    for note in shortened_notes(checkpoints, measures, options.max_length):
+        say(note)
     if len(results) > 1:
         say(comparison(*results.values()))
     say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
+
+
+def shortened_notes(
+    checkpoints: Sequence[Checkpoint], measures: Mapping[str, dict[str, float]], max_length: int
+) -> Iterator[str]:
+    """How many questions lost their end or earlier turns, and what they were bound by, a sentence for each checkpoint."""
+    for checkpoint in checkpoints:
+        measured, known = measures[checkpoint.name], checkpoint.asked_as.max_source_length
+        bound = f"--max_length {max_length}" if known is None else f"--max_source_length {known}"
+        if measured["shortened"]:
+            yield (
+                f"{measured['shortened']:.0f} of {measured['rows']:.0f} questions were shortened, as training does "
+                f"({bound}); predict.py, cli_demo.py and the servers ask them whole."
+            )
 
 
 def usable_rows(options: argparse.Namespace) -> list[Row]:

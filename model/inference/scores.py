@@ -24,6 +24,7 @@ class Result:
     loss: float
     tokens: int
     cut: bool = False  # the answer ended because there was no room for more of it
+    shortened: bool = False  # the question was asked without its end, or without earlier turns
 
 
 def without_punctuation(text: str) -> str:
@@ -63,6 +64,7 @@ def summary(results: Sequence[Result]) -> dict[str, float]:
         "bleu": bleu(results),
         "loss": sum(result.loss * result.tokens for result in results) / max(1, tokens),
         "cut": sum(result.cut for result in results),
+        "shortened": sum(result.shortened for result in results),
     }
 
 

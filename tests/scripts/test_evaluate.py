@@ -158,13 +158,13 @@ def test_question_is_asked_as_the_checkpoint_was_trained(flags, upstream_checkpo
     model, tokenizer = load_for_answering(tuned)
     row = row_from_json({"img": str(PICTURES[0]), "prompt": QUESTIONS[1] * 3, "label": "雪地"}, "row 1")
     options = evaluate.command_line().parse_args(["--from_pretrained", "x", "--data", "x", "--max_length", "100"])
-    rooms = []
-    (question,) = evaluate.asked([row], model, tokenizer, options, [], rooms)
+    facts = []
+    (question,) = evaluate.asked([row], model, tokenizer, options, facts)
     lengths = {"max_source_length": 100, "max_target_length": 100} | flags
     trained = sample_from_row(row, tokenizer, Lengths.from_args(SimpleNamespace(image_length=32, **lengths)))
     assert question.input_ids == trained.input_ids[: len(question.input_ids)]
     assert trained.labels[len(question.input_ids) - 1] == tokenizer.bos_token_id
-    assert rooms == [100 - len(question.input_ids)]
+    assert [fact.room for fact in facts] == [100 - len(question.input_ids)]
 
 
 def test_chat_asks_as_the_checkpoint_was_trained(upstream_checkpoint, tmp_path):
@@ -204,6 +204,23 @@ def test_row_is_asked_in_its_own_language_else_in_that_of_training_by_every_comm
     capsys.readouterr()
     cli_demo.main([str(word) for word in (*words[:2], "--query", "你好", "--max_length", "30", "--temperature", "0")])
     assert capsys.readouterr().out.strip() == evaluated[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained", "bound"), [({"max_source_length": 64}, "--max_source_length 64"), ({}, "--max_length 90")]
+)
+def test_shortened_questions_are_counted(trained, bound, upstream_checkpoint, tmp_path, capsys):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, **trained)
+    rows = [{"prompt": "你好"}, {"prompt": "好" * 99}, {"prompt": "好", "history": [["问" * 50, "答" * 50]]}]
+    data = write_rows(tmp_path, [row | {"label": "雪"} for row in rows])
+    out = tmp_path / "results.json"
+    evaluate_here("--from_pretrained", tuned, "--data", data, "--max_length", "90", "--out", out)
+    assert (
+        f"2 of 3 questions were shortened, as training does ({bound}); predict.py, cli_demo.py and the servers ask them "
+        "whole." in capsys.readouterr().out
+    )
+    assert [one["shortened"] for one in json.loads(out.read_text())["results"]] == [False, True, True]
 
 
 def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upstream_checkpoint, tmp_path, capsys):
@@ -326,9 +343,14 @@ def test_command_with_something_wrong_ends_with_a_sentence_and_status_2(upstream
     [(2, 1), pytest.param(4, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long)],
 )
 def test_processes_that_share_rows_or_a_model_have_the_results_of_one(upstream_checkpoint, tmp_path, processes, parts):
+    (tmp_path / "broken.png").write_bytes(PICTURES[0].read_bytes()[:99])  # the first process alone sees that
+    bad = {"img": str(tmp_path / "broken.png"), "prompt": "一", "label": "二"}
+    data = write_rows(tmp_path, [bad, *json.loads(ROWS.read_text())])
+
     def evaluated(name, *launcher):
         out = tmp_path / f"{name}.json"
-        words = ("--from_pretrained", upstream_checkpoint, "--data", ROWS, "--max_length", "60", "--batch-size", "2")
+        words = ("--from_pretrained", upstream_checkpoint, "--data", data, "--max_length", "60", "--batch-size", "2")
+        words += ("--bad_rows", "skip")
         done = run_python(
             *launcher, COMMAND, *words, "--out", out, "--model-parallel-size", 1 if name == "one" else parts,
             cwd=GOLDEN / "upstream",

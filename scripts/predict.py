@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.running import locked_here
-from model.checkpoints.whole import CHECKSUMS_FILE, is_same_file, json_text, write_whole
+from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, write_whole
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, rows_in_place, values_of
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # rows and flags are checked before torch is loaded
 DEFAULT_LENGTH = 512  # tokens of question and answer together, as evaluate.py has it
 CHECK_SECONDS = 2.0  # for opening pictures beforehand, where a bad one does no harm
 STANDARD_OUTPUT = "-"
+OWN_SETTINGS = re.compile(rb'[{]\s*"--')
 NOT_SETTINGS = ("data", "out", "overwrite", "batch_size", "bad_rows", "from_pretrained", "revision")
 
 Outcome = dict[str, Any]  # what a line says besides its row: "answer" or "error"
@@ -92,7 +94,7 @@ def read_questions(options: argparse.Namespace) -> tuple[Rows, dict[int, str], i
 
 
 def settings_of(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What answers depend on, by the names that a person knows: flags, the checkpoint's weights, the data file."""
+    """What answers depend on, by the names that a person knows: flags, the checkpoint's weights and config, the data file."""
     flags = {f"--{name}": value for name, value in vars(options).items() if name not in NOT_SETTINGS}
     checksums = checkpoint.weights_file().parent / CHECKSUMS_FILE
     if checksums.is_file():
@@ -101,7 +103,10 @@ def settings_of(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
         facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.weights_files()]
         weights = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     data = hashlib.sha256(Path(options.data).read_bytes()).hexdigest()
-    return {**flags, "the checkpoint's weights": weights, "the data file's content": data}
+    config = hashlib.sha256(json_text(checkpoint.config, 0).encode()).hexdigest()
+    return {
+        **flags, "the checkpoint's weights": weights, "the checkpoint's config": config, "the data file's content": data,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -398,8 +403,13 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if Path(options.data).exists() and not Path(options.data).is_file():
         raise InputError(f"--data {options.data}: not a file; one is needed, for it is read twice.")
-    if options.out != STANDARD_OUTPUT and is_same_file(options.out, options.data):
+    if options.out == STANDARD_OUTPUT:
+        return
+    if is_same_file(options.out, options.data):
         raise InputError(f"--out {options.out}: the same file as --data; another one is needed.")
+    settings = settings_file(Path(options.out))
+    if not is_replaceable(settings, OWN_SETTINGS):
+        raise InputError(f"--out {options.out}: {settings} is somebody else's; another name is needed.")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def test_answers_that_are_all_there_need_no_model(predict, tmp_path, monkeypatch
         (["--quant", "8"], "--quant not given, now 8"),
         ("data", "the data file's content"),
         ("weights", "the checkpoint's weights"),
+        ("config", "(the checkpoint's config)"),
         ("answers", "not the line of row 2"),
         ("settings", "not of predict.py"),
     ],
@@ -183,11 +184,16 @@ def test_something_else_than_before_is_refused_unless_it_may_be_overwritten(
     predict, tmp_path, upstream_checkpoint, changed, part
 ):
     data, out, checkpoint = write_rows(tmp_path, ROWS[:2]), tmp_path / "answers.jsonl", upstream_checkpoint
-    predict("--data", data, "--out", out)
+    if changed == "config":
+        checkpoint = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    predict("--data", data, "--out", out, checkpoint=checkpoint)
     if changed == "data":
         write_rows(tmp_path, ROWS[1:3])
     elif changed == "weights":
         checkpoint = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    elif changed == "config":
+        config = json.loads((checkpoint / "model_config.json").read_text())
+        (checkpoint / "model_config.json").write_text(json.dumps(config | {"lora_alpha": 40}))
     elif changed == "answers":
         out.write_text("".join(out.read_text().splitlines(keepends=True)[:1] * 2))
     elif changed == "settings":
@@ -200,6 +206,16 @@ def test_something_else_than_before_is_refused_unless_it_may_be_overwritten(
     assert out.read_bytes() == before
     assert predict("--data", data, "--out", out, *words, "--overwrite", checkpoint=checkpoint).returncode == 0
     assert [line["row"] for line in lines_of(out)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_file_of_somebody_else_in_the_place_of_the_settings_is_not_replaced(predict, tmp_path):
+    rows = write_rows(tmp_path, ROWS[:2]).rename(tmp_path / "answers.jsonl.settings.json")
+    before = rows.read_bytes()
+    run = predict("--data", rows, "--out", tmp_path / "answers.jsonl", "--overwrite")
+    assert run.returncode == 2
+    assert f"{rows} is somebody else's; another name is needed." in run.stderr
+    assert rows.read_bytes() == before
 
 
 @pytest.mark.run

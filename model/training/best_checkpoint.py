@@ -43,6 +43,7 @@ class BestEvaluation:
         self.since = 0  # evaluations in a row that were no better
         self.resumed_at: int | None = None  # the iteration that a run goes on from
         self._is_known = False  # else the folder may have a better one
+        self._found_at: int | None = None  # the iteration of that one
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know."""
@@ -64,6 +65,8 @@ class BestEvaluation:
         """Save model if this evaluation is the best. Whether the run is to end. Every process calls this alike."""
         if not self._is_known:
             self._find(args)
+        if iteration == self._found_at:  # made again where the run goes on: it is the one that was found
+            return False
         values = self._values(measures)
         is_better = self._are_better(values)
         self.since = 0 if is_better else self.since + 1
@@ -95,7 +98,7 @@ class BestEvaluation:
             return
         kept = from_first_process(kept_measures(Path(args.save, BEST_FOLDER)))
         if kept.get("iteration", 0) <= self.resumed_at and "loss" in kept and self._are_better(self._values(kept)):
-            self.values = self._values(kept)
+            self.values, self.since, self._found_at = self._values(kept), 0, int(kept["iteration"])
 
     def _keep(self, model: Any, args: argparse.Namespace, iteration: int, measures: Mapping[str, float]) -> None:
         assert self.save_checkpoint is not None

@@ -10,6 +10,11 @@ import torch
 from model.training.best_checkpoint import BEST_FILE, BestEvaluation, kept_measures, mean_over_tokens
 
 
+@pytest.fixture
+def process_group(small_model):
+    """SAT's, which loading a model sets up."""
+
+
 def best_loss(folder):
     return kept_measures(folder).get("loss", math.inf)
 
@@ -43,7 +48,9 @@ def test_best_loss_when_its_file_was_cut_short_is_infinite(tmp_path, text):
 @pytest.mark.parametrize(
     ("iteration", "loss", "is_kept"), [(10, 1.7, True), (8, 1.7, True), (12, 1.7, False), (10, 1.9, False)]
 )
-def test_evaluation_behind_the_last_checkpoint_counts_for_the_run_that_goes_on(tmp_path, iteration, loss, is_kept):
+def test_evaluation_behind_the_last_checkpoint_counts_for_the_run_that_goes_on(
+    tmp_path, process_group, iteration, loss, is_kept
+):
     """The last step is saved, and evaluated after that: the state of the run doesn't know of it."""
     folder = tmp_path / "best"
     (folder / str(iteration)).mkdir(parents=True)
@@ -56,3 +63,23 @@ def test_evaluation_behind_the_last_checkpoint_counts_for_the_run_that_goes_on(t
     args = SimpleNamespace(save=str(tmp_path), iteration=14, train_iters=20)
     best.consider(None, args, 14, {"loss": 1.8})
     assert saved == ([] if is_kept else [14])
+
+
+def test_kept_evaluation_that_is_made_again_counts_once(tmp_path, process_group):
+    """A run that goes on from the last save evaluates there again."""
+    folder = tmp_path / "best"
+    (folder / "20").mkdir(parents=True)
+    (folder / "latest").write_text("20")
+    (folder / "20" / BEST_FILE).write_text(json.dumps({"iteration": 20, "loss": 1.5}))
+    saved = []
+    best = BestEvaluation(lambda *args: saved.append(args[0]), patience=2)
+    best.resumed_at = 20
+    best.load_state_dict({"by": "loss", "values": [-1.8], "since": 1})
+    ends = [
+        best.consider(
+            None, SimpleNamespace(save=str(tmp_path), iteration=iteration, train_iters=40), iteration, {"loss": loss}
+        )
+        for iteration, loss in ((20, 1.5), (24, 1.6), (28, 1.7))
+    ]
+    assert ends == [False, False, True]
+    assert saved == []

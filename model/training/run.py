@@ -120,7 +120,7 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     state = RunState(TrainingReport(Terminal.of_run(options)), line.resumed, saver.begin)
     hooks = Hooks(load_checkpoint, state.saving(saver.save), state.report, options.auto_warmup_steps)
     hooks.step_watchers.append(TimedSaves.of_run(hooks, options))
-    batches = watched(hooks, options, saver.wait)
+    batches = watched(hooks, options, saver.wait, line.steps_done)
     # Pictures are checked before the processes meet, on each machine for so long at most, and in no time where they are known.
     hooks.longest_wait += timedelta(seconds=min(options.check_seconds, A_WEEK))
     stop = StopAtSignal(hooks)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from model.checkpoints.save import make_latest
 from model.cli.options import Options
-from model.distributed import is_first_process
+from model.distributed import done_by_first_process
 from model.errors import InputError, RowError
 from model.progress import warn
 from model.training.metrics import TrainingReport
@@ -33,14 +34,17 @@ RowAtHand = tuple[str, int]  # where it is from, and its tokens
 Save = Callable[[int, Any, Any, Any, argparse.Namespace], None]
 
 
-def watched(hooks: Hooks, options: Options, wait_for_saves: Callable[[], None] = lambda: None) -> "BatchesAtHand":
+def watched(
+    hooks: Hooks, options: Options, wait_for_saves: Callable[[], None] = lambda: None, resumed_at: int = 0
+) -> "BatchesAtHand":
     """Let the steps of hooks be watched, and what it saves be guarded. The batches that are worked on, for the loaders.
 
     Args:
         wait_for_saves: returns once no checkpoint is being written.
+        resumed_at: the iteration of --save that the run goes on from; 0 for a new one.
     """
     batches = BatchesAtHand(read_together=options.loss_normalization == "token")
-    skipped = SkippedSteps(hooks.report, batches, options.max_skipped_steps, wait_for_saves)
+    skipped = SkippedSteps(hooks.report, batches, options.max_skipped_steps, wait_for_saves, resumed_at)
     hooks.step_watchers += [batches, skipped]
     hooks.save_checkpoint = skipped.guarding(hooks.save_checkpoint)
     return batches
@@ -111,9 +115,11 @@ class SkippedSteps(StepWatcher):
         batches: BatchesAtHand,
         most: int,
         wait_for_saves: Callable[[], None] = lambda: None,
+        resumed_at: int = 0,
     ) -> None:
         """most is how many steps in a row may be skipped (--max_skipped_steps)."""
         self.report, self.batches, self.most, self.wait_for_saves = report, batches, most, wait_for_saves
+        self.resumed_at = resumed_at
         self.in_a_row = 0
         self.last_applied = 0  # number of the last step that changed the weights, from 1
         self.lost = False  # the weights give a loss that isn't finite
@@ -168,10 +174,12 @@ class SkippedSteps(StepWatcher):
 
     def _last_good_checkpoint(self, args: argparse.Namespace) -> str:
         """A sentence that names it. A checkpoint of weights whose loss isn't finite is not the last one any more."""
-        good = [iteration for iteration in self.saved if not self.lost or iteration < self.last_applied]
-        if self.saved and len(good) < len(self.saved):
+        there = [self.resumed_at, *self.saved] if self.resumed_at else self.saved
+        good = [iteration for iteration in there if not self.lost or iteration < self.last_applied]
+        if self.saved and self.saved[-1] not in good:  # what the run goes on from is left as it is
             self.wait_for_saves()
-            _set_aside(Path(args.save), self.saved[-1], good[-1] if good else None)
+            last_good = good[-1] if good else None
+            done_by_first_process(lambda: _set_aside(Path(args.save), self.saved[-1], last_good))
         return "The last good checkpoint: " + (f"{Path(args.save, str(good[-1]))}." if good else "none.")
 
     def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
@@ -208,14 +216,13 @@ def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
 
 
 def _set_aside(folder: Path, bad: int, good: int | None) -> None:
-    """Make good the last checkpoint of folder, or none, and rename the folder of bad to `<bad>-diverged`."""
-    if is_first_process():
-        if good is None:
-            (folder / "latest").unlink(missing_ok=True)
-        else:
-            make_latest(folder, good)
-        (folder / str(bad)).rename(folder / f"{bad}-diverged")
-    torch.distributed.barrier()  # a launcher ends this process as soon as another one leaves
+    """Make good the last checkpoint of folder, or none, and rename the folder of bad to `<bad>-diverged`, or that and a number."""
+    if good is None:
+        (folder / "latest").unlink(missing_ok=True)
+    else:
+        make_latest(folder, good)
+    aside = chain([f"{bad}-diverged"], (f"{bad}-diverged-{number}" for number in count(2)))
+    (folder / str(bad)).rename(next(folder / name for name in aside if not (folder / name).exists()))
 
 
 # --- what ends a run at once ------------------------------------------------------------------------------------------

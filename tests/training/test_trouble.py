@@ -75,6 +75,11 @@ def test_run_that_diverges_stops_and_leaves_the_last_good_checkpoint_the_last(tm
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"1", "2-diverged", "tensorboard"}
     assert "Not saved at iteration 3: the loss is not finite." in done.stderr
     assert "NaN or Inf found" not in done.stderr  # TensorBoard's writer
+    again = run_python("finetune_visualglm.py", "--resume", run)
+    assert again.returncode == 2
+    assert again.stderr.endswith(f"The last good checkpoint: {run / '1'}.\n")
+    assert (run / "latest").read_text() == "1"
+    assert {path.name for path in run.glob("2*")} == {"2-diverged", "2-diverged-2"}
 
 
 @pytest.mark.run

@@ -29,7 +29,7 @@ from model.cli.options import Options
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.rows import Row
 from model.data.split import same_file_warnings
-from model.distributed import from_first_process, is_first_process
+from model.distributed import from_all_processes, from_first_process, is_first_process
 from model.errors import InputError
 from model.inference.batch import label_losses
 from model.inference.engine import Answer, Engine, Question, model_positions
@@ -143,12 +143,18 @@ class RowAnswers:
     def ask(self, model: Any, args: argparse.Namespace) -> Answered | None:
         """The rows' answers; None, with a line, where they can't be had. Nothing of the run is changed."""
         module = getattr(model, "module", model)
-        try:
-            with as_it_was(model, module):
-                return Answered(args.iteration, from_first_process(self._results(module, args)))
-        except (InputError, torch.OutOfMemoryError) as error:
-            warn(f"{self.what} are not answered: {str(error).splitlines()[0]}")
+        results: list[Result] = []
+        problem = None
+        with as_it_was(model, module):
+            try:
+                results = self._results(module, args)
+            except (InputError, torch.OutOfMemoryError) as error:
+                problem = str(error).splitlines()[0]
+        problem = next(filter(None, from_all_processes(problem)), None)  # one without memory keeps no other waiting
+        if problem is not None:
+            warn(f"{self.what} are not answered: {problem}")
             return None
+        return Answered(args.iteration, from_first_process(results))
 
     def _results(self, module: Any, args: argparse.Namespace) -> list[Result]:
         seen = SeenImages(module)

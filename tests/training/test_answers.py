@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import GOLDEN, run_program
+from conftest import GOLDEN, PROJECT, free_port, run_program, run_python
 
 from model import progress
 from model.chinese import in_chinese
@@ -131,3 +131,18 @@ def test_answers_survive_the_file(tmp_path):
 def test_answers_file_that_is_broken_has_no_answers(tmp_path, text):
     (tmp_path / "answers.json").write_text(text)
     assert "after" not in read_answers(tmp_path)
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rows_that_one_process_has_no_memory_for_are_left_out_by_all_and_the_run_goes_on(
+    upstream_checkpoint, tmp_path, rank
+):
+    done = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+        PROJECT / "tests/programs/answer_without_room.py", rank, *COMMON, "--from_pretrained", upstream_checkpoint,
+        "--answers", "2", "--save", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training rows are not answered: out of memory on this rank") == 2  # before and after
+    assert "step 4/4" in done.stdout

@@ -26,6 +26,7 @@ STATE_FILE = "training_state.pt"
 RECORD_FILE = "training_run.json"
 SETTINGS_FILE = "settings.json"  # in the run's folder
 VERSION = 1  # of the state and of the record
+NOT_NOTED = {"samples": 0, "held_out": {}, "rows": {}, "evaluated": {}}  # in the record of an older program
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,13 @@ class RunRecord:
     ]  # of the checkpoint that the run started from: SAT writes only some of it into the run's own
     saved_at: float = field(default_factory=time.time)  # seconds since 1970
     version: int = VERSION
-    samples: int = (
-        0  # of the order of training that are behind; 0 in the record of an older program, which didn't note it
-    )
+    # An older program didn't note what follows.
+    samples: int = 0  # of the order of training that are behind
+    held_out: dict[str, list[int]] = field(default_factory=dict)  # rows of each data file, by --holdout
+    rows: dict[str, str] = field(
+        default_factory=dict
+    )  # how many rows of each file of --train-data are of use, and which
+    evaluated: dict[str, str] = field(default_factory=dict)  # as data, of --valid-data
 
     def write(self, path: Path) -> None:
         """Write the record to a file."""
@@ -59,7 +64,7 @@ class RunRecord:
         Raises:
             InputError: the file can't be read, or doesn't hold such a record.
         """
-        values = {"samples": 0, **read_json_object(path, "The record of a run")}
+        values = {**NOT_NOTED, **read_json_object(path, "The record of a run")}
         odd = [one.name for one in fields(cls) if not _fits(values.get(one.name), one.name)]
         if odd:
             raise InputError(f"{path}: {', '.join(odd)} can't be used; a record that a run wrote is needed.")
@@ -82,7 +87,7 @@ def _fits(value: object, name: str) -> bool:
         return False
     if name == "config":
         return True
-    if name == "data":
+    if name in ("data", "rows", "evaluated"):
         return all(isinstance(digest, str) for digest in value.values())
     return all(isinstance(rows, list) and all(type(row) is int for row in rows) for rows in value.values())
 
@@ -176,6 +181,16 @@ def digest(path: str | Path) -> str:
 def digests(paths: Sequence[str]) -> dict[str, str]:
     """The digest of each file."""
     return {path: digest(path) for path in paths}
+
+
+def rows_of_use(numbers: Sequence[int]) -> str:
+    """How many rows of a data file can be used, and which, for a person and for comparing.
+
+    Args:
+        numbers: those of the rows in their file (`Rows.numbers`).
+    """
+    text = ",".join(map(str, numbers))
+    return f"{len(numbers)} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:

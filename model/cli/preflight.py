@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.metadata import refuse_needless_base, with_base
-from model.checkpoints.resume import Resumed
+from model.checkpoints.resume import Resumed, RunRecord, rows_of_use
 from model.checkpoints.sizes import (
     BYTES_OF_FLOAT32,
     ROOM_FOR_THE_REST,
@@ -89,11 +89,24 @@ def preflight(
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
     data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
     if resumed:
+        raise_problems(rows_problems(resumed.record, data.selection))
         data.selection.left_out = resumed.record.left_out
+        data.selection.held_out = resumed.record.held_out or data.selection.held_out
     steps = steps_of_run(options, data.selection, resumed)
     raise_problems(steps_problems(options, steps))
     notes += [*data.notes, epochs_note(options, data.selection, steps)]
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, notes, steps, data.cut_labels)
+
+
+def rows_problems(record: RunRecord, selection: Selection) -> list[str]:
+    """Which files of a run that goes on have other rows of use than when it began, though the files are the same."""
+    now = {file: rows_of_use(selection.rows[file].numbers) for file in record.rows if file in selection.rows}
+    return [
+        f"{file}: {now[file]} of its rows can be used, and {record.rows[file]} could when the run began, so that the place in "
+        "the data would be among other rows. Needed are the pictures' files, and --image_folder, as they were, or a new run."
+        for file in now
+        if now[file] != record.rows[file]
+    ]
 
 
 def with_options(inputs: Inputs, before: Options, options: Options, resumed: Resumed | None = None) -> Inputs:

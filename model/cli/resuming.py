@@ -10,8 +10,9 @@ Only the standard library is imported.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.layout import Checkpoint
@@ -87,8 +88,9 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     home = resumed.checkpoint.folder.parent  # which may have been moved since
     if "save" not in options.user_set or Path(options.save or "").expanduser().resolve() == home.resolve():
         before.save = joined.save = str(home)
+    began, resumed = resumed, with_data_where_it_is(resumed, before, joined)
     more, more_notes = for_these_processes(resumed.record.processes // before.model_parallel_size, before, joined)
-    raise_problems([*fixed_problems(before, joined), *data_problems(resumed)])
+    raise_problems([*fixed_problems(before, joined, resumed is not began), *data_problems(resumed)])
     changed = change_notes(before, joined)
     words, save = [*words, *more], joined.save
     joined = parse([*resumed.record.words, *argv, *more])
@@ -98,15 +100,42 @@ def command_line(argv: Sequence[str]) -> CommandLine:
     if not joined.dry_run:
         refuse_running(resumed.checkpoint.folder)
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
-    anew = [
-        name
-        for name in ("valid_data", "eval_answers")
-        if name in changes and (joined.keep_best or joined.early_stopping)
-    ]
+    anew = [name for name in ("valid_data", "eval_answers") if name in changes]
+    if "valid_data" not in anew and (other := other_evaluated_files(resumed, joined)):
+        changed += [f"{file}: other rows than the run evaluated on before." for file in other]
+        anew.append("valid_data")
+    if not (joined.keep_best or joined.early_stopping):
+        anew = []
     changed += [
         f"{flag_with_value(name, getattr(joined, name))}: the best evaluation is looked for anew." for name in anew
     ]
     return CommandLine(joined_words, joined, resumed, [*notes, *more_notes, *changed], bool(anew))
+
+
+def with_data_where_it_is(resumed: Resumed, before: Options, joined: Options) -> Resumed:
+    """The run, with its data files under the names that --train-data gives them now, if they are the same files or copies."""
+    record, then, now = resumed.record, before.train_data or [], joined.train_data or []
+    if then == now or len(then) != len(now):
+        return resumed
+    try:
+        is_same = [record.data.get(one) for one in then] == [digest(one) for one in now]
+    except OSError:
+        return resumed  # the checks of data say so
+    if not is_same:
+        return resumed
+    names = dict(zip(then, now, strict=True))
+    moved: dict[str, Any] = {
+        part: {names.get(file, file): of_file for file, of_file in getattr(record, part).items()}
+        for part in ("data", "left_out", "held_out", "rows")
+    }
+    return replace(resumed, record=replace(record, **moved))
+
+
+def other_evaluated_files(resumed: Resumed, joined: Options) -> list[str]:
+    """Those of --valid-data that have other rows now."""
+    stored = resumed.record.evaluated
+    files = [file for file in joined.valid_data or [] if file in stored and Path(file).is_file()]
+    return [file for file in files if digest(file) != stored[file]]
 
 
 def for_these_processes(ranks_before: int, before: Options, joined: Options) -> tuple[list[str], list[str]]:
@@ -260,13 +289,18 @@ def differing(before: Options, joined: Options) -> list[str]:
     return sorted(name for name in joined.user_set - apart if getattr(joined, name) != getattr(before, name))
 
 
-def fixed_problems(before: Options, joined: Options) -> list[str]:
-    """Which flags are others now although they have to stay as they are."""
+def fixed_problems(before: Options, joined: Options, has_moved_data: bool = False) -> list[str]:
+    """Which flags are others now although they have to stay as they are.
+
+    Args:
+        has_moved_data: --train-data names the same files, or copies.
+    """
+    stay = FIXED.keys() - {*(["train_data"] if has_moved_data else []), *same_place(before, joined)}
     problems = [
         f"{flag_with_value(name, getattr(joined, name))}: the run has {_value(before, name)}, and {FIXED[name]}; the same is "
         "needed, or a new run."
         for name in differing(before, joined)
-        if name in FIXED
+        if name in stay
     ]
     if before.holdout is not None and joined.valid_data:
         problems.append(
@@ -284,6 +318,12 @@ def fixed_problems(before: Options, joined: Options) -> list[str]:
             "order; --epochs is needed."
         )
     return problems
+
+
+def same_place(before: Options, joined: Options) -> list[str]:
+    """--from_pretrained's attribute, if it names the run's folder by another path."""
+    paths = [Path(options.from_pretrained or "").expanduser() for options in (before, joined)]
+    return ["from_pretrained"] if all(path.exists() for path in paths) and paths[0].samefile(paths[1]) else []
 
 
 def change_notes(before: Options, joined: Options) -> list[str]:
@@ -313,7 +353,10 @@ def data_problems(resumed: Resumed) -> list[str]:
         try:
             found = digest(path)
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}; the run was trained on it, and it is needed to go on.")
+            problems.append(
+                f"{path}: {error.strerror}; the run was trained on it, and it is needed to go on. --train-data says where it "
+                "is now."
+            )
             continue
         if found != stored:
             problems.append(

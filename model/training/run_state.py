@@ -31,7 +31,16 @@ import torch
 
 from model.checkpoints.metadata import VISION, base_of, found_base
 from model.checkpoints.model_parallel import gathered, own_part
-from model.checkpoints.resume import RECORD_FILE, STATE_FILE, Resumed, RunRecord, digests, read_state, write_state
+from model.checkpoints.resume import (
+    RECORD_FILE,
+    STATE_FILE,
+    Resumed,
+    RunRecord,
+    digests,
+    read_state,
+    rows_of_use,
+    write_state,
+)
 from model.checkpoints.weights import opened_for, refuse_another_base
 from model.cli.preflight import Inputs, training_samples
 from model.cli.resuming import CommandLine
@@ -79,15 +88,19 @@ class RunState:
         """Be told of what the run does, and take down what it is: its flags, its data files, rows that are left out."""
         options, self._evaluates_anew = line.options, line.evaluates_anew
         self._samples_per_epoch = training_samples(options, inputs.selection)
+        notes = is_first_process() and (options.save or self.resumed)
         self._record = RunRecord(
             iteration=0,
             steps=0,
             words=line.words,
             experiment=options.experiment_name,
             processes=torch.distributed.get_world_size(),
-            data=digests(options.train_data or []) if is_first_process() and (options.save or self.resumed) else {},
+            data=digests(options.train_data or []) if notes else {},
             left_out=inputs.selection.left_out,
             config={**inputs.checkpoint.config},
+            held_out=inputs.selection.held_out,
+            rows={file: rows_of_use(inputs.selection.rows[file].numbers) for file in options.train_data or []},
+            evaluated=digests(options.valid_data or []) if notes else {},
         )
         hooks.schedule_start, hooks.before_training = self.schedule_start, self.before_training
         hooks.after_evaluation = self._note_evaluation

@@ -10,7 +10,7 @@ import pytest
 from conftest import PROJECT, write_rows, write_tuned
 
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.resume import RunRecord
+from model.checkpoints.resume import Resumed, RunRecord, rows_of_use
 from model.cli.options import Options, parse
 from model.cli.preflight import (
     checkpoint_size,
@@ -162,6 +162,34 @@ def test_run_that_goes_on_on_other_processes_keeps_its_steps(
     resumed = SimpleNamespace(record=record)
     assert begun == 8
     assert steps_of_run(parse([*run, *words]), selection, resumed) == steps  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def resumed(good: Options) -> Resumed:
+    """A run of these flags and --holdout 1 that is to go on; the row that is held out isn't the one of this --seed."""
+    good.holdout = 1
+    inputs = preflight(good)
+    ((file, (taken,)),) = inputs.selection.held_out.items()
+    record = RunRecord(
+        1, 2, [], "animals", 1, {}, {}, {}, held_out={file: [(taken + 1) % 4]},
+        rows={file: rows_of_use(inputs.selection.rows[file].numbers)},
+    )  # fmt: skip
+    return Resumed(Checkpoint.find(good.from_pretrained), record)
+
+
+def test_run_that_goes_on_holds_out_the_rows_that_it_held_out(good: Options, resumed: Resumed) -> None:
+    assert preflight(good, resumed=resumed).selection.held_out == resumed.record.held_out
+    assert preflight(good).selection.held_out != resumed.record.held_out
+
+
+def test_run_that_goes_on_needs_the_same_rows_to_be_of_use(good: Options, resumed: Resumed) -> None:
+    (file,) = good.train_data or []
+    write_rows(Path(file).parent, [*ROWS[:3], {"prompt": "?"}], Path(file).name)
+    good.bad_rows = "skip"
+    with pytest.raises(
+        InputError, match=rf"{file}: 3 \(\w+\) of its rows can be used, and 4 \(\w+\) could when the run began"
+    ):
+        preflight(good, resumed=resumed)
 
 
 def test_rows_that_are_left_out_do_not_count_for_split(good: Options, tmp_path: Path) -> None:

@@ -172,6 +172,39 @@ def test_best_evaluation_is_looked_for_anew_on_other_rows(run: Path, tmp_path: P
     assert not command_line(["--resume", str(run), "--valid-data", other]).evaluates_anew
 
 
+def test_best_evaluation_is_looked_for_anew_where_the_same_file_has_other_rows(run: Path, tmp_path: Path) -> None:
+    other = str(write_rows(tmp_path, ROWS, "other.json"))
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    record["words"] += ["--valid-data", other, "--keep_best"]
+    file.write_text(json.dumps(record | {"evaluated": {other: digest(other)}}))
+    assert command_line(["--resume", str(run)]).notes == []
+    write_rows(tmp_path, ROWS[:3], "other.json")
+    line = command_line(["--resume", str(run)])
+    assert line.notes == [
+        f"{other}: other rows than the run evaluated on before.",
+        f"--valid-data {other}: the best evaluation is looked for anew.",
+    ]
+    assert line.evaluates_anew
+
+
+def test_data_and_base_may_be_named_where_they_are_now(run: Path, tmp_path: Path) -> None:
+    (base := tmp_path / "base").mkdir()
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    record["words"] += ["--from_pretrained", str(base)]
+    (data,) = record["data"]
+    file.write_text(json.dumps(record | {"left_out": {data: [2]}}))
+    moved = str(Path(data).rename(tmp_path / "moved.json"))
+    line = command_line(["--resume", str(run), "--train-data", moved, "--from_pretrained", f"{tmp_path}/./base"])
+    assert line.notes == []
+    assert line.words[-4:-2] == ["--train-data", moved]
+    assert line.resumed is not None
+    assert (line.resumed.record.data, line.resumed.record.left_out) == ({moved: digest(moved)}, {moved: [2]})
+    write_rows(tmp_path, ROWS[:3], "moved.json")
+    assert "the place in the data would be among other rows" in refusal("--resume", run, "--train-data", moved)
+
+
 def test_newest_run_of_an_experiment_in_a_folder_of_its_own_is_found(words: list[str], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "saved/group/animals-1", {}, {"weight": torch.zeros(1)})
     (data,) = tmp_path.glob("rows.json")

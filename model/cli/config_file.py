@@ -5,8 +5,8 @@
     lr: 1e-3                                    with - or _ , as the command line takes them; so are numbers
     train_parts: [qformer=1e-5]
 
-A file becomes the words of a command line, which stand before those that were typed. So its values are checked as flags
-are, and the command line wins. `settings.json` of a run is such a file too: of it those flags are taken that the run was
+A file becomes the words of a command line, which stand before those that were typed, and behind those of a recipe in
+scripts/. So its values are checked as flags are, the command line wins, and a recipe loses. `settings.json` of a run is such a file too: of it those flags are taken that the run was
 given, and those that have another default by now.
 
 Only the standard library is imported, and PyYAML where there is such a file.
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from model.cli.options import FlagParser, Options, full_parser, unknown_flag, whole_flags
 
 FLAG = "--config"
+RECIPE_ENDS = "--recipe_ends"  # between a recipe's own words and those that were typed
 NOT_IN_A_FILE = ("help", "config", "resume", "local_rank", "device")  # what belongs to one start of one process
 LENGTHS = {"epochs", "train-iters"}  # how long to train: of what is typed, neither is a file's
 TEXT = "tag:yaml.org,2002:str"
@@ -31,19 +32,26 @@ FLAGS, GIVEN = "flags", "given"  # keys of settings.json
 
 
 def with_config_files(argv: Sequence[str]) -> list[str]:
-    """A command line in which the flags of each --config FILE stand in the front, in place of that flag.
+    """A command line in which the flags of each --config FILE stand in place of that flag, in front of what was typed.
+
+    A recipe's own words, up to RECIPE_ENDS, stay before them.
 
     Exits with status 2 and a sentence on standard error where the file can't be read or has what no flag takes.
     """
     argv = whole_flags(argv)
+    recipe: list[str] = []
+    if RECIPE_ENDS in argv:
+        end = argv.index(RECIPE_ENDS)
+        recipe, argv = argv[:end], argv[end + 1 :]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument(FLAG, action="append", default=[])
     try:
         found, typed = finder.parse_known_args(argv)
     except argparse.ArgumentError:
-        return argv  # no value: the whole parser says so
+        return recipe + argv  # no value: the whole parser says so
     counts = {_key(word.split("=")[0]) for word in typed} & LENGTHS
-    return [word for file in found.config for word in words_of_file(file, LENGTHS if counts else ())] + typed
+    of_files = [word for file in found.config for word in words_of_file(file, LENGTHS if counts else ())]
+    return recipe + of_files + typed
 
 
 def words_of_file(path: str, without: Collection[str] = ()) -> list[str]:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 
+from model.cli.config_file import with_config_files
+from model.cli.options import parse
+
 
 def launched(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """What the recipes do in a folder on a machine without a GPU; they print the words before the script's path."""
@@ -95,19 +98,34 @@ def test_recipe_holds_nothing_out_where_split_does(flags, holds_out):
     assert ("--holdout 0.1" in done.stdout) == holds_out
 
 
-@pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
-@pytest.mark.parametrize(("flags", "counts"), [([], "--train-iters 300"), (["--epochs", "2"], "--epochs 2")])
-def test_recipe_trains_as_long_as_in_2023_or_as_the_flags_say(recipe, flags, counts, tmp_path):
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "python").chmod(0o755)
+def words_of(folder: Path, recipe: str, *flags: str) -> list[str]:
+    """The words that a recipe starts Python with, on a machine without a GPU."""
+    (folder / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (folder / "python").chmod(0o755)
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "VIRTUAL_ENV": "active",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{os.environ['PATH']}",
     }
     done = subprocess.run(
         ["bash", PROJECT / f"scripts/{recipe}.sh", *flags], env=environment, capture_output=True, text=True, check=True
     )
-    words = done.stdout.splitlines()[-1]
+    lines = done.stdout.splitlines()
+    return lines[lines.index(str(PROJECT / "finetune_visualglm.py")) + 1 :]
+
+
+@pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
+def test_file_of_flags_wins_over_a_recipe_and_what_is_typed_over_both(recipe, tmp_path):
+    (tmp_path / "flags.yaml").write_text("lr: 0.01\nbatch-size: 2\nepochs: 3\n")
+    words = words_of(tmp_path, recipe, "--config", str(tmp_path / "flags.yaml"), "--batch-size", "7")
+    options = parse(with_config_files(words))
+    assert (options.lr, options.batch_size, options.epochs, options.train_iters) == (0.01, 7, 3, None)
+    assert options.lora_rank == 10
+
+
+@pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
+@pytest.mark.parametrize(("flags", "counts"), [([], "--train-iters 300"), (["--epochs", "2"], "--epochs 2")])
+def test_recipe_trains_as_long_as_in_2023_or_as_the_flags_say(recipe, flags, counts, tmp_path):
+    words = " ".join(words_of(tmp_path, recipe, *flags))
     assert counts in words
     assert ("--train-iters" in words) != ("--epochs" in words)

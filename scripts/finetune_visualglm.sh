@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tunes VisualGLM-6B with LoRA: the released recipe, but evaluated every 100 iterations on a tenth of the rows,
 # which is held out of training.
-# Flags that follow, or stand in a --config file, win over those below: bash scripts/finetune_visualglm.sh --train-data my.json --lr 0.001
+# Flags that follow win over those below, as do those of a --config file:
+# bash scripts/finetune_visualglm.sh --train-data my.json --lr 0.001
 # The released recipe had --checkpoint-activations. Here activations are recomputed only if they don't fit into memory.
 # The checkpoint is looked for in $SAT_HOME (~/.sat_models if unset), unless --from_pretrained FOLDER names another.
 set -euo pipefail

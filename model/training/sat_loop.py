@@ -100,6 +100,7 @@ class Hooks:
     longest_wait: timedelta = LONGEST_WAIT  # of one process for another, in torch.distributed
     step_watchers: list[StepWatcher] = field(default_factory=list)  # told in this order
     before_exit: Callable[[], None] = lambda: None  # --exit-interval ends the run here
+    exit: Callable[[], None] = sys.exit  # in this way; where it returns, SAT's loop goes on
     before_last_evaluation: Callable[[], None] = lambda: None  # all steps are done, and saved only after it
     # Everything is put back, the first step comes next: (state, loader of the training rows, that of the evaluation's).
     before_first_step: Callable[[LoopState, Any, Any], None] = lambda state, train, valid: None
@@ -422,7 +423,7 @@ def _exit(hooks: Hooks) -> Callable[[], None]:
 
     def leave() -> None:
         hooks.before_exit()
-        sys.exit()
+        hooks.exit()
 
     return leave
 

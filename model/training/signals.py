@@ -47,9 +47,10 @@ class StopAtSignal(StepWatcher):
     def __init__(self, hooks: Hooks) -> None:
         """Put this into SAT's loop by its hooks."""
         hooks.step_watchers.append(self)
-        hooks.while_evaluating = self.while_evaluating
+        hooks.while_evaluating, hooks.exit = self.while_evaluating, self.stop_at_interval
         self.report = hooks.report
         self.number = 0  # of the signal that came to this process, or that the processes have agreed on
+        self.is_at_interval = False  # --exit-interval has ended the loop before its last step
         self._came: float | None = None  # when this process got one, in seconds
         self._launched = "WORLD_SIZE" in os.environ
         self._args: argparse.Namespace | None = None  # SAT's, once the first step has begun
@@ -142,9 +143,16 @@ class StopAtSignal(StepWatcher):
         args.train_iters = args.iteration
         args.do_valid = args.do_test = False
 
+    def stop_at_interval(self) -> None:
+        """--exit-interval ends the run here as a signal does, unless all steps are done."""
+        args = self._args
+        if args is not None and args.iteration < args.train_iters:
+            self.is_at_interval = True
+            self._end_the_loop(args)
+
     def is_stopping(self) -> bool:
-        """Whether a signal has asked this process, or another one that has said so, to stop."""
-        return bool(self.number)
+        """Whether --exit-interval, or a signal to this process or another one that has said so, has asked the run to stop."""
+        return bool(self.number) or self.is_at_interval
 
     # --- what the system tells
 
@@ -177,18 +185,19 @@ class StopAtSignal(StepWatcher):
     # --- afterwards
 
     def leave(self) -> None:
-        """Leave, if a signal came; a line says where the run was stopped, and how to go on.
+        """Leave, if a signal came, or --exit-interval; a line says where the run was stopped, and how to go on.
 
         Raises:
-            SystemExit: with status 128 + the signal's number.
+            SystemExit: with status 128 + the signal's number, or 0.
         """
-        if not self.number or self._args is None:
+        if not self.is_stopping() or self._args is None:
             return
-        args, name = self._args, signal.Signals(self.number).name
+        args = self._args
+        name = signal.Signals(self.number).name if self.number else f"--exit-interval {args.exit_interval}"
         stopped = f"{name}: stopped after step {args.iteration} of {self.report.last_step or args.train_iters}."
         if args.save:
             say(f"{stopped} To go on: --resume {args.save}")
         else:
             say(f"{stopped} Nothing was saved (--save none).")
         ignore_signals_from_now_on()
-        sys.exit(STATUS_OF_A_SIGNAL + self.number)
+        sys.exit(STATUS_OF_A_SIGNAL + self.number if self.number else 0)

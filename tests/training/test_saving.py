@@ -237,6 +237,21 @@ def test_run_that_leaves_at_an_exit_interval_has_saved(upstream_checkpoint: Path
     done = train(upstream_checkpoint, tmp_path, "--train-iters", "9", "--exit-interval", "3")
     assert (done.code, iterations(tmp_path)) == (0, ["3"]), done.err
     assert Checkpoint.find(next(tmp_path.glob("checkpoints/*"))).iteration == "3"
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert done.out.splitlines()[-1].startswith("--exit-interval 3: stopped after step 3 of 9. To go on: --resume ")
+    assert done.out.count("Saved ") == 1
+    assert folder.name in done.out.splitlines()[-1]
+
+
+@pytest.mark.run
+def test_run_whose_last_step_is_one_of_an_exit_interval_ends_as_others_do(
+    upstream_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = train(upstream_checkpoint, tmp_path, "--train-iters", "3", "--exit-interval", "3", "--holdout", "2")
+    assert (done.code, iterations(tmp_path)) == (0, ["3"]), done.err
+    assert "iteration 3: validation loss" in done.out
+    assert "stopped" not in done.out
+    assert "Report: " in done.out
 
 
 @pytest.mark.run

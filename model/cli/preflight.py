@@ -83,6 +83,8 @@ def preflight(
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
     raise_problems(save_problems(options, checkpoint_size(options, checkpoint)))
+    if resumed and not options.dry_run:
+        raise_problems(folder_problems("--resume", str(resumed.checkpoint.folder)))
     if options.summary_dir:
         raise_problems(folder_problems("--summary-dir", os.path.join(options.summary_dir, "runs")))
     if options.feature_cache is not None:

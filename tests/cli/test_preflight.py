@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT, write_rows, write_tuned
 
+from model.checkpoints import sizes
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.resume import Resumed, RunRecord, rows_of_use
 from model.cli.options import Options, parse
@@ -190,6 +191,17 @@ def test_run_that_goes_on_needs_the_same_rows_to_be_of_use(good: Options, resume
         InputError, match=rf"{file}: 3 \(\w+\) of its rows can be used, and 4 \(\w+\) could when the run began"
     ):
         preflight(good, resumed=resumed)
+
+
+def test_folder_of_a_run_that_goes_on_has_to_be_writable(
+    good: Options, resumed: Resumed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resumed.checkpoint.folder
+    monkeypatch.setattr(sizes, "_can_be_written_to", lambda place: place != folder)  # root may write everywhere
+    with pytest.raises(InputError, match=f"--resume {folder}: {folder} can't be written to"):
+        preflight(good, resumed=resumed)
+    good.dry_run = True
+    assert preflight(good, resumed=resumed).checkpoint == resumed.checkpoint
 
 
 def test_rows_that_are_left_out_do_not_count_for_split(good: Options, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ says so: an `Ending`.
 """
 
 import hashlib
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -144,11 +145,12 @@ def resumed_from(name: str) -> Resumed:
 
 
 def newest_run(folder: Path, experiment: str) -> tuple[Resumed | None, list[str]]:
-    """The newest whole checkpoint of an experiment's runs in a folder, if there is one.
+    """The latest whole checkpoint of the newest of an experiment's runs in a folder, if there is one.
 
-    Also a sentence for each newer one that can't be used.
+    Also a sentence for each newer one that can't be used. Of two runs the clock tells which is newer; of one run, `latest`
+    and the number of steps: clocks of machines differ.
     """
-    found: list[tuple[float, Path]] = []
+    found: dict[Path, dict[Path, float]] = {}  # when each iteration of each run was saved
     skipped: list[str] = []
     for path in (folder / experiment).parent.glob(f"*/*/{RECORD_FILE}"):  # a name may have a folder in front
         if not path.parent.name.isdecimal():  # what a killed save has left
@@ -159,13 +161,23 @@ def newest_run(folder: Path, experiment: str) -> tuple[Resumed | None, list[str]
             skipped.append(f"Left out: {problem}")
             continue
         if record.experiment == experiment:
-            found.append((record.saved_at, path.parent))
-    for _, iteration in sorted(found, reverse=True):
+            found.setdefault(path.parent.parent, {})[path.parent] = record.saved_at
+    newest_first = sorted(found, key=lambda run: max(found[run].values()), reverse=True)
+    for iteration in (one for run in newest_first for one in _latest_first(run, found[run])):
         try:
             return resumed_from(str(iteration)), skipped
         except InputError as problem:
             skipped.append(f"Left out: {problem}")
     return None, skipped
+
+
+def _latest_first(run: Path, iterations: Iterable[Path]) -> list[Path]:
+    """A run's iterations from the one that `latest` names downwards, and then those above it."""
+    try:
+        last = int((run / "latest").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        last = sys.maxsize
+    return sorted(iterations, key=lambda one: (int(one.name) <= last, int(one.name)), reverse=True)
 
 
 def _beside_weights(checkpoint: Checkpoint, file: str) -> Path:

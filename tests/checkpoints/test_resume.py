@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,6 +133,22 @@ def test_newest_run_is_the_one_saved_last_of_its_experiment(tmp_path: Path) -> N
     assert newest is not None
     assert newest.checkpoint.folder.name == "b"
     assert skipped == []
+
+
+@pytest.mark.parametrize(("latest", "taken"), [("4", "4"), ("2", "2"), (None, "4")])
+def test_iteration_of_the_newest_run_is_the_latest_whatever_the_clocks_say(
+    tmp_path: Path, latest: str | None, taken: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    for iteration, saved_at in (("2", 9.0), ("4", 5.0)):
+        shutil.copytree(folder / "1", folder / iteration)
+        RunRecord(**{**asdict(RECORD), "iteration": int(iteration), "saved_at": saved_at}).write(
+            folder / iteration / RECORD_FILE
+        )
+    (folder / "latest").unlink() if latest is None else (folder / "latest").write_text(latest)
+    newest, skipped = newest_run(tmp_path, "animals")
+    assert newest is not None
+    assert (newest.checkpoint.iteration, skipped) == (taken, [])
 
 
 @pytest.mark.parametrize("file", [STATE_FILE, "mp_rank_00_model_states.pt", "../model_config.json", RECORD_FILE])

@@ -77,11 +77,12 @@ class Answered:
 class RowAnswers:
     """The rows of a run that are answered, and their answers before the first step and now."""
 
-    def __init__(self, options: Options, tokenizer: Any) -> None:
+    def __init__(self, options: Options, tokenizer: Any, goes_on: bool = False) -> None:
+        """goes_on: the run is resumed, and has answered before its first step."""
         # Without a folder nothing is left of the answers but an evaluation's measures.
         self.number = options.eval_answers or (options.answers if options.save else 0)
         self.in_between = options.eval_answers > 0
-        self.tokenizer = tokenizer
+        self.tokenizer, self.goes_on = tokenizer, goes_on
         self.batch = min(AT_ONCE, options.eval_batch_size or AT_ONCE)
         self.held_out = False
         self.before: Answered | None = None
@@ -111,7 +112,7 @@ class RowAnswers:
         self.held_out = valid is not None and not same_file_warnings(args.train_data, args.valid_data or [])
         found = (train if valid is None else valid).spread(self.number)
         self._rows = [(row, sample) for row, sample in found if "problem" not in sample]
-        if args.iteration:
+        if self.goes_on:
             self.before = from_first_process(self._kept() if self._folder else None)
         elif self._rows:
             how_not = "" if self.in_between else " (--answers 0: none)"

@@ -134,6 +134,17 @@ def test_answers_file_that_is_broken_has_no_answers(tmp_path, text):
 
 
 @pytest.mark.run
+def test_run_that_counts_on_from_a_loaded_checkpoint_answers_before_its_first_step(runs, upstream_checkpoint, tmp_path):
+    flags = [*COMMON, "--train-iters", "5", "--mode", "pretrain", "--answers", "2", "--save", tmp_path]
+    words = ["--load", runs[PLAIN].folder, "--from_pretrained", upstream_checkpoint, *flags]
+    done = run_python("finetune_visualglm.py", *words)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    answered = read_answers(folder)
+    assert (answered["before"].step, answered["after"].step) == (4, 5)
+
+
+@pytest.mark.run
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_rows_that_one_process_has_no_memory_for_are_left_out_by_all_and_the_run_goes_on(
     upstream_checkpoint, tmp_path, rank

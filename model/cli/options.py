@@ -130,7 +130,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Iterations that are kept: once a new one is safe, the oldest are removed, but never the one in the folder "
              "best (default: all).")
     add("--tokenizer", metavar="PATH",
-        help="Folder with ice_text.model, or that file (default: the checkpoint's own, else the hub's).")
+        help="Folder with ice_text.model, or that file, for a checkpoint that has none (default: the hub's).")
     add("--max_source_length", type=length_or_auto, default=64, metavar="N|auto",
         help="Longest question in tokens, picture, frame and history included; where a row has more, the oldest turns "
              "leave first, then the prompt is shortened; auto takes what the data needs (default %(default)s).")

@@ -64,7 +64,23 @@ SIZE = Kind(
     lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.holds, value)),
     "a list of height and width in pixels",
 )
+DECODERS = Kind(
+    lambda value: TRUTH.holds(value) or (isinstance(value, list) and all(map(TRUTH.holds, value))),
+    "true, false or a list of these, one a layer,",
+)
 
+# Of ViT and Q-Former, below "eva_args" and "qformer_args".
+_VISION_KINDS: Mapping[str, Kind] = {
+    "num_layers": COUNT,
+    "hidden_size": COUNT,
+    "inner_hidden_size": _or_null(COUNT),
+    "num_attention_heads": COUNT,
+    "vocab_size": COUNT,
+    "max_sequence_length": WHOLE,
+    "layernorm_epsilon": AMOUNT,
+    "hidden_dropout": SHARE,
+    "attention_dropout": SHARE,
+}
 # By the path to the value.
 KINDS: Mapping[tuple[str, ...], Kind] = {
     ("num_layers",): COUNT,
@@ -74,6 +90,9 @@ KINDS: Mapping[tuple[str, ...], Kind] = {
     ("vocab_size",): COUNT,
     ("max_sequence_length",): COUNT,
     ("image_length",): COUNT,
+    ("layernorm_epsilon",): AMOUNT,
+    ("hidden_dropout",): SHARE,
+    ("attention_dropout",): SHARE,
     ("bos_token_id",): _or_null(WHOLE),
     ("mask_token_id",): _or_null(WHOLE),
     ("gmask_token_id",): _or_null(WHOLE),
@@ -82,7 +101,13 @@ KINDS: Mapping[tuple[str, ...], Kind] = {
     ("eva_args",): OBJECT,
     ("eva_args", "image_size"): SIZE,
     ("eva_args", "patch_size"): COUNT,
+    ("eva_args", "pre_len"): WHOLE,
+    ("eva_args", "post_len"): WHOLE,
+    ("eva_args", "in_channels"): COUNT,
     ("qformer_args",): OBJECT,
+    ("qformer_args", "is_decoder"): DECODERS,
+    ("qformer_args", "cross_attn_hidden_size"): _or_null(COUNT),
+    **{(part, key): kind for part in ("eva_args", "qformer_args") for key, kind in _VISION_KINDS.items()},
     ("use_lora",): _or_null(TRUTH),
     ("use_qlora",): _or_null(TRUTH),
     ("use_ptuning",): _or_null(TRUTH),

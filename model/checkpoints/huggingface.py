@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.checkpoints.broken_files import what_it_is_instead
-from model.errors import InputError
+from model.checkpoints.config_types import KINDS, problems_of_kind
+from model.errors import InputError, raise_problems
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,8 @@ SHARED_KEYS = (
 )  # fmt: skip
 OPTIONAL_KEYS = ("layernorm_epsilon", "hidden_dropout", "attention_dropout")
 VISION_KEYS = {"eva_config": "eva_args", "qformer_config": "qformer_args"}
+_NAMES_HERE = {key: key for key in SHARED_KEYS + OPTIONAL_KEYS} | {ours: theirs for theirs, ours in VISION_KEYS.items()}
+_KINDS_HERE = {(_NAMES_HERE[path[0]], *path[1:]): kind for path, kind in KINDS.items() if path[0] in _NAMES_HERE}
 # The classes that transformers loads these weights into. Their code stays in the repository that published it.
 CODE = "THUDM/visualglm-6b--"
 CLASSES = {
@@ -120,7 +123,7 @@ def sat_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: the file, for messages.
 
     Raises:
-        InputError: it is of another model, or of quantised weights.
+        InputError: it is of another model, or of quantised weights, or a value is of another kind than its key has.
     """
     needed = (*SHARED_KEYS, *VISION_KEYS)
     missing = [f'"{key}"' for key in needed if key not in config]
@@ -130,6 +133,7 @@ def sat_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(
             f'{where}: "quantization_bit" is {config["quantization_bit"]}; weights that are not quantised are needed.'
         )
+    raise_problems(problems_of_kind(config, _KINDS_HERE, where))
     return {
         "model_class": "VisualGLMModel",
         "tokenizer_type": "outer_tokenizer",

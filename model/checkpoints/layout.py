@@ -170,6 +170,11 @@ class Checkpoint:
 
         return AskedAs.from_json(self.config.get("finetuning", {}).get("asked_as") or {})
 
+    @property
+    def config_file(self) -> Path:
+        """Where its configuration was read."""
+        return self.folder / (huggingface.CONFIG_FILE if self.layout == "hf" else CONFIG_FILE)
+
     def latest(self) -> str:
         """The iteration that `latest` in its folder names by now; "" if it names none."""
         try:

@@ -41,7 +41,6 @@ from model.checkpoints.tensors import (
     open_huggingface,
     size_in_bytes,
 )
-from model.checkpoints.whole import CONFIG_FILE
 from model.errors import InputError
 from model.progress import warn, with_progress
 from model.sat_compat import import_sat
@@ -148,7 +147,7 @@ def _put_into(
             missing_here, unexpected_here = module.load_state_dict(selected, strict=False, assign=on_meta)
         except RuntimeError as error:  # torch lists every tensor of another shape
             raise InputError(
-                f"{path}: the weights are of another model than {checkpoint.folder / CONFIG_FILE}: {error}"
+                f"{path}: the weights are of another model than {checkpoint.config_file}: {error}"
             ) from None
         missing_in_all = set(missing_here)
         missing = [name for name in (missing_here if missing is None else missing) if name in missing_in_all]
@@ -160,7 +159,7 @@ def _put_into(
     if needed:
         raise InputError(
             f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "
-            "that model_config.json describes."
+            f"that {checkpoint.config_file.name} describes."
         )
     if unexpected:
         warn(f"{path}: {len(unexpected)} tensors belong to no part of this model and are left out: {unexpected[:3]} …")

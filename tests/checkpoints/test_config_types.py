@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import GOLDEN, PROJECT
+from conftest import GOLDEN, PROJECT, write_huggingface
 
 import finetune_visualglm
 from model.checkpoints.config_types import type_problems
@@ -42,12 +42,32 @@ ODD = [
     ({"lora_target": ["everything"]}, '"lora_target" is ["everything"]; a list of query_key_value,'),
     ({"pre_seq_len": 2.5}, '"pre_seq_len" is 2.5'),
     ({"train_parts": [["vit"]]}, '"train_parts" is [["vit"]]'),
-    ({"eva_args": {"image_size": 224}}, '"eva_args.image_size" is 224; a list of height and width in pixels is needed.'),
+    (
+        {"eva_args": {"image_size": 224}},
+        '"eva_args.image_size" is 224; a list of height and width in pixels is needed.',
+    ),
     ({"eva_args": {"patch_size": 0}}, '"eva_args.patch_size" is 0'),
     ({"num_layers": [28]}, '"num_layers" is [28]'),
     ({"hidden_size": "x" * 1000}, '"hidden_size" is "xxx'),
     ({"inner_hidden_size": -1}, '"inner_hidden_size" is -1'),
     ({"max_sequence_length": {}}, '"max_sequence_length" is {}'),
+    ({"hidden_dropout": "0.1"}, '"hidden_dropout" is "0.1"; a number from 0 to less than 1 is needed.'),
+    ({"eva_args": {"num_layers": "3"}}, '"eva_args.num_layers" is "3"; a whole number of 1 or more is needed.'),
+    ({"eva_args": {"num_attention_heads": 0}}, '"eva_args.num_attention_heads" is 0'),
+    (
+        {"qformer_args": {"is_decoder": [1, 0]}},
+        '"qformer_args.is_decoder" is [1, 0]; true, false or a list of these, one',
+    ),
+]
+ODD_AT_HUGGING_FACE = [
+    ({"num_layers": "6"}, '"num_layers" is "6"; a whole number of 1 or more is needed.'),
+    ({"hidden_size": None}, '"hidden_size" is null'),
+    ({"num_attention_heads": 0}, '"num_attention_heads" is 0'),
+    ({"layernorm_epsilon": "1e-05"}, '"layernorm_epsilon" is "1e-05"; a number of 0 or more is needed.'),
+    ({"gmask_token_id": "86"}, '"gmask_token_id" is "86"'),
+    ({"eva_config": []}, '"eva_config" is []; an object {…} is needed.'),
+    ({"eva_config": {"image_size": 224}}, '"eva_config.image_size" is 224; a list of height and width in pixels is needed.'),
+    ({"qformer_config": {"hidden_size": "128"}}, '"qformer_config.hidden_size" is "128"'),
 ]  # fmt: skip
 
 
@@ -92,6 +112,19 @@ def test_odd_type_in_the_configuration_is_a_sentence(tiny, capsys, odd, sentence
         assert f"The checkpoint's configuration {tiny / 'model_config.json'}: " in told
         assert sentence in told
         assert len(told) < 1000
+
+
+@pytest.mark.parametrize(
+    ("odd", "sentence"), ODD_AT_HUGGING_FACE, ids=[str(odd)[:50] for odd, _ in ODD_AT_HUGGING_FACE]
+)
+def test_odd_type_in_hugging_faces_configuration_is_a_sentence_in_its_own_names(tmp_path, capsys, odd, sentence):
+    config = json.loads((PROJECT / "model/tiny/model_config.json").read_text())
+    published = write_huggingface(tmp_path / "published", config, {})
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(config | odd))
+    for told in refusals(published, capsys):
+        assert f"{published / 'config.json'}: {sentence}" in told
+        assert "model_config.json" not in told
 
 
 @pytest.mark.parametrize(

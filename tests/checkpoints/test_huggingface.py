@@ -1,6 +1,7 @@
 """A folder in Hugging Face's layout, loaded as it is: by the product's own --from_pretrained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,19 @@ def test_missing_tensors_are_told_once(published: Path, upstream_config: dict, t
         InputError, match=r"1 tensors are missing \(the first: mixins\.chatglm-final\.lm_head\.weight\)"
     ):
         load_for_answering(str(folder))
+
+
+@pytest.mark.parametrize(("key", "value", "told"), [
+    ("num_layers", 4, "needed are all the weights that config.json describes"),
+    ("vocab_size", 3840, "the weights are of another model than {config}: "),
+])  # fmt: skip
+def test_sizes_of_another_model_are_told_with_the_layouts_own_file(published: Path, tmp_path: Path, key, value, told):
+    folder = shutil.copytree(published, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError) as error:
+        load_for_answering(str(folder))
+    assert told.format(config=folder / "config.json") in str(error.value)
 
 
 # --- names and configuration ------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def command_line() -> argparse.ArgumentParser:
         "--force_base", action="store_true", help="take --base although the adapter was trained on other weights"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUT has")
+    parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
     return parser
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = Checkpoint.find(options.checkpoint, "CHECKPOINT")  # before torch is loaded
         from model.convert.merge_lora import merge
 
-        folder = merge(checkpoint, options.out, options.base, options.force_base, options.overwrite)
+        folder = merge(checkpoint, options.out, options.base, options.force_base, options.overwrite, options.tokenizer)
         say(f"Merged into {folder}.")
 
 

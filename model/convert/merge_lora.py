@@ -26,7 +26,7 @@ from model.checkpoints.whole import (
     take_place,
     write_whole,
 )
-from model.data.tokenizer import find_tokenizer
+from model.data.tokenizer import VOCAB_FILE, find_tokenizer
 from model.errors import InputError
 from model.frozen import NF4_BLOCK, dequantized, quantized
 from model.lora import folded
@@ -36,7 +36,12 @@ ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
 
 def merge(
-    checkpoint: str | Checkpoint, out: str, base: str | None = None, force_base: bool = False, overwrite: bool = False
+    checkpoint: str | Checkpoint,
+    out: str,
+    base: str | None = None,
+    force_base: bool = False,
+    overwrite: bool = False,
+    tokenizer: str | None = None,
 ) -> Path:
     """Write the checkpoint's weights with its LoRA folded in, as an ordinary checkpoint in the new folder out.
 
@@ -46,6 +51,7 @@ def merge(
         checkpoint: with LoRA or QLoRA, all weights or what was trained only; anything that `Checkpoint.find` takes.
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
         overwrite: put it in the place of the checkpoint that out has.
+        tokenizer: where its file is, if the checkpoint's folder has none.
 
     Raises:
         InputError: there is nothing that can be merged, a file can't be used, or out is in use or has no room.
@@ -55,6 +61,7 @@ def merge(
     _refuse_unmergeable(checkpoint.name, adapters)
     refuse_needless_base(checkpoint, base)
     whole = with_base(checkpoint, base)
+    vocabulary = find_tokenizer(checkpoint.folder, tokenizer)
     old, folder = _place(Path(os.path.abspath(out)) if overwrite else Path(out), whole, overwrite)
     is_replaced = old != folder
     weights, _, _ = whole_weights(whole, force_base=force_base)
@@ -74,7 +81,7 @@ def merge(
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         write_weights(weights_path(folder, unfinished.name), shapes(plain), merged, int(ITERATION))
-        put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint))
+        put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint, vocabulary))
         write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
     except OSError as error:
         raise InputError(
@@ -83,8 +90,8 @@ def merge(
         ) from error
     finally:
         remove_unfinished(folder)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if not (folder / "latest").is_file():  # which is written last
+            remove(folder)
     if is_replaced:
         take_place(folder, old)
         folder = old
@@ -103,13 +110,12 @@ def _say_who_packed(plain: Mapping[str, torch.Tensor], adapters: AdapterConfig) 
         )
 
 
-def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint) -> list[Path]:
+def _write_config_and_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary: Path) -> list[Path]:
     """Write what stands above the merged checkpoint's weights, and give the paths."""
     text = json_text(_plain_config(checkpoint), 4)
     write_whole(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
-    tokenizer = Path(find_tokenizer(checkpoint.folder, None))
-    write_whole(folder / tokenizer.name, lambda file: shutil.copyfile(tokenizer, file))
-    return [folder / CONFIG_FILE, folder / tokenizer.name]
+    write_whole(folder / VOCAB_FILE, lambda file: shutil.copyfile(vocabulary, file))
+    return [folder / CONFIG_FILE, folder / VOCAB_FILE]
 
 
 def _place(out: Path, whole: Checkpoint, overwrite: bool) -> tuple[Path, Path]:

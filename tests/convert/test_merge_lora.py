@@ -1,11 +1,13 @@
 """Merging: from file to file, one tensor at a time, into an ordinary checkpoint; and what can't be merged."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from conftest import PROJECT, load_model, run_on_a_small_disk, run_program, run_python, small_disk, write_tuned
+from conftest import GOLDEN, PROJECT, load_model, run_on_a_small_disk, run_program, run_python, small_disk, write_tuned
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.tensors import write_weights
@@ -15,6 +17,7 @@ from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.inference.load import load_for_answering
 from model.sat_compat import import_sat
+from scripts import merge_lora
 
 import_sat()
 
@@ -161,6 +164,42 @@ def test_folder_in_use_is_refused_and_left_alone(lora, tmp_path):
     with pytest.raises(InputError, match="a new folder is needed"):
         merge(str(lora), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.fixture
+def without_tokenizer(lora, tmp_path, monkeypatch):
+    """A checkpoint with LoRA, without ice_text.model, and a machine that reaches no hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(lora, tmp_path / "lora")
+    (folder / "ice_text.model").unlink()
+    (folder / "1/checksums.json").unlink()
+    return folder
+
+
+def test_checkpoint_without_a_tokenizer_is_told_before_anything_is_written(without_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.convert.merge_lora.write_weights", lambda *_: pytest.fail("weights are written"))
+    with pytest.raises(InputError, match=r"No tokenizer: .* give its path with --tokenizer"):
+        merge(str(without_tokenizer), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_tokenizer_of_the_flag_is_written_beside_the_merged_weights_under_its_own_name(without_tokenizer, tmp_path):
+    elsewhere = shutil.copyfile(GOLDEN / "tokenizer/ice_text.model", tmp_path / "mine.model")
+    words = [without_tokenizer, tmp_path / "merged", "--tokenizer", elsewhere]
+    merge_lora.main([str(word) for word in words])
+    assert (tmp_path / "merged/ice_text.model").read_bytes() == elsewhere.read_bytes()
+    assert Checkpoint.find(tmp_path / "merged").iteration == "1"
+
+
+def test_failure_behind_the_weights_leaves_nothing(lora, tmp_path, monkeypatch):
+    def without_room(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", without_room)
+    with pytest.raises(InputError, match=r"the merged checkpoint can't be written \(No space left on device\)"):
+        merge(str(lora), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 # memory, and the command

@@ -167,7 +167,7 @@ def part_of_this_process(room: int, format: FeatureFormat, file: Path | None) ->
 
 
 def locked_index(file: Path) -> IO[bytes] | None:
-    """The index of file, open for this process alone to add to; None while another one has it.
+    """The index of file, open for this process alone to add to; None while another one has it, or where none can lock it.
 
     Raises:
         InputError: it can't be opened, or is a link.
@@ -179,8 +179,13 @@ def locked_index(file: Path) -> IO[bytes] | None:
         raise InputError(_problem(file.with_suffix(".index"), error)) from None
     try:
         fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         index.close()
+        if not isinstance(error, BlockingIOError):  # two runs that add to one file would take each other's features
+            say(
+                f"{file.parent}: its file system can't lock files ({error.strerror}), so features of pictures are kept for this "
+                "run only; a --feature_cache on another one is needed."
+            )
         return None
     return index
 

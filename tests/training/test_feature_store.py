@@ -1,5 +1,7 @@
 """A part of the features: what is added can be read, here and by others, and what is not on the disk isn't listed."""
 
+import errno
+import os
 from hashlib import blake2b
 from pathlib import Path
 
@@ -82,6 +84,25 @@ def test_part_in_a_folder_while_another_run_adds_to_it_is_for_this_run_only(tmp_
     assert [type(part) for part in (first, second)] == [FeaturesOnDisk, FeaturesInMemory]
     first.close()
     assert type(new_part(4, FORMAT, file)) is FeaturesOnDisk
+
+
+def test_part_in_a_folder_whose_file_system_has_no_locks_is_for_this_run_only_with_a_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    """As on Lustre without -o flock, or NFS without its lock service. Two runs could not tell that both add to a file."""
+    opened = []
+
+    def without_locks(index, _):
+        opened.append(index)
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(feature_store.fcntl, "flock", without_locks)
+    assert type(new_part(4, FORMAT, tmp_path / "some.features")) is FeaturesInMemory
+    assert opened[0].closed
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: its file system can't lock files (Function not implemented), so features of pictures are kept for this "
+        "run only; a --feature_cache on another one is needed.\n"
+    )
 
 
 def written(file):

@@ -16,8 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.errors import command, interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 from model.checkpoints.layout import Checkpoint
-from model.errors import command
 from model.hub import at_revision
 from model.progress import say, warn
 
@@ -58,10 +62,9 @@ def _size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends it with a sentence and status 2."""
-    options = command_line().parse_args(argv)
     with command("convert_checkpoint.py"):
-        folder = converted(options)
-    say(f"Converted into {folder}.")
+        folder = converted(command_line().parse_args(argv))
+        say(f"Converted into {folder}.")
 
 
 def converted(options: argparse.Namespace) -> Path:

@@ -229,6 +229,13 @@ def test_signal_while_a_command_starts_or_works_ends_it_and_its_processes_silent
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.parametrize("script", sorted((PROJECT / "scripts").glob("*.py")), ids=lambda script: script.name)
+def test_command_takes_ctrl_c_before_it_imports_more(script):
+    first, _, rest = script.read_text().partition("    interrupt_ends_quietly()\n")
+    assert rest
+    assert "import torch" not in first
+
+
 def test_threads_that_wait_for_killed_processes_say_nothing():
     """Python's own, of a pool whose tasks have been given up, would print a traceback until this process is gone."""
     program = """if 1:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -287,6 +289,16 @@ def test_command_with_bad_input_ends_with_a_sentence_and_status_2(tmp_path: Path
     assert told in run.stderr
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.run
+def test_reader_that_goes_ends_the_command_quietly_with_all_written(published: Path, tmp_path: Path):
+    words = [sys.executable, PROJECT / "scripts/convert_checkpoint.py", published, tmp_path / "sat", "--to", "sat"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+    assert same_bytes(read_weights(tmp_path / "sat" / WEIGHTS), read_weights(TINY / WEIGHTS))
 
 
 @pytest.mark.run

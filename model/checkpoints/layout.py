@@ -75,6 +75,9 @@ class EvaArgs(TypedDict, total=False):
 
     image_size: list[int]  # height and width, pixels
     patch_size: int  # pixels
+    pre_len: int  # positions before the patches
+    post_len: int  # and behind them
+    in_channels: int
 
 
 class ModelConfig(AdapterKeys, total=False):
@@ -92,6 +95,10 @@ class ModelConfig(AdapterKeys, total=False):
     eva_args: EvaArgs
     qformer_args: dict[str, object]
     finetuning: Finetuning
+
+
+# What SAT builds where the configuration is silent.
+VIT_OF_SAT: EvaArgs = {"image_size": [224, 224], "patch_size": 16, "pre_len": 1, "post_len": 0, "in_channels": 3}
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Checkpoint:
             huggingface.weights_files(folder)
         except InputError as error:
             raise InputError(f"{flag} {name}: {error}") from None
-        return cls(name, folder, "1", cast(ModelConfig, config), layout="hf")
+        return cls(name, folder, "1", _with_all_vision_sizes(cast(ModelConfig, config)), layout="hf")
 
     @classmethod
     def at(cls, place: str | Path, iteration: int | None = None) -> "Checkpoint":
@@ -219,7 +226,24 @@ def _read_config(folder: Path) -> ModelConfig:
     what = "The checkpoint's configuration"
     config = read_json_object(folder / CONFIG_FILE, what)
     raise_problems(type_problems(config, f"{what} {folder / CONFIG_FILE}"))
-    return cast(ModelConfig, config)
+    return _with_all_vision_sizes(cast(ModelConfig, config))
+
+
+def _with_all_vision_sizes(config: ModelConfig) -> ModelConfig:
+    """config with the sizes of ViT and Q-Former that it leaves to SAT, behind those that it has."""
+    completed = config.copy()
+    if "eva_args" in config:
+        vit = config["eva_args"]
+        completed["eva_args"] = {**vit, **VIT_OF_SAT, **vit}
+    if "qformer_args" in config:
+        qformer = config["qformer_args"]
+        seen = qformer.get("cross_attn_hidden_size") or qformer.get("hidden_size")
+        completed["qformer_args"] = {
+            **qformer,
+            "is_decoder": qformer.get("is_decoder", False),
+            "cross_attn_hidden_size": seen,
+        }
+    return completed
 
 
 def read_json_object(path: str | Path, what: str) -> dict[str, object]:

@@ -146,10 +146,9 @@ def vision_numbers(config: Any) -> dict[str, int]:
         + vit["num_layers"] * _block(width, inner_size(vit)) + 2 * width
     )  # fmt: skip
     hidden, seen = qformer["hidden_size"], qformer["cross_attn_hidden_size"]
-    decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
     cross = 2 * hidden * (hidden + 1) + 2 * hidden * (seen + 1) + 2 * hidden
     qformer_numbers = (
-        qformer["vocab_size"] * hidden + qformer["num_layers"] * _block(hidden, inner_size(qformer)) + decoders * cross
+        qformer["vocab_size"] * hidden + qformer["num_layers"] * _block(hidden, inner_size(qformer)) + decoders(qformer) * cross
         + 2 * hidden
     )  # fmt: skip
     return {"vit": vit_numbers, "qformer": qformer_numbers, "glm_proj": config["hidden_size"] * (hidden + 1)}
@@ -181,6 +180,12 @@ def image_positions(config: Any) -> int:
     """Positions of an image in the vision transformer."""
     vit = config["eva_args"]
     return int(vit["pre_len"] + math.prod(edge // vit["patch_size"] for edge in vit["image_size"]) + vit["post_len"])
+
+
+def decoders(qformer: Any) -> int:
+    """How many of the Q-Former's layers attend to the image."""
+    is_decoder = qformer["is_decoder"]
+    return sum(is_decoder) if isinstance(is_decoder, list) else is_decoder * qformer["num_layers"]
 
 
 def inner_size(config: Any) -> int:
@@ -363,7 +368,7 @@ def vision_activation_bytes(setup: Setup, batch: Batch) -> int:
     if "vit" in parts or "qformer" in parts:
         width = 12 * qformer["hidden_size"] + 2 * inner_size(qformer)
         kept += qformer["num_layers"] * qformer["vocab_size"] * width * size
-        kept += sum(qformer["is_decoder"]) * image_positions(setup.config) * 2 * qformer["hidden_size"] * size
+        kept += decoders(qformer) * image_positions(setup.config) * 2 * qformer["hidden_size"] * size
     return kept * batch.images
 
 

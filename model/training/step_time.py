@@ -19,6 +19,7 @@ from typing import Any
 from model.training.memory import (
     Batch,
     Setup,
+    decoders,
     first_trained_layer,
     image_positions,
     inner_size,
@@ -55,12 +56,11 @@ def picture_operations(config: Any) -> float:
     vit, qformer = config["eva_args"], config["qformer_args"]
     positions, queries = image_positions(config), qformer["vocab_size"]
     width, hidden, seen = vit["hidden_size"], qformer["hidden_size"], qformer["cross_attn_hidden_size"]
-    decoders = sum(qformer["is_decoder"]) if isinstance(qformer["is_decoder"], list) else qformer["num_layers"]
     patch = vit["in_channels"] * vit["patch_size"] ** 2 * width
-    of_position = vit["num_layers"] * _of_layer(width, inner_size(vit)) + patch + 2 * decoders * seen * hidden
-    of_query = qformer["num_layers"] * _of_layer(hidden, inner_size(qformer)) + 2 * decoders * hidden * hidden
+    of_position = vit["num_layers"] * _of_layer(width, inner_size(vit)) + patch + 2 * decoders(qformer) * seen * hidden
+    of_query = qformer["num_layers"] * _of_layer(hidden, inner_size(qformer)) + 2 * decoders(qformer) * hidden * hidden
     of_query += hidden * config["hidden_size"]
-    attention = 2 * positions * (vit["num_layers"] * positions * width + decoders * queries * hidden)
+    attention = 2 * positions * (vit["num_layers"] * positions * width + decoders(qformer) * queries * hidden)
     return 2.0 * (positions * of_position + queries * of_query + attention)
 
 

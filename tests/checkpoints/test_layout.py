@@ -1,11 +1,12 @@
 """Where a checkpoint's files lie: found once from what was given, and read once."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_program
+from conftest import GOLDEN, PROJECT, run_program, write_huggingface
 
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.errors import InputError
@@ -242,3 +243,22 @@ def test_run_of_a_longer_name_is_not_taken(small_checkpoint_runs: tuple[Path, Pa
     older, newer = small_checkpoint_runs
     newer.rename(older.parent / "MyModel-large-11-26-13-01")
     assert Checkpoint.find(older.parent / "MyModel").folder == older
+
+
+def test_sizes_of_the_vision_part_that_the_config_leaves_to_sat_are_there_once_it_is_read(tmp_path: Path) -> None:
+    """So that what counts memory has the sizes that SAT builds."""
+    folder = shutil.copytree(PROJECT / "model/tiny", tmp_path / "tiny")
+    config = json.loads((folder / "model_config.json").read_text())
+    short = json.loads((folder / "model_config.json").read_text())
+    for key in ("pre_len", "post_len", "in_channels"):
+        del short["eva_args"][key]
+    del short["qformer_args"]["cross_attn_hidden_size"]  # as wide as the Q-Former
+    (folder / "model_config.json").write_text(json.dumps(short))
+    assert Checkpoint.find(folder).config == config
+    del short["eva_args"]["image_size"], short["eva_args"]["patch_size"], short["qformer_args"]["is_decoder"]
+    (folder / "model_config.json").write_text(json.dumps(short))
+    found = Checkpoint.find(folder).config
+    assert (found["eva_args"]["image_size"], found["eva_args"]["patch_size"]) == ([224, 224], 16)
+    assert found["qformer_args"]["is_decoder"] is False
+    published = write_huggingface(tmp_path / "published", short, {})
+    assert Checkpoint.find(published).config["eva_args"] == found["eva_args"]

@@ -65,6 +65,19 @@ def test_fewer_layers_that_are_trained_keep_less():
     assert activation_bytes(top, RELEASED) < activation_bytes(SETUP, RELEASED) / 3
 
 
+@pytest.mark.parametrize(("is_decoder", "layers"), [(True, 12), (False, 0), ([True, False] * 6, 6)])
+def test_layers_that_attend_to_the_image_are_counted_in_each_form(is_decoder, layers):
+    config = SHAPES["6b"] | {"qformer_args": SHAPES["6b"]["qformer_args"] | {"is_decoder": is_decoder}}
+    setup = replace(SETUP, config=config, adapters=AdapterConfig(("lora",), train_parts=("qformer",)))
+    without = replace(setup, config=config | {"qformer_args": config["qformer_args"] | {"is_decoder": []}})
+    a_layers = 257 * 2 * 768 * 2  # keys and values of the image's positions, in half precision
+    batch = replace(RELEASED, images=1)
+    assert (
+        memory.vision_activation_bytes(setup, batch) - memory.vision_activation_bytes(without, batch)
+        == layers * a_layers
+    )
+
+
 def test_two_model_parallel_processes_halve_the_language_model_only():
     whole, half = weight_bytes(SETUP), weight_bytes(replace(SETUP, model_parallel=2))
     assert half["language"] == pytest.approx(whole["language"] / 2, rel=0.01)

@@ -112,6 +112,7 @@ class BLIP2(torch.nn.Module):
         hidden_size is the language model's. The released script hard-coded it, and the Q-Former's, as 4096 and 768.
         """
         super().__init__()
+        self.config = {"vit": eva_args, "qformer": qformer_args}
         self.vit = EVAViT(EVAViT.get_args(**eva_args), **kwargs)
         self.qformer = QFormer(QFormer.get_args(**qformer_args), **kwargs)
         self.glm_proj = torch.nn.Linear(qformer_args["hidden_size"], hidden_size)

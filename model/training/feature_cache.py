@@ -35,6 +35,8 @@ from model.training.feature_store import (
 from model.training.worker_samples import HandedOver, NotedSamples, dead_workers_named, end_if_unable, received, started
 
 IMAGES_AT_ONCE = 16  # enough to keep the matrix units busy at 257 positions an image
+# Of ViT and Q-Former: what the features depend on, and no weight's name or shape tells.
+COMPUTED_BY = ("num_attention_heads", "layernorm_epsilon", "layernorm_order", "pre_len", "post_len", "is_decoder")
 
 OpenedImage = tuple[str, bytes | None, torch.Tensor | None]  # path, digest of its bytes, float32[3, H, W]
 
@@ -70,7 +72,8 @@ class _Images(Dataset[OpenedImage]):
 def feature_file(folder: str, vision: BLIP2, processor: Any) -> Path:
     """Where in folder the features are kept that this vision part makes of images so processed."""
     weights = {**vision.vit.state_dict(prefix="vit."), **vision.qformer.state_dict(prefix="qformer.")}
-    made_by = f"{fingerprint(weights)} {type(processor).__name__} {sorted(vars(processor).items())}"
+    settings = [(part, key, args.get(key)) for part, args in vision.config.items() for key in COMPUTED_BY]
+    made_by = f"{fingerprint(weights)} {settings} {type(processor).__name__} {sorted(vars(processor).items())}"
     return Path(folder).expanduser() / (hashlib.sha256(made_by.encode()).hexdigest()[:16] + ".features")
 
 

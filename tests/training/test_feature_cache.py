@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,25 @@ def test_features_are_made_again_when_what_they_come_from_changes(change, vision
     seen = looked_at(vision, monkeypatch)
     cached(vision, dataset, tmp_path, [str(copied)])
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", [
+    {"eva_args": {"num_attention_heads": 2}}, {"eva_args": {"layernorm_epsilon": 0.1}},
+    {"qformer_args": {"num_attention_heads": 2}}, {"qformer_args": {"layernorm_epsilon": 0.1}},
+])  # fmt: skip
+def test_features_of_the_same_weights_under_another_configuration_are_in_another_file(
+    change, model, upstream_checkpoint, tmp_path
+):
+    """Neither the number of heads nor the norms' epsilon shows in a weight's name or shape."""
+    changed = shutil.copytree(upstream_checkpoint, tmp_path / "changed")
+    config = json.loads((changed / "model_config.json").read_text())
+    [(part, sizes)] = change.items()
+    (changed / "model_config.json").write_text(json.dumps(config | {part: config[part] | sizes}))
+    image = torch.linspace(-1, 1, 3 * 224 * 224).view(1, 3, 224, 224)
+    one, other = (found.get_mixin("eva").model.eval() for found in (model, load_model(changed)))
+    assert not torch.allclose(one.features(image), other.features(image))
+    files = [feature_file("folder", vision, BlipImageEvalProcessor(224)) for vision in (one, other, one)]
+    assert files[0] == files[2] != files[1]
 
 
 def test_features_not_noted_before_a_kill_are_made_again(vision, dataset, monkeypatch, tmp_path):

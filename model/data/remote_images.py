@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlsplit
 
 import requests
 import urllib3
@@ -208,10 +208,12 @@ def _answer(url: str, may_be_private: bool, limits: Limits, end: float) -> Itera
     clock.daemon = True
     clock.start()
     try:
-        plain_proxy = proxy and parts.scheme == "http"
-        path = url if plain_proxy else (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc.rpartition("@")[2]
         headers = {"Host": host, "Accept": "image/*,*/*", "Accept-Encoding": "identity", "User-Agent": "visualglm"}
+        if proxy and parts.scheme == "http":  # the proxy itself is asked, not the host through it
+            path = url
+            headers |= _proxy_headers(_proxy_parts(proxy))
         connection.request("GET", path, headers=headers, preload_content=False, decode_content=False)
         yield connection.getresponse(), is_private
     finally:
@@ -254,15 +256,25 @@ def _connected(address: str, parts: SplitResult, end: float) -> Any:
 
 def _connected_to_proxy(parts: SplitResult, proxy: str, end: float) -> Any:
     """A connection to the URL's host by way of a proxy of the environment."""
-    way = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    headers = urllib3.make_headers(proxy_basic_auth=f"{way.username}:{way.password}") if way.username else {}
+    way = _proxy_parts(proxy)
     if parts.scheme == "http":
         connection = HTTPConnection(way.hostname or "", way.port or 80, timeout=_patience(end))
     else:
         connection = HTTPSConnection(way.hostname or "", way.port or 80, timeout=_patience(end), **_authorities())
-        connection.set_tunnel(parts.hostname or "", parts.port or 443, headers)
+        connection.set_tunnel(parts.hostname or "", parts.port or 443, _proxy_headers(way))
     connection.connect()
     return connection
+
+
+def _proxy_parts(proxy: str) -> SplitResult:
+    return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+
+
+def _proxy_headers(way: SplitResult) -> dict[str, str]:
+    """The name and password that a proxy's address has, as it is told them."""
+    if not way.username:
+        return {}
+    return dict(urllib3.make_headers(proxy_basic_auth=f"{unquote(way.username)}:{unquote(way.password or '')}"))
 
 
 def _authorities() -> dict[str, Any]:

@@ -252,6 +252,30 @@ def test_person_is_served_by_the_environments_proxy_and_a_stranger_is_not(hostil
     assert len(hostile.asked) == 1
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_proxy_is_told_the_name_and_password_of_its_address(scheme, monkeypatch):
+    told = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            told.append(self.headers["Proxy-Authorization"])
+            self.send_error(502)
+
+        do_CONNECT = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://us%40er:se%3Acret@127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("no_proxy", "")
+        with pytest.raises(InputError, match="502"):
+            downloaded(f"{scheme}://no.such.host.invalid/a.png")
+        proxy.shutdown()
+    assert told == ["Basic " + base64.b64encode(b"us@er:se:cret").decode()]
+
+
 # Not by address
 
 

@@ -207,8 +207,8 @@ def _without_mark(text: str) -> str:
 
 
 def _image(entry: dict[str, Any], where: str) -> str | None:
-    images = entry.get("images", entry.get("image"))
-    images = [] if images is None else images if isinstance(images, list) else [images]
+    images = _as_list(entry.get("images"))
+    images += [img for img in _as_list(entry.get("image")) if img not in images]
     if not all(isinstance(img, str) for img in images):
         raise InputError(f'{where}: "image" is no text; the path of a picture is needed.')
     marks = json.dumps(entry.get("conversations", entry.get("messages"))).count(IMAGE_MARK)
@@ -217,6 +217,10 @@ def _image(entry: dict[str, Any], where: str) -> str | None:
     if marks and not images:
         raise InputError(f'{where}: {IMAGE_MARK} in a question, but no "image"; the path of a picture is needed.')
     return images[0] if images else None
+
+
+def _as_list(value: object) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

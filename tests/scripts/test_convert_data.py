@@ -33,6 +33,11 @@ def test_row_of_a_conversation_without_picture_has_none() -> None:
     assert row_of(llava("What?", "That."), "", lang="en") == {"prompt": "What?", "label": "That.", "lang": "en"}
 
 
+@pytest.mark.parametrize("images", [None, [], ["a.jpg"], "a.jpg"])
+def test_row_of_a_conversation_has_its_picture_whatever_is_under_the_other_key(images: object) -> None:
+    assert row_of(llava("What?", "A cat.", image="a.jpg", images=images), "")["img"] == "a.jpg"
+
+
 def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:
     roles = ("system", "user", "assistant")
     messages = [
@@ -70,6 +75,7 @@ def test_row_of_a_conversation_with_an_empty_system_key_is_as_without(system: st
         (llava("What?", "", image="a.jpg"), '"label" is empty'),
         (llava("<image><image>?", "!", image="a.jpg"), "2 pictures; one at most is needed"),
         (llava("?", "!", images=["a.jpg", "b.jpg"]), "2 pictures; one at most is needed"),
+        (llava("?", "!", images=["a.jpg"], image="b.jpg"), "2 pictures; one at most is needed"),
         (llava("<image>?", "!"), '<image> in a question, but no "image"'),
         (llava("?", "!", image=3), '"image" is no text'),
         (llava("?", "!", system=["Be brief."]), '"system" is no text; what the system says is needed'),

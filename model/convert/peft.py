@@ -168,6 +168,8 @@ def from_peft(source: str, destination: str, base: str | None = None, tokenizer:
     if not name:
         raise InputError(f"{path}: no base_model_name_or_path; --base with the model that it was trained on is needed.")
     base_model = Checkpoint.find(str(name), "--base")
+    if is_adapter(base_model.config):
+        raise InputError(f"--base {name}: an adapter checkpoint too; the model that {source} was trained on is needed.")
     adapters, tensors = _our_adapters(folder, settings, base_model)
     _, recorded, _ = whole_weights(base_model)
     config = {

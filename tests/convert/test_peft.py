@@ -207,6 +207,14 @@ def test_adapters_of_other_kinds_are_refused(theirs: ChatGLM, tmp_path: Path, se
     assert told in refused(from_peft, str(adapter), str(tmp_path / "ours"))
 
 
+def test_adapter_as_base_is_refused_and_leaves_nothing(published: Path, theirs: ChatGLM, tmp_path: Path):
+    _, adapter = trained_by_peft(theirs, tmp_path / "adapter", r=2)
+    tuned = write_tuned(published, tmp_path / "tuned", use_lora=True, lora_rank=2)
+    text = refused(from_peft, str(adapter), str(tmp_path / "ours"), str(tuned))
+    assert text == f"--base {tuned}: an adapter checkpoint too; the model that {adapter} was trained on is needed."
+    assert not (tmp_path / "ours").exists()
+
+
 def test_lora_on_the_vision_part_is_refused(published: Path, theirs: ChatGLM, tmp_path: Path):
     _, adapter = trained_by_peft(theirs, tmp_path / "adapter", r=2)
     save_file(

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,9 +154,8 @@ def downloaded(url: str, limits: Limits = PERSON) -> io.BytesIO:
                 address = urljoin(address, answer.headers["location"])
                 may_be_private = may_be_private and is_private
     except TimeoutError:
-        raise InputError(
-            f"{_shown(url)}: no answer in {TIMEOUT:.0f} seconds; the address of a picture is needed."
-        ) from None
+        silent = f"no answer in {TIMEOUT:.0f} seconds; the address of a picture is needed."
+        raise InputError(f"{_shown(url)}: {_too_slow(limits) if time.monotonic() >= end else silent}") from None
     except _Unusable as problem:
         raise InputError(f"{_shown(url)}: {problem}") from None
     except (
@@ -199,7 +199,7 @@ def _answer(url: str, may_be_private: bool, limits: Limits, end: float) -> Itera
     if parts.scheme not in ("http", "https"):
         raise _Unusable(f"leads to {_shown(parts.scheme)}:; http or https is needed.")
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) if may_be_private else None
-    addresses = [] if proxy else _addresses(parts)
+    addresses = [] if proxy else _addresses(parts, end)
     is_private = any(not is_public(address) for address in addresses)
     if is_private and not may_be_private:
         raise _Unusable("leads to this machine or into a private network; a public address is needed.")
@@ -221,10 +221,22 @@ def _answer(url: str, may_be_private: bool, limits: Limits, end: float) -> Itera
         connection.close()
 
 
-def _addresses(parts: SplitResult) -> list[str]:
-    """The IP addresses of a URL's host."""
-    found = socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+def _addresses(parts: SplitResult, end: float) -> list[str]:
+    """The IP addresses of a URL's host.
+
+    Raises:
+        TimeoutError: they aren't found in time. The system can't be told how long to look, so a thread waits for it.
+    """
+    found: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(parts.hostname, parts.port or parts.scheme, type=socket.SOCK_STREAM))
+        except (OSError, ValueError) as problem:  # no such name, or one that can't be written in ASCII
+            found.set_exception(problem)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found.result(_patience(end))))
 
 
 def _connected_to_one_of(addresses: list[str], parts: SplitResult, end: float) -> Any:

@@ -216,6 +216,21 @@ def test_headers_that_never_end_are_given_up():
             downloaded(f"http://127.0.0.1:{listening.getsockname()[1]}/", Limits(private_networks=True, seconds=0.3))
 
 
+def test_name_whose_lookup_takes_long_is_given_up(monkeypatch):
+    stopped = threading.Event()
+
+    def slow(*_, **__):
+        stopped.wait(10)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="not whole after 0 seconds"):
+        downloaded("http://slow.example/a.png", Limits(seconds=0.2))
+    assert time.monotonic() - start < 5
+    stopped.set()
+
+
 @pytest.fixture
 def certified(hostile, tmp_path, monkeypatch):
     """The port of that server behind TLS, with a certificate for localhost that is believed."""

@@ -174,6 +174,19 @@ def test_held_out_picture_is_the_same_by_a_link(tmp_path: Path) -> None:
     assert selection.held_out[one] == selection.held_out[other]
 
 
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_held_out_picture_is_the_same_by_a_link_to_it_alone(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "real").mkdir()
+    for number in range(4):
+        shutil.copy(PICTURE, tmp_path / f"real/{number}.png")
+        (tmp_path / f"link{number}.png").symlink_to(tmp_path / f"real/{number}.png")
+    one = str(write_rows(tmp_path, shared(*(f"real/{number}.png" for number in range(4)))))
+    other = str(write_rows(tmp_path, shared(*(f"link{number}.png" for number in range(4))), "other.json"))
+    selection, _ = scan_files([one, other], "error")
+    hold_out(selection, [one, other], 2, seed)
+    assert selection.held_out[one] == selection.held_out[other]
+
+
 def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:
     selection, _ = scan_files([str(write_rows(tmp_path, shared("a.png", "a.png", "a.png")))], "error")
     with pytest.raises(InputError, match="--holdout 1: all 3 rows in --train-data have the same picture"):
@@ -200,3 +213,11 @@ def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
         f"WARNING: {other} is given for training and for evaluation"
     )
     assert same_file_warnings([file], [str(write_rows(tmp_path, texts(2), "other.json"))]) == []
+
+
+def test_other_rows_in_as_many_bytes_are_not_the_same_file(tmp_path: Path) -> None:
+    one, other = (
+        str(write_rows(tmp_path, [{"prompt": prompt, "label": "!"}], f"{prompt}.json")) for prompt in ("a", "b")
+    )
+    assert os.path.getsize(one) == os.path.getsize(other)
+    assert same_file_warnings([one], [other]) == []

@@ -204,7 +204,7 @@ def _problem(path: Path, error: OSError) -> str:
 def listed(file: Path, format: FeatureFormat) -> list[bytes]:
     """The entries of file's index, for its first rows: an image's digest and a checksum each.
 
-    None when it has no index of this version, or is shorter than that says.
+    There are none where it has no index of this version, or is shorter than that says.
 
     Raises:
         InputError: one of the two is a link.

@@ -22,8 +22,8 @@ STATES_OF_A_NUMBER = 3  # that a run needs to go on: the weight in float32 and t
 ROOM_FOR_THE_REST = 2**20  # bytes: the configuration, the tokenizer, the names of the tensors
 
 
-def adapter_size(adapters: AdapterConfig, config: ModelConfig) -> int:
-    """About how many bytes an adapter checkpoint takes, in float32: rather too many than too few.
+def adapter_numbers(adapters: AdapterConfig, config: ModelConfig) -> dict[str, int]:
+    """Parameters of the adapters: LoRA's, and P-Tuning's.
 
     Args:
         config: of the model that the adapters are put into.
@@ -36,13 +36,19 @@ def adapter_size(adapters: AdapterConfig, config: ModelConfig) -> int:
         "dense_h_to_4h": hidden + inner,
         "dense_4h_to_h": inner + hidden,
     }
-    numbers = 0
-    if adapters.has_lora:
-        layers = len(adapters.lora_layers(config["num_layers"]))
-        numbers += layers * adapters.rank * sum(widths[target] for target in adapters.lora_targets)
-    if adapters.has_ptuning:
-        numbers += config["num_layers"] * 2 * hidden * adapters.prefix_length
-    return BYTES_OF_FLOAT32 * numbers + ROOM_FOR_THE_REST
+    layers = len(adapters.lora_layers(config["num_layers"])) if adapters.has_lora else 0
+    lora = layers * adapters.rank * sum(widths[target] for target in adapters.lora_targets)
+    prefix = config["num_layers"] * 2 * hidden * adapters.prefix_length if adapters.has_ptuning else 0
+    return {"lora": lora, "ptuning": prefix}
+
+
+def adapter_size(adapters: AdapterConfig, config: ModelConfig) -> int:
+    """About how many bytes an adapter checkpoint takes, in float32: rather too many than too few.
+
+    Args:
+        config: of the model that the adapters are put into.
+    """
+    return BYTES_OF_FLOAT32 * sum(adapter_numbers(adapters, config).values()) + ROOM_FOR_THE_REST
 
 
 def state_size(trained: int) -> int:

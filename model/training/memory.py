@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterConfig
+from model.checkpoints.sizes import adapter_numbers
 from model.distributed import free_host_memory, free_memory, processes_here, world_size
 from model.errors import InputError
 from model.progress import say
@@ -154,24 +155,11 @@ def vision_numbers(config: Any) -> dict[str, int]:
     return {"vit": vit_numbers, "qformer": qformer_numbers, "glm_proj": config["hidden_size"] * (hidden + 1)}
 
 
-def adapter_numbers(setup: Setup) -> dict[str, int]:
-    """Parameters of the adapters: LoRA's, and P-Tuning's."""
-    config, adapters = setup.config, setup.adapters
-    hidden, inner = config["hidden_size"], inner_size(config)
-    sizes = {
-        "query_key_value": 6 * hidden, "dense": 2 * hidden, "dense_h_to_4h": hidden + inner, "dense_4h_to_h": inner + hidden,
-    }  # fmt: skip
-    layers = len(adapters.lora_layers(config["num_layers"])) if adapters.has_lora else 0
-    lora = layers * adapters.rank * sum(sizes[target] for target in adapters.lora_targets)
-    prefix = config["num_layers"] * 2 * hidden * adapters.prefix_length if adapters.has_ptuning else 0
-    return {"lora": lora, "ptuning": prefix}
-
-
 def trained_numbers(setup: Setup) -> int:
     """Parameters that are trained."""
     methods = setup.adapters.methods
     trained = {"lora" if name == "qlora" else name for name in methods if name not in setup.adapters.resumed_methods}
-    adapters = sum(count for name, count in adapter_numbers(setup).items() if name in trained)
+    adapters = sum(count for name, count in adapter_numbers(setup.adapters, setup.config).items() if name in trained)
     vision = vision_numbers(setup.config)
     return adapters + sum(vision[part] for part in setup.adapters.part_rates)
 
@@ -255,7 +243,7 @@ def holes_bytes(setup: Setup, batch: Batch) -> int:
 def optimizer_bytes(setup: Setup) -> tuple[int, int]:
     """Of a process's gradients, and of what the optimizer keeps, for the weights that are trained."""
     trained = trained_numbers(setup)
-    adapters = sum(adapter_numbers(setup).values())
+    adapters = sum(adapter_numbers(setup.adapters, setup.config).values())
     own = trained - min(trained, adapters) + min(trained, adapters) // setup.model_parallel
     shared = setup.data_parallel if setup.zero_stage else 1
     master = 0 if setup.dtype == "fp32" and not setup.zero_stage else MASTER
@@ -389,7 +377,7 @@ def process_bytes() -> int:
 def estimate(setup: Setup, batch: Batch) -> Estimate:
     """The memory of one process of this run, on its device."""
     weights, size, queries = weight_bytes(setup), setup.bytes, setup.config["qformer_args"]
-    adapters = sum(adapter_numbers(setup).values()) * size // setup.model_parallel
+    adapters = sum(adapter_numbers(setup.adapters, setup.config).values()) * size // setup.model_parallel
     gradients, optimizer = optimizer_bytes(setup)
     of_layers, of_head = second_order_bytes(setup) if setup.packed else (0, 0)
     vision = weights["vision"] if batch.images else 0
@@ -414,7 +402,7 @@ def estimate(setup: Setup, batch: Batch) -> Estimate:
     whole = weights["language"] + weights["projection"] + vision + adapters + unpacked
     numbers = language_numbers(setup.config) + sum(vision_numbers(setup.config).values())
     return Estimate(
-        training, itself + max(alone, whole), numbers + sum(adapter_numbers(setup).values()), trained_numbers(setup),
+        training, itself + max(alone, whole), numbers + sum(adapter_numbers(setup.adapters, setup.config).values()), trained_numbers(setup),
         setup.config["num_layers"] * layer_linears(setup.config) if setup.is_4bit else 0,
     )  # fmt: skip
 

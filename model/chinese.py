@@ -82,6 +82,7 @@ SENTENCES = {
     ),
     "{path}: line 1 column 1: not JSON, for the file is empty; at least one row is needed.": "{path}：文件是空的；至少需要一条数据。",
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
+    f'no "{{key}}" and no "{{other}}"; {_ROW_NEEDS}.': f"缺少 {{key}} 和 {{other}}；{_ROW_NEEDS_ZH}。",
     f'no "{{key}}"; {_ROW_NEEDS}.': f"缺少 {{key}}；{_ROW_NEEDS_ZH}。",
     'no "prompt"; every row is an object with the text "prompt", and "img" unless it has no picture.': (
         "缺少 prompt；每条数据是一个对象，要有文本 prompt；有图片时还要有 img。"

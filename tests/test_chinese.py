@@ -30,7 +30,7 @@ from model.cli.preflight import preflight, warm_up_notes
 from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
 from model.data.remote_images import STRANGERS, downloaded, opened
-from model.data.rows import read_rows
+from model.data.rows import ROW_NEEDS, read_rows
 from model.errors import InputError, exit_on_input_error
 from model.finetune import by_kind
 from model.inference import page
@@ -136,6 +136,10 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     [
         ("Saved runs/a-11-24-12-00 (iteration 300).", "已保存 runs/a-11-24-12-00（第 300 步）。"),
         ('my.json row 7: "label" is empty; it is the answer to learn.', "my.json 第 7 条：label 是空的；它是模型要学的回答。"),
+        (
+            f'my.json row 1: no "prompt" and no "label"; {ROW_NEEDS}.',
+            "my.json 第 1 条：缺少 prompt 和 label；每条数据是一个对象，要有文本 prompt 和 label；有图片时还要有 img。",
+        ),
         ("  answers right: 3/50", "  答对：3/50"),
         ("my.json: 1 row", "my.json：1 条数据"),
         (
@@ -314,6 +318,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ROW | {"label": " "},
             {"image": "a.png", "prompt": "背景？", "label": "雪地。"},
             {"label": "雪地。"},
+            {"text": "雪地。"},
         ],
         "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png", *INSTEAD_OF_PICTURES)],
         "many-bad": [ROW, *[no_label] * 25],

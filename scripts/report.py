@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     with command("report.py"):
         options = command_line().parse_args(argv)
-        folders = [folder_of(run) for run in options.runs]
+        given = {folder.resolve(): folder for folder in map(folder_of, options.runs)}  # each counts once
+        folders = list(given.values())
         problems = {folder: problem for folder in folders if (problem := problem_with(folder))}
         if len(problems) == len(folders) or any(not folder.exists() for folder in problems):
             raise_problems(problems.values())

@@ -150,6 +150,21 @@ def test_command_makes_the_page_of_a_run_in_its_folder_and_of_several_beside_the
     ]  # fmt: skip
 
 
+def test_run_that_is_given_twice_counts_once(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    main([str(runs[0]), runs[0].name])
+    assert capsys.readouterr().out == f"Report: {runs[0].name}/report.html\n"
+
+
+def test_what_is_no_run_and_given_twice_is_told_once(runs, capsys):
+    (runs[0].parent / "empty").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main([str(runs[0].parent / "empty")] * 2)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("empty: no metrics.jsonl and no settings.json; the folder of a run is needed.")
+
+
 def test_what_is_no_run_among_runs_is_left_out(runs, capsys, tmp_path):
     picture = tmp_path / "MyModel-find_lr.png"
     picture.touch()

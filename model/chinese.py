@@ -264,6 +264,11 @@ SENTENCES = {
     " checkpoint is worse than its start.": (
         "损失从 {before} 升到 {after}（第一步，和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
     ),
+    "The loss rose from {before} to {after} (the mean of the first {steps:d} steps and of the last), but of the rows that were"
+    " answered it was {earlier} and is {later}: the last steps had harder rows.": (
+        "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值），但回答过的数据的损失先是 {earlier}，现在是 {later}："
+        "最后几步的数据更难。"
+    ),
     "The loss has hardly moved: {before}, then {after} (the mean of the first {steps:d} steps and of the last), no fall beyond"
     " its noise of {noise}. Little or nothing was learned.": (
         "损失几乎没有变化：先是 {before}，后来是 {after}（最初 {steps} 步和最后 {steps} 步的平均值），没有超出波动 {noise} 的下降。"
@@ -295,6 +300,10 @@ SENTENCES = {
     "{count:d} layers": "{count} 层",
     "{cut:d} of {rows:d} answers are cut off, so their ends are never learned; try --max_target_length auto": (
         "{rows} 个回答中有 {cut} 个被截断，结尾学不到；请试 --max_target_length auto"
+    ),
+    "{cut:d} of {rows:d} answers are cut off, so their ends are never learned; this checkpoint takes {positions:d} tokens with"
+    " the question, so try a smaller --max_source_length": (
+        "{rows} 个回答中有 {cut} 个被截断，结尾学不到；这个检查点连同问题最多 {positions} 个 token，请试更小的 --max_source_length"
     ),
     "more steps may be needed, or another rate: --find_lr proposes one": (
         "可能需要更多步数，或换一个学习率：--find_lr 会给出建议"

@@ -409,12 +409,20 @@ def told_of_runs() -> list[str]:
         (still, low, [], {"before": before, "after": same}),
         (still, {"lr": 0.1}, [], {"after": after}),
         (falling[::-1], {"lr": 0.1}, [], {}),
+        (
+            falling[::-1],
+            low | {"max_target_length": 448, "max_sequence_length": 448},
+            [],
+            {"before": before, "after": same},
+        ),
         ([0.1, *falling], {"lr": 0.1}, [], {"before": before, "after": worse}),
         (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
         (falling, {"keep_best": "loss", "early_stopping": 3}, evaluations, {}),
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
-        lines += verdict({"flags": flags, "steps": 20, "data": cut if flags is low else {}}, [*steps, *more], answers)
+        lines += verdict(
+            {"flags": flags, "steps": 20, "data": cut if "mode" in flags else {}}, [*steps, *more], answers
+        )
     best = BestEvaluation(None, patience=2)
     for loss in (1.0, 2.0, 2.0):
         lines += printed_by(

@@ -17,7 +17,7 @@ LEAST_STEPS = 10  # fewer say nothing
 SHARE, LARGEST_WINDOW = 5, 200  # the first and the last fifth of the steps are compared, 200 at most
 SIGMAS = 2.0  # of a mean's own uncertainty: a smaller fall is noise
 DIVERGED = 0.1  # of the loss at its start: a rise by more
-CLEAR_RISE = 1.02  # of the evaluation loss over its best, a factor
+CLEAR_RISE = 1.02  # of the evaluation loss over its best, or of the answered rows over their first, a factor
 WARM_UP_SHARE = 0.2  # of the steps under the 5 % rule, from which on it is named
 SMALL_SCALE = 1.0  # alpha / rank below which LoRA's product is scaled down
 FEW_LAYERS = 4
@@ -36,14 +36,16 @@ def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Map
     fall = fall_of([record.loss for record in steps])
     diverged = None if fall is None else divergence(fall, answers)
     if fall is not None:
-        lines.append(diverged or fall.sentence)
+        lines.append(diverged or harder_rows(fall, answers) or fall.sentence)
     changed = answers_sentence(answers)
     lines += [changed] if changed else []
     if diverged:
         lines.append(rise_advice(settings))
     elif fall is not None and not fall.is_clear:
         lines += advice(settings)
-    return lines + overfitting(steps, records, settings)
+    if fall is None or fall.is_clear:  # rows can't be learned by heart by a run that learned little
+        lines += overfitting(steps, records, settings)
+    return lines
 
 
 class Fall:
@@ -61,13 +63,22 @@ class Fall:
         return self.before - self.after > self.noise
 
     @property
+    def is_rise(self) -> bool:
+        """Whether it rose instead, far beyond the noise."""
+        return self.after - self.before > max(self.noise, DIVERGED * self.before)
+
+    @property
+    def means(self) -> str:
+        """What before and after are, for a person."""
+        return f"the mean of the first {self.steps} steps and of the last"
+
+    @property
     def sentence(self) -> str:
         """For a person."""
-        means = f"the mean of the first {self.steps} steps and of the last"
         if self.is_clear:
-            return f"The loss fell from {self.before:.4f} to {self.after:.4f} ({means})."
+            return f"The loss fell from {self.before:.4f} to {self.after:.4f} ({self.means})."
         return (
-            f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({means}), no fall beyond its noise of "
+            f"The loss has hardly moved: {self.before:.4f}, then {self.after:.4f} ({self.means}), no fall beyond its noise of "
             f"{self.noise:.2g}. Little or nothing was learned."
         )
 
@@ -75,20 +86,39 @@ class Fall:
 def divergence(fall: Fall, answers: Mapping[str, Any]) -> str | None:
     """A sentence if the run has diverged, early or late.
 
-    A loss that rose far in the first steps may fall again, and stay above its start. Batches differ, so that one step says
-    little: the rows that are answered before and after tell.
+    A loss that rose far in the first steps may fall again, and stay above its start. Batches differ, so that a few steps
+    say little: the rows that are answered before and after tell.
     """
-    if fall.after - fall.before > max(fall.noise, DIVERGED * fall.before):
-        before, what = fall.before, f"the mean of the first {fall.steps} steps and of the last"
+    losses = losses_of_answered_rows(answers)
+    if fall.is_rise:
+        if losses and losses[1] <= CLEAR_RISE * losses[0]:
+            return None
+        before, what = fall.before, fall.means
     else:
-        losses = [answers[name].measures["loss"] for name in ("before", "after") if name in answers]
-        if len(losses) < 2 or losses[1] <= (1 + DIVERGED) * losses[0] or fall.after <= fall.start:
+        if not losses or losses[1] <= (1 + DIVERGED) * losses[0] or fall.after <= fall.start:
             return None
         before, what = fall.start, f"the first step and the mean of the last {fall.steps}"
     return (
         f"The loss rose from {before:.4f} to {fall.after:.4f} ({what}). The run has diverged: its last checkpoint is worse "
         "than its start."
     )
+
+
+def harder_rows(fall: Fall, answers: Mapping[str, Any]) -> str | None:
+    """A sentence if the loss rose in a run that has not diverged."""
+    losses = losses_of_answered_rows(answers)
+    if not (fall.is_rise and losses):
+        return None
+    return (
+        f"The loss rose from {fall.before:.4f} to {fall.after:.4f} ({fall.means}), but of the rows that were answered it was "
+        f"{losses[0]:.4f} and is {losses[1]:.4f}: the last steps had harder rows."
+    )
+
+
+def losses_of_answered_rows(answers: Mapping[str, Any]) -> list[float]:
+    """Their mean loss before the first step and after the last; empty where one isn't known."""
+    losses = [answers[name].measures["loss"] for name in ("before", "after") if name in answers]
+    return losses if len(losses) == 2 else []
 
 
 def fall_of(losses: Sequence[float]) -> Fall | None:
@@ -175,7 +205,12 @@ def _data_reasons(settings: Mapping[str, Any]) -> list[str]:
     answers = sum(file.get("samples") or file.get("rows") or 0 for file in trained)  # one for every turn
     if not cut:
         return []
-    return [f"{cut} of {answers} answers are cut off, so their ends are never learned; try --max_target_length auto"]
+    what = f"{cut} of {answers} answers are cut off, so their ends are never learned"
+    flags: Mapping[str, Any] = settings.get("flags", {})
+    positions = flags.get("max_sequence_length", math.inf)
+    if flags.get("max_source_length", 0) + flags.get("max_target_length", 0) < positions:
+        return [f"{what}; try --max_target_length auto"]
+    return [f"{what}; this checkpoint takes {positions} tokens with the question, so try a smaller --max_source_length"]
 
 
 def overfitting(

@@ -49,6 +49,21 @@ def test_run_whose_loss_rose_is_said_to_have_diverged_and_a_lower_rate_is_propos
     assert "diverged" not in said([one + 0.002 * step for step, one in enumerate(STILL)])
 
 
+def test_loss_that_rose_over_other_rows_than_before_is_no_divergence():
+    losses = [3.1, 3.2, 3.1, *[3.0] * 5, 9.9, 10.1, 10.2]  # long rows came last
+    rows = {"before": answered(0, "no", loss=3.1), "after": answered(11, "no", loss=3.1)}
+    first, *_, likely = said(
+        losses, {"lr": 1e-9, "auto_warmup_steps": 0, "lora_alpha": 10.0}, answers=rows
+    ).splitlines()
+    assert first == (
+        "The loss rose from 3.1333 to 10.0667 (the mean of the first 3 steps and of the last), but of the rows that were "
+        "answered it was 3.1000 and is 3.1000: the last steps had harder rows."
+    )
+    assert likely == "Likely: --lr 1e-09 is low for adapters; --find_lr proposes a rate."
+    for loss in (3.3, float("nan")):
+        assert "has diverged" in said(losses, answers=rows | {"after": answered(11, "no", loss=loss)})
+
+
 @pytest.mark.parametrize(
     ("start", "loss_of_rows", "has_diverged"),
     [(2.4, 1.2, True), (2.4, 1.05, False), (2.4, 0.5, False), (6.0, 1.2, False)],
@@ -78,6 +93,16 @@ def test_run_that_stood_still_is_told_why_that_is_likely(flags, data, part):
     text = said(STILL, flags, data)
     assert text.startswith("The loss has hardly moved: 2.5000, then 2.5000")
     assert part in text
+
+
+def test_answers_that_are_cut_off_by_the_checkpoint_are_not_told_to_try_auto():
+    flags = {"auto_warmup_steps": 0, "lr": 0.01, "lora_alpha": 10.0}
+    flags |= {"max_source_length": 64, "max_target_length": 448, "max_sequence_length": 512}
+    text = said(STILL, flags, {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 1}})
+    assert text.splitlines()[-1] == (
+        "Likely: 1 of 20 answers are cut off, so their ends are never learned; this checkpoint takes 512 tokens with the "
+        "question, so try a smaller --max_source_length."
+    )
 
 
 def test_reason_that_does_not_hold_is_not_named():
@@ -110,6 +135,15 @@ def test_evaluation_that_falls_or_hardly_rises_is_not_told(losses):
 
 def test_evaluation_that_rises_with_training_is_no_overfitting():
     assert overfitting(steps(FALLING[::-1]), evaluations([2.0, 1.5, 1.9])) == []
+
+
+def test_run_that_learned_little_has_not_learned_rows_by_heart():
+    losses = [*STILL[:80], *(one - 0.01 for one in STILL[80:])]
+    made = evaluations([2.0, 1.5, 1.9])
+    assert overfitting(steps(losses), made)
+    lines = verdict({"flags": FLAGS}, steps(losses) + made, {})
+    assert lines[0].startswith("The loss has hardly moved")
+    assert not any("by heart" in line for line in lines)
 
 
 def test_evaluations_over_other_rows_are_not_compared():

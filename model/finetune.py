@@ -1,6 +1,7 @@
 """VisualGLM with adapters: what is trained, and what is frozen."""
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ from model.adapter_config import AdapterConfig
 from model.attention import PrefixMixin
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
+from model.checkpoints.model_parallel import whole_shape
+from model.checkpoints.save import is_split_here
 from model.frozen import FrozenLinear, keep_in_4_bits
 from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
+from model.sat_compat import model_parallel
 from model.visualglm import VisualGLMModel
 
 
@@ -67,12 +71,18 @@ class FineTuneVisualGLMModel(VisualGLMModel):
     def disable_untrainable_params(self) -> None:
         """Freeze everything but what is trained, and print what that is, kind by kind. SAT calls this once, before training."""
         self.freeze()
-        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        count = sum(parameter.numel() for _, parameter in trained)
-        kept_otherwise = (m.in_features * m.out_features for m in self.modules() if isinstance(m, FrozenLinear))
-        of_all = sum(parameter.numel() for parameter in self.parameters()) + sum(kept_otherwise)
+        whole = {
+            name: whole_shape(name, parameter.shape, is_split_here(self, name))
+            for name, parameter in self.named_parameters()
+        }
+        trained = {name: whole[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
+        count, of_all = (sum(map(math.prod, shapes.values())) for shapes in (trained, whole))
+        ranks = model_parallel().ranks
+        for module in self.modules():
+            if isinstance(module, FrozenLinear):  # whose weight is kept otherwise
+                of_all += module.in_features * module.out_features * (ranks if module.split else 1)
         say(f"Trainable, {count:,} of {of_all:,} parameters in {len(trained)} tensors:")
-        say("\n".join(f"  {line}" for line in by_kind({name: list(parameter.shape) for name, parameter in trained})))
+        say("\n".join(f"  {line}" for line in by_kind(trained)))
 
     @classmethod
     def from_pretrained(cls, name: str | Path | Checkpoint, args: Any = None, **kwargs: Any) -> tuple[Any, Any]:

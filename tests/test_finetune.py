@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import free_port, load_model, run_python
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION, is_adapter_name
@@ -99,6 +99,29 @@ def test_from_pretrained_takes_a_checkpoint_that_was_found_before(upstream_check
     assert model.base.name == str(upstream_checkpoint)
     args.eva_args["image_size"] = [1, 1]
     assert checkpoint.config["eva_args"]["image_size"] != [1, 1]
+
+
+@pytest.mark.run
+def test_processes_that_share_a_model_tell_all_parameters_and_not_those_of_one(no_launcher):
+    flags = (
+        "--from_pretrained",
+        "model/tiny",
+        "--mode",
+        "finetune",
+        "--use_qlora",
+        "--use_ptuning",
+        "--pre_seq_len",
+        "4",
+    )
+    flags += ("--train-data", "fewshot-data/dataset.json", "--train-iters", "1", "--answers", "0", "--save", "none")
+    two = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    alone = run_python("finetune_visualglm.py", *flags)
+    shared = run_python(*two, "finetune_visualglm.py", *flags, "--model-parallel-size", "2")
+    told, told_by_two = (
+        done.stdout[done.stdout.index("Trainable") : done.stdout.index("\nstep ")] for done in (alone, shared)
+    )
+    assert told_by_two == told
+    assert told.startswith("Trainable, 84,480 of 3,393,952 parameters in 54 tensors:")
 
 
 def test_trained_tensors_are_told_kind_by_kind_with_their_layers():

@@ -69,6 +69,14 @@ def whole(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([piece[number] for number in range(split.stacked) for piece in pieces], split.dim)
 
 
+def whole_shape(name: str, shape: Sequence[int], is_split: bool = True) -> list[int]:
+    """The shape of the whole tensor of a name, of which this process has a part of the given shape."""
+    ranks, split = model_parallel().ranks, split_of(name)
+    if split is None or not is_split or name.startswith(VISION):
+        return list(shape)
+    return [size * ranks if dim == split.dim else size for dim, size in enumerate(shape)]
+
+
 def own_parts(weights: Mapping[str, torch.Tensor], rank: int, ranks: int) -> Mapping[str, torch.Tensor]:
     """The tensors that the process of a rank has of a whole model; each is taken out when it is asked for."""
     if ranks == 1:

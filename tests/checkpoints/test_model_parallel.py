@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load_model, upstream_weights, write_checkpoint
 
-from model.checkpoints.model_parallel import joined, own_part, own_parts, whole
+from model.checkpoints import model_parallel
+from model.checkpoints.metadata import VISION
+from model.checkpoints.model_parallel import joined, own_part, own_parts, whole, whole_shape
 from model.checkpoints.weights import read_weights
 from model.convert.huggingface import convert
 from model.convert.merge_lora import merge
@@ -48,6 +51,14 @@ def test_joined_parts_are_the_whole_model(parts: list[dict], upstream_config: di
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
         assert found.entries[name].shape == tuple(tensor.shape), name
+
+
+def test_whole_shape_of_a_part_is_that_of_the_whole_tensor(parts: list[dict], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model_parallel, "model_parallel", lambda: SimpleNamespace(ranks=RANKS))
+    for name, tensor in upstream_weights().items():
+        here = tensor if name.startswith(VISION) else parts[0][name]  # the vision part is whole on every process
+        assert whole_shape(name, here.shape) == list(tensor.shape), name
+    assert whole_shape("transformer.word_embeddings.weight", [512, 64], is_split=False) == [512, 64]
 
 
 @pytest.mark.slow

@@ -145,6 +145,14 @@ SENTENCES = {
         "训练样本 {samples} 个：共 {steps} 步，每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch），"
         "随机抽取（--seed）；用 --epochs 则逐轮遍历全部样本。"
     ),
+    "Training on {samples:d} samples: {steps:d} steps, of {at_once:d} from here on, see {seen:d} samples, {epochs} epochs.": (
+        "训练样本 {samples} 个：共 {steps} 步，从这里起每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch）。"
+    ),
+    "Training on {samples:d} samples: {steps:d} steps, of {at_once:d} from here on, see {seen:d} samples, {epochs} epochs,"
+    " drawn by chance (--seed); --epochs goes through all of them instead.": (
+        "训练样本 {samples} 个：共 {steps} 步，从这里起每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch），"
+        "随机抽取（--seed）；用 --epochs 则逐轮遍历全部样本。"
+    ),
     "Looking for a learning rate: {steps:d} steps with a rising one; --lr and the number of steps don't count.": (
         "寻找学习率：用逐渐升高的学习率训练 {steps} 步；--lr 和训练步数不起作用。"
     ),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import PROJECT, run_python, write_rows
@@ -26,7 +27,7 @@ from model import chinese, progress
 from model.adapter_config import AdapterConfig
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
-from model.cli.preflight import preflight, warm_up_notes
+from model.cli.preflight import epochs_note, preflight, warm_up_notes
 from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
 from model.data.remote_images import STRANGERS, downloaded, opened
@@ -474,7 +475,18 @@ def told_of_plans() -> list[str]:
                     SimpleNamespace(gpu_memory=None, distributed_backend="nccl"), SimpleNamespace(checkpoint=None)
                 )  # type: ignore[arg-type]
             lines += [*report.splitlines(), *told, *(cost for _, cost, _ in dry_run.ways_to_fit(plan))]
-    return lines
+    return lines + told_of_batches_that_changed()
+
+
+def told_of_batches_that_changed() -> list[str]:
+    """How many samples a run sees that goes on with another --batch-size."""
+    selection: Any = SimpleNamespace(sample_count=lambda file: 20)
+    resumed: Any = SimpleNamespace(record=SimpleNamespace(iteration=3, samples=18))
+    words = ["--train-data", DATA, "--batch-size", "4"]
+    return [
+        epochs_note(parse([*words, *length]), selection, 9, resumed)
+        for length in (["--epochs", "2"], ["--train-iters", "9"])
+    ]
 
 
 def told_on_pages(folder: Path) -> list[str]:

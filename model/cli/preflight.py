@@ -96,7 +96,7 @@ def preflight(
         data.selection.held_out = resumed.record.held_out or data.selection.held_out
     steps = steps_of_run(options, data.selection, resumed)
     raise_problems(steps_problems(options, steps))
-    notes += [*data.notes, epochs_note(options, data.selection, steps)]
+    notes += [*data.notes, epochs_note(options, data.selection, steps, resumed)]
     return Inputs(checkpoint, tokenizer, data.selection, data.lengths, notes, steps, data.cut_labels)
 
 
@@ -114,7 +114,8 @@ def rows_problems(record: RunRecord, selection: Selection) -> list[str]:
 def with_options(inputs: Inputs, before: Options, options: Options, resumed: Resumed | None = None) -> Inputs:
     """The same inputs for other options, of which those that a step's samples depend on may differ."""
     steps = steps_of_run(options, inputs.selection, resumed)
-    old, new = epochs_note(before, inputs.selection, inputs.steps), epochs_note(options, inputs.selection, steps)
+    old = epochs_note(before, inputs.selection, inputs.steps, resumed)
+    new = epochs_note(options, inputs.selection, steps, resumed)
     return replace(inputs, steps=steps, notes=[new if note == old else note for note in inputs.notes])
 
 
@@ -342,16 +343,22 @@ def steps_of_run(options: Options, selection: Selection, resumed: Resumed | None
     return record.iteration + batches // accumulated
 
 
-def epochs_note(options: Options, selection: Selection, steps: int | None = None) -> str:
-    """How many samples a run sees, and how many times through the data that is."""
+def epochs_note(
+    options: Options, selection: Selection, steps: int | None = None, resumed: Resumed | None = None
+) -> str:
+    """How many samples a run sees, those before it went on included, and how many times through the data that is."""
     if options.find_lr:
         return f"Looking for a learning rate: {FIND_LR_STEPS} steps with a rising one; --lr and the number of steps don't count."
     samples, at_once = training_samples(options, selection), samples_per_step(options)
     steps = steps or training_steps(options, selection)
-    seen = min(options.epochs * samples, steps * at_once) if options.epochs else steps * at_once
+    seen, of = steps * at_once, f" of {at_once}"
+    if resumed and resumed.record.samples not in (0, resumed.record.iteration * at_once):
+        seen = resumed.record.samples + (steps - resumed.record.iteration) * at_once
+        of = f", of {at_once} from here on,"
+    seen = min(options.epochs * samples, seen) if options.epochs else seen
     epochs = _amount(seen / samples)
     return (
-        f"Training on {count_of(samples, 'sample')}: {count_of(steps, 'step')} of {at_once} see {count_of(seen, 'sample')}, "
+        f"Training on {count_of(samples, 'sample')}: {count_of(steps, 'step')}{of} see {count_of(seen, 'sample')}, "
         f"{epochs} epoch{'' if epochs == '1' else 's'}"
         + ("." if options.epochs else ", drawn by chance (--seed); --epochs goes through all of them instead.")
     )

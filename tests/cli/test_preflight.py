@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import PROJECT, write_rows, write_tuned
@@ -202,6 +203,23 @@ def test_folder_of_a_run_that_goes_on_has_to_be_writable(
         preflight(good, resumed=resumed)
     good.dry_run = True
     assert preflight(good, resumed=resumed).checkpoint == resumed.checkpoint
+
+
+def test_epochs_note_of_a_run_that_goes_on_counts_the_samples_before_as_they_were(tmp_path: Path) -> None:
+    selection = selection_with(tmp_path, a=20)
+    run = ["--train-data", str(tmp_path / "a"), "--epochs", "2", "--batch-size"]
+    record = RunRecord(3, 7, [*run, "6"], "animals", 1, {}, {}, {}, samples=18)
+    resumed: Any = SimpleNamespace(record=record)
+    options = parse([*run, "4"])
+    steps = steps_of_run(options, selection, resumed)
+    assert epochs_note(options, selection, steps, resumed) == (
+        "Training on 20 samples: 9 steps, of 4 from here on, see 40 samples, 2 epochs."
+    )
+    of_steps = parse([*run[:2], "--train-iters", "9", "--batch-size", "4"])
+    assert "9 steps, of 4 from here on, see 42 samples, 2.1 epochs, drawn" in epochs_note(
+        of_steps, selection, 9, resumed
+    )
+    assert "7 steps of 6 see 40 samples" in epochs_note(parse([*run, "6"]), selection, 7, resumed)
 
 
 def test_rows_that_are_left_out_do_not_count_for_split(good: Options, tmp_path: Path) -> None:

@@ -100,7 +100,21 @@ class FeaturesOnDisk(FeaturePart):
         else:
             index.truncate(0)
             file.unlink(missing_ok=True)
-        super().__init__(rows_in(file, start + room, format)[start:], file, start)
+        try:
+            rows = rows_in(file, start + room, format)
+        except InputError:
+            self._leave_as_before(file, start)
+            raise
+        super().__init__(rows[start:], file, start)
+
+    def _leave_as_before(self, file: Path, start: int) -> None:
+        """Without room for more: what was made for it goes, and the features of earlier runs stay."""
+        if start:
+            os.truncate(file, self.format.bytes_of(start))
+        else:
+            for made in (file, file.with_suffix(".index")):
+                made.unlink(missing_ok=True)
+        self.index.close()
 
     def add(self, digests: Sequence[bytes], features: torch.Tensor) -> None:
         super().add(digests, features)
@@ -268,7 +282,7 @@ def rows_in(file: Path, count: int, format: FeatureFormat, place: str | None = N
         return torch.from_file(own, shared=True, size=math.prod(shape), dtype=format.dtype).view(shape)
     except OSError as error:
         raise InputError(
-            f"{place or file}: {error.strerror}; {needed / 2**20:.0f} MiB are needed there for features of pictures."
+            f"{place or file}: {error.strerror}; {math.ceil(needed / 2**20)} MiB are needed there for features of pictures."
         ) from error
     finally:
         os.close(opened)

@@ -274,6 +274,24 @@ def test_features_with_no_room_on_the_disk_are_one_sentence(vision, dataset, mon
     monkeypatch.setattr(feature_store.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="No space left on device; 1 MiB are needed there"):
         cached(vision, dataset, tmp_path, [dataset.rows[0].img] * 170)
+    with pytest.raises(InputError, match="No space left on device; 1 MiB are needed there"):
+        cached(vision, dataset, tmp_path)  # a part of one
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_full_now_leaves_the_features_of_earlier_runs(vision, dataset, monkeypatch, tmp_path):
+    cached(vision, dataset, tmp_path, [dataset.rows[0].img])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
+
+    def full_after_a_while(opened, start, size):
+        feature_store.os.truncate(opened, size)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_store.os, "posix_fallocate", full_after_a_while)
+    with pytest.raises(InputError, match="No space left on device"):
+        cached(vision, dataset, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_rows_that_training_meets_once_have_features_when_those_are_kept(vision, dataset, tmp_path):

@@ -4,6 +4,14 @@ Only the standard library is imported.
 """
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+COMPRESSED = {  # by how it was made
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7z",
+}
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
@@ -20,3 +28,8 @@ def is_web_page(head: bytes) -> bool:
 def is_lfs_pointer(head: bytes) -> bool:
     """Whether a file with these first bytes stands for one that git-lfs has not fetched."""
     return head.startswith(LFS_POINTER)
+
+
+def compression_of(head: bytes) -> str | None:
+    """How a file with these first bytes was compressed; None if it wasn't."""
+    return next((kind for start, kind in COMPRESSED.items() if head.startswith(start)), None)

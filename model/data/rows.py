@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, cast, overload
 
 from model.data.bad_rows import first_lines
+from model.data.file_kinds import compression_of
 from model.data.images import image_path, image_places
 from model.errors import InputError, raise_problems
 from model.progress import is_unicode
@@ -171,10 +172,14 @@ def values_of(path: str | os.PathLike[str]) -> Iterator[object]:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a JSON file of rows is needed.") from error
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if compression := compression_of(content):
+            raise InputError(f"{path}: compressed ({compression}); the JSON file that is in it is needed.") from error
         raise InputError(f"{path}: byte {error.start + 1} isn't UTF-8; save the file as UTF-8.") from error
     start = _skip_blank(text, 0)
     if start == len(text):

@@ -120,6 +120,9 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     """Why so many bytes can't be put into the folder that flag names, which may not be there yet."""
     target = Path(folder).expanduser().absolute()
     existing = _nearest_existing(target)
+    broken = next((place for place in (target, *target.parents) if place.is_symlink() and not place.exists()), None)
+    if broken:
+        return [f"{flag} {folder}: {broken} is a link to {broken.readlink()}, which isn't there; a folder is needed."]
     if not existing.is_dir():
         return [f"{flag} {folder}: {existing} is a file; a folder is needed."]
     if not _can_be_written_to(existing):

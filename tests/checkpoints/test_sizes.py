@@ -63,6 +63,16 @@ def test_folder_problems_names_the_flag(tmp_path: Path) -> None:
     assert sentence.startswith(f"--feature_cache {tmp_path / 'file'}: ")
 
 
+def test_link_that_leads_nowhere_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    for folder in (tmp_path / "link", tmp_path / "link/below"):
+        [sentence] = folder_problems("--save", str(folder))
+        assert (
+            sentence
+            == f"--save {folder}: {tmp_path / 'link'} is a link to gone, which isn't there; a folder is needed."
+        )
+
+
 @pytest.mark.parametrize(("adapters", "numbers"), [
     (AdapterConfig(), 0),
     (AdapterConfig(methods=("lora",), rank=2, layers=(0,)), 2 * (6 * 64 + 2 * 64)),

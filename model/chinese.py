@@ -213,7 +213,7 @@ SENTENCES = {
         "步 {step}/{last}  损失 {loss}  学习率 {rate}  {speed} 样本/秒  剩余 {left}"
     ),
     "iteration {step:d}: validation loss {loss}, perplexity {perplexity}": "第 {step} 步：评估损失 {loss}，困惑度 {perplexity}",
-    "the end of training for test data: validation loss {loss}, perplexity {perplexity}": (
+    "the end of training for test data: test loss {loss}, perplexity {perplexity}": (
         "训练结束后，测试数据：损失 {loss}，困惑度 {perplexity}"
     ),
     "iteration {step:d}: {rows:d} rows answered, exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}": (

@@ -100,7 +100,8 @@ class Terminal:
     @staticmethod
     def evaluation(prefix: str, loss: float, perplexity: float, answers: Mapping[str, float]) -> None:
         """Show an evaluation, and the measures of its answers where there are any."""
-        say(f"{prefix}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        split = "test" if prefix.endswith("test data") else "validation"  # so SAT calls the last one of --test-data
+        say(f"{prefix}: {split} loss {loss:.4f}, perplexity {perplexity:.2f}")
         if answers:
             say(
                 f"{prefix}: {answers['rows']:.0f} rows answered, exact match {answers['exact_match']:.1%}, "

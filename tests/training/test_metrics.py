@@ -123,6 +123,11 @@ def test_line_of_an_evaluation_has_its_loss_and_perplexity(clock, capsys):
     assert capsys.readouterr().out == "iteration 300: validation loss 1.5000, perplexity 4.48\n"
 
 
+def test_line_of_the_evaluation_on_test_data_calls_its_loss_that(clock, capsys):
+    TrainingReport().evaluation(None, "the end of training for test data", 1.5, 4.4817, 300, ARGS, {})
+    assert capsys.readouterr().out == "the end of training for test data: test loss 1.5000, perplexity 4.48\n"
+
+
 def test_other_processes_report_nothing(clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     step(TrainingReport(), 1)

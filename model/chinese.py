@@ -95,6 +95,9 @@ SENTENCES = {
     " above it, or from --image_folder.": (
         "没有文件 {name}；相对路径从当前目录、JSON 文件所在的目录及其上一级目录找，给了 --image_folder 则从那里找。"
     ),
+    "--image_folder {folder}: no such folder; the one that the pictures are in is needed.": (
+        "--image_folder {folder}：没有这个目录；需要图片所在的目录。"
+    ),
     "{name} is two different files, {one} and {other}; --image_folder FOLDER with the right one's folder is needed.": (
         "{name} 对应两个不同的文件：{one} 和 {other}；请用 --image_folder 指定图片所在的目录。"
     ),

@@ -255,6 +255,7 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, "--layer_range", "0", "99"]
     yield [*good, "--max_source_length", "36"]
     yield [*good[:-1], "gone.json"]
+    yield [*good, "--image_folder", "gone"]
     yield ["--use_lora", "--train-data", DATA, "--from_pretrained", "gone"]
     for name in ("broken", "nothing", "empty", "bad", "gone-picture", "two/files"):
         yield [*good[:-1], str(folder / f"{name}.json")]

@@ -138,8 +138,10 @@ def rows_in_place(
         needs_label: rows without a label are bad; else a row's label is "" if it has none, or none of use.
 
     Raises:
-        InputError: the file can't be read, isn't a data file, or holds no row at all.
+        InputError: the file can't be read, isn't a data file, or holds no row at all; or there is no image_folder.
     """
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise InputError(f"--image_folder {image_folder}: no such folder; the one that the pictures are in is needed.")
     file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}
     count = 0

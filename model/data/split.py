@@ -76,7 +76,7 @@ def scan_files(files: Sequence[str], bad_rows: str, image_folder: str | None = N
             problems += bad
         except InputError as problem:
             unusable.append(str(problem))
-    raise_problems(unusable)
+    raise_problems(dict.fromkeys(unusable))  # one that is about all files is told once
     if bad_rows == "error" and problems:  # what is wrong with pictures is told with it, and not at the next try
         problems += [
             problem for _, check in _checked(selection, SECONDS_FOR_PICTURES) for problem in check.problems.values()

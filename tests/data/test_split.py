@@ -47,6 +47,14 @@ def test_selection_when_skipping_leaves_bad_pictures_out_and_says_so(tmp_path: P
     assert len(notes) == 3
 
 
+def test_image_folder_that_is_not_there_is_told_once(tmp_path: Path) -> None:
+    row = {"img": "0.png", "prompt": "?", "label": "!"}
+    files = [str(write_rows(tmp_path, [row] * 3, name)) for name in ("a.json", "b.json")]
+    with pytest.raises(InputError) as refused:
+        scan_files(files, "error", "gone")
+    assert str(refused.value) == "--image_folder gone: no such folder; the one that the pictures are in is needed."
+
+
 def test_selection_when_every_row_is_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"every row is bad; the first: .* row 1: no"):
         selection_of(tmp_path, [{}, {}], "skip")

@@ -166,7 +166,11 @@ def received(batch: Any) -> Any:
     """The batch that `HandedOver` made."""
     if not isinstance(batch, dict) or SAVED not in batch:
         return batch
-    _warn_once_of_full_memory()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most != resource.RLIM_INFINITY and most < len(batch[SAVED]):
+        _warn_once_of_small_files(most)
+    else:
+        _warn_once_of_full_memory()
     return torch.load(io.BytesIO(batch[SAVED]), weights_only=True)
 
 
@@ -175,6 +179,14 @@ def _warn_once_of_full_memory() -> None:
     warn_from_any_process(
         "/dev/shm is too small for the batches of the data workers, which now come through a pipe, slower. In Docker, "
         "--shm-size=8g makes it larger; a smaller --num-workers or --prefetch-factor needs less of it."
+    )
+
+
+@functools.cache
+def _warn_once_of_small_files(most: int) -> None:
+    warn_from_any_process(
+        f"A file may have {most} bytes at most (ulimit -f), too few for the batches of the data workers, which now come "
+        "through a pipe, slower. A higher limit lets them go through /dev/shm."
     )
 
 

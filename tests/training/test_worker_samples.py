@@ -67,6 +67,18 @@ def test_batches_through_the_pipe_are_those_through_shared_memory(monkeypatch, c
     worker_samples._warn_once_of_full_memory.cache_clear()
 
 
+def test_limit_of_file_sizes_that_batches_are_beyond_is_told_as_such(monkeypatch, capfd):
+    def too_large(tensor):
+        raise RuntimeError("unable to resize file </torch_1> to the right size: File too large (27)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", too_large)
+    monkeypatch.setattr(worker_samples.resource, "getrlimit", lambda kind: (512, 512))
+    loaded(Numbers(), 1)
+    told = capfd.readouterr().err
+    assert told.count("A file may have 512 bytes at most (ulimit -f), too few for the batches of the data workers") == 1
+    assert "too small" not in told
+
+
 def test_list_of_pictures_with_their_digests_comes_back_from_the_pipe_as_it_was(monkeypatch):
     batch = [("a.png", b"\x00\xff", torch.ones(2)), ("b.png", None, None)]
 

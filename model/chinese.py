@@ -172,7 +172,7 @@ SENTENCES = {
     ),
     "{name}: {count:d} tensors {shape}, layers {first:d} to {last:d}": "{name}：{count} 个张量 {shape}，第 {first} 到 {last} 层",
     "{name}: {count:d} tensors {shape}, layers {layers}": "{name}：{count} 个张量 {shape}，第 {layers} 层",
-    "Answering {rows}, as they will be again at the end (--answers 0: none).": (
+    "Answering {rows}, and again at the end (--answers 0: none).": (
         "训练前先回答 {rows}，训练结束时再回答一遍（--answers 0：不回答）。"
     ),
     "{count:d} held-out rows": "{count} 条留出的数据",

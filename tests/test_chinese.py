@@ -610,7 +610,7 @@ def lines_of_resuming(run: Path, again: list[str]) -> list[str]:
 # Those of a run; the others are told by checks.
 OF_A_RUN = (
     "No GPU found", "Trainable, ", "step {step}", "iteration {step:d}: validation", "Best evaluation", "Saved ", "Merged ", "exact match ",
-    "answers right", "Answering {rows}, as", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
+    "answers right", "Answering {rows}, and", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
     "Going on with", "{signal}: stopped after step {step:d} of {last:d}. To", "{flag} from here on", "{flag}: the run has",
     "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer {",
     "right ", "{count:d} held-out", "the adapters are", "the place in the data", "a run goes on", "the checkpoint has its weights",

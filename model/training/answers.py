@@ -116,7 +116,7 @@ class RowAnswers:
             self.before = from_first_process(self._kept() if self._folder else None)
         elif self._rows:
             how_not = "" if self.in_between else " (--answers 0: none)"
-            say(f"Answering {self.what}, as they will be again at the end{how_not}.")
+            say(f"Answering {self.what}, and again at the end{how_not}.")
             self.before = self.ask(model, args)
             self._keep()
 

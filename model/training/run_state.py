@@ -199,10 +199,11 @@ class RunState:
         if leave or not states:
             say("Dropout draws other numbers from here on (--no-load-rng or --no-save-rng).")
             return
-        if len(states) != torch.distributed.get_world_size():
+        saved, here = len(states), torch.distributed.get_world_size()
+        if saved != here:
             warn(
-                f"{len(states)} processes saved this checkpoint, {torch.distributed.get_world_size()} go on with it: dropout "
-                "draws other numbers from here on."
+                f"{saved} process{'es' if saved > 1 else ''} saved this checkpoint, {here} go on with it: dropout draws other "
+                "numbers from here on."
             )
             return
         if self._stored.get("model_parallel_size", 1) != model_parallel().ranks:

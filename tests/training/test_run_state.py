@@ -22,7 +22,7 @@ from model.checkpoints.sizes import ROOM_FOR_THE_REST
 from model.cli.options import parse
 from model.cli.preflight import checkpoint_size
 from model.training.records import MEASURED, read_records
-from model.training.run_state import can_be_kept, put_back_random_state, random_state
+from model.training.run_state import RunState, can_be_kept, put_back_random_state, random_state
 from scripts import convert_checkpoint
 
 COMMON = (
@@ -250,6 +250,13 @@ def test_two_processes_go_on_as_they_were_and_one_process_goes_on_with_their_sta
     alone = run_python(script, "--resume", folder / "3", "--batch-size", "4", cwd=cwd)
     assert len(printed_losses(alone.stdout)) == 3
     assert "2 processes saved this checkpoint, 1 go on with it" in alone.stderr
+
+
+@pytest.mark.parametrize(("saved", "told"), [(1, "1 process saved"), (3, "3 processes saved")])
+def test_other_number_of_processes_than_saved_is_told(saved, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    RunState._put_back_random_states(SimpleNamespace(_stored={"random": [None] * saved}), leave=False)
+    assert capsys.readouterr().err.startswith(f"{told} this checkpoint, 2 go on with it: dropout draws other numbers")
 
 
 def test_random_states_that_are_put_back_give_the_same_numbers_again():

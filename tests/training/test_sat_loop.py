@@ -174,7 +174,7 @@ def test_run_prints_nothing_but_what_is_for_a_person(run):
         r"step \d/6  loss \S+  lr \S+  \S+ samples/s  .* left",
         r".*: validation loss \S+, perplexity \S+",
         r"Saved .* \(iteration 6\)\.",
-        r"Answering 6 training rows, as they will be again at the end \(--answers 0: none\)\.",
+        r"Answering 6 training rows, and again at the end \(--answers 0: none\)\.",
         r"Of 6 training rows, answers right: before \d/6, after \d/6; ROUGE-L \S+, then \S+; .* changed\.",
         r"Report: \S+/report\.html",
         r"optimizer .*",  # this test's own

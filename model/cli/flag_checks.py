@@ -34,6 +34,8 @@ from model.data.tokenizer import ChatGLMTokenizer
 from model.distributed import world_size
 from model.progress import is_unicode
 
+MOST_OF_NAME = 235  # bytes of 255 that a file's name may have: the run's time follows it, a number, and .txt
+
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.
 _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
@@ -171,16 +173,28 @@ def _data_flag_problems(options: Options) -> list[str]:
     if options.holdout is not None:
         problems += _holdout_problems(options, options.holdout)
     problems += _evaluation_problems(options)
+    problems += _name_problems(options)
+    if options.train_data:
+        problems += _split_problems(options)
+    return problems
+
+
+def _name_problems(options: Options) -> list[str]:
+    problems = []
     if not _is_below(options.experiment_name):
         problems.append(
             f"--experiment-name {shown(options.experiment_name)}: it leads out of --save; a name without .. and without / at "
             "its start is needed."
         )
+    longest = max(len(part.encode(errors="replace")) for part in options.experiment_name.split("/"))
+    if longest > MOST_OF_NAME:
+        problems.append(
+            f"--experiment-name {shown(options.experiment_name)}: {longest} bytes found; a name of {MOST_OF_NAME} at most is "
+            "needed."
+        )
     for name, value in (("save", options.save), ("experiment_name", options.experiment_name)):
         if value and not is_unicode(value):
             problems.append(f"{flag_with_value(name, value)}: {NOT_UNICODE}")
-    if options.train_data:
-        problems += _split_problems(options)
     return problems
 
 

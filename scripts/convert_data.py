@@ -32,17 +32,23 @@ from model.checkpoints.whole import is_same_file, write_whole
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
-from model.progress import count_of, say
+from model.progress import count_of, say, warn
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 IMAGE_MARK = "<image>"
+STANDARD_OUTPUT = "-"
 
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conversations", type=expanduser, metavar="IN", help="JSON or JSON Lines file of conversations")
-    parser.add_argument("rows", type=expanduser, metavar="OUT", help="JSON file to write; .jsonl writes JSON Lines")
+    parser.add_argument(
+        "rows",
+        type=expanduser,
+        metavar="OUT",
+        help="JSON file to write; .jsonl writes JSON Lines, and - to standard output",
+    )
     parser.add_argument(
         "--images",
         type=expanduser,
@@ -70,7 +76,11 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         InputError: the file can't be used, or holds conversations that can't be rows (the first 20 are named).
     """
-    refuse_to_overwrite(options)
+    tell = say
+    if options.rows == STANDARD_OUTPUT:
+        tell = warn  # on standard error
+    else:
+        refuse_to_overwrite(options)
     rows, problems = [], []
     known_folders: dict[str, bool] = {}
     for number, entry in enumerate(values_of(options.conversations), 1):
@@ -90,11 +100,11 @@ def convert(options: argparse.Namespace) -> None:
         none = f"{options.conversations}: no conversation in it that can be a row; at least one is needed."
         raise_problems([*first_lines(problems), none])
     write_rows(rows, Path(options.rows))
-    say(
+    tell(
         f"{options.rows}: {count_of(len(rows), 'row')}, {count_of(sum(1 + len(row.get('history', ())) for row in rows), 'turn')}"
     )
     if problems:
-        say(
+        tell(
             "\n".join(
                 [f"Left out, {count_of(len(problems), 'bad conversation')} (--bad_rows skip):", *first_lines(problems)]
             )
@@ -226,11 +236,17 @@ def _as_list(value: object) -> list[Any]:
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     """Write rows as a JSON list, a row a line, or as JSON Lines where path ends in .jsonl; whole or not at all.
 
+    The path - is standard output.
+
     Raises:
         InputError: path can't be written.
     """
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "\n".join(lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
+    if str(path) == STANDARD_OUTPUT:
+        sys.stdout.buffer.write(f"{text}\n".encode())
+        sys.stdout.buffer.flush()
+        return
     try:
         write_whole(path.resolve(), lambda file: file.write_text(text + "\n", encoding="utf-8"))
     except OSError as error:

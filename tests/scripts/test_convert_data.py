@@ -100,6 +100,16 @@ def test_written_rows_can_be_read(tmp_path: Path, name: str) -> None:
     assert [(row.img, row.label) for row in read_rows(tmp_path / name)] == [("x/a.jpg", "!!"), (None, "!")]
 
 
+def test_standard_output_gets_the_rows_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.json").write_text(json.dumps([llava("?", "猫"), llava("?")]))
+    main(["in.json", "-", "--bad_rows", "skip"])
+    told = capfd.readouterr()
+    assert json.loads(told.out) == [{"prompt": "?", "label": "猫"}]
+    assert told.err.startswith("-: 1 row, 1 turn\nLeft out, 1 bad conversation ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
 def test_bad_conversations_are_left_out_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps(llava("?", "!")), "{", json.dumps(llava("?"))]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = [folder for folder in folders if folder not in problems]
         beside = folders[0] / REPORT_FILE if len(folders) == 1 else folders[0].resolve().parent / SEVERAL
         out = Path(options.out).expanduser() if options.out else beside
+        if options.out == "-":
+            raise InputError("--out -: standard output takes no page; the name of a file is needed.")
         if not out.absolute().parent.is_dir():
             raise InputError(f"--out {out}: no folder {out.absolute().parent}; one that is there is needed.")
         if not is_replaceable(out, OWN_PAGE):

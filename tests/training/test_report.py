@@ -192,6 +192,7 @@ def test_name_without_its_time_is_the_newest_run(runs, capsys, tmp_path):
             ["RUN", "--out", "one/metrics.jsonl"],
             "one/metrics.jsonl: what is there is no page of report.py; --out with another",
         ),
+        (["RUN", "--out", "-"], "--out -: standard output takes no page; the name of a file is needed."),
         (["RUN", "--out", "one"], "one: what is there is no page of report.py"),
     ],
 )

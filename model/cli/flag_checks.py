@@ -36,6 +36,8 @@ from model.progress import is_unicode
 
 MOST_OF_NAME = 235  # bytes of 255 that a file's name may have: the run's time follows it, a number, and .txt
 
+SMALLEST_SHARE = 1e-6  # of --split; smaller ones come from rounding
+
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.
 _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
     (
@@ -257,22 +259,43 @@ def _holdout_problems(options: Options, holdout: float) -> list[str]:
 def split_shares(options: Options) -> list[float]:
     """The shares of --train-data for training, evaluation and test, adding up to 1, as SAT reads --split.
 
-    What is missing to 1 is evaluated on; a share whose rows come from --valid-data or --test-data is 0 (SAT's
-    `get_split`).
+    What is missing to 1 after a single share is evaluated on, and after two it is the test's; a fourth share is dropped, and a
+    share whose rows come from --valid-data or --test-data is 0 (SAT's `get_split`).
 
     Raises:
-        ValueError: --split isn't one to three numbers of 0 or more with a training share above 0.
+        ValueError: --split isn't numbers of 0 or more with a training share above 0.
+    """
+    training, evaluation, test = [*_typed_shares(options), 0.0, 0.0][:3]
+    evaluation = evaluation if options.valid_data is None else 0.0
+    test = test if options.test_data is None else 0.0
+    total = training + evaluation + test
+    return [training / total, evaluation / total, test / total]
+
+
+def _typed_shares(options: Options) -> list[float]:
+    """The numbers of --split, and what is missing to 1.
+
+    Raises:
+        ValueError: as `split_shares`.
     """
     shares = [float(share) for share in options.split.split("," if "," in options.split else "/")]
     if not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
         raise ValueError(options.split)
     if sum(shares) < 1:
         shares.append(1 - sum(shares))
-    training, evaluation, test = [*shares, 0.0, 0.0][:3]
-    evaluation = evaluation if options.valid_data is None else 0.0
-    test = test if options.test_data is None else 0.0
-    total = training + evaluation + test
-    return [training / total, evaluation / total, test / total]
+    return shares
+
+
+def split_notes(options: Options) -> list[str]:
+    """What becomes of the rows where --split names more than three shares, or three of less than 1."""
+    dropped = sum(_typed_shares(options)[3:])
+    if dropped < SMALLEST_SHARE:  # what 0.7,0.2,0.1 lack of 1 is no share
+        return []
+    training, evaluation, test = split_shares(options)
+    return [
+        f"--split {options.split}: a fourth share of {dropped:.3g} is not used; of the rows, {training:.1%} are trained on, "
+        f"{evaluation:.1%} evaluated on and {test:.1%} tested on."
+    ]
 
 
 def _split_problems(options: Options) -> list[str]:

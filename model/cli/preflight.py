@@ -29,6 +29,7 @@ from model.cli.flag_checks import (
     overridden_by_config,
     overridden_by_deepspeed,
     save_problems,
+    split_notes,
     split_row_problems,
     split_shares,
 )
@@ -78,6 +79,7 @@ def preflight(
     if "gpu_memory" in options.user_set and not (options.dry_run or options.auto_batch_size):
         notes.append("--gpu_memory is for --dry_run and for --batch-size auto; this run takes no notice of it.")
     notes += worker_notes(options)
+    notes += split_notes(options)
     notes += deepspeed_notes(options)
     checkpoint = checked_checkpoint(options, resumed)
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)

@@ -248,6 +248,30 @@ def test_steps_and_their_note_are_those_of_the_batch_that_auto_has_found(good: O
     assert epochs_note(good, inputs.selection) not in new.notes
 
 
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        (
+            "5,1,1,3",
+            "a fourth share of 3 is not used; of the rows, 71.4% are trained on, 14.3% evaluated on and 14.3% tested",
+        ),
+        (
+            "0.5,0.2,0.1",
+            "a fourth share of 0.2 is not used; of the rows, 62.5% are trained on, 25.0% evaluated on and 12.5%",
+        ),
+        ("0.7,0.2,0.1", None),
+        ("0.8,0.1", None),
+        ("8/1/1", None),
+        ("1", None),
+    ],
+)
+def test_share_of_split_that_is_not_used_is_told(good: Options, split: str, told: str | None) -> None:
+    good.split, good.block_size, good.epochs, good.train_iters = split, 1, None, 4
+    notes = [note for note in preflight(good).notes if note.startswith("--split")]
+    assert (told is None) == (notes == [])
+    assert all(note.startswith(f"--split {split}: {told}") for note in notes)
+
+
 def test_epochs_note_goes_by_the_batch_of_a_deepspeed_file(tmp_path: Path) -> None:
     selection = selection_with(tmp_path, a=20)
     file = tmp_path / "ds.json"

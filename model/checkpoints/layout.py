@@ -294,6 +294,11 @@ def _place(name: str, flag: str) -> Path:
         return run
     tried = [f"no folder {given.absolute()}", f"no folder {in_home} ($SAT_HOME)"]
     if flag == "--resume":  # a run isn't downloaded
+        unsaved = max(_runs_named(given), default=None, key=lambda run: run.stat().st_mtime)
+        if unsaved is not None:
+            raise InputError(
+                f"{flag} {name}: {unsaved} has no checkpoint; a run that has saved one is needed, or auto."
+            )
         raise InputError(f"{flag} {name}: no such folder; the folder of a run is needed, or auto.")
     from model.checkpoints.download import from_hub, from_sat  # it imports this module
 
@@ -311,12 +316,16 @@ def _place(name: str, flag: str) -> Path:
 def newest_run_named(path: Path) -> Path | None:
     """The run that saved last of those whose names are path's and the time of their start, or what path names in it."""
     for named, below in ((path, ""), (path.parent, path.name)):
-        dated = named.parent.glob(f"{glob.escape(named.name)}-*")
-        runs = [run for run in dated if TIME_OF_A_RUN.fullmatch(run.name.removeprefix(named.name))]
-        saved = [run for run in runs if (run / "latest").is_file() and (run / below).exists()]
+        saved = [run for run in _runs_named(named) if (run / "latest").is_file() and (run / below).exists()]
         if saved:
             return max(saved, key=lambda run: (run / "latest").stat().st_mtime) / below
     return None
+
+
+def _runs_named(path: Path) -> list[Path]:
+    """The runs whose names are path's and the time of their start."""
+    dated = path.parent.glob(f"{glob.escape(path.name)}-*")
+    return [run for run in dated if TIME_OF_A_RUN.fullmatch(run.name.removeprefix(path.name))]
 
 
 def sat_home() -> Path:

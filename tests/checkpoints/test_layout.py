@@ -262,3 +262,15 @@ def test_sizes_of_the_vision_part_that_the_config_leaves_to_sat_are_there_once_i
     assert found["qformer_args"]["is_decoder"] is False
     published = write_huggingface(tmp_path / "published", short, {})
     assert Checkpoint.find(published).config["eva_args"] == found["eva_args"]
+
+
+def test_name_of_a_run_that_has_saved_nothing_yet_is_told_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "k3-11-26-13-01").mkdir()
+    with pytest.raises(InputError) as refused:
+        Checkpoint.find(tmp_path / "k3", "--resume")
+    assert str(refused.value) == (
+        f"--resume {tmp_path / 'k3'}: {tmp_path / 'k3-11-26-13-01'} has no checkpoint; a run that has saved one is needed, "
+        "or auto."
+    )
+    with pytest.raises(InputError, match="no such folder; the folder of a run is needed, or auto"):
+        Checkpoint.find(tmp_path / "k4", "--resume")

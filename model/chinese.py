@@ -175,6 +175,8 @@ SENTENCES = {
     "Answering {rows}, and again at the end (--answers 0: none).": (
         "训练前先回答 {rows}，训练结束时再回答一遍（--answers 0：不回答）。"
     ),
+    "{turns:d} turns of {rows:d} held-out rows": "{rows} 条留出的数据中的 {turns} 轮对话",
+    "{turns:d} turns of {rows:d} training rows": "{rows} 条训练数据中的 {turns} 轮对话",
     "{count:d} held-out rows": "{count} 条留出的数据",
     "{count:d} training rows": "{count} 条训练数据",
     # a run that goes on

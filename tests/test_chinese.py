@@ -152,6 +152,10 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
             "Of 4 held-out rows, answers right: before 0/4, after 4/4; ROUGE-L 0.179, then 1.000; 4 changed.",
             "4 条留出的数据：训练前答对 0/4，训练后答对 4/4；ROUGE-L 从 0.179 到 1.000；4 个回答改变了。",
         ),
+        (
+            "Of 4 turns of 1 held-out row, answers right: 4/4; ROUGE-L 1.000.",
+            "1 条留出的数据中的 4 轮对话，答对 4/4；ROUGE-L 1.000。",
+        ),
         ("Of 1 training row, answers right: 1/1; ROUGE-L 1.000.", "1 条训练数据，答对 1/1；ROUGE-L 1.000。"),
         ("Likely: LoRA is in 2 layers only (--layer_range); without that flag it is in all.",
          "可能的原因：只有 2 层有 LoRA（--layer_range）；不给这个参数则每一层都有。"),
@@ -420,6 +424,8 @@ def told_of_runs() -> list[str]:
         ([0.1, *falling], {"lr": 0.1}, [], {"before": before, "after": worse}),
         (falling, {}, evaluations, {"before": before, "after": after, "held_out": True}),
         (falling, {"keep_best": "loss", "early_stopping": 3}, evaluations, {}),
+        (falling, {}, [], {"after": after, "rows": 1}),
+        (falling, {}, [], {"after": after, "rows": 1, "held_out": True}),
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
         lines += verdict(

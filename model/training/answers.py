@@ -9,7 +9,7 @@ no row is answered: for each token all processes would send each other the whole
 
 `answers.json` in the run's folder:
 
-    {"held_out": true, "before": {"step": 0, <measures>, "results": [<Result>, …]}, "after": {"step": 300, …}}
+    {"held_out": true, "rows": 8, "before": {"step": 0, <measures>, "results": [<Result>, …]}, "after": {"step": 300, …}}
 """
 
 import argparse
@@ -36,10 +36,11 @@ from model.inference.engine import Answer, Engine, Question, model_positions
 from model.inference.scores import Result, result_of, summary
 from model.inference.seen_images import SeenImages
 from model.inference.text import answer_text
-from model.progress import count_of, say, warn, with_progress
+from model.progress import say, warn, with_progress
 from model.training.deepspeed_config import zero_stage
 from model.training.records import ANSWERS_FILE
 from model.training.run_state import put_back_random_state, random_state
+from model.training.verdict import rows_in_words
 
 AT_ONCE = 4  # rows: keys and values of the 6B take half a MiB a token
 ANSWER_ROOM = 16  # tokens
@@ -139,7 +140,12 @@ class RowAnswers:
     @property
     def what(self) -> str:
         """Which rows they are, in words."""
-        return count_of(len(self._rows), "held-out row" if self.held_out else "training row")
+        return rows_in_words(len(self._rows), self._row_count, self.held_out)
+
+    @property
+    def _row_count(self) -> int:
+        """How many rows of the data files they are: each of their turns may be one here."""
+        return len({row.where for row, _ in self._rows})
 
     def ask(self, model: Any, args: argparse.Namespace) -> Answered | None:
         """The rows' answers; None, with a line, where they can't be had. Nothing of the run is changed."""
@@ -200,7 +206,11 @@ class RowAnswers:
         if self._folder is None or not is_first_process():
             return
         known = {"before": self.before, "after": self.latest}
-        content = {"held_out": self.held_out, **{name: one.to_json() for name, one in known.items() if one}}
+        content = {
+            "held_out": self.held_out,
+            "rows": self._row_count,
+            **{name: one.to_json() for name, one in known.items() if one},
+        }
         text = json_text(content, 1) + "\n"
         try:
             write_whole(
@@ -212,11 +222,14 @@ class RowAnswers:
 
 
 def read_answers(folder: Path) -> dict[str, Any]:
-    """What `answers.json` in a run's folder has: "held_out", and "before" and "after" as `Answered`; each may be missing."""
+    """What `answers.json` in a run's folder has: "held_out", "rows", and "before" and "after" as `Answered`; each may be
+    missing.
+    """
     try:
         content = json.loads((folder / ANSWERS_FILE).read_text(encoding="utf-8"))
         answered = {name: Answered.from_json(content.get(name)) for name in ("before", "after")}
-        return {"held_out": bool(content.get("held_out")), **{name: one for name, one in answered.items() if one}}
+        kept = {"held_out": bool(content.get("held_out")), **{name: one for name, one in answered.items() if one}}
+        return kept | ({"rows": content["rows"]} if isinstance(content.get("rows"), int) else {})
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -139,7 +139,8 @@ def answers_sentence(answers: Mapping[str, Any]) -> str | None:
     after, before = answers.get("after"), answers.get("before")
     if after is None:
         return None
-    rows = count_of(len(after.results), "held-out row" if answers.get("held_out") else "training row")
+    count = len(after.results)
+    rows = rows_in_words(count, answers.get("rows", count), bool(answers.get("held_out")))
     measures = after.measures
     right = f"{measures['right']:.0f}/{len(after.results)}"
     if before is None:
@@ -151,6 +152,12 @@ def answers_sentence(answers: Mapping[str, Any]) -> str | None:
         f"{earlier['rouge_l']:.3f}, then {measures['rouge_l']:.3f}; "
         + ("no answer has changed." if not changed else f"{changed} changed.")
     )
+
+
+def rows_in_words(answered: int, rows: int, held_out: bool) -> str:
+    """What was answered: rows, or where a row has several turns, so many turns of so many rows."""
+    told = count_of(rows, "held-out row" if held_out else "training row")
+    return told if answered == rows else f"{answered} turns of {told}"
 
 
 def rise_advice(settings: Mapping[str, Any]) -> str:

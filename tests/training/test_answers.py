@@ -9,6 +9,7 @@ from conftest import GOLDEN, PROJECT, free_port, run_program, run_python
 from model import progress
 from model.chinese import in_chinese
 from model.cli.options import parse
+from model.data.rows import Row, row_turns
 from model.inference.engine import Engine, Question
 from model.inference.scores import Result
 from model.training.answers import Answered, RowAnswers, read_answers
@@ -118,6 +119,18 @@ def test_answers_that_take_long_show_how_far_they_are(small_model, tokenizer, ca
     assert lines[0].startswith("Answering, tokens at most: 1 of 8, ")
     assert 1 <= len(lines) <= 8
     assert in_chinese(lines[0]).startswith("正在回答，词元最多：1/8，")
+
+
+def test_rows_with_several_turns_are_told_with_their_number(tmp_path):
+    answers = RowAnswers(parse([]), None)
+    answers.held_out, answers._folder = True, tmp_path
+    row = Row(None, "?", "!", "a.json row 1", (("1", "2"),))
+    answers._rows = [(turn, {}) for turn in (*row_turns(row), row._replace(where="a.json row 2", history=()))]
+    assert answers.what == "3 turns of 2 held-out rows"
+    answers._keep()
+    assert read_answers(tmp_path) == {"held_out": True, "rows": 2}
+    answers._rows = answers._rows[1:]
+    assert answers.what == "2 held-out rows"
 
 
 def test_answers_survive_the_file(tmp_path):

@@ -122,6 +122,11 @@ def test_answers_before_and_after_are_counted_and_training_rows_called_so():
     assert "no answer has changed" in said(STILL, answers=answers | {"after": answered(9, "no", "no")})
 
 
+def test_turns_of_one_row_are_not_called_rows():
+    answers = {"held_out": True, "rows": 1, "after": answered(9, "yes", "no")}
+    assert "Of 2 turns of 1 held-out row, answers right: 1/2; ROUGE-L 0.000." in said(FALLING, answers=answers)
+
+
 def test_evaluation_that_rises_while_training_falls_is_told_with_its_best_step():
     (line,) = overfitting(steps(FALLING), evaluations([2.0, 1.5, 1.6, 1.9]))
     assert "lowest at step 20 (1.5000) and rose to 1.9000" in line

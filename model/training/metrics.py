@@ -38,7 +38,7 @@ class TrainingReport:
         self.split = VALIDATION  # which evaluation is made
         self.answers: dict[str, float] = {}  # the measures of its answers (`model.inference.scores.summary`)
         self.skipped_steps = 0  # since the start; `model.training.trouble` counts them
-        self.empty_batches = 0  # micro-batches of all processes in which no row could be used, since the start
+        self.empty_batches = 0  # micro-batches of this process in which no row could be used, since the start
         self.last_step: int | None = None  # where SAT is told another one than the person: the run is being stopped
         self.epoch: Callable[[], float | None] = lambda: None
         self.steps_done = 0
@@ -100,12 +100,15 @@ class TrainingReport:
 
     @staticmethod
     def _loss_of_usable_rows(loss: float, empty: int, args: argparse.Namespace) -> float:
-        """A step's loss without its empty micro-batches, of which SAT counts 0; NaN if all were empty."""
-        batches = args.gradient_accumulation_steps * args.world_size // args.model_parallel_size
-        if empty >= batches:
+        """A step's loss without its empty micro-batches, of which SAT counts 0; NaN if all were empty.
+
+        Of several processes only the first one's are known.
+        """
+        batches, is_alone = args.gradient_accumulation_steps, args.world_size == args.model_parallel_size
+        if empty >= batches and (is_alone or loss == 0):
             return math.nan
         is_mean_of_batches = getattr(args, "loss_normalization", None) != "token"
-        return loss * batches / (batches - empty) if empty and is_mean_of_batches else loss
+        return loss * batches / (batches - empty) if 0 < empty < batches and is_alone and is_mean_of_batches else loss
 
     def evaluation(
         self,

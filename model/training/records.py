@@ -48,7 +48,7 @@ class Record:
     loss_scale: float | None = None  # of fp16
     memory_bytes: int | None = None  # of a GPU, the most that were in use; else those of this process
     skipped: int | None = None  # 1 for a step that changed nothing, because its loss or gradient wasn't finite
-    empty_batches: int | None = None  # micro-batches of all processes in which no row could be used
+    empty_batches: int | None = None  # micro-batches of the first process in which no row could be used
     # of an evaluation
     perplexity: float | None = None
     split: str | None = None  # VALIDATION or TEST

@@ -4,8 +4,8 @@
     with told_in_a_sentence(batches, options):     # no memory left, or a worker process that died
         …
 
-Traded away: a step's loss is read from the device only when the step was skipped. After every step the processes tell each
-other how many batches had no usable row: a message of two numbers, without which the loss that is shown would be too low.
+Traded away: a step's loss is read from the device only when the step was skipped. Whether any row could be used is asked
+of the other processes once in `most` steps.
 """
 
 import argparse
@@ -123,8 +123,8 @@ class SkippedSteps(StepWatcher):
         self.in_a_row = 0
         self.last_applied = 0  # number of the last step that changed the weights, from 1
         self.lost = False  # the weights give a loss that isn't finite
-        self.learned_batches = 0  # with a usable row, of all processes, in the last steps
-        self.steps_since = 0  # how many these are
+        self.learned_batches = 0  # with a usable row, of this process, since the processes last asked each other
+        self.steps_since = 0  # they did so
         self.first: int | None = None  # number of the first step here; a run that goes on had others before
         self.has_learned = False  # whether one of the steps here had a usable row
         self.saved: list[int] = []  # iterations
@@ -136,12 +136,8 @@ class SkippedSteps(StepWatcher):
             InputError: the last `most` steps were skipped or had no usable row, or training ends with such a loss.
         """
         number = state.args.iteration + 1
-        own = (len(self.batches.batches), self.batches.empty)
-        of_all = torch.tensor(own, dtype=torch.float32, device=state.args.device)
-        torch.distributed.all_reduce(of_all)
-        taken, empty = map(int, of_all.tolist())
-        self.report.empty_batches += empty
-        self.learned_batches += taken - empty
+        self.report.empty_batches += self.batches.empty
+        self.learned_batches += len(self.batches.batches) - self.batches.empty
         if skipped:
             self._count_skipped(number, state, float(loss))
         else:
@@ -153,7 +149,7 @@ class SkippedSteps(StepWatcher):
         if self.first is None:
             self.first = number
         if ends or self.steps_since == self.most:
-            self._stop_without_usable_rows(number)
+            self._stop_without_usable_rows(number, state)
 
     def _count_skipped(self, number: int, state: LoopState, loss: float) -> None:
         self.in_a_row += 1
@@ -186,13 +182,14 @@ class SkippedSteps(StepWatcher):
             done_by_first_process(lambda: _set_aside(Path(args.save), self.saved[-1], last_good))
         return "The last good checkpoint: " + (f"{Path(args.save, str(good[-1]))}." if good else "none.")
 
-    def _stop_without_usable_rows(self, number: int) -> None:
-        steps, learned = self.steps_since, self.learned_batches
-        self.steps_since = self.learned_batches = 0
-        self.has_learned = self.has_learned or bool(learned)
+    def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
+        learned = torch.tensor(float(self.learned_batches), device=state.args.device)
+        torch.distributed.all_reduce(learned)
+        steps, self.learned_batches, self.steps_since = self.steps_since, 0, 0
+        self.has_learned = self.has_learned or bool(learned.item())
         # The last steps of a run may be few: what it learned before is not lost for them.
         learned_before = self.has_learned or (self.first or 1) > 1
-        if not learned and (steps == self.most or not learned_before):
+        if not learned.item() and (steps == self.most or not learned_before):
             raise InputError(
                 f"stopped after step {number}: no row of the last {steps} steps could be used, so nothing was learned. "
                 "Needed are rows whose pictures can be opened; those that can't are named above."

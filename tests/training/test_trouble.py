@@ -202,42 +202,6 @@ def test_run_with_one_good_row_among_bad_ones_goes_on_and_counts_batches_without
     assert done.stdout.splitlines()[-1].endswith("  6 without a usable row")
 
 
-@pytest.mark.run
-@pytest.mark.timeout(120)
-def test_two_processes_show_the_loss_of_their_usable_rows_as_one_does(tmp_path, broken_picture):
-    good = [{"prompt": "什么？", "label": f"{number}只猫"} for number in range(9)]
-    rows = write_rows(tmp_path, [*good[:4], broken_picture, broken_picture, *good[4:], broken_picture])
-    words = (
-        *TRAIN,
-        rows,
-        "--bad_rows",
-        "skip",
-        "--check_seconds",
-        "0",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "1",
-        "--answers",
-        "0",
-    )
-    words += ("--hidden-dropout", "0", "--attention-dropout", "0", "--seed", "7", "--lr", "0.01", "--save", "none")
-    two = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    alone = run_python("finetune_visualglm.py", *words, "--gradient-accumulation-steps", "2")
-    both = run_python(*two, "finetune_visualglm.py", *words)
-    shown, shown_by_two = (
-        [
-            (line.split("loss ")[1].split()[0], line.partition(" left")[2])
-            for line in done.stdout.splitlines()
-            if "loss " in line[:20]
-        ]
-        for done in (alone, both)
-    )
-    assert len(shown) == 12
-    assert shown[-1][1] == "  6 without a usable row"
-    assert shown_by_two == shown
-
-
 def in_fp16(runs, *flags):
     """What each of these runs of train_in_fp16.py recorded, and what all printed."""
     done = run_program(

@@ -444,7 +444,9 @@ def told_of_runs() -> list[str]:
         sweep = SimpleNamespace(losses=losses, place=None)
         lines += printed_by(RateSweep.tell, sweep).splitlines()
     args = SimpleNamespace(iteration=3, train_iters=9, save=None, lr=0.1, fp16=False)
-    stopped = SimpleNamespace(number=signal.SIGTERM, _args=args, report=SimpleNamespace(last_step=9))
+    stopped = SimpleNamespace(
+        number=signal.SIGTERM, _args=args, report=SimpleNamespace(last_step=9), is_stopping=lambda: True
+    )
     lines += printed_by(StopAtSignal.leave, stopped).splitlines()
     for in_a_row in (1, 20):
         skipped = SkippedSteps(SimpleNamespace(), BatchesAtHand(), 20)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ There and back gives the same bytes of every tensor. What was fine-tuned is merg
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError, raise_problems
 from model.progress import say, with_progress
+from model.sat_compat import model_only, quieten
+from model.visualglm import VisualGLMModel, without_memory
 
+LAYER = re.compile(r"transformer\.layers\.\d+\.")  # before the names of the language model's tensors in a layer
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,7 +76,7 @@ def convert(
         tokenizer: where its file is, if the checkpoint's folder has none.
 
     Raises:
-        InputError: source can't be used or is fine-tuned, or destination is in use or has no room.
+        InputError: source can't be used, is fine-tuned or isn't whole, or destination is in use or has no room.
     """
     checkpoint = Checkpoint.find(source, "SRC")
     refuse_adapters(checkpoint)
@@ -124,9 +128,12 @@ def plain_weights(checkpoint: Checkpoint, parts: int, old_sat: bool | None) -> M
             raise InputError(
                 f"--old_sat: {checkpoint.name} is in Hugging Face's layout; a checkpoint of SAT is needed."
             )
-        return open_weights(checkpoint)
+        weights = open_weights(checkpoint)
+        refuse_another_model(checkpoint, weights)
+        return weights
     opened = [one_by_one(file, read_weights(file)) for file in map(checkpoint.weights_file, range(parts))]
     weights = joined(opened, checkpoint.config) if parts > 1 else opened[0]
+    refuse_another_model(checkpoint, weights)
     heads = checkpoint.config["num_attention_heads"]
     if old_sat is None and looks_old(weights, heads):
         raise InputError(
@@ -134,6 +141,40 @@ def plain_weights(checkpoint: Checkpoint, parts: int, old_sat: bool | None) -> M
             "them into today's order is needed, or --no-old_sat to take them as they are."
         )
     return _in_todays_order(weights, heads) if old_sat else weights
+
+
+def refuse_another_model(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> None:
+    """Do nothing if a checkpoint's tensors are those that its configuration describes.
+
+    Raises:
+        InputError: one is missing, has another shape, or is of a layer that the model doesn't have.
+    """
+    described = described_shapes(checkpoint)
+    found = {name: list(tensor.shape) for name, tensor in shapes(weights).items()}
+    differences = [
+        *(f"{name} is missing" for name in described if name not in found),
+        *(
+            f"{name} is {found[name]}, not {shape}"
+            for name, shape in described.items()
+            if found.get(name, shape) != shape
+        ),
+        *(f"{name} is in no layer of it" for name in found if LAYER.match(name) and name not in described),
+    ]
+    if differences:
+        config_file = CONFIG_FILE if checkpoint.layout == "sat" else HUGGINGFACE_CONFIG
+        raise InputError(
+            f"{checkpoint.name}: {len(differences)} tensors are not those that {config_file} describes (the first: "
+            f"{'; '.join(differences[:3])}); all the weights of that model are needed."
+        )
+
+
+def described_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """The names of the plain model's tensors that a checkpoint's configuration describes, and their shapes."""
+    quieten()
+    with model_only(), without_memory():
+        args = VisualGLMModel.get_args(skip_init=True, device="meta")
+        model, _ = VisualGLMModel.from_pretrained(checkpoint, args, build_only=True)
+    return {name: list(tensor.shape) for name, tensor in model.tensors().entries.items()}
 
 
 def _in_todays_order(weights: Mapping[str, torch.Tensor], heads: int) -> LazyTensors:

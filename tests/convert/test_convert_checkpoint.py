@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, run_program, run_python, upstream_weights, write_checkpoint, write_tuned
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model.checkpoints.huggingface import rows_for_huggingface
 from model.checkpoints.layout import Checkpoint
@@ -250,6 +250,53 @@ def test_tensor_without_a_place_is_named(upstream_config: dict, tmp_path: Path):
     weights = upstream_weights() | {"mixins.new.weight": torch.zeros(1)}
     folder = write_checkpoint(tmp_path / "more", upstream_config, weights)
     assert "mixins.new.weight: Hugging Face's layout has no place" in refused(str(folder), str(tmp_path / "hf"), "hf")
+
+
+@pytest.mark.parametrize("layout", ["hf", "sat"])
+def test_source_without_one_of_its_tensors_is_refused(upstream_config: dict, tmp_path: Path, layout: str):
+    weights = upstream_weights()
+    if layout == "hf":
+        folder = write_checkpoint(tmp_path / "source", upstream_config, weights)
+        content = torch.load(folder / WEIGHTS)
+        del content["module"][FUSED]
+        torch.save(content, folder / WEIGHTS)
+    else:
+        folder = convert(
+            str(write_checkpoint(tmp_path / "whole", upstream_config, weights)), str(tmp_path / "source"), "hf"
+        )
+        theirs = load_file(folder / "model.safetensors")
+        del theirs[FUSED]
+        save_file(theirs, folder / "model.safetensors")
+    name = "model_config.json" if layout == "hf" else "config.json"
+    assert refused(str(folder), str(tmp_path / "out"), layout) == (
+        f"{folder}: 1 tensors are not those that {name} describes (the first: {FUSED} is missing); all the weights of that "
+        "model are needed."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["hf", "sat"])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"hidden_size": 128}, "mixins.eva.model.glm_proj.weight is [64, 48], not [128, 48]"),
+        ({"num_layers": 2}, "(the first: transformer.layers.2.input_layernorm.weight is in no layer of it"),
+        ({"num_layers": 4}, "(the first: transformer.layers.3.input_layernorm.weight is missing"),
+    ],
+)
+def test_source_of_another_model_than_its_configuration_is_refused(
+    upstream_config: dict, tmp_path: Path, layout: str, changed: dict, told: str
+):
+    folder = write_checkpoint(tmp_path / "source", upstream_config, upstream_weights())
+    path = folder / "model_config.json"
+    if layout == "sat":
+        folder = convert(str(folder), str(tmp_path / "published"), "hf")
+        path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    text = refused(str(folder), str(tmp_path / "out"), layout)
+    assert f"tensors are not those that {path.name} describes" in text
+    assert told in text
+    assert not (tmp_path / "out").exists()
 
 
 # --- memory, and the command ------------------------------------------------------------------------------------------

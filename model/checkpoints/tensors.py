@@ -146,7 +146,7 @@ def _huggingface_tensors(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of all weights files, under their own names."""
     tensors: dict[str, LazyTensor] = {}
     for file in weights_files(folder):
-        tensors |= open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        tensors |= open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
     return tensors
 
 
@@ -183,11 +183,23 @@ def _from_safetensors(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def _open_pickle(path: Path) -> dict[str, LazyTensor]:
+def open_pickle(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file in which torch.save wrote them by name, under their own names.
+
+    Raises:
+        InputError: it can't be read, or holds something else.
+    """
     content = load_tensors(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+    if not is_named_tensors(content):
         raise InputError(f"{path}: something else than tensors in it; a file of named tensors is needed.")
     return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
+
+
+def is_named_tensors(content: object) -> bool:
+    """Whether what was in a file is a dictionary of texts and tensors, and nothing else."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    )
 
 
 def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

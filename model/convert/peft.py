@@ -27,10 +27,10 @@ from model.checkpoints.huggingface import rows_for_huggingface, rows_for_sat
 from model.checkpoints.layout import Checkpoint, read_json_object, weights_path
 from model.checkpoints.metadata import KEY, base_of, is_adapter
 from model.checkpoints.save import description
-from model.checkpoints.tensors import load_tensors, open_safetensors, size_in_bytes
+from model.checkpoints.tensors import open_pickle, open_safetensors, size_in_bytes
 from model.checkpoints.weights import open_weights, whole_weights
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_text, put_in_place
-from model.convert.huggingface import new_folder, write_safetensors
+from model.convert.huggingface import described_shapes, new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError
@@ -38,9 +38,9 @@ from model.errors import InputError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before the names of the model's modules
-LORA_NAME = re.compile(
-    rf"(transformer\.layers\.(\d+)\.(?:attention|mlp)\.({'|'.join(LORA_TARGETS)}))\.(?:lora_([AB])\.weight|matrix_([AB])\.(\d))"
-)
+LINEAR = rf"(transformer\.layers\.(\d+)\.(?:attention|mlp)\.({'|'.join(LORA_TARGETS)}))\."
+OUR_NAME = re.compile(LINEAR + r"matrix_[AB]\.\d")
+PEFTS_NAME = re.compile(LINEAR + r"lora_[AB]\.weight")
 # What PEFT can do to a model beyond LoRA, with the value that leaves it alone.
 PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
@@ -72,7 +72,7 @@ def to_peft(source: str | Checkpoint, destination: str) -> Path:
     weights = open_weights(checkpoint)
     _refuse_more_than_lora(checkpoint, adapters, weights)
     heads = checkpoint.config["num_attention_heads"]
-    modules = dict.fromkeys(found[1] for name in weights if (found := LORA_NAME.fullmatch(name)))
+    modules = dict.fromkeys(found[1] for name in weights if (found := OUR_NAME.fullmatch(name)))
     tensors: dict[str, torch.Tensor] = {}
     for module in modules:
         a, b = _as_one_pair(_factors(weights, module), heads)
@@ -91,7 +91,7 @@ def _refuse_more_than_lora(
         raise InputError(f"{checkpoint.name}: no LoRA in it; --to peft needs a checkpoint of LoRA or QLoRA.")
     if adapters.has_ptuning:
         raise InputError(f"{checkpoint.name}: it has P-Tuning prefixes besides LoRA; --to peft needs LoRA alone.")
-    others = [name for name in weights if not LORA_NAME.fullmatch(name)]
+    others = [name for name in weights if not OUR_NAME.fullmatch(name)]
     if is_adapter(checkpoint.config) and others:
         raise InputError(
             f"{checkpoint.name}: {len(others)} trained tensors are no LoRA (the first: {others[0]}), and PEFT has no place "
@@ -158,7 +158,7 @@ def from_peft(source: str, destination: str, base: str | None = None, tokenizer:
         tokenizer: where its file is, if the base's folder has none.
 
     Raises:
-        InputError: it is more than LoRA of a VisualGLM, or its base isn't found; destination is in use.
+        InputError: it is more than LoRA of a VisualGLM, or its base isn't found or is another model; destination is in use.
     """
     folder = Path(source).expanduser()
     path = folder / ADAPTER_CONFIG
@@ -213,6 +213,7 @@ def _our_adapters(
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """The sizes of an adapter of PEFT's in our terms, and its tensors under our names."""
     pairs = _pairs(folder)
+    _refuse_other_shapes(folder, pairs, base)
     layers = sorted({layer for _, layer, _ in pairs.values()})
     targets = [target for target in LORA_TARGETS if target in {target for _, _, target in pairs.values()}]
     if len(pairs) != len(layers) * len(targets):
@@ -244,12 +245,9 @@ def _our_adapters(
 def _pairs(folder: Path) -> dict[str, tuple[tuple[torch.Tensor, torch.Tensor], int, str]]:
     """By module: lora_A and lora_B, the layer, and which of its linears it is."""
     file = folder / ADAPTER_WEIGHTS
-    if file.is_file():
-        tensors = {name: tensor.read() for name, tensor in open_safetensors(file).items()}
-    else:
-        tensors = load_tensors(file.with_suffix(".bin"))
-    by_name = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    others = [name for name in by_name if not LORA_NAME.fullmatch(name)]
+    tensors = open_safetensors(file) if file.is_file() else open_pickle(file.with_suffix(".bin"))
+    by_name = {name.removeprefix(PREFIX): tensor.read() for name, tensor in tensors.items()}
+    others = [name for name in by_name if not PEFTS_NAME.fullmatch(name)]
     if others or not by_name:
         raise InputError(
             f"{folder}: {others[0] if others else 'nothing'} found; LoRA on {', '.join(LORA_TARGETS)} of the language "
@@ -257,13 +255,33 @@ def _pairs(folder: Path) -> dict[str, tuple[tuple[torch.Tensor, torch.Tensor], i
         )
     pairs = {}
     for name in by_name:
-        found = LORA_NAME.fullmatch(name)
-        if found is not None and found[4] == "A":
-            a, b = by_name[name], by_name.get(f"{found[1]}.lora_B.weight")
-            if b is None:
-                raise InputError(f"{folder}: {found[1]} has lora_A and no lora_B; both are needed.")
-            pairs[found[1]] = ((a, b), int(found[2]), found[3])
+        found = PEFTS_NAME.fullmatch(name)
+        assert found is not None
+        a, b = (by_name.get(f"{found[1]}.lora_{factor}.weight") for factor in "AB")
+        if a is None or b is None:
+            there, lacking = "AB" if b is None else "BA"
+            raise InputError(f"{folder}: {found[1]} has lora_{there} and no lora_{lacking}; both are needed.")
+        pairs[found[1]] = ((a, b), int(found[2]), found[3])
     return pairs
+
+
+def _refuse_other_shapes(
+    folder: Path, pairs: Mapping[str, tuple[tuple[torch.Tensor, torch.Tensor], int, str]], base: Checkpoint
+) -> None:
+    linears = described_shapes(base)
+    for module, ((a, b), _, _) in pairs.items():
+        if f"{module}.weight" not in linears:
+            raise InputError(
+                f"{folder}: {module} has LoRA, and {base.name} has {base.config['num_layers']} layers; the model that the "
+                "adapter was trained on is needed (--base)."
+            )
+        rows, columns = linears[f"{module}.weight"]
+        rank = len(a) if a.dim() else 0
+        if rank == 0 or list(a.shape) != [rank, columns] or list(b.shape) != [rows, rank]:
+            raise InputError(
+                f"{folder}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; for {base.name} [r, {columns}] "
+                f"and [{rows}, r] are needed: a whole adapter, and the model that it was trained on (--base)."
+            )
 
 
 def _parts(a: torch.Tensor, b: torch.Tensor, target: str, heads: int) -> Factors:

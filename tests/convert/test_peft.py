@@ -230,6 +230,34 @@ def test_different_linears_in_different_layers_are_refused(published: Path, thei
     assert "the same in all are needed" in refused(from_peft, str(adapter), str(tmp_path / "ours"), str(published))
 
 
+DENSE = "transformer.layers.{}.attention.dense.lora_{}.weight"
+A, B = DENSE.format(0, "A"), DENSE.format(0, "B")
+
+
+@pytest.mark.parametrize(("tensors", "told"), [
+    ({A: torch.zeros(2, 160), B: torch.zeros(160, 2)}, "has lora_A [2, 160] and lora_B [160, 2]; for {base} [r, 64] and [64, r]"),
+    ({A: torch.zeros(4, 64), B: torch.zeros(64, 7)}, "has lora_A [4, 64] and lora_B [64, 7]"),
+    ({A: torch.zeros(2, 64), B: torch.zeros(63, 2)}, "has lora_A [2, 64] and lora_B [63, 2]"),
+    ({A: torch.zeros(64), B: torch.zeros(64)}, "has lora_A [64] and lora_B [64]"),
+    ({DENSE.format(6, "A"): torch.zeros(2, 64), DENSE.format(6, "B"): torch.zeros(64, 2)},
+     "transformer.layers.6.attention.dense has LoRA, and {base} has 3 layers; the model that"),
+    ({B: torch.zeros(64, 2)}, "transformer.layers.0.attention.dense has lora_B and no lora_A; both are needed"),
+    ({A: torch.zeros(2, 64)}, "transformer.layers.0.attention.dense has lora_A and no lora_B; both are needed"),
+    ({A: 1, B: 2}, "adapter_model.bin: something else than tensors in it"),
+    ([torch.zeros(2, 64)], "adapter_model.bin: something else than tensors in it"),
+    ({1: torch.zeros(2, 64)}, "adapter_model.bin: something else than tensors in it"),
+])  # fmt: skip
+def test_adapter_that_is_malformed_or_of_another_model_is_refused(
+    published: Path, tmp_path: Path, tensors: object, told: str
+):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2}))
+    torch.save(tensors, tmp_path / "adapter/adapter_model.bin")
+    text = refused(from_peft, str(tmp_path / "adapter"), str(tmp_path / "ours"), str(published))
+    assert told.format(base=published) in text
+    assert not (tmp_path / "ours").exists()
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

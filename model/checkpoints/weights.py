@@ -34,6 +34,7 @@ from model.checkpoints.tensors import (
     LazyTensor,
     LazyTensors,
     by_layer,
+    is_named_tensors,
     layers,
     load_tensors,
     looks_old,
@@ -355,4 +356,6 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     content = load_tensors(path)
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
+    if not is_named_tensors(content["module"]):
+        raise InputError(f'{path}: something else than tensors in its "module"; named tensors are needed there.')
     return content["module"]

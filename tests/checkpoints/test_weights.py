@@ -238,6 +238,14 @@ def test_file_without_module_is_refused(model, tmp_path, content):
     assert 'no "module"' in refused(model, stored(tmp_path / "foreign", content))
 
 
+@pytest.mark.parametrize("content", [{"note": "hello"}, [torch.zeros(1)], {1: torch.zeros(1)}])
+def test_module_that_holds_something_else_than_tensors_is_refused(model, tmp_path, content):
+    folder = stored(tmp_path / "more", {"module": content})
+    assert refused(model, folder) == (
+        f'{folder / "1" / WEIGHTS}: something else than tensors in its "module"; named tensors are needed there.'
+    )
+
+
 def test_folder_without_latest_is_refused(model, tmp_path):
     assert refused(model, tmp_path) == f"{tmp_path}: no file named latest; a checkpoint folder has one."
 

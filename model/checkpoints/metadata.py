@@ -16,7 +16,6 @@ from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.whole import DamagedCheckpoint
 from model.errors import InputError
-from model.hub import is_hub_name
 
 KEY = "finetuning"
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")  # of an adapter's base
@@ -73,7 +72,7 @@ def base_of(config: ModelConfig) -> Base:
 def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
     """The same checkpoint with its base, if it is an adapter checkpoint.
 
-    The base is the given one, else it is looked for by its name, else where it lay. Settings of the base that SAT doesn't
+    The base is the given one, else it is looked for where it lay, else by its name. Settings of the base that SAT doesn't
     write into an adapter checkpoint, such as its dropout, are the base's.
 
     Raises:
@@ -111,7 +110,10 @@ def refuse_needless_base(checkpoint: Checkpoint, given: str | None) -> None:
 
 
 def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
-    """What a fine-tuned checkpoint was trained on: the given one, else by its name, else where it lay.
+    """What a fine-tuned checkpoint was trained on: the given one, else where it lay, else by its name.
+
+    By then another model may have the name: in another folder if it is a relative one, or on the hub, which nobody has to
+    ask where the files lie.
 
     Raises:
         InputError: it is in none of those places.
@@ -119,10 +121,7 @@ def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     if given is not None:
         return Checkpoint.find(given, "--base")
     recorded = base_of(checkpoint.config)
-    places = [recorded.name, recorded.path]
-    if is_hub_name(recorded.name):  # the hub may have changed; and where the files lie, nobody has to ask it
-        places.reverse()
-    for place in places:
+    for place in (recorded.path, recorded.name):
         try:
             return Checkpoint.find(place, "--base")
         except DamagedCheckpoint:

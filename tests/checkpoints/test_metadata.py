@@ -208,6 +208,24 @@ def test_base_is_found_before_torch_is_needed(lora, upstream_checkpoint):
     assert with_base(Checkpoint.find(lora)).base.weights_file() == upstream_checkpoint / WEIGHTS
 
 
+def test_another_model_in_this_folder_with_the_bases_relative_name_is_not_taken_for_it(
+    lora, upstream_checkpoint, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(lora, tmp_path / "tuned")
+    config = config_of(folder)
+    config["finetuning"]["base"]["name"] = "mybase"
+    (folder / "model_config.json").write_text(json.dumps(config))
+    shutil.copytree(upstream_checkpoint, tmp_path / "mybase")
+    monkeypatch.chdir(tmp_path)
+    assert with_base(Checkpoint.find(folder)).base.folder == upstream_checkpoint
+
+
+def test_base_that_was_moved_is_found_by_its_name(orphan, upstream_checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(upstream_checkpoint, tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    assert with_base(Checkpoint.find(orphan)).base.name == "gone"
+
+
 # going on
 
 

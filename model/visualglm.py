@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from model.attention import FusedAttentionMixin, PrefixAttentionMixin
 from model.blip2 import BLIP2
+from model.checkpoints.config_types import model_problems
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
 from model.checkpoints.tensors import LazyTensor, LazyTensors
@@ -27,6 +28,7 @@ from model.checkpoints.weights import opened_for
 from model.cpu import gelu
 from model.data.prompt import AskedAs
 from model.distributed import has_gpu
+from model.errors import raise_problems
 from model.frozen import FrozenLinear, Nf4Linear, make_plain
 from model.masks import first_position, glm_position_ids, prefix_mask
 from model.model_flags import add_model_flags
@@ -320,9 +322,10 @@ class VisualGLMModel(ChatGLMModel):
             kwargs: for the constructor.
 
         Raises:
-            InputError: no such checkpoint, or one of another model.
+            InputError: no such checkpoint, one of another model, or a configuration of which none can be built.
         """
         checkpoint = Checkpoint.find(name)
+        raise_problems(model_problems(checkpoint.config, str(checkpoint.config_file)))
         given = {} if args is None else vars(args)
         config = copy.deepcopy(checkpoint.config)
         config["model_parallel_size"] = given.get("model_parallel_size", 1)  # not that of the checkpoint's files

@@ -1,16 +1,35 @@
-"""Which JSON types the keys of a `model_config.json` have: other ones are told before any code meets them.
+"""What a `model_config.json` must hold: other values are told before any code meets them.
 
-Only what this code reads is looked at, and only where it is there. Only the standard library is imported.
+    type_problems(config, where)      which JSON types its keys have; only what this code reads, and only where it is there
+    model_problems(config, where)     what a VisualGLM can't be built without, and sizes that fit each other
+
+Only the standard library is imported.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.adapter_config import LORA_TARGETS, VISION_PARTS
 
 MOST_SHOWN = 60  # characters of a value that is wrong
+
+# What a VisualGLM's model_config.json must say, and in which JSON type.
+MODEL_KEYS: Mapping[str, type] = {
+    "num_layers": int,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "vocab_size": int,
+    "eva_args": dict,
+    "qformer_args": dict,
+    "image_length": int,
+    "bos_token_id": int,
+    "mask_token_id": int,
+    "gmask_token_id": int,
+    "pad_token_id": int,
+}
+_TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
 
 
 class Kind(NamedTuple):
@@ -149,6 +168,56 @@ def type_problems(config: Mapping[str, object], where: str) -> list[str]:
         if missing:
             problems.append(f'{where}: no {", ".join(missing)} in "finetuning.base"; an adapter\'s base has them.')
     return problems
+
+
+def model_problems(config: Mapping[str, object], where: str) -> list[str]:
+    """Why no VisualGLM can be built from a config, or one that computes something else; a sentence each.
+
+    Args:
+        config: what a `model_config.json` holds. where: begins each sentence.
+    """
+    missing = [f'"{key}"' for key in MODEL_KEYS if key not in config]
+    if missing:
+        return [f"{where}: no {', '.join(missing)}; a VisualGLM checkpoint has {', '.join(MODEL_KEYS)}."]
+    problems = [
+        f'{where}: "{key}" is {json.dumps(config[key])}; {_TYPE_NAMES[needed]} is needed.'
+        for key, needed in MODEL_KEYS.items()
+        if type(config[key]) is not needed
+    ]
+    return problems or [
+        *_order_problems(config, where),
+        *_width_problems(config, where),
+        *_slot_problems(config, where),
+    ]
+
+
+def _order_problems(config: Mapping[str, object], where: str) -> list[str]:
+    order = config.get("layernorm_order")
+    return [] if order == "post" else [f'{where}: "layernorm_order" is {json.dumps(order)}; a ChatGLM has "post".']
+
+
+def _width_problems(config: Mapping[str, Any], where: str) -> list[str]:
+    """Which parts have a width that their attention heads can't share."""
+    problems = []
+    for part, sizes in (("", config), ("eva_args.", config["eva_args"]), ("qformer_args.", config["qformer_args"])):
+        width: Any = sizes.get("hidden_size")
+        heads: Any = sizes.get("num_attention_heads")
+        if not (COUNT.holds(width) and COUNT.holds(heads)) or width % heads:
+            problems.append(
+                f'{where}: "{part}hidden_size" is {_shown(width)} and "{part}num_attention_heads" {_shown(heads)}; whole '
+                "numbers are needed, the first a multiple of the second."
+            )
+    return problems
+
+
+def _slot_problems(config: Mapping[str, Any], where: str) -> list[str]:
+    queries = config["qformer_args"].get("vocab_size")
+    if config["image_length"] == queries:
+        return []
+    return [
+        f'{where}: "image_length" is {config["image_length"]} and "qformer_args.vocab_size" {_shown(queries)}; the same is '
+        "needed: each query of the Q-Former takes one position."
+    ]
 
 
 def problems_of_kind(config: Mapping[str, object], kinds: Mapping[tuple[str, ...], Kind], where: str) -> list[str]:

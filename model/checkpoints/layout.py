@@ -179,7 +179,7 @@ class Checkpoint:
 
     @property
     def config_file(self) -> Path:
-        """Where its configuration was read."""
+        """The file that its configuration was read from."""
         return self.folder / (huggingface.CONFIG_FILE if self.layout == "hf" else CONFIG_FILE)
 
     def latest(self) -> str:

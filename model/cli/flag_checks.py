@@ -4,7 +4,6 @@ A function named …_problems returns sentences: where, what was found, what is 
 """
 
 import importlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from model.checkpoints.config_types import (
     TRUTH,
     WHOLE,
     Kind,
+    model_problems,
     or_auto,
     problems_of_kind,
 )
@@ -84,21 +84,6 @@ _BOUNDS: tuple[tuple[Callable[[float], bool], str, tuple[str, ...]], ...] = (
         ("seed",),
     ),
 )  # fmt: skip
-# What a VisualGLM's model_config.json must say, and in which JSON type.
-_CONFIG_KEYS: Mapping[str, type] = {
-    "num_layers": int,
-    "hidden_size": int,
-    "num_attention_heads": int,
-    "vocab_size": int,
-    "eva_args": dict,
-    "qformer_args": dict,
-    "image_length": int,
-    "bos_token_id": int,
-    "mask_token_id": int,
-    "gmask_token_id": int,
-    "pad_token_id": int,
-}
-_TYPE_NAMES = {int: "a whole number", dict: "an object {…}"}
 NOT_WITH_ZERO_3 = (
     "ZeRO 3 keeps a part of the model on each process, and would send all of it anew for each token of an answer; "
     "--zero-stage 2 or less is needed, or no --eval_answers."
@@ -368,9 +353,7 @@ def config_problems(options: Options, config: ModelConfig) -> list[str]:
     Args:
         config: what the checkpoint's `model_config.json` holds.
     """
-    path = _config_path(options)
-    return _config_file_problems(path, config) or [
-        *_order_problems(path, config.get("layernorm_order")),
+    return model_problems(config, str(_config_path(options))) or [
         *going_on_problems(options, config),
         *_layer_problems(options.layer_range or [], config["num_layers"]),
         *_stretch_problems(options, config["num_layers"]),
@@ -379,21 +362,6 @@ def config_problems(options: Options, config: ModelConfig) -> list[str]:
         *_image_size_problems(options, config["eva_args"]),
         *split_problems(options.model_parallel_size, config),
     ]
-
-
-def _config_file_problems(path: Path, config: Mapping[str, object]) -> list[str]:
-    missing = [f'"{key}"' for key in _CONFIG_KEYS if key not in config]
-    if missing:
-        return [f"{path}: no {', '.join(missing)}; a VisualGLM checkpoint has " + ", ".join(_CONFIG_KEYS) + "."]
-    return [
-        f'{path}: "{key}" is {json.dumps(config[key])}; {_TYPE_NAMES[needed]} is needed.'
-        for key, needed in _CONFIG_KEYS.items()
-        if type(config[key]) is not needed
-    ]
-
-
-def _order_problems(path: Path, order: str | None) -> list[str]:
-    return [] if order == "post" else [f'{path}: "layernorm_order" is {json.dumps(order)}; a ChatGLM has "post".']
 
 
 def _config_path(options: Options) -> Path:

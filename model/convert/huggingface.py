@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from model.adapter_config import AdapterConfig
+from model.checkpoints.config_types import model_problems
 from model.checkpoints.huggingface import CONFIG_FILE as HUGGINGFACE_CONFIG
 from model.checkpoints.huggingface import (
     INDEX_FILES,
@@ -80,6 +81,7 @@ def convert(
     """
     checkpoint = Checkpoint.find(source, "SRC")
     refuse_adapters(checkpoint)
+    raise_problems(model_problems(checkpoint.config, str(checkpoint.config_file)))
     parts = 1 if checkpoint.layout == "hf" else len(checkpoint.weights_files())
     if checkpoint.layout == layout and not (layout == "sat" and (parts > 1 or old_sat)):
         raise InputError(f"{checkpoint.name}: it has the layout of --to {layout} already; there is nothing to convert.")
@@ -161,9 +163,8 @@ def refuse_another_model(checkpoint: Checkpoint, weights: Mapping[str, torch.Ten
         *(f"{name} is in no layer of it" for name in found if LAYER.match(name) and name not in described),
     ]
     if differences:
-        config_file = CONFIG_FILE if checkpoint.layout == "sat" else HUGGINGFACE_CONFIG
         raise InputError(
-            f"{checkpoint.name}: {len(differences)} tensors are not those that {config_file} describes (the first: "
+            f"{checkpoint.name}: {len(differences)} tensors are not those that {checkpoint.config_file.name} describes (the first: "
             f"{'; '.join(differences[:3])}); all the weights of that model are needed."
         )
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import GOLDEN, PROJECT, write_huggingface
 
 import finetune_visualglm
-from model.checkpoints.config_types import type_problems
+from model.checkpoints.config_types import model_problems, type_problems
 from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
-from scripts import cli_demo, evaluate, merge_lora
+from scripts import cli_demo, convert_checkpoint, evaluate, merge_lora
 
 CONFIGS = [json.loads(path.read_text()) for path in (PROJECT / "model/tiny/model_config.json",
            *sorted((GOLDEN / "saved_configs").glob("*.json")))]  # fmt: skip
@@ -128,6 +128,32 @@ def test_odd_type_in_hugging_faces_configuration_is_a_sentence_in_its_own_names(
 
 
 @pytest.mark.parametrize(
+    ("odd", "sentence"),
+    [
+        (
+            {"num_attention_heads": 7},
+            '"hidden_size" is 160 and "num_attention_heads" 7; whole numbers are needed, the first a',
+        ),
+        ({"hidden_size": 161}, '"hidden_size" is 161 and "num_attention_heads" 4; whole'),
+        ({"eva_args": {}}, '"eva_args.hidden_size" is null and "eva_args.num_attention_heads" null; whole numbers'),
+        ({"qformer_args": None}, 'no "qformer_args"; a VisualGLM checkpoint has num_layers, '),
+        ({"image_length": 16}, '"image_length" is 16 and "qformer_args.vocab_size" 32; the same is needed'),
+        ({"layernorm_order": "middle"}, '"layernorm_order" is "middle"; a ChatGLM has "post".'),
+    ],
+)
+def test_sizes_that_no_model_can_have_are_a_sentence(tiny, capsys, odd, sentence):
+    config = {**json.loads((tiny / "model_config.json").read_text()), **odd}
+    (tiny / "model_config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
+    told = [told for told, _ in zip(refusals(tiny, capsys), range(3), strict=False)]
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([str(tiny), f"{tiny}-converted", "--to", "hf"])
+    for printed in (*told, capsys.readouterr().err):
+        assert f"{tiny / 'model_config.json'}: {sentence}" in printed
+
+
+@pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"num_layers": ' + "9" * 5000 + "}", "\ufeff{}", '{"a": 1', "NaN", ""]
 )
 def test_configuration_that_is_no_json_is_a_sentence(tiny, capsys, text):
@@ -140,3 +166,4 @@ def test_configuration_that_is_no_json_is_a_sentence(tiny, capsys, text):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_configurations_that_are_saved_have_no_problem(config):
     assert type_problems(config, "") == []
+    assert model_problems(config, "") == []

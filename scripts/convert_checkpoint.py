@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import command, interrupt_ends_quietly
+from model.errors import command, interrupt_ends_quietly, raise_problems
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.checkpoints.sizes import new_folder_problems
 from model.hub import at_revision
 from model.progress import say, warn
 
@@ -73,6 +74,7 @@ def converted(options: argparse.Namespace) -> Path:
     Raises:
         InputError: it can't be done.
     """
+    raise_problems(new_folder_problems("DST", options.destination))  # before anything is downloaded
     if Path(options.source, "adapter_config.json").expanduser().is_file() and options.to == "sat":
         from model.convert.peft import from_peft
 

@@ -18,6 +18,11 @@ SAT_NAME = "visualglm-6b"
 SAT_LINK = "https://cloud.tsinghua.edu.cn/f/348b98dffcc940b6a09d/?dl=1"
 
 
+def may_be_downloaded(name: str) -> bool:
+    """Whether looking for a checkpoint of this name may take hours: what is checked in a moment is checked before."""
+    return hub.is_hub_name(name) or name == SAT_NAME
+
+
 def from_hub(name: str, tried: list[str]) -> Path | None:
     """The folder of a hub's repository, from the cache if it is whole there, else downloaded."""
     if not hub.is_hub_name(name):

@@ -133,6 +133,14 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     return []
 
 
+def new_folder_problems(flag: str, folder: str) -> list[str]:
+    """Why the folder that flag names is no new or empty one."""
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        return [f"{flag} {folder}: something is there already; a new or empty folder is needed."]
+    return []
+
+
 def _can_be_written_to(folder: Path) -> bool:
     """Whether a file can be made there; the rights alone don't tell (root has them all, in /proc too)."""
     try:

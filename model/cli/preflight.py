@@ -2,14 +2,17 @@
 
     flags → DeepSpeed's file → checkpoint → tokenizer → room on the disk → rows → pictures
 
-The first of these with a problem ends the run, with every problem of its kind.
+The first of these with a problem ends the run, with every problem of its kind. Where a checkpoint may have to be downloaded,
+data files that aren't there are told before.
 """
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from model.adapter_config import AdapterConfig
+from model.checkpoints.download import may_be_downloaded
 from model.checkpoints.layout import Checkpoint, ModelConfig, read_json_object
 from model.checkpoints.metadata import refuse_needless_base, with_base
 from model.checkpoints.resume import Resumed, RunRecord, rows_of_use
@@ -81,6 +84,8 @@ def preflight(
     notes += worker_notes(options)
     notes += split_notes(options)
     notes += deepspeed_notes(options)
+    if not resumed and any(may_be_downloaded(name) for name in (options.from_pretrained, options.base) if name):
+        raise_problems(missing_file_problems(options))
     checkpoint = checked_checkpoint(options, resumed)
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
@@ -141,6 +146,16 @@ def deepspeed_notes(options: Options) -> list[str]:
     settings = read_json_object(path, "--deepspeed_config")
     raise_problems(deepspeed_problems(options, settings, path))
     return overridden_by_deepspeed(options, settings, path)
+
+
+def missing_file_problems(options: Options) -> list[str]:
+    """Which data files are not there, as `model.data.rows` says it."""
+    files = [*(options.train_data or []), *(options.valid_data or []), *(options.test_data or [])]
+    return [
+        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
+        for file in sorted(set(files))
+        if not os.path.exists(file)
+    ]
 
 
 def checked_checkpoint(options: Options, resumed: Resumed | None = None) -> Checkpoint:

@@ -34,7 +34,7 @@ from model.checkpoints.huggingface import (
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import is_adapter
 from model.checkpoints.model_parallel import joined
-from model.checkpoints.sizes import folder_problems
+from model.checkpoints.sizes import folder_problems, new_folder_problems
 from model.checkpoints.tensors import (
     DTYPES,
     LazyTensor,
@@ -197,9 +197,7 @@ def new_folder(destination: str, bytes_needed: int) -> Iterator[Path]:
         InputError: something is there already, or there is no room.
     """
     target = Path(destination).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"DST {destination}: something is there already; a new or empty folder is needed.")
-    raise_problems(folder_problems("DST", destination, bytes_needed))
+    raise_problems(new_folder_problems("DST", destination) or folder_problems("DST", destination, bytes_needed))
     unfinished = target.with_name(target.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
     unfinished.mkdir(parents=True)

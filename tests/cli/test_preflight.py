@@ -80,6 +80,16 @@ def test_preflight_when_the_checkpoint_and_the_data_are_wrong_names_the_checkpoi
     assert refusal(good).startswith("--from_pretrained nowhere: no such folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "base"), [("owner/model", None), ("visualglm-6b", None), ("nowhere", "owner/model@main")]
+)
+def test_preflight_when_a_data_file_is_gone_says_so_before_a_checkpoint_is_downloaded(
+    good: Options, name: str, base: str | None
+) -> None:
+    good.from_pretrained, good.base, good.valid_data = name, base, ["gone.json"]
+    assert refusal(good) == "gone.json: No such file or directory; a JSON file of rows is needed."
+
+
 def test_preflight_when_a_base_is_gone_says_so_before_the_rows_are_read(
     good: Options, upstream_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, run_program, run_python, upstream_weights, write_checkpoint, write_tuned
+from conftest import PROJECT, run_here, run_program, run_python, upstream_weights, write_checkpoint, write_tuned
 from safetensors.torch import load_file, save_file
 
 from model.checkpoints.huggingface import rows_for_huggingface
@@ -220,6 +220,15 @@ def test_destination_in_use_is_left_alone(tmp_path: Path):
     (tmp_path / "mine").write_text("keep")
     assert "a new or empty folder is needed" in refused(str(TINY), str(tmp_path), "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_destination_in_use_is_told_before_the_source_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine").write_text("keep")
+    run = run_here(convert_checkpoint.main, capsys, "owner/model", tmp_path, "--to", "hf")
+    assert (
+        run.stderr
+        == f"convert_checkpoint.py: error: DST {tmp_path}: something is there already; a new or empty folder is needed.\n"
+    )
 
 
 def test_empty_destination_is_taken(tmp_path: Path):

@@ -10,7 +10,7 @@ The block diagonal's rows are ordered (head, 3, head_dim), as Hugging Face's que
 trained has no block diagonal. Its lora_A then stands in all three parts: its rank stays what it is.
 
 Only LoRA has a place in both. QLoRA's factors convert too, but Hugging Face's model then has to be loaded in 4 bits as
-well (bitsandbytes, nf4), or it answers a little differently.
+well (bitsandbytes, nf4), or it answers worse, as a note says.
 """
 
 import json
@@ -34,6 +34,7 @@ from model.convert.huggingface import described_shapes, new_folder, write_safete
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.errors import InputError
+from model.progress import warn
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -81,6 +82,11 @@ def to_peft(source: str | Checkpoint, destination: str) -> Path:
         write_safetensors(folder / ADAPTER_WEIGHTS, tensors, iter(tensors.values()))
         config = _peft_config(checkpoint, adapters)
         (folder / ADAPTER_CONFIG).write_text(json_text(config, 2), encoding="utf-8")
+    if "qlora" in adapters.methods:
+        warn(
+            f"{checkpoint.name}: QLoRA learned beside weights in 4 bits, and answers worse beside the base's in full width. Load "
+            "the base in 4 bits there (bitsandbytes, nf4), or convert the merged model: scripts/merge_lora.py, then --to hf."
+        )
     return Path(destination)
 
 

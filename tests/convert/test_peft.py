@@ -107,6 +107,17 @@ def test_lora_of_a_full_checkpoint_goes_to_peft_too(upstream_checkpoint: Path, t
     assert close(their_logits(model), our_logits(tuned))
 
 
+@pytest.mark.parametrize(("method", "notes"), [("use_qlora", 1), ("use_lora", 0)])
+def test_qlora_is_told_to_need_a_base_in_4_bits_there(
+    upstream_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, notes: int
+):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", **{method: True}, lora_rank=2)
+    capsys.readouterr()
+    to_peft(str(tuned), str(tmp_path / "adapter"))
+    told = f"{tuned}: QLoRA learned beside weights in 4 bits, and answers worse beside the base's in full width. Load the base"
+    assert capsys.readouterr().err.count(told) == notes
+
+
 # --- from PEFT --------------------------------------------------------------------------------------------------------
 
 

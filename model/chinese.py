@@ -374,6 +374,7 @@ SENTENCES = {
     "all while loading": "加载时合计",
     "--use_qlora in place of --use_lora": "用 --use_qlora 代替 --use_lora",
     "no slower where there is a GPU; numbers of half the width": "有 GPU 时不会变慢；数值宽度减半",
+    "no slower; each picture is looked at once, before the first step": "不会变慢；每张图片在第一步之前只看一次",
     "a third longer; a run does so by itself": "时间多三分之一；训练时会自动采用",
     "more exchanges between the processes": "进程之间的通信更多",
     "the same step in more parts, up to as many times as long": "同样的一步分成多份，时间最多也增加到几倍",

@@ -259,6 +259,9 @@ def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
     setup = plan.setup
     if BYTES[setup.dtype] == 4:
         yield "--bf16", "no slower where there is a GPU; numbers of half the width", plan.changed(dtype="bf16")
+    if plan.batch.images and not setup.trains_vision:
+        way = replace(plan, batch=replace(plan.batch, images=0))
+        yield "--feature_cache FOLDER", "no slower; each picture is looked at once, before the first step", way
     recomputed = plan if setup.recomputed else plan.changed(recomputed=True)
     if not setup.recomputed:
         yield "--checkpoint-activations", "a third longer; a run does so by itself", recomputed

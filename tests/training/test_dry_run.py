@@ -88,6 +88,25 @@ def test_report_of_what_does_not_fit_names_the_flags_that_help_in_their_order(
     assert all(float(way.split(" GiB;")[0].split()[-1]) <= 0.9 * 24e9 / 2**30 for way in ways if " GiB;" in way)
 
 
+def test_report_of_what_fits_without_the_vision_part_names_the_feature_cache(
+    capsys: pytest.CaptureFixture[str], large: str
+) -> None:
+    few = ["--train-iters", "2", "--batch-size", "1", "--gpu_memory", "8GiB"]
+    as_qlora = [word.replace("--use_lora", "--use_qlora") for word in FLAGS]
+    words = [*as_qlora, "--dry_run", "--from_pretrained", large, "--fp16", *few]
+    finetune_visualglm.main(words)
+    said = capsys.readouterr().out
+    assert "It does not fit" in said
+    [needed] = re.findall(
+        r"^  --feature_cache FOLDER +(\S+) GiB; no slower; each picture is looked at once", said, re.MULTILINE
+    )
+    finetune_visualglm.main([*words, "--feature_cache", str(Path(large, "features"))])
+    said = capsys.readouterr().out
+    assert "It fits" in said
+    [training, loading] = re.findall(r"^  all while \w+ +(\S+)$", said, re.MULTILINE)
+    assert needed == max(training, loading, key=float)
+
+
 @pytest.mark.parametrize(
     ("flags", "said", "advised"),
     [

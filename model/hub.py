@@ -102,29 +102,32 @@ def require_answer() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    if not answers(constants.ENDPOINT):
-        raise ConnectionError(f"no answer from {constants.ENDPOINT} within {SECONDS_TO_ANSWER} seconds")
+    silence = why_silent(constants.ENDPOINT)
+    if silence:
+        raise ConnectionError(silence)
 
 
-def answers(url: str, seconds: float = SECONDS_TO_ANSWER) -> bool:
-    """Whether a server says anything at all, within so many seconds."""
+def why_silent(url: str, seconds: float = SECONDS_TO_ANSWER) -> str | None:
+    """Why a server says nothing at all within so many seconds, as a clause; None if it does."""
     import urllib.error
     import urllib.request
 
-    heard = []
+    heard: list[str | None] = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
         except urllib.error.HTTPError:
-            heard.append(url)  # an answer, although a refusal
-        except Exception:  # no network, no such host, a broken proxy
-            return
+            heard.append(None)  # an answer, although a refusal
+        except Exception as error:  # no network, no such host, a broken proxy
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, TimeoutError):
+                heard.append(f"no answer from {url} ({getattr(reason, 'strerror', None) or reason})")
         else:
-            heard.append(url)
+            heard.append(None)
 
     # A thread, because looking up a name has no time limit of its own.
     question = threading.Thread(target=ask, daemon=True)
     question.start()
     question.join(seconds)
-    return bool(heard)
+    return heard[0] if heard else f"no answer from {url} within {seconds} seconds"

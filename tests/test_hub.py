@@ -11,7 +11,7 @@ from fake_hub import COMMIT, hub_of
 
 from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
-from model.hub import answers, at_revision, is_hub_name
+from model.hub import at_revision, is_hub_name, why_silent
 
 NAME = "owner/model"
 
@@ -131,10 +131,10 @@ def test_missing_tokenizer_is_named_without_half_a_minute_of_retries(silent: str
     assert float(run.stdout.splitlines()[-1]) < 3 + 1
 
 
-def test_answers_knows_a_hub_from_silence(hub: tuple[str, list[str]], silent: str):
-    assert answers(hub[0])
-    assert not answers(silent, seconds=0.2)
-    assert not answers("http://127.0.0.1:9", seconds=0.2)
+def test_why_silent_knows_a_hub_from_silence_and_from_a_refusal(hub: tuple[str, list[str]], silent: str):
+    assert why_silent(hub[0]) is None
+    assert why_silent(silent, seconds=0.2) == f"no answer from {silent} within 0.2 seconds"
+    assert why_silent("http://127.0.0.1:9") == "no answer from http://127.0.0.1:9 (Connection refused)"
 
 
 @pytest.mark.parametrize(

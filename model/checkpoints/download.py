@@ -54,8 +54,9 @@ def from_sat(name: str, tried: list[str]) -> Path | None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         tried.append("SAT's download: HF_HUB_OFFLINE is set")
         return None
-    if not hub.answers(SAT_LINK):
-        tried.append(f"SAT's download: no answer from {SAT_LINK} within {hub.SECONDS_TO_ANSWER} seconds")
+    silence = hub.why_silent(SAT_LINK)
+    if silence:
+        tried.append(f"SAT's download: {silence}")
         return None
     from model.sat_compat import import_sat
 

@@ -339,6 +339,8 @@ def _folder_and_iteration(path: Path) -> tuple[Path, str | None]:
         path = path.parent
     elif not (path / "mp_rank_00_model_states.pt").is_file():
         return path, None
+    if (path / CONFIG_FILE).is_file():  # no iteration's folder: the weights don't lie in theirs
+        return path, None
     iteration = path.resolve()
     return iteration.parent, iteration.name
 
@@ -356,7 +358,8 @@ def checkpoint_problem(folder: Path, files: Sequence[str]) -> str | None:
         return str(problem)
     weights = weights_path(folder, iteration)
     if not weights.is_file() and not any(has_checksums(folder / earlier) for earlier in _earlier(folder, iteration)):
-        return f"no {weights}; the weights of the iteration that latest names are needed."
+        elsewhere = f", but {folder / weights.name}" if (folder / weights.name).is_file() else ""
+        return f"no {weights}{elsewhere}; the weights of the iteration that latest names are needed."
     return None
 
 
@@ -417,6 +420,11 @@ def _what_to_give_instead(folder: Path) -> str:
     checkpoints = sorted(path.parent for path in folder.glob("*/latest"))
     if checkpoints:
         return f"a checkpoint folder inside it is needed, such as {checkpoints[-1]}."
+    if any((folder / file).is_file() for file in huggingface.WEIGHTS_FILES):
+        return f"beside weights in Hugging Face's layout {huggingface.CONFIG_FILE} is needed."
+    snapshots = sorted(path.parent for path in folder.glob(f"snapshots/*/{huggingface.CONFIG_FILE}"))
+    if snapshots:
+        return f"it is a folder of Hugging Face's cache, in which a snapshot is needed, such as {snapshots[-1]}."
     if (folder / "adapter_config.json").is_file():
         return f"it is an adapter of PEFT's: python scripts/convert_checkpoint.py {folder} DST --to sat converts it."
     return "a checkpoint folder with model_config.json, latest and the weights is needed."

@@ -138,6 +138,32 @@ def test_find_when_the_weights_are_missing_names_them(checkpoint: Path) -> None:
     assert f"no {checkpoint / '400' / WEIGHTS}; the weights" in checkpoint_error(checkpoint)
 
 
+@pytest.mark.parametrize("part", ["", WEIGHTS])
+def test_find_when_the_weights_lie_beside_the_configuration_says_where_they_belong(checkpoint: Path, part: str) -> None:
+    (checkpoint / "300" / WEIGHTS).rename(checkpoint / WEIGHTS)
+    shutil.copytree(checkpoint, checkpoint.parent / "another")
+    assert checkpoint_error(checkpoint / part) == (
+        f"--from_pretrained {checkpoint / part}: no {checkpoint / '300' / WEIGHTS}, but {checkpoint / WEIGHTS}; the weights of "
+        "the iteration that latest names are needed."
+    )
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin.index.json"])
+def test_find_when_hugging_faces_configuration_is_missing_names_it(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).touch()
+    assert checkpoint_error(tmp_path) == (
+        f'--from_pretrained {tmp_path}: no "model_config.json" in {tmp_path}; beside weights in Hugging Face\'s layout '
+        "config.json is needed."
+    )
+
+
+def test_find_when_a_folder_of_hugging_faces_cache_is_given_names_a_snapshot_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--model"
+    (folder / "snapshots/abc").mkdir(parents=True)
+    (folder / "snapshots/abc/config.json").touch()
+    assert checkpoint_error(folder).endswith(f"a snapshot is needed, such as {folder / 'snapshots/abc'}.")
+
+
 def test_find_when_latest_is_no_iteration_says_what_it_holds(checkpoint: Path) -> None:
     (checkpoint / "latest").write_text("global_step3")
     assert f'"global_step3" found in {checkpoint / "latest"}' in checkpoint_error(checkpoint)

@@ -1,6 +1,7 @@
 """A folder in Hugging Face's layout, loaded as it is: by the product's own --from_pretrained."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -200,7 +201,17 @@ def test_missing_tensors_are_told_once(published: Path, upstream_config: dict, t
     folder = write_huggingface(tmp_path / "less", upstream_config, tensors)
     with pytest.raises(
         InputError, match=r"1 tensors are missing \(the first: mixins\.chatglm-final\.lm_head\.weight\)"
-    ):
+    ) as error:
+        load_for_answering(str(folder))
+    assert str(error.value).endswith("needed are all the weights that config.json describes.")
+
+
+def test_weights_of_another_model_than_the_configuration_describes_name_its_file(
+    published: Path, upstream_config: dict, tmp_path: Path
+):
+    folder = write_huggingface(tmp_path / "other", upstream_config | {"hidden_size": 128}, load_all(published))
+    told = f"model.safetensors: the weights are of another model than {folder / 'config.json'}: "
+    with pytest.raises(InputError, match=re.escape(told)):
         load_for_answering(str(folder))
 
 

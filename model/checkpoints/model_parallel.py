@@ -22,6 +22,7 @@ import torch
 
 from model.checkpoints.metadata import VISION
 from model.checkpoints.tensors import LazyTensor, LazyTensors
+from model.errors import InputError
 from model.sat_compat import model_parallel
 
 STACKED = {"query_key_value": 3, "key_value": 2}  # projections below each other, SAT's `stride`
@@ -105,7 +106,17 @@ def joined(parts: Sequence[Mapping[str, torch.Tensor]], config: Mapping[str, Any
 
     Args:
         parts: of rank 0, 1, … config: the whole model's `model_config.json`.
+
+    Raises:
+        InputError: a part lacks a tensor that the first one has.
     """
+    for rank, part in enumerate(parts):
+        missing = [name for name in parts[0] if name not in part]
+        if missing:
+            raise InputError(
+                f"mp_rank_{rank:02d}_model_states.pt: {len(missing)} tensors of mp_rank_00_model_states.pt are missing (the "
+                f"first: {missing[0]}); all parts of one checkpoint are needed."
+            )
     return LazyTensors({name: _joined(name, [part[name] for part in parts], config) for name in parts[0]})
 
 

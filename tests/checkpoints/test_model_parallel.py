@@ -14,6 +14,7 @@ from model.checkpoints.model_parallel import joined, own_part, own_parts, whole,
 from model.checkpoints.weights import read_weights
 from model.convert.huggingface import convert
 from model.convert.merge_lora import merge
+from model.errors import InputError
 from model.sat_compat import import_sat
 from scripts.dev.layouts import Layout, compared, recorded
 
@@ -62,6 +63,13 @@ def test_whole_shape_of_a_part_is_that_of_the_whole_tensor(parts: list[dict], mo
 
 
 @pytest.mark.slow
+def test_part_without_a_tensor_of_the_first_one_is_refused(parts: list[dict], upstream_config: dict):
+    less = {name: tensor for name, tensor in parts[1].items() if "lm_head" not in name}
+    told = r"mp_rank_01_model_states\.pt: 1 tensors .* \(the first: mixins\.chatglm-final\.lm_head\.weight\)"
+    with pytest.raises(InputError, match=told):
+        joined([parts[0], less], upstream_config)
+
+
 def test_own_parts_of_the_language_model_are_those_of_sat(parts: list[dict]):
     for rank, part in enumerate(parts):
         found = own_parts(upstream_weights(), rank, RANKS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
+from model.checkpoints.config_types import model_problems
 from model.checkpoints.layout import Checkpoint, weights_path
 from model.checkpoints.metadata import KEY, refuse_needless_base, with_base
 from model.checkpoints.save import size_of
@@ -27,7 +28,7 @@ from model.checkpoints.whole import (
     write_whole,
 )
 from model.data.tokenizer import VOCAB_FILE, find_tokenizer
-from model.errors import InputError
+from model.errors import InputError, raise_problems
 from model.frozen import NF4_BLOCK, dequantized, quantized
 from model.lora import folded
 from model.progress import say
@@ -61,6 +62,7 @@ def merge(
     _refuse_unmergeable(checkpoint.name, adapters)
     refuse_needless_base(checkpoint, base)
     whole = with_base(checkpoint, base)
+    raise_problems(model_problems(whole.config, str(checkpoint.config_file)))
     vocabulary = find_tokenizer(checkpoint.folder, tokenizer)
     old, folder = _place(Path(os.path.abspath(out)) if overwrite else Path(out), whole, overwrite)
     is_replaced = old != folder

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from model.adapter_config import LORA_TARGETS, AdapterConfig
+from model.checkpoints.config_types import model_problems
 from model.checkpoints.huggingface import rows_for_huggingface, rows_for_sat
 from model.checkpoints.layout import Checkpoint, read_json_object, weights_path
 from model.checkpoints.metadata import KEY, base_of, is_adapter
@@ -33,7 +34,7 @@ from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_
 from model.convert.huggingface import described_shapes, new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.errors import InputError
+from model.errors import InputError, raise_problems
 from model.progress import warn
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,6 +70,7 @@ def to_peft(source: str | Checkpoint, destination: str) -> Path:
         InputError: it has no LoRA, or something besides that PEFT has no place for; destination is in use.
     """
     checkpoint = Checkpoint.find(source, "SRC")
+    raise_problems(model_problems(checkpoint.config, str(checkpoint.config_file)))
     adapters = AdapterConfig.from_json(checkpoint.config)
     weights = open_weights(checkpoint)
     _refuse_more_than_lora(checkpoint, adapters, weights)

@@ -13,6 +13,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.tensors import write_weights
 from model.checkpoints.weights import read_weights
 from model.convert.merge_lora import is_packed_in_qlora, merge
+from model.convert.peft import to_peft
 from model.errors import InputError
 from model.frozen import dequantized, quantized
 from model.inference.load import load_for_answering
@@ -275,3 +276,13 @@ def test_command_with_nothing_to_merge_ends_with_a_sentence_and_status_2(tmp_pat
     assert run.returncode == 2
     assert run.stderr.startswith("merge_lora.py: error: CHECKPOINT ")
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("convert", [merge, to_peft])
+def test_adapter_whose_configuration_fits_no_model_is_refused(lora, tmp_path, convert):
+    folder = shutil.copytree(lora, tmp_path / "odd")
+    config = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps(config | {"image_length": 16}))
+    with pytest.raises(InputError, match=r'model_config\.json: "image_length" is 16 and "qformer_args\.vocab_size" 32'):
+        convert(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

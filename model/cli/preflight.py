@@ -6,7 +6,6 @@ The first of these with a problem ends the run, with every problem of its kind. 
 data files that aren't there are told before.
 """
 
-import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options, parse
 from model.cli.resuming import steps_problems
 from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
 from model.data.prompt import Lengths
+from model.data.rows import missing_file_problems
 from model.data.sampling import SampleOrder
 from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
@@ -85,7 +85,8 @@ def preflight(
     notes += split_notes(options)
     notes += deepspeed_notes(options)
     if not resumed and any(may_be_downloaded(name) for name in (options.from_pretrained, options.base) if name):
-        raise_problems(missing_file_problems(options))
+        files = [*(options.train_data or []), *(options.valid_data or []), *(options.test_data or [])]
+        raise_problems(missing_file_problems(files))
     checkpoint = checked_checkpoint(options, resumed)
     notes += [] if resumed else overridden_by_config(options, checkpoint.config)
     tokenizer = checked_tokenizer(options, checkpoint)
@@ -146,16 +147,6 @@ def deepspeed_notes(options: Options) -> list[str]:
     settings = read_json_object(path, "--deepspeed_config")
     raise_problems(deepspeed_problems(options, settings, path))
     return overridden_by_deepspeed(options, settings, path)
-
-
-def missing_file_problems(options: Options) -> list[str]:
-    """Which data files are not there, as `model.data.rows` says it."""
-    files = [*(options.train_data or []), *(options.valid_data or []), *(options.test_data or [])]
-    return [
-        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
-        for file in sorted(set(files))
-        if not os.path.exists(file)
-    ]
 
 
 def checked_checkpoint(options: Options, resumed: Resumed | None = None) -> Checkpoint:

@@ -7,6 +7,7 @@
 A `Row` is the only form that a row has after reading.
 """
 
+import errno
 import json
 import marshal
 import os
@@ -127,6 +128,15 @@ def scan_rows(path: str | os.PathLike[str], image_folder: str | None = None) -> 
         else:
             rows.append(row, number)
     return rows, problems
+
+
+def missing_file_problems(files: Sequence[str]) -> list[str]:
+    """A sentence for each data file that is not there, as reading it would say it: a look that takes no time."""
+    return [
+        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
+        for file in sorted(set(files))
+        if not os.path.exists(file)
+    ]
 
 
 def rows_in_place(

@@ -5,11 +5,11 @@ SAT's loop → TrainingReport → Record → the terminal, TensorBoard, Weights 
 """
 
 import argparse
-import atexit
 import importlib
 import math
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,15 @@ class TensorBoardFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = EventsWriter(str(folder / "events"))
+            self._closing = weakref.finalize(
+                self, _close, self._file
+            )  # when SAT's loop lets go of it: another run may follow
         except OSError as error:
             self._give_up(error)
         self._write(
             step=iteration, session_log=SessionLog(status=SessionLog.START)
         )  # hides later steps of a run before
         self.flush()
-        atexit.register(self.flush)
 
     def add_scalar(self, name: str, value: float, step: int | None) -> None:
         """Write one number of a step."""
@@ -238,7 +240,16 @@ class TensorBoardFile:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
+        if self._file is not None:
+            self._closing.detach()  # it would fail again
         self._file = None
         warn(
             f"TensorBoard's file can't be written ({error}); training goes on without it. --summary-dir names its folder."
         )
+
+
+def _close(file: Any) -> None:
+    try:
+        file.close()
+    except OSError as error:
+        warn(f"TensorBoard's file lacks its end ({error}).")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -223,6 +225,20 @@ def test_tensorboard_file_holds_the_numbers_of_each_step(tmp_path):
     assert (version.file_version, start.step, start.session_log.status) == ("brain.Event:2", 4, 1)
     values = [(event.step, value.tag, value.simple_value) for event in steps for value in event.summary.value]
     assert values == [(5, "Train/lr", 0.5), (5, "Train/train_loss", 0.25)]
+
+
+def test_tensorboard_file_is_closed_whole_when_its_run_lets_go_of_it(tmp_path):
+    written = module.TensorBoardFile(tmp_path / "runs/a-run")
+    written.add_scalar("Train/lr", 0.5, 1)
+    (file,) = (tmp_path / "runs/a-run").iterdir()
+    assert str(file) in open_files()
+    del written
+    assert str(file) not in open_files()
+    assert events(file)[-1].step == 1
+
+
+def open_files():
+    return [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
 
 
 def test_tensorboard_file_that_cant_be_made_is_one_line(tmp_path, capsys):

@@ -121,7 +121,12 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         InputError: one isn't there, or a number is out of bounds.
     """
     options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
-    checkpoints = [found_checkpoint(options)]
+    for flag, value in (("--image", options.image), ("--query", options.query)):
+        if value is not None and not value.strip():
+            raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
+    if options.image:
+        options.image = picture_path(options.image)
+    checkpoints = [found_checkpoint(options)]  # perhaps after hours of a download
     choose_language(options, checkpoints[0].asked_as.lang)
     if options.compare == options.from_pretrained:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
@@ -129,11 +134,6 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         checkpoints.append(Checkpoint.find(options.compare, "--compare"))
     positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
-    for flag, value in (("--image", options.image), ("--query", options.query)):
-        if value is not None and not value.strip():
-            raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
-    if options.image:
-        options.image = picture_path(options.image)
     return checkpoints
 
 

@@ -29,7 +29,7 @@ from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import is_replaceable, is_same_file, json_text, write_whole
 from model.chinese import in_ui_language
 from model.data.prompt import least_source_length
-from model.data.rows import Row
+from model.data.rows import Row, missing_file_problems
 from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.distributed import done_by_first_process, from_all_processes, world_size
@@ -359,6 +359,7 @@ def check(options: argparse.Namespace) -> None:
     if parts < 1 or world_size() % parts:
         raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
     raise_problems(place_problems(options))
+    raise_problems(missing_file_problems([options.data]))  # before a checkpoint is downloaded
 
 
 def is_narrow(options: argparse.Namespace) -> bool:

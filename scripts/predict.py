@@ -39,7 +39,7 @@ from model.checkpoints.running import locked_here
 from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, write_whole
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
-from model.data.rows import LANGUAGES, Row, Rows, rows_in_place, values_of
+from model.data.rows import LANGUAGES, Row, Rows, missing_file_problems, rows_in_place, values_of
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
@@ -403,6 +403,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if Path(options.data).exists() and not Path(options.data).is_file():
         raise InputError(f"--data {options.data}: not a file; one is needed, for it is read twice.")
+    raise_problems(missing_file_problems([options.data]))  # before a checkpoint is downloaded
     if options.out == STANDARD_OUTPUT:
         return
     if is_same_file(options.out, options.data):

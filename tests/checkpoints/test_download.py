@@ -4,11 +4,36 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import run_here
 from fake_hub import hub_of
 
 from model.checkpoints import download
 from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
+from scripts import cli_demo, evaluate, predict
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "told"),
+    [
+        (cli_demo.main, ["--image", "gone.png"], "there is no file gone.png"),
+        (
+            evaluate.main,
+            ["--data", "gone.json"],
+            "gone.json: No such file or directory; a JSON file of rows is needed.",
+        ),
+        (
+            predict.main,
+            ["--data", "gone.json", "--out", "out.jsonl"],
+            "gone.json: No such file or directory; a JSON file",
+        ),
+    ],
+)
+def test_named_file_that_is_gone_is_told_before_a_checkpoint_is_looked_for(capsys, main, words, told):
+    run = run_here(main, capsys, "--from_pretrained", "owner/model", *words)
+    assert run.returncode == 2
+    assert told in run.stderr
+    assert "owner/model" not in run.stderr
 
 
 @pytest.fixture

@@ -193,6 +193,7 @@ class Page:
         with_picture = [self.picture, *shown]
         uploads = [self.picture.upload, self.picture.clear]
         gr.on(uploads, self.look, [self.talk, self.picture], with_picture, preprocess=False, **plain)
+        self.picture.change(self.emptied, [self.talk, self.picture], shown, preprocess=False, **plain)
         gr.on([self.fetch.click, self.url.submit], self.fetched, [self.talk, self.url], with_picture, **plain)
         if self.examples:
             self.table.click(self.chosen, [self.talk, self.table], [self.language, *with_picture], **plain)
@@ -326,6 +327,12 @@ class Page:
             told = str(problem) if isinstance(problem, InputError) else words["not_uploaded"]
             return [None, *self.shown(talk, sentence(told, self.reads(request)))]
         return [gr.skip(), *self.shown(talk, words["new_picture" if upload else "no_picture"])]
+
+    def emptied(self, talk: Talk, upload: dict[str, Any] | None, request: gr.Request) -> list[Any]:
+        """A new conversation about none, if the box has none: Gradio empties it for a file that it refuses, and tells no more."""
+        if upload or not talk.images:
+            return [gr.skip()] * len(self.shown(talk))
+        return self.look(talk, None, request)[1:]
 
     def fetched(self, talk: Talk, url: str, request: gr.Request) -> Iterator[list[Any]]:
         """A new conversation about the picture of an address."""

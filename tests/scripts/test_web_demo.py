@@ -142,6 +142,28 @@ def test_visitor_uploads_asks_sees_words_come_stops_retries_and_undoes(server, b
 
 
 @in_browser
+def test_file_that_gradio_refuses_leaves_no_picture_in_the_box_and_none_to_ask_about(server, browser, tmp_path):
+    page = opened(browser, server[1])
+    page.upload("#picture input[type=file]", PICTURE)
+    page.until("document.querySelector('#note').innerText.includes('about this picture')")
+    page.click("#send")
+    page.until(is_there("#stop"))
+    page.click("#stop")
+    page.until(is_there("#send"))
+    file = tmp_path / "a.png"
+    file.write_bytes(bytes(10 * 2**20 + 1))  # --max_image is 10 MiB
+    page.upload("#picture input[type=file]", file)
+    page.until("document.querySelector('#note').innerText.startsWith('No picture:')")
+    page.until("!document.querySelector('#picture img')")
+    assert "Describe" not in chats(page)[0]
+    page.upload("#picture input[type=file]", PICTURE)
+    page.until("document.querySelector('#note').innerText.includes('about this picture')")
+    page.click("#picture button[aria-label='Remove Image']")
+    page.until("document.querySelector('#note').innerText.startsWith('No picture:')")
+    page.close()
+
+
+@in_browser
 def test_example_on_a_phone_in_chinese_by_keyboard(server, browser):
     page = opened(browser, server[1], width=390, height=844, phone=True, dark=True, language="zh-CN")
     assert page.js(f"document.querySelector({QUESTION!r}).value") == "描述这张图片。"

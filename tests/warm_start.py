@@ -9,7 +9,7 @@ for each. What runs is a process of its own all the same, with its own streams, 
     commands(), a folder for PATH                   its python, torchrun and deepspeed start warm what they can, and the rest
                                                     cold; what they start in turn has this python as its own
 
-What a start itself reads, such as PYTHONUTF8, it reads cold: see `STAND_A_WARM_START`.
+What a start itself reads, such as PYTHONUTF8 and LC_ALL, it reads cold: see `STAND_A_WARM_START`.
 """
 
 import atexit
@@ -49,7 +49,7 @@ ASKS = (
 # What may differ for a process that starts warm: it is read by our own code or a launcher's, when the run has begun.
 STAND_A_WARM_START = {
     "CUDA_VISIBLE_DEVICES", "PATH", "PYTHONPATH", "SAT_HOME", "VIRTUAL_ENV", "VISUALGLM_UI_LANG", "XDG_CACHE_HOME",
-    "XDG_STATE_HOME", "MPLBACKEND", "LANG", "LC_ALL", "LC_MESSAGES", "TERM", "COLUMNS", "LINES", "PWD", "OLDPWD", "SHLVL", "_",
+    "XDG_STATE_HOME", "MPLBACKEND", "LANG", "LC_MESSAGES", "TERM", "COLUMNS", "LINES", "PWD", "OLDPWD", "SHLVL", "_",
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CXX", "CRC32C_SW_MODE", SOCKETS,

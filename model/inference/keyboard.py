@@ -6,6 +6,7 @@
 Standard library only.
 """
 
+import locale
 import os
 import shlex
 import sys
@@ -44,12 +45,32 @@ def line_editing() -> Iterator[None]:
         readline.read_history_file(file)
     before = readline.get_current_history_length()
     try:
-        yield
+        with utf8_locale():
+            yield
     finally:
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch(mode=0o600)  # what was asked is nobody else's business
             readline.append_history_file(readline.get_current_history_length() - before, file)
+
+
+@contextmanager
+def utf8_locale() -> Iterator[None]:
+    """Let readline edit UTF-8 inside the block also where the locale is C, or isn't installed: it took bytes for commands.
+
+    It sets the locale of C's environment at each line. Python's own stays: it says in which language messages are.
+    """
+    if locale.nl_langinfo(locale.CODESET) == "UTF-8" or sys.stdin.encoding.lower() != "utf-8":
+        yield
+        return
+    os.putenv("LC_ALL", "C.UTF-8")
+    try:
+        yield
+    finally:
+        if "LC_ALL" in os.environ:
+            os.putenv("LC_ALL", os.environ["LC_ALL"])
+        else:
+            os.unsetenv("LC_ALL")
 
 
 def typed_path(text: str) -> str:

@@ -265,6 +265,21 @@ def test_terminal_has_line_editing_and_earlier_lines_and_ctrl_d_leaves(tmp_path)
 
 
 @pytest.mark.run
+@pytest.mark.parametrize("locale", ["C", "xx_XX.UTF-8"])  # the second isn't installed
+def test_chinese_is_typed_and_edited_by_characters_in_a_locale_without_it(tmp_path, locale):
+    terminal = Terminal(*TINY, XDG_STATE_HOME=str(tmp_path), LC_ALL=locale)
+    terminal.until("stop：退出）：")
+    terminal.press("\r")
+    terminal.until("问：")
+    terminal.press("图里有狗" + BACKSPACE + "猫吗？" + LEFT + BACKSPACE + "呢\r")
+    terminal.until("答：")
+    terminal.until("问：")
+    terminal.press(CTRL_D)
+    assert terminal.ended() == 0
+    assert (tmp_path / "visualglm/history").read_text() == "图里有猫呢？\n"
+
+
+@pytest.mark.run
 def test_ctrl_c_at_the_prompt_leaves_without_a_folder_for_the_history():
     terminal = Terminal(*TINY, XDG_STATE_HOME="/dev/null/state")
     terminal.until("stop：退出）：")

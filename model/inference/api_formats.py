@@ -161,8 +161,10 @@ class ReleasedRequest(SamplingFields):
         """What the request asks.
 
         Raises:
-            InputError: a number is out of bounds.
+            InputError: there is no question, or a number is out of bounds.
         """
+        if not self.text.strip():
+            raise InputError("text: it is empty; a question is needed.")
         return Asked(
             self.text, self.history or [], self.image or None, self.sampling(default), max_length=self.max_length
         )
@@ -216,18 +218,23 @@ def conversation(messages: Sequence[Message]) -> tuple[str, list[Turn], str | No
     was taught no system prompt.
 
     Raises:
-        InputError: the last message isn't the user's, or there are several pictures.
+        InputError: the last message isn't the user's, the question has no text, or there are several pictures.
     """
     if messages[-1].role != "user":
         raise InputError(
             f'messages: the last one is of role "{messages[-1].role}"; a question of role "user" is needed.'
         )
     said: list[tuple[bool, list[str]]] = []  # (whether the assistant said it, its texts)
+    question: list[str] = []  # the user's part of the last question
     images: list[str] = []
     for number, message in enumerate(messages):
         text, found = _content(message, f"messages[{number}]")
         images += found
         is_answer = message.role == "assistant"
+        if is_answer:
+            question = []
+        elif message.role == "user":
+            question.append(text)
         if not said and is_answer:
             said.append((False, []))
         if said and said[-1][0] == is_answer:
@@ -236,6 +243,8 @@ def conversation(messages: Sequence[Message]) -> tuple[str, list[Turn], str | No
             said.append((is_answer, [text]))
     if len(images) > 1:
         raise InputError(f"messages: {len(images)} pictures; the model takes one a conversation.")
+    if not "".join(question).strip():
+        raise InputError('messages: the last question has no text; a text in its "content" is needed.')
     lines = ["\n".join(text for text in texts if text) for _, texts in said]
     return lines[-1], list(zip(lines[:-1:2], lines[1::2], strict=True)), images[0] if images else None
 

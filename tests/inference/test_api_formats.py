@@ -40,6 +40,27 @@ def test_messages_that_are_no_conversation_are_told(said, problem):
         conversation(messages(*said))
 
 
+@pytest.mark.parametrize("said", [
+    [("user", None)], [("user", "")], [("user", " \n")], [("user", [])], [("user", [PICTURE])], [("system", "s"), ("user", "")],
+    [("user", "a"), ("assistant", "b"), ("user", [PICTURE, {"type": "text", "text": ""}])],
+])  # fmt: skip
+def test_question_without_text_is_refused(said):
+    with pytest.raises(InputError) as error:
+        conversation(messages(*said))
+    assert str(error.value) == 'messages: the last question has no text; a text in its "content" is needed.'
+
+
+def test_text_and_picture_of_a_question_may_come_in_two_messages():
+    assert conversation(messages(("user", "a"), ("user", [PICTURE]))) == ("a", [], "data:,a")
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_question_without_text_is_refused_in_the_released_form_too(text):
+    with pytest.raises(InputError) as error:
+        ReleasedRequest(text=text).asked(WARM)
+    assert str(error.value) == "text: it is empty; a question is needed."
+
+
 def chat_request(**fields):
     return ChatRequest(model="a", messages=[{"role": "user", "content": "a"}], **fields)
 

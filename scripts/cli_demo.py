@@ -38,7 +38,7 @@ from model.inference.flags import (
 )
 from model.inference.keyboard import line_editing, typed_path
 from model.inference.sampling import CHINESE_TOKENS
-from model.progress import printable, say
+from model.progress import printable, say, warn
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
 
@@ -261,6 +261,8 @@ class Demo:
         self.look(self.options.image or "")
         query = self.first_question if self.options.query is None else self.options.query
         self.answer(typed(query), "", "{name}: ")
+        if self.cut:
+            warn(self.cut)
 
     def look(self, picture: str) -> None:
         """Begin a new conversation about a picture, or about none if it is empty."""
@@ -272,6 +274,13 @@ class Demo:
         for speaker in self.speakers:
             show((label_of if len(self.speakers) > 1 else label).format(name=speaker.name))
             speaker.answer(query)
+
+    @property
+    def cut(self) -> str:
+        """What is to be said of answers that have no end; nothing if all have one."""
+        if not any(speaker.is_cut for speaker in self.speakers):
+            return ""
+        return f"The answer was cut off (--max_length {self.options.max_length})."
 
     def talk(self) -> None:
         """Pictures and questions from the keyboard, until `stop` or the end of input."""
@@ -300,8 +309,8 @@ class Demo:
             try:
                 if query:
                     self.answer(query, self.words.answer, self.words.answer_of)
-                    if any(speaker.is_cut for speaker in self.speakers):
-                        say(f"The answer was cut off (--max_length {self.options.max_length}).")
+                    if self.cut:
+                        say(self.cut)
             except InputError as problem:
                 say(str(problem))
                 if any(speaker.history for speaker in self.speakers):

@@ -142,6 +142,10 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
             "my.json 第 1 条：缺少 prompt 和 label；每条数据是一个对象，要有文本 prompt 和 label；有图片时还要有 img。",
         ),
         ("  answers right: 3/50", "  答对：3/50"),
+        (  # one question on the command line has no `clear`
+            "the question and its history take 32 tokens; --max_length must be more, not 30.",
+            "问题和对话历史共 32 个 token，超过了 --max_length 30；请增大 --max_length。",
+        ),
         ("my.json: 1 row", "my.json：1 条数据"),
         (
             'my.json row 7 and 3 more rows: "label" is empty; it is the answer to learn.',

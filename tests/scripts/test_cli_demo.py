@@ -64,7 +64,7 @@ def test_one_question_prints_the_answer_alone_and_the_same_each_time_at_temperat
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.splitlines()) == 1
-    assert runs[0].stderr == ""
+    assert runs[0].stderr == "The answer was cut off (--max_length 60).\n"
 
 
 @pytest.mark.slow

@@ -110,6 +110,17 @@ class ChatRequest(SamplingFields):
     response_format: dict[str, Any] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    # vLLM's
+    guided_choice: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool | None = None
+    echo: bool | None = None
+    use_beam_search: bool | None = None
+    max_length: int | None = None  # the released form's
 
     def asked(self, default: Sampling) -> "Asked":
         """What the request asks.
@@ -145,6 +156,16 @@ class ChatRequest(SamplingFields):
             "response_format": not plain,
             "frequency_penalty": bool(self.frequency_penalty),
             "presence_penalty": bool(self.presence_penalty),
+            "guided_choice": bool(self.guided_choice),
+            "guided_json": bool(self.guided_json),
+            "guided_regex": bool(self.guided_regex),
+            "guided_grammar": bool(self.guided_grammar),
+            "structured_outputs": bool(self.structured_outputs),
+            "bad_words": bool(self.bad_words),
+            "ignore_eos": bool(self.ignore_eos),
+            "echo": bool(self.echo),
+            "use_beam_search": bool(self.use_beam_search),
+            "max_length": self.max_length is not None,
         }
         return [f"{name} isn't offered; leave it out." for name, is_asked in asked_for.items() if is_asked]
 

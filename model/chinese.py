@@ -485,8 +485,8 @@ SENTENCES = {
     ),
     "--share: no public address could be had from Gradio's servers.": "--share：未能从 Gradio 的服务器获得公网地址。",
     "Nobody is asked for a password; --auth NAME:PASSWORD does that.": "没有设置密码；可用 --auth 用户名:密码 设置。",
-    "--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.": (
-        "--auth：不是 用户名:密码 的形式；需要用户名、冒号和密码，或不给 --auth。"
+    "{flag}: no NAME:PASSWORD; a name, a colon and a password are needed, or no {same}.": (
+        "{flag}：不是 用户名:密码 的形式；需要用户名、冒号和密码，或不给 {same}。"
     ),
     # the pages of runs and evaluations
     "Did it learn?": "学到了吗？",

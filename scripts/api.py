@@ -15,7 +15,6 @@ this machine is listened to unless --host says otherwise. SIGTERM and Ctrl-C let
 import argparse
 import asyncio
 import json
-import os
 import re
 import sys
 import uuid
@@ -51,6 +50,7 @@ from model.inference.flags import (
     found_checkpoint,
     image_limits,
     sampling_of,
+    secret_of,
     serving_problems,
 )
 from model.progress import say, warn
@@ -99,7 +99,7 @@ def command_line() -> argparse.ArgumentParser:
     add_serving_flags(parser, port=8080, queue=32, seconds=120.0, protected_by="an --api_key")
     add = parser.add_argument
     # fmt: off
-    add("--api_key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+    add("--api_key", metavar="KEY",
         help=f"clients have to send it (default: ${KEY_VARIABLE}, which other users of the machine can't see)")
     add("--model_name", metavar="NAME", help="what clients call the model (default: the checkpoint's name)")
     add("--body_seconds", type=float, default=20.0, metavar="X",
@@ -118,8 +118,11 @@ def check(options: argparse.Namespace) -> Checkpoint:
         InputError: it isn't there, or a number is out of bounds.
     """
     problems = serving_problems(options, positive=("body_seconds", "max_body"))
+    source, options.api_key = secret_of("--api_key", options.api_key, KEY_VARIABLE)
     if options.api_key is not None and not options.api_key.strip():
-        problems.append("--api_key: it is empty; a key is needed, or no --api_key.")
+        problems.append(f"{source}: it is empty; a key is needed, or no {source}.")
+    elif options.api_key is not None and options.api_key != options.api_key.strip():
+        problems.append(f"{source}: it begins or ends with a blank, which HTTP drops; a key without is needed.")
     raise_problems(problems)
     options.sampling = replace(sampling_of(options), seed=options.seed)
     checkpoint = found_checkpoint(options)

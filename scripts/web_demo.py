@@ -37,6 +37,7 @@ from model.inference.flags import (
     found_checkpoint,
     image_limits,
     sampling_of,
+    secret_of,
     serving_problems,
 )
 from model.progress import say, warn
@@ -62,7 +63,7 @@ def command_line() -> argparse.ArgumentParser:
         help="also open a public https address, by way of Gradio's servers, for up to a week or until the command ends: "
              "whoever has it can use the page and see the examples, and what is said passes those servers. Gradio "
              "downloads a program for it once. --auth is advised")
-    add("--auth", default=os.environ.get(AUTH_VARIABLE), metavar="NAME:PASSWORD",
+    add("--auth", metavar="NAME:PASSWORD",
         help=f"visitors have to log in (default: ${AUTH_VARIABLE}, which other users of the machine can't see)")
     add("--ui_lang", default="auto", choices=UI_LANGUAGES,
         help="language of the page and of the terminal; auto is each browser's own, and the locale's (default %(default)s)")
@@ -83,8 +84,9 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         InputError: one isn't there, or a number is out of bounds.
     """
     problems = serving_problems(options, not_negative=("examples",))
+    source, options.auth = secret_of("--auth", options.auth, AUTH_VARIABLE)
     if options.auth is not None and not all(options.auth.partition(":")):
-        problems.append("--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth.")
+        problems.append(f"{source}: no NAME:PASSWORD; a name, a colon and a password are needed, or no {source}.")
     if options.compare == options.from_pretrained:
         problems.append(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     raise_problems(problems)

@@ -1,6 +1,7 @@
 """The flags that commands which answer have in common; without torch."""
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,13 @@ def serving_problems(
     if not 0 <= options.port < 2**16:
         problems.append(f"--port {options.port}: a number from 0 to 65535 is needed.")
     return problems
+
+
+def secret_of(flag: str, typed: str | None, variable: str) -> tuple[str, str | None]:
+    """Who says the secret, as a message names it, and what it is: the flag if it was typed, else the variable if it is set."""
+    if typed is None and variable in os.environ:
+        return f"${variable}", os.environ[variable]
+    return flag, typed
 
 
 def image_limits(options: argparse.Namespace, seconds: float) -> "Limits":

@@ -428,6 +428,17 @@ def test_bad_flag_is_told_before_the_model_is_loaded(upstream_checkpoint, capsys
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "found"), [
+    ("", "it is empty; a key is needed, or no $VISUALGLM_API_KEY."),
+    ("s3\r\n", "it begins or ends with a blank, which HTTP drops; a key without is needed."),
+])  # fmt: skip
+def test_bad_key_in_the_environment_is_told_by_the_variables_name(upstream_checkpoint, capsys, monkeypatch, key, found):
+    monkeypatch.setenv("VISUALGLM_API_KEY", key)
+    with pytest.raises(SystemExit):
+        main(["--from_pretrained", str(upstream_checkpoint), "--host", "0.0.0.0"])
+    assert capsys.readouterr().err == f"api.py: error: $VISUALGLM_API_KEY: {found}\n"
+
+
 def test_port_in_use_is_told(server, upstream_checkpoint, capsys):
     with pytest.raises(SystemExit):
         main(["--from_pretrained", str(upstream_checkpoint), "--port", str(server.port)])

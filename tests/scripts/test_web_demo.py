@@ -234,6 +234,15 @@ def test_bad_flag_is_told_before_a_model_is_loaded(checkpoints, capsys, flags, s
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("auth", ["", "secret"])
+def test_bad_password_in_the_environment_is_told_by_the_variables_name(checkpoints, capsys, monkeypatch, auth):
+    monkeypatch.setenv("VISUALGLM_WEB_AUTH", auth)
+    with pytest.raises(SystemExit):
+        main(["--from_pretrained", str(checkpoints[0])])
+    found = "no NAME:PASSWORD; a name, a colon and a password are needed, or no $VISUALGLM_WEB_AUTH."
+    assert capsys.readouterr().err == f"web_demo.py: error: $VISUALGLM_WEB_AUTH: {found}\n"
+
+
 def test_missing_package_is_told(checkpoints):
     code = "import sys; sys.modules['gradio'] = None; from scripts.web_demo import main; main(sys.argv[1:])"
     done = run_python("-c", code, "--from_pretrained", str(checkpoints[0]))

@@ -456,6 +456,9 @@ SENTENCES = {
     "the picture file isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed: it is HEIC, as iPhones save pictures; the same one as JPEG will do.": (
         "该文件不是可用的图片，而是 HEIC（iPhone 的照片格式）；请转存为 JPEG。"
     ),
+    "the picture file isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed: it is a TIFF; the same one as PNG or JPEG will do.": (
+        "该文件不是可用的图片，而是 TIFF；请转存为 PNG 或 JPEG。"
+    ),
     "{name} isn't a picture; a picture (JPEG, PNG, WebP, GIF, BMP or AVIF) is needed: it is a web page, where a download's link has led to a page or a login.": (
         "{name} 不是图片，而是网页（可能是登录页）；需要图片本身的网址。"
     ),

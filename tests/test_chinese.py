@@ -293,6 +293,7 @@ def told_to_visitors() -> Iterator[str]:
         lambda: opened(b"no picture"),
         lambda: opened(INSTEAD_OF_PICTURES["phone.jpg"]),
         lambda: opened(INSTEAD_OF_PICTURES["page.jpg"]),
+        lambda: opened(b"II*\0"),
         lambda: opened(large.getvalue()),
         lambda: downloaded("http://127.0.0.1/a.png", STRANGERS),
         lambda: checked_question(asked, None, model, tokenizer, 5, lang="zh"),

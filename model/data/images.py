@@ -39,6 +39,7 @@ IMAGE_FORMATS = (
     "PSD",
 )
 IMAGE_NEEDED = "a picture (JPEG, PNG, WebP, GIF, BMP, TIFF, …) is needed"
+TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF 6.0 and BigTIFF, in both byte orders
 HEAD = 4096  # bytes that tell what else a file is
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 GREY_RANGES: dict[str, tuple[int, ...]] = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
@@ -146,7 +147,9 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name, min(most_pixels, MAX_PIXELS))) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} isn't a picture; {IMAGE_NEEDED}{_what_it_is_instead(_head(source))}.") from error
+        raise InputError(
+            f"{name} isn't a picture; {IMAGE_NEEDED}{_what_it_is_instead(_head(source), formats)}."
+        ) from error
     except OSError as error:
         # The system's errors have a number and a text for people; Pillow's own have neither.
         found = f"can't be read ({error.strerror})" if error.errno else "is damaged or cut short"
@@ -232,13 +235,15 @@ def _head(source: ImageSource) -> bytes:
         return b""
 
 
-def _what_it_is_instead(head: bytes) -> str:
-    """What a file is that Pillow can't identify, as the end of a sentence; nothing if that isn't known."""
+def _what_it_is_instead(head: bytes, formats: Sequence[str]) -> str:
+    """What a file is that is none of formats, as the end of a sentence; nothing if that isn't known."""
     text = text_of(head)
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
         return ": it is HEIC, as iPhones save pictures; the same one as JPEG will do"
     if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"svg" in text and b"<html" not in text:
         return ": it is an SVG drawing; the same one as PNG will do"
+    if head.startswith(TIFFS) and "TIFF" not in formats:
+        return ": it is a TIFF; the same one as PNG or JPEG will do"
     if is_lfs_pointer(head):
         return ": it is a pointer of git-lfs; git lfs pull fetches the picture"
     if is_web_page(head):

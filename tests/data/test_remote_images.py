@@ -18,7 +18,17 @@ from PIL import Image
 
 from model.data import remote_images
 from model.data.images import open_image
-from model.data.remote_images import PERSON, STRANGERS, Limits, downloaded, image_file, is_public, is_url, opened
+from model.data.remote_images import (
+    PERSON,
+    STRANGERS,
+    WEB_IMAGE_NEEDED,
+    Limits,
+    downloaded,
+    image_file,
+    is_public,
+    is_url,
+    opened,
+)
 from model.errors import InputError
 
 PICTURE = GOLDEN / "upstream/images/0.png"
@@ -53,6 +63,22 @@ def server():
         yield f"http://127.0.0.1:{server.server_port}"
         stopped.set()
         server.shutdown()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_is_told_for_what_it_is_to_strangers(order):
+    content = io.BytesIO()
+    Image.new("L", (8, 8)).save(content, "TIFF", big_tiff=order == ">")
+    with pytest.raises(InputError) as problem:
+        opened(content.getvalue())
+    told = f"the picture file isn't a picture; {WEB_IMAGE_NEEDED}: it is a TIFF; the same one as PNG or JPEG will do."
+    assert str(problem.value) == told
+
+
+def test_damaged_tiff_is_not_told_that_it_is_one_where_tiff_is_taken():
+    with pytest.raises(InputError) as problem:
+        open_image(io.BytesIO(b"II*\0"))
+    assert "it is a TIFF" not in str(problem.value)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         InputError: one isn't there, or a number is out of bounds.
     """
     options.sampling = sampling_of(options, (CHINESE_TOKENS,) if options.english else ())
-    for flag, value in (("--image", options.image), ("--query", options.query)):
+    for name in ("image", "query", "prompt_zh", "prompt_en"):
+        flag, value = f"--{name}", getattr(options, name)
         if value is not None and not value.strip():
             raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
     if options.image:

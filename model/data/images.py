@@ -108,6 +108,7 @@ def open_image(
     target_size: int | None = None,
     most_pixels: int = MAX_PIXELS,
     formats: Sequence[str] = IMAGE_FORMATS,
+    address: str | None = None,
 ) -> Image.Image:
     """The image in mode RGB, decoded in full and upright as its EXIF says. Of an animation, the first frame.
 
@@ -125,6 +126,7 @@ def open_image(
             a phone's photo is four times faster, and after resizing it differs by one or two levels of grey.
         most_pixels: more are refused, at MAX_PIXELS the latest.
         formats: those that are opened, of a path or a file.
+        address: where an open file comes from; messages name it.
 
     Raises:
         InputError: source is no image, is damaged, has more than most_pixels or than memory holds, or values that are no
@@ -136,7 +138,7 @@ def open_image(
         name = printable(str(source))
         checked_file(str(source), name)
     else:
-        name = "the picture file"
+        name = "the picture file" if address is None else printable(address)
     _set_pixel_limit()
     try:
         if isinstance(source, Image.Image):

@@ -14,7 +14,7 @@ from model.checkpoints.metadata import answer_length
 from model.data.image_processor import BlipImageEvalProcessor
 from model.data.images import open_image
 from model.data.prompt import context_ids
-from model.data.remote_images import image_file
+from model.data.remote_images import image_file, is_url
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.engine import Engine, Question, model_positions
@@ -84,7 +84,8 @@ def image_tensor(source: str | Path | Any, model: VisualGLMModel) -> torch.Tenso
         InputError: it can't be fetched or opened.
     """
     edge = image_size(model)
-    pixels = BlipImageEvalProcessor(edge)(open_image(image_file(source), edge))
+    image = open_image(image_file(source), edge, address=str(source) if is_url(source) else None)
+    pixels = BlipImageEvalProcessor(edge)(image)
     return pixels.unsqueeze(0).to(model.transformer.word_embeddings.weight.device)
 
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_tuned
@@ -347,6 +349,8 @@ def test_ctrl_c_ends_politely(upstream_checkpoint):
         (["--query", "你好", "--max_length", "5"], "--max_length must be more, not 5"),
         (["--query", ""], "--query: it is empty; a value is needed, or no --query."),
         (["--image", "  "], "--image: it is empty"),
+        (["--prompt_zh", ""], "--prompt_zh: it is empty; a value is needed, or no --prompt_zh."),
+        (["--prompt_en", " "], "--prompt_en: it is empty; a value is needed, or no --prompt_en."),
     ],
 )
 def test_something_wrong_is_a_sentence_and_status_2(demo, words, part):
@@ -354,6 +358,26 @@ def test_something_wrong_is_a_sentence_and_status_2(demo, words, part):
     assert run.returncode == 2
     assert part in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_address_of_no_picture_is_named(demo, monkeypatch):
+    class NoPicture(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"no picture")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoPicture) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/fake.png"
+        assert demo("--image", url).stderr.startswith(f"cli_demo.py: error: {url} isn't a picture; ")
+        monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+        told = "不是图片；需要一张图片（JPEG、PNG、WebP、GIF、BMP、TIFF 等）。"
+        assert demo("--image", url).stderr == f"cli_demo.py：错误：{url} {told}\n"
+        server.shutdown()
 
 
 @pytest.mark.run

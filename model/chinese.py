@@ -98,6 +98,9 @@ SENTENCES = {
     "--image_folder {folder}: no such folder; the one that the pictures are in is needed.": (
         "--image_folder {folder}：没有这个目录；需要图片所在的目录。"
     ),
+    "{name} is an address; a file is needed: download it, and name its path.": (
+        "{name} 是网址；这里需要文件：请先下载，再写文件的路径。"
+    ),
     "{name} is two different files, {one} and {other}; --image_folder FOLDER with the right one's folder is needed.": (
         "{name} 对应两个不同的文件：{one} 和 {other}；请用 --image_folder 指定图片所在的目录。"
     ),

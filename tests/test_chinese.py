@@ -331,7 +331,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"label": "雪地。"},
             {"text": "雪地。"},
         ],
-        "gone-picture": [ROW | {"img": name} for name in ("gone.png", "text.png", "cut.png", *INSTEAD_OF_PICTURES)],
+        "gone-picture": [
+            ROW | {"img": name}
+            for name in ("gone.png", "http://a.example/b.png", "text.png", "cut.png", *INSTEAD_OF_PICTURES)
+        ],
         "many-bad": [ROW, *[no_label] * 25],
     }
     files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]

@@ -19,7 +19,7 @@ _OF_A_ROW = re.compile(r"(?P<file>.+?) (?P<kind>row|line) (?P<number>\d+)(?P<wha
 _NAMES = re.compile(
     r"(?<=there is no file ).+?(?=;)"
     r"|(?<=: ).+?(?= (?:isn't a picture|is damaged|is empty|is a folder|can't be|is not an ordinary|has more|has no pixels|is a link"
-    r"|has values|takes more))"
+    r"|is an address|has values|takes more))"
 )
 
 

@@ -179,6 +179,8 @@ def checked_file(path: str, name: str | None = None) -> os.stat_result:
             raise InputError(
                 f"{name} is a link to {os.readlink(path)}, which doesn't exist; {IMAGE_NEEDED}."
             ) from error
+        if path.lower().startswith(("http://", "https://")):
+            raise InputError(f"{name} is an address; a file is needed: download it, and name its path.") from error
         raise InputError(
             f"there is no file {name}; a relative path is looked up from the working directory, the JSON file's folder and "
             "the one above it, or from --image_folder."

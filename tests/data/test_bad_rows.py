@@ -42,6 +42,15 @@ def test_pictures_that_are_the_same_other_thing_are_one_line(tmp_path: Path, con
     assert by_cause(problems) == [problems[0].replace("row 1:", "row 1 and 5 more rows:")]
 
 
+def test_pictures_that_are_addresses_are_one_line() -> None:
+    problems = []
+    for number in range(1, 7):
+        with pytest.raises(InputError) as problem:
+            open_image(f"http://a.example/{number}.jpg")
+        problems.append(f"rows.json row {number}: {problem.value}")
+    assert by_cause(problems) == [problems[0].replace("row 1:", "row 1 and 5 more rows:")]
+
+
 def test_file_that_cant_be_written_is_named_with_the_reason(cache: Path) -> None:
     cache.write_text("a file, not a folder")
     assert "can't be listed in" in first_lines(["a problem"] * (MOST_PROBLEM_LINES + 1))[-1]

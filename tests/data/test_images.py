@@ -243,6 +243,11 @@ def test_picture_when_there_is_no_file_says_where_it_was_looked_up(tmp_path):
     )
 
 
+def test_picture_when_it_is_an_address_says_that_a_file_is_needed():
+    url = "https://example.org/a.png"
+    assert refused(url) == f"{url} is an address; a file is needed: download it, and name its path."
+
+
 def test_picture_when_it_is_empty_is_refused(tmp_path):
     (tmp_path / "a.jpg").touch()
     assert "a.jpg is empty (0 bytes); a picture" in refused(tmp_path / "a.jpg")

@@ -348,7 +348,13 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `model.errors` lists the statuses that it may end with."""
     with command("predict.py"):
-        predict(command_line().parse_args(argv))
+        options = command_line().parse_args(argv)
+        try:
+            predict(options)
+        except SystemExit:  # a signal: what comes next on the screen begins on a line of its own
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+            raise
 
 
 def predict(options: argparse.Namespace) -> None:

@@ -219,6 +219,28 @@ def test_file_of_somebody_else_in_the_place_of_the_settings_is_not_replaced(pred
 
 
 @pytest.mark.run
+def test_ctrl_c_at_a_terminal_ends_its_line(upstream_checkpoint, tmp_path):
+    out, (keyboard, screen) = tmp_path / "answers.jsonl", os.openpty()
+    words = ["--from_pretrained", upstream_checkpoint, "--data", write_rows(tmp_path, ROWS * 200), "--out", out]
+    process = subprocess.Popen(
+        [commands() / "python", COMMAND, *words], stdout=screen, stderr=screen,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not (out.is_file() and out.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    os.write(screen, b"$ ")
+    shown = b""
+    while not shown.endswith(b"$ "):
+        shown += os.read(keyboard, 65536)
+    assert shown.endswith(b"\n$ "), shown
+    os.close(keyboard)
+    os.close(screen)
+
+
+@pytest.mark.run
 def test_killed_command_goes_on_to_the_answers_of_one_that_was_not(predict, upstream_checkpoint, tmp_path):
     data, out = write_rows(tmp_path, ROWS * 3), tmp_path / "answers.jsonl"
     words = ["--data", data, "--out", out, "--batch-size", "1"]

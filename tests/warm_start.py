@@ -217,7 +217,10 @@ def serve(listening: socket.socket, kind: str) -> dict[str, Any]:
         connection.close()
     listening.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    *streams, mounted = socket.recv_fds(connection, 1, 4)[1]
+    received = socket.recv_fds(connection, 1, 4)[1]
+    if not received:  # whoever asked has gone
+        os._exit(0)
+    *streams, mounted = received
     request: dict[str, Any] = json.loads(connection.makefile().readline())
     pid = os.fork()
     if pid:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
-from model.checkpoints.layout import Checkpoint
+from model.checkpoints.layout import Checkpoint, newest_run_named
 from model.checkpoints.resume import Ending, Resumed, digest, newest_run, resumed_from
 from model.checkpoints.running import refuse_running
 from model.cli.config_file import with_config_files
@@ -177,6 +177,10 @@ def _loading(words: list[str], options: Options) -> CommandLine:
     """A command line with --load. The sizes of its adapters, which are not flags then, are put in front of the others."""
     assert options.load is not None
     folder = Path(options.load).expanduser()
+    run = None if folder.exists() else newest_run_named(folder)
+    if run is not None:
+        words = [*words, "--load", str(run)]
+        return _loading(words, parse(words))
     if not (folder / "latest").is_file():
         return CommandLine(words, options)  # `flag_checks` says so, with what else is wrong
     checkpoint = Checkpoint.at(folder)

@@ -364,6 +364,13 @@ def test_load_takes_the_sizes_of_the_checkpoints_adapters(loaded: Path) -> None:
     assert line.words[:8] == ["--lora_rank", "4", "--lora_alpha", "16.0", "--layer_range", "0", "2", "--use_lora"]
 
 
+def test_load_of_a_name_is_of_its_newest_run(loaded: Path) -> None:
+    run = loaded.rename(loaded.with_name("animals-11-28-01-30"))
+    line = command_line(["--use_lora", "--load", str(run.with_name("animals"))])
+    assert line.options.load == str(run)
+    assert line.options.lora_rank == 4
+
+
 def test_load_with_other_sizes_is_refused(loaded: Path) -> None:
     told = refusal("--use_lora", "--load", loaded, "--lora_alpha", "1", "--lora_rank", "4")
     assert told == (

@@ -199,8 +199,8 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
              "the newest checkpoint of --experiment-name under --save, or a fresh run. A run that still goes on is refused.")
     add("--config", metavar="FILE.yaml",
-        help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win. A run's settings.json is "
-             "such a file too.")
+        help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win, but for a recipe's own. A "
+             "run's settings.json is such a file too.")
     add("--dry_run", action="store_true",
         help="Check everything, print how much memory the run would take and on what, and end.")
     add("--gpu_memory", type=_memory, metavar="SIZE",

@@ -25,6 +25,7 @@ from model.checkpoints.huggingface import CONFIG_FILE as HUGGINGFACE_CONFIG
 from model.checkpoints.huggingface import (
     INDEX_FILES,
     LAYERS_OF_THE_RELEASED_CODE,
+    ROTARY_IN_SAT,
     huggingface_config,
     huggingface_names,
     is_reordered,
@@ -154,7 +155,8 @@ def refuse_another_model(checkpoint: Checkpoint, weights: Mapping[str, torch.Ten
     described = described_shapes(checkpoint)
     found = {name: list(tensor.shape) for name, tensor in shapes(weights).items()}
     differences = [
-        *(f"{name} is missing" for name in described if name not in found),
+        # Nobody reads the rotary buffer: it is made anew.
+        *(f"{name} is missing" for name in described if name not in found and name != ROTARY_IN_SAT),
         *(
             f"{name} is {found[name]}, not {shape}"
             for name, shape in described.items()

@@ -261,6 +261,15 @@ def test_tensor_without_a_place_is_named(upstream_config: dict, tmp_path: Path):
     assert "mixins.new.weight: Hugging Face's layout has no place" in refused(str(folder), str(tmp_path / "hf"), "hf")
 
 
+def test_source_without_the_rotary_buffer_that_nobody_reads_is_converted(upstream_config: dict, tmp_path: Path):
+    weights = {name: tensor for name, tensor in upstream_weights().items() if not name.endswith("inv_freq")}
+    assert len(weights) == len(upstream_weights()) - 1
+    folder = write_checkpoint(tmp_path / "source", upstream_config, weights)
+    there = convert(str(folder), str(tmp_path / "there"), "hf")
+    back = convert(str(there), str(tmp_path / "back"), "sat")
+    assert torch.load(back / WEIGHTS)["module"].keys() == weights.keys()
+
+
 @pytest.mark.parametrize("layout", ["hf", "sat"])
 def test_source_without_one_of_its_tensors_is_refused(upstream_config: dict, tmp_path: Path, layout: str):
     weights = upstream_weights()

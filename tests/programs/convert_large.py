@@ -34,8 +34,10 @@ def growth(source: str, destination: str, layout: str) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    convert(str(folder / source), str(folder / destination), layout, max_shard_size=10**8)
-    done.set()
+    try:
+        convert(str(folder / source), str(folder / destination), layout, max_shard_size=10**8)
+    finally:
+        done.set()
     watcher.join()
     return most
 

@@ -339,9 +339,9 @@ def _folder_and_iteration(path: Path) -> tuple[Path, str | None]:
         path = path.parent
     elif not (path / "mp_rank_00_model_states.pt").is_file():
         return path, None
-    if (path / CONFIG_FILE).is_file():  # no iteration's folder: the weights don't lie in theirs
-        return path, None
     iteration = path.resolve()
+    if (path / CONFIG_FILE).is_file() and not (iteration.parent / CONFIG_FILE).is_file():  # no iteration's folder
+        return path, None
     return iteration.parent, iteration.name
 
 

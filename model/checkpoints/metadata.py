@@ -85,18 +85,23 @@ def with_base(checkpoint: Checkpoint, given: str | None = None) -> Checkpoint:
         raise InputError(
             f"{base.weights_file()}: an adapter checkpoint too; the model that {checkpoint.folder} was trained on is needed."
         )
-    found, needed = {**base.config}, {**checkpoint.config}
-    others = [
-        f"{name} {found[name]}, not {needed[name]}"
-        for name in SIZES
-        if name in found and name in needed and found[name] != needed[name]
-    ]
+    others = other_sizes(base, checkpoint)
     if others:
         raise InputError(
             f"--base {base.name}: a model of other sizes than {checkpoint.name} was trained on ({'; '.join(others)}); that "
             "model is needed."
         )
     return replace(checkpoint, base=base, config=cast(ModelConfig, {**base.config, **checkpoint.config}))
+
+
+def other_sizes(base: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    """Which sizes a base has otherwise than the model that checkpoint was trained on."""
+    found, needed = {**base.config}, {**checkpoint.config}
+    return [
+        f"{name} {found[name]}, not {needed[name]}"
+        for name in SIZES
+        if name in found and name in needed and found[name] != needed[name]
+    ]
 
 
 def refuse_needless_base(checkpoint: Checkpoint, given: str | None) -> None:
@@ -113,7 +118,7 @@ def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     """What a fine-tuned checkpoint was trained on: the given one, else where it lay, else by its name.
 
     By then another model may have the name: in another folder if it is a relative one, or on the hub, which nobody has to
-    ask where the files lie.
+    ask where the files lie. One of other sizes is the base only if there is no other: the caller says so.
 
     Raises:
         InputError: it is in none of those places.
@@ -121,13 +126,19 @@ def found_base(checkpoint: Checkpoint, given: str | None) -> Checkpoint:
     if given is not None:
         return Checkpoint.find(given, "--base")
     recorded = base_of(checkpoint.config)
+    others = []
     for place in (recorded.path, recorded.name):
         try:
-            return Checkpoint.find(place, "--base")
+            found = Checkpoint.find(place, "--base")
         except DamagedCheckpoint:
             raise  # not "is not there"
         except InputError:
             continue
+        if not other_sizes(found, checkpoint):
+            return found
+        others.append(found)
+    if others:
+        return others[0]
     raise InputError(
         f"{checkpoint.name}: its base {recorded.name} is not there, nor at {recorded.path}; --base with the folder of that "
         "model is needed."

@@ -107,6 +107,14 @@ def test_find_when_an_iteration_is_meant_takes_it_in_place_of_the_latest(checkpo
     assert Checkpoint.find(str(checkpoint / part)).weights_file() == checkpoint / "200" / WEIGHTS
 
 
+@pytest.mark.parametrize("part", ["300", f"300/{WEIGHTS}"])
+def test_find_when_an_iteration_holds_a_copy_of_the_configuration_returns_the_whole(
+    checkpoint: Path, part: str
+) -> None:
+    shutil.copy(checkpoint / "model_config.json", checkpoint / "300")
+    assert Checkpoint.find(str(checkpoint / part)).folder == checkpoint
+
+
 def test_find_names_the_flag_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--base nowhere: no such folder"):
         Checkpoint.find("nowhere", "--base")

@@ -220,6 +220,21 @@ def test_another_model_in_this_folder_with_the_bases_relative_name_is_not_taken_
     assert with_base(Checkpoint.find(folder)).base.folder == upstream_checkpoint
 
 
+def test_base_is_looked_for_by_its_name_where_a_model_of_other_sizes_lies_in_its_place(
+    orphan, upstream_checkpoint, tmp_path, monkeypatch
+):
+    shutil.copytree(upstream_checkpoint, tmp_path / "gone")
+    other = shutil.copytree(upstream_checkpoint, tmp_path / "other")
+    (other / "model_config.json").write_text(json.dumps({**config_of(other), "num_layers": 9}))
+    config = config_of(orphan)
+    config["finetuning"]["base"]["path"] = str(other)
+    (orphan / "model_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="num_layers 9, not"):
+        with_base(Checkpoint.find(orphan))
+    monkeypatch.chdir(tmp_path)
+    assert with_base(Checkpoint.find(orphan)).base.name == "gone"
+
+
 def test_base_that_was_moved_is_found_by_its_name(orphan, upstream_checkpoint, tmp_path, monkeypatch):
     shutil.copytree(upstream_checkpoint, tmp_path / "gone")
     monkeypatch.chdir(tmp_path)

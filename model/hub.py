@@ -122,7 +122,8 @@ def why_silent(url: str, seconds: float = SECONDS_TO_ANSWER) -> str | None:
         except Exception as error:  # no network, no such host, a broken proxy
             reason = getattr(error, "reason", error)
             if not isinstance(reason, TimeoutError):
-                heard.append(f"no answer from {url} ({getattr(reason, 'strerror', None) or reason})")
+                words = str(getattr(reason, "strerror", None) or reason).strip().splitlines()
+                heard.append(f"no answer from {url} ({words[0] if words else type(reason).__name__})")
         else:
             heard.append(None)
 

@@ -23,6 +23,7 @@ from model.errors import InputError, command, interrupt_ends_quietly
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+from model.checkpoints.download import may_be_downloaded
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
@@ -125,10 +126,12 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
         flag, value = f"--{name}", getattr(options, name)
         if value is not None and not value.strip():
             raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
+    if options.image and may_be_downloaded(options.from_pretrained):
+        picture_path(options.image)  # in hours it would be told in the language of the checkpoint
+    checkpoints = [found_checkpoint(options)]
+    choose_language(options, checkpoints[0].asked_as.lang)
     if options.image:
         options.image = picture_path(options.image)
-    checkpoints = [found_checkpoint(options)]  # perhaps after hours of a download
-    choose_language(options, checkpoints[0].asked_as.lang)
     if options.compare == options.from_pretrained:
         raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.compare:

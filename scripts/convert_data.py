@@ -230,7 +230,7 @@ def _image(entry: dict[str, Any], where: str) -> str | None:
 
 
 def _as_list(value: object) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+    return [one for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

@@ -79,7 +79,7 @@ def merge(
             refuse_unless_finite({name: weight}, f"{checkpoint.name}, merged")
         return weight
 
-    unfinished = folder / f"{ITERATION}{UNFINISHED}"
+    unfinished, was_there = folder / f"{ITERATION}{UNFINISHED}", folder.exists()
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         write_weights(weights_path(folder, unfinished.name), shapes(plain), merged, int(ITERATION))
@@ -93,7 +93,8 @@ def merge(
     finally:
         remove_unfinished(folder)
         if not (folder / "latest").is_file():  # which is written last
-            remove(folder)
+            for path in [*folder.glob("*")] if was_there else [folder]:
+                remove(path)
     if is_replaced:
         take_place(folder, old)
         folder = old

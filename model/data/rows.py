@@ -150,7 +150,7 @@ def rows_in_place(
     Raises:
         InputError: the file can't be read, isn't a data file, or holds no row at all; or there is no image_folder.
     """
-    if image_folder is not None and not os.path.isdir(image_folder):
+    if image_folder and not os.path.isdir(image_folder):
         raise InputError(f"--image_folder {image_folder}: no such folder; the one that the pictures are in is needed.")
     file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}

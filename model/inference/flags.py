@@ -64,8 +64,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
     add("--temperature", type=float, default=temperature, metavar="X",
         help="of sampling; 0 always takes the likeliest token (default %(default)s)")
     add("--seed", type=_seed, metavar="N",
-        help="random seed of each answer: the same one gives the same answers (default: none; a session draws on from one "
-             "answer to the next, and each session begins alike)")
+        help="random seed: the same one gives the same answers; without it, too, each start of a command draws alike")
     # fmt: on
 
 

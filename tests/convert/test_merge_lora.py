@@ -201,6 +201,12 @@ def test_failure_behind_the_weights_leaves_nothing(lora, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"the merged checkpoint can't be written \(No space left on device\)"):
         merge(str(lora), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+    (tmp_path / "on another disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "on another disk")
+    with pytest.raises(InputError, match="No space left on device"):
+        merge(str(lora), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert not any((tmp_path / "on another disk").iterdir())
 
 
 # memory, and the command

@@ -53,6 +53,9 @@ def test_image_folder_that_is_not_there_is_told_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         scan_files(files, "error", "gone")
     assert str(refused.value) == "--image_folder gone: no such folder; the one that the pictures are in is needed."
+    selection, problems = scan_files(files, "skip", "")  # the folder that one is in, as an empty variable has it
+    assert [len(rows) for rows in selection.rows.values()] == [3, 3]
+    assert problems == []
 
 
 def test_selection_when_every_row_is_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ def test_row_of_a_conversation_without_picture_has_none() -> None:
     assert row_of(llava("What?", "That."), "", lang="en") == {"prompt": "What?", "label": "That.", "lang": "en"}
 
 
-@pytest.mark.parametrize("images", [None, [], ["a.jpg"], "a.jpg"])
+@pytest.mark.parametrize("images", [None, "", [], [""], ["a.jpg"], "a.jpg"])
 def test_row_of_a_conversation_has_its_picture_whatever_is_under_the_other_key(images: object) -> None:
     assert row_of(llava("What?", "A cat.", image="a.jpg", images=images), "")["img"] == "a.jpg"
+    assert row_of(llava("What?", "A cat.", image="", images="a.jpg"), "")["img"] == "a.jpg"
 
 
 def test_row_of_messages_has_what_the_system_says_before_the_question() -> None:

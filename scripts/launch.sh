@@ -17,22 +17,18 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -d "$project/.venv" ]; then
     export PATH="$project/.venv/bin:$PATH"
 fi
 numbers=--fp16
-steps=(--train-iters 300)
 held_out=(--holdout 0.1)
-in_config() { # whether the file of --config has one of these flags
-    [ -f "${config:-}" ] && grep -qE "^[[:space:]{]*\"?($1)\"?[[:space:]]*:" "$config"
-}
 case " $* " in
     *" --valid-data"* | *" --holdout"*) held_out=() ;;
     *" --split 1 "* | *" --split=1 "*) ;; # trains on every row
     *" --split"*) held_out=() ;;
 esac
-for word in "$@"; do # a file of flags may say what to evaluate on and how long, too
+for word in "$@"; do # a file of flags may say what to evaluate on, too
     if [ "${config:-}" = next ]; then config=$word; fi
     case $word in --conf*=*) config=${word#*=} ;; --conf*) config=next ;; esac
-    if in_config 'valid[-_]data|holdout'; then held_out=(); fi
-    if in_config epochs; then steps=(); fi
+    if [ -f "${config:-}" ] && grep -qE '^[[:space:]{]*"?(valid[-_]data|holdout)"?[[:space:]]*:' "$config"; then held_out=(); fi
 done
+steps=(--train-iters 300)
 case " $* " in *" --epochs"*) steps=() ;; esac
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 

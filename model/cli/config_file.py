@@ -6,8 +6,8 @@
     train_parts: [qformer=1e-5]
 
 A file becomes the words of a command line, which stand before those that were typed, and behind those of a recipe in
-scripts/. So its values are checked as flags are, the command line wins, and a recipe loses. `settings.json` of a run is such a file too: of it those flags are taken that the run was
-given, and those that have another default by now.
+scripts/. So its values are checked as flags are, the command line wins, and a recipe loses. `settings.json` of a run is
+such a file too: of it those flags are taken that the run was given, and those that have another default by now.
 
 Only the standard library is imported, and PyYAML where there is such a file.
 """
@@ -51,7 +51,26 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
         return recipe + argv  # no value: the whole parser says so
     counts = {_key(word.split("=")[0]) for word in typed} & LENGTHS
     of_files = [word for file in found.config for word in words_of_file(file, LENGTHS if counts else ())]
-    return recipe + of_files + typed
+    return _left_of_recipe(recipe, of_files + typed) + of_files + typed
+
+
+def _left_of_recipe(recipe: Sequence[str], others: Sequence[str]) -> list[str]:
+    """A recipe's words without those that contradict the others, or that a run which goes on has already."""
+    given = {_key(word.split("=")[0]) for word in others if word.startswith("--")}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--split", "--resume"):
+        finder.add_argument(flag)
+    of_others, _ = finder.parse_known_args([*others])
+    if of_others.resume not in (None, "auto"):
+        return []
+    dropped = {"train-iters"} if "epochs" in given else set()
+    if given & {"valid-data", "holdout"} or of_others.split not in (None, "1"):
+        dropped.add("holdout")
+    left, flag = [], ""
+    for word in recipe:
+        flag = _key(word.split("=")[0]) if word.startswith("--") else flag
+        left += [] if flag in dropped else [word]
+    return left
 
 
 def words_of_file(path: str, without: Collection[str] = ()) -> list[str]:

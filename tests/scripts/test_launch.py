@@ -123,6 +123,30 @@ def test_file_of_flags_wins_over_a_recipe_and_what_is_typed_over_both(recipe, tm
     assert options.lora_rank == 10
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("split: 8,1,1\nblock-size: 10", (300, None, None)),
+        ("split: 1", (300, None, 0.1)),
+        ("valid-data: [a.json]", (300, None, None)),
+        ('{"lr": 0.5, "epochs": 2, "holdout": 3}', (None, 2, 3)),
+        ('{"epochs": null, "lr": 0.5}', (300, None, 0.1)),
+        ("train_iters: 7", (7, None, 0.1)),
+    ],
+)
+def test_recipe_leaves_out_what_contradicts_a_file_of_flags(text, expected, tmp_path):
+    (tmp_path / "flags").write_text(text)
+    words = words_of(tmp_path, "finetune_visualglm", "--config", str(tmp_path / "flags"))
+    options = parse(with_config_files(words))
+    assert (options.train_iters, options.epochs, options.holdout) == expected
+
+
+def test_run_that_goes_on_has_nothing_of_a_recipe(tmp_path):
+    words = words_of(tmp_path, "finetune_visualglm", "--resume", "checkpoints/mine", "--lr", "0.5")
+    assert with_config_files(words) == ["--resume", "checkpoints/mine", "--lr", "0.5"]
+    assert "--use_lora" in with_config_files(words_of(tmp_path, "finetune_visualglm", "--resume", "auto"))
+
+
 @pytest.mark.parametrize("recipe", ["finetune_visualglm", "finetune_visualglm_qlora", "finetune_visualglm_ptuning"])
 @pytest.mark.parametrize(("flags", "counts"), [([], "--train-iters 300"), (["--epochs", "2"], "--epochs 2")])
 def test_recipe_trains_as_long_as_in_2023_or_as_the_flags_say(recipe, flags, counts, tmp_path):

@@ -11,7 +11,7 @@ of the other processes once in `most` steps.
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -176,11 +176,10 @@ class SkippedSteps(StepWatcher):
         """A sentence that names it. A checkpoint of weights whose loss isn't finite is not the last one any more."""
         there = [self.resumed_at, *self.saved] if self.resumed_at else self.saved
         good = [iteration for iteration in there if not self.lost or iteration < self.last_applied]
-        if self.saved and self.saved[-1] not in good:  # what the run goes on from is left as it is
-            self.wait_for_saves()
-            last_good = good[-1] if good else None
-            done_by_first_process(lambda: _set_aside(Path(args.save), self.saved[-1], last_good))
-        return "The last good checkpoint: " + (f"{Path(args.save, str(good[-1]))}." if good else "none.")
+        bad = [iteration for iteration in self.saved if iteration not in good]  # what the run goes on from stays
+        self.wait_for_saves()
+        last = done_by_first_process(lambda: _last_of(Path(args.save), good, bad)) if there else None
+        return f"The last good checkpoint: {'none' if last is None else Path(args.save, str(last))}."
 
     def _stop_without_usable_rows(self, number: int, state: LoopState) -> None:
         learned = torch.tensor(float(self.learned_batches), device=state.args.device)
@@ -213,6 +212,17 @@ def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
     parts: list[list[RowAtHand]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def _last_of(folder: Path, good: Sequence[int], bad: Sequence[int]) -> int | None:
+    """The last of the good iterations that folder still has (--save_total_limit); bad ones are no checkpoints from now on."""
+    last = next((iteration for iteration in reversed(good) if (folder / str(iteration)).is_dir()), None)
+    try:
+        if bad:
+            _set_aside(folder, bad[-1], last)
+    except OSError as error:
+        warn(f"{folder / str(bad[-1])}: can't be set aside ({error.strerror}); its weights have diverged.")
+    return last
 
 
 def _set_aside(folder: Path, bad: int, good: int | None) -> None:

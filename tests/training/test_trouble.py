@@ -83,6 +83,18 @@ def test_run_that_diverges_stops_and_leaves_the_last_good_checkpoint_the_last(tm
 
 
 @pytest.mark.run
+def test_checkpoint_that_newer_ones_have_replaced_is_not_the_last_good_one(tmp_path):
+    saves = ("--save-interval", "1", "--save_total_limit", "1")
+    assert finetune(SHIPPED, "--train-iters", "1", "--save", tmp_path, *saves).returncode == 0
+    (run,) = tmp_path.iterdir()
+    flags = ("--train-iters", "30", "--lr", "1e6", "--max_skipped_steps", "4")
+    done = run_python("finetune_visualglm.py", "--resume", run, *flags)
+    assert done.stderr.endswith("The last good checkpoint: none.\n")
+    assert not (run / "latest").exists()
+    assert [path.name for path in run.glob("[0-9]*")] == ["2-diverged"]
+
+
+@pytest.mark.run
 def test_run_whose_last_step_is_nan_ends_with_a_sentence_and_is_not_saved(tmp_path):
     done = finetune(SHIPPED, "--lr", "1e6", "--train-iters", "3", "--save", tmp_path)
     assert done.returncode == 2

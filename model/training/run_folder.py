@@ -78,7 +78,7 @@ class RunFolder:
         """Let hooks put TensorBoard's file in its place. The folder is known when SAT calls `place`.
 
         Args:
-            is_stopping: whether a signal has asked the run to end.
+            is_stopping: whether a signal, or --exit-interval, has asked the run to end.
             running: claims the folder for this run.
         """
         self.is_stopping, self.running = is_stopping, running
@@ -246,6 +246,7 @@ def settings_of_run(
         * args.gradient_accumulation_steps
         * (args.world_size // args.model_parallel_size),
         "checkpoint": str(inputs.checkpoint.folder.resolve()),
+        "positions": inputs.checkpoint.config.get("max_sequence_length"),  # tokens that it takes, question and answer
         "data": {
             file: data_of(
                 selection, file, of_file[file], file in (options.train_data or []), inputs.cut_labels.get(file)

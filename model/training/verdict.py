@@ -41,7 +41,7 @@ def verdict(settings: Mapping[str, Any], records: Sequence[Record], answers: Map
     lines += [changed] if changed else []
     if diverged:
         lines.append(rise_advice(settings))
-    elif fall is not None and not fall.is_clear:
+    elif fall is not None and not fall.is_clear and not (fall.is_rise and has_improved(answers)):
         lines += advice(settings)
     if fall is None or fall.is_clear:  # rows can't be learned by heart by a run that learned little
         lines += overfitting(steps, records, settings)
@@ -113,6 +113,12 @@ def harder_rows(fall: Fall, answers: Mapping[str, Any]) -> str | None:
         f"The loss rose from {fall.before:.4f} to {fall.after:.4f} ({fall.means}), but of the rows that were answered it was "
         f"{losses[0]:.4f} and is {losses[1]:.4f}: the last steps had harder rows."
     )
+
+
+def has_improved(answers: Mapping[str, Any]) -> bool:
+    """Whether the answered rows have a loss that is clearly lower than before."""
+    losses = losses_of_answered_rows(answers)
+    return bool(losses) and losses[1] < (1 - DIVERGED) * losses[0]
 
 
 def losses_of_answered_rows(answers: Mapping[str, Any]) -> list[float]:
@@ -214,7 +220,7 @@ def _data_reasons(settings: Mapping[str, Any]) -> list[str]:
         return []
     what = f"{cut} of {answers} answers are cut off, so their ends are never learned"
     flags: Mapping[str, Any] = settings.get("flags", {})
-    positions = flags.get("max_sequence_length", math.inf)
+    positions = settings.get("positions") or math.inf  # a run of an earlier version doesn't say
     if flags.get("max_source_length", 0) + flags.get("max_target_length", 0) < positions:
         return [f"{what}; try --max_target_length auto"]
     return [f"{what}; this checkpoint takes {positions} tokens with the question, so try a smaller --max_source_length"]

@@ -62,6 +62,7 @@ def test_metrics_have_a_line_a_step_and_one_an_evaluation(run):
 def test_settings_say_what_held_and_where_it_ran(run):
     settings = json.loads((run.folder / "settings.json").read_text(encoding="utf-8"))
     assert (settings["run"], settings["steps"], settings["samples_per_step"]) == (run.folder.name, 4, 2)
+    assert settings["positions"] == json.loads((run.folder / "model_config.json").read_text())["max_sequence_length"]
     assert settings["flags"]["max_source_length"] > 0
     assert settings["flags"]["lr"] == 1e-4
     assert "lr" not in settings["given"]

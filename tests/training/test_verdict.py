@@ -21,8 +21,8 @@ def evaluations(losses):
     return [Record(EVALUATION, 10 * number, loss, 0.0, split=VALIDATION) for number, loss in enumerate(losses, 1)]
 
 
-def said(losses, flags=None, data=None, answers=None):
-    settings = {"flags": FLAGS | (flags or {}), "steps": len(losses), "data": data or {}}
+def said(losses, flags=None, data=None, answers=None, positions=None):
+    settings = {"flags": FLAGS | (flags or {}), "steps": len(losses), "data": data or {}, "positions": positions}
     return "\n".join(verdict(settings, steps(losses), answers or {}))
 
 
@@ -97,8 +97,14 @@ def test_run_that_stood_still_is_told_why_that_is_likely(flags, data, part):
 
 def test_answers_that_are_cut_off_by_the_checkpoint_are_not_told_to_try_auto():
     flags = {"auto_warmup_steps": 0, "lr": 0.01, "lora_alpha": 10.0}
-    flags |= {"max_source_length": 64, "max_target_length": 448, "max_sequence_length": 512}
-    text = said(STILL, flags, {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 1}})
+    flags |= {
+        "max_source_length": 64,
+        "max_target_length": 448,
+        "max_sequence_length": 512,
+    }  # the last is SAT's default
+    data = {"a.json": {"rows": 20, "trained_on": 20, "cut_labels": 1}}
+    assert "try --max_target_length auto" in said(STILL, flags, data, positions=2048)
+    text = said(STILL, flags, data, positions=512)
     assert text.splitlines()[-1] == (
         "Likely: 1 of 20 answers are cut off, so their ends are never learned; this checkpoint takes 512 tokens with the "
         "question, so try a smaller --max_source_length."
@@ -112,6 +118,16 @@ def test_reason_that_does_not_hold_is_not_named():
 
 def answered(step, *answers, loss=1.0):
     return Answered(step, [Result("", "?", "yes", one, one == "yes", one == "yes", 0.0, loss, 1) for one in answers])
+
+
+def test_run_whose_answers_improved_gets_no_advice_where_its_last_rows_were_harder():
+    losses = [3.1, 3.2, 3.1, *[3.0] * 5, 9.9, 10.1, 10.2]
+    improved = {"before": answered(0, "no", loss=3.1), "after": answered(11, "yes", loss=0.2)}
+    same = {"before": answered(0, "no", loss=3.1), "after": answered(11, "no", loss=3.1)}
+    for answers, is_advised in ((improved, False), (same, True)):
+        text = said(losses, answers=answers)
+        assert "the last steps had harder rows" in text
+        assert ("Likely: " in text) == is_advised
 
 
 def test_answers_before_and_after_are_counted_and_training_rows_called_so():

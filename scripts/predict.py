@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # rows and flags are checked before torch is loaded
 DEFAULT_LENGTH = 512  # tokens of question and answer together, as evaluate.py has it
 CHECK_SECONDS = 2.0  # for opening pictures beforehand, where a bad one does no harm
 STANDARD_OUTPUT = "-"
+CONFIG = "the checkpoint's config"
 OWN_SETTINGS = re.compile(rb'[{]\s*"--')
 NOT_SETTINGS = ("data", "out", "overwrite", "batch_size", "bad_rows", "from_pretrained", "revision")
 
@@ -105,7 +106,7 @@ def settings_of(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
     data = hashlib.sha256(Path(options.data).read_bytes()).hexdigest()
     config = hashlib.sha256(json_text(checkpoint.config, 0).encode()).hexdigest()
     return {
-        **flags, "the checkpoint's weights": weights, "the checkpoint's config": config, "the data file's content": data,
+        **flags, "the checkpoint's weights": weights, CONFIG: config, "the data file's content": data,
     }  # fmt: skip
 
 
@@ -154,6 +155,7 @@ def begun(out: Path, settings: dict[str, Any]) -> tuple[int, int]:
             f"--out {out}: there is such a file, and not of predict.py; another name or --overwrite is needed."
         )
     before = read_json_object(settings_file(out), "--out")
+    before = {CONFIG: settings[CONFIG], **before}  # of an older program, which didn't note it
     changed = [name for name in settings if name not in before or before[name] != settings[name]]
     if changed:
         found = ", ".join(

@@ -34,7 +34,7 @@ from model.data.tokenizer import ChatGLMTokenizer
 from model.distributed import world_size
 from model.progress import is_unicode
 
-MOST_OF_NAME = 235  # bytes of 255 that a file's name may have: the run's time follows it, a number, and .txt
+MOST_OF_NAME = 230  # bytes of 255 that a file's name may have: the run's time follows, or -find_lr.png.unfinished
 
 SMALLEST_SHARE = 1e-6  # of --split; smaller ones come from rounding
 
@@ -187,6 +187,11 @@ def _name_problems(options: Options) -> list[str]:
 
 def _evaluation_problems(options: Options) -> list[str]:
     problems = []
+    if options.find_lr and options.exit_interval:
+        problems.append(
+            f"--find_lr and --exit-interval {options.exit_interval}: the rate is known after the last step; one of the two is "
+            "needed."
+        )
     if options.find_lr and (options.resume or options.load):
         flag = "--resume" if options.resume else "--load"
         problems.append(f"--find_lr and {flag}: a rate is looked for from the start; --find_lr is needed without it.")

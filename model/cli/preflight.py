@@ -360,7 +360,7 @@ def epochs_note(
     samples, at_once = training_samples(options, selection), samples_per_step(options)
     steps = steps or training_steps(options, selection)
     seen, of = steps * at_once, f" of {at_once}"
-    if resumed and resumed.record.samples not in (0, resumed.record.iteration * at_once):
+    if resumed and resumed.record.samples and -(-resumed.record.samples // at_once) != resumed.record.iteration:
         seen = resumed.record.samples + (steps - resumed.record.iteration) * at_once
         of = f", of {at_once} from here on,"
     seen = min(options.epochs * samples, seen) if options.epochs else seen

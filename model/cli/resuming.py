@@ -101,6 +101,8 @@ def command_line(argv: Sequence[str]) -> CommandLine:
         refuse_running(resumed.checkpoint.folder)
     joined_words = [*resumed.record.words, *words] if changes else resumed.record.words
     anew = [name for name in ("valid_data", "eval_answers") if name in changes]
+    if "valid_data" in anew and is_same_evaluation(resumed, joined):
+        anew.remove("valid_data")
     if "valid_data" not in anew and (other := other_evaluated_files(resumed, joined)):
         changed += [f"{file}: other rows than the run evaluated on before." for file in other]
         anew.append("valid_data")
@@ -129,6 +131,14 @@ def with_data_where_it_is(resumed: Resumed, before: Options, joined: Options) ->
         for part in ("data", "left_out", "held_out", "rows")
     }
     return replace(resumed, record=replace(record, **moved))
+
+
+def is_same_evaluation(resumed: Resumed, joined: Options) -> bool:
+    """Whether --valid-data names the files that the run evaluated on, or copies, elsewhere."""
+    files = joined.valid_data or []
+    return bool(files) and [*resumed.record.evaluated.values()] == [
+        digest(file) if Path(file).is_file() else "" for file in files
+    ]
 
 
 def other_evaluated_files(resumed: Resumed, joined: Options) -> list[str]:

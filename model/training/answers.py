@@ -37,6 +37,7 @@ from model.inference.scores import Result, result_of, summary
 from model.inference.seen_images import SeenImages
 from model.inference.text import answer_text
 from model.progress import say, warn, with_progress
+from model.sat_compat import model_parallel
 from model.training.deepspeed_config import zero_stage
 from model.training.records import ANSWERS_FILE
 from model.training.run_state import put_back_random_state, random_state
@@ -61,8 +62,11 @@ class Answered:
         return summary(self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """What `answers.json` has of it."""
-        return {"step": self.step, **self.measures, "results": [asdict(result) for result in self.results]}
+        """What `answers.json` has of it; which questions were shortened isn't known of samples."""
+        known = [asdict(result) for result in self.results]
+        for one in (measures := self.measures, *known):
+            del one["shortened"]
+        return {"step": self.step, **measures, "results": known}
 
     @classmethod
     def from_json(cls, values: Any) -> "Answered | None":
@@ -156,6 +160,8 @@ class RowAnswers:
             try:
                 results = self._results(module, args)
             except (InputError, torch.OutOfMemoryError) as error:
+                if isinstance(error, torch.OutOfMemoryError) and model_parallel().ranks > 1:
+                    raise  # another process waits for this one's part of a layer
                 problem = str(error).splitlines()[0]
         problem = next(filter(None, from_all_processes(problem)), None)  # one without memory keeps no other waiting
         if problem is not None:

@@ -114,7 +114,7 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
 
     Raises:
         InputError: what was met can be told in a sentence.
-        SystemExit: a signal came; the run has been saved.
+        SystemExit: a signal came, or it was time (--exit-interval); the run has been saved.
     """
     options, saver = line.options, CheckpointSaver(save_checkpoint, line.resumed)
     state = RunState(TrainingReport(Terminal.of_run(options)), line.resumed, saver.begin)

@@ -1,5 +1,7 @@
 """SIGINT, SIGTERM, SIGUSR1 and SIGHUP end a run after the step in hand: it is saved, and a line says how to go on.
 
+So does --exit-interval, with status 0.
+
     with StopAtSignal(hooks) as stop:
         …                                          # SAT's loop; its own final save saves the run
         stop.leave()                               # with status 128 + the signal's number, if one came
@@ -42,7 +44,7 @@ STOPPING = "this step is finished, then the run stops. A second signal leaves at
 
 
 class StopAtSignal(StepWatcher):
-    """Ends SAT's loop after the step in which a signal came, in this process or in another one of the run."""
+    """Ends SAT's loop after the step in which a signal came, to this process or another one, or at --exit-interval."""
 
     def __init__(self, hooks: Hooks) -> None:
         """Put this into SAT's loop by its hooks."""

@@ -132,7 +132,7 @@ class Watchdog:
     @classmethod
     def of_run(cls, options: Options, batches: BatchesAtHand, saver: CheckpointSaver, stop: StopAtSignal) -> "Watchdog":
         """The watchdog of a run with these parts."""
-        return cls(options.rank_timeout, batches.named, saver.finish, stop.is_stopping)
+        return cls(options.rank_timeout, batches.named, saver.finish, lambda: bool(stop.number))
 
     def start(self, options: Options, inputs: Inputs) -> None:
         """Watch the others from now on. Every process calls this, once there is a process group.

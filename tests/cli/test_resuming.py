@@ -188,6 +188,16 @@ def test_best_evaluation_is_looked_for_anew_where_the_same_file_has_other_rows(r
     assert line.evaluates_anew
 
 
+def test_rows_to_evaluate_on_that_are_named_elsewhere_are_the_same(run: Path, tmp_path: Path) -> None:
+    one, other = (str(write_rows(tmp_path, ROWS, name)) for name in ("one.json", "other.json"))
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    record["words"] += ["--valid-data", one, "--keep_best"]
+    file.write_text(json.dumps(record | {"evaluated": {one: digest(one)}}))
+    line = command_line(["--resume", str(run), "--valid-data", other])
+    assert (line.notes, line.evaluates_anew, line.options.valid_data) == ([], False, [other])
+
+
 def test_data_and_base_may_be_named_where_they_are_now(run: Path, tmp_path: Path) -> None:
     (base := tmp_path / "base").mkdir()
     file = run / "1" / RECORD_FILE

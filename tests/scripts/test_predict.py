@@ -209,6 +209,17 @@ def test_something_else_than_before_is_refused_unless_it_may_be_overwritten(
 
 
 @pytest.mark.slow
+def test_answers_of_an_older_program_that_noted_no_config_are_gone_on_with(predict, tmp_path):
+    words = ("--data", write_rows(tmp_path, ROWS[:2]), "--out", tmp_path / "answers.jsonl")
+    predict(*words)
+    settings = tmp_path / "answers.jsonl.settings.json"
+    noted = json.loads(settings.read_text())
+    del noted["the checkpoint's config"]
+    settings.write_text(json.dumps(noted))
+    assert "2 of 2 rows are done already" in predict(*words).stdout
+
+
+@pytest.mark.slow
 def test_file_of_somebody_else_in_the_place_of_the_settings_is_not_replaced(predict, tmp_path):
     rows = write_rows(tmp_path, ROWS[:2]).rename(tmp_path / "answers.jsonl.settings.json")
     before = rows.read_bytes()

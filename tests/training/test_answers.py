@@ -138,12 +138,26 @@ def test_answers_survive_the_file(tmp_path):
     content = {"held_out": True, "after": Answered(7, [result]).to_json()}
     (tmp_path / "answers.json").write_text(json.dumps(content))
     assert read_answers(tmp_path) == {"held_out": True, "after": Answered(7, [result])}
+    assert "shortened" not in (tmp_path / "answers.json").read_text()  # the run has said of all its rows how many are
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"after": {"results": [{}], "step": 1}}', '{"after": 3}'])
 def test_answers_file_that_is_broken_has_no_answers(tmp_path, text):
     (tmp_path / "answers.json").write_text(text)
     assert "after" not in read_answers(tmp_path)
+
+
+@pytest.mark.run
+@pytest.mark.timeout(120)
+def test_part_of_a_model_that_has_no_memory_for_the_rows_ends_the_run(upstream_checkpoint, tmp_path):
+    """The other part waits for it within a layer."""
+    done = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+        PROJECT / "tests/programs/answer_without_room.py", "1", *COMMON, "--from_pretrained", upstream_checkpoint,
+        "--answers", "2", "--save", tmp_path, "--model-parallel-size", "2",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "out of memory before the first step (out of memory on this rank)" in done.stderr
 
 
 @pytest.mark.run

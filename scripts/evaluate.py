@@ -306,11 +306,11 @@ def shortened_notes(
         measured, known = measures[checkpoint.name], checkpoint.asked_as.max_source_length
         bound = f"--max_length {max_length}" if known is None else f"--max_source_length {known}"
         if measured["shortened"]:
-            of_which = f"{checkpoint.name}: " if len(checkpoints) > 1 else ""
-            yield (
-                f"{of_which}{measured['shortened']:.0f} of {measured['rows']:.0f} questions were shortened, as training does "
+            note = (
+                f"{measured['shortened']:.0f} of {measured['rows']:.0f} questions were shortened, as training does "
                 f"({bound}); predict.py, cli_demo.py and the servers ask them whole."
             )
+            yield f"{checkpoint.name}: {note}" if len(checkpoints) > 1 else note
 
 
 def usable_rows(options: argparse.Namespace) -> list[Row]:

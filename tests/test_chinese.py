@@ -425,7 +425,7 @@ def told_of_runs() -> list[str]:
         (falling[::-1], {"lr": 0.1}, [], {}),
         (
             falling[::-1],
-            low | {"max_target_length": 448, "max_sequence_length": 448},
+            low | {"max_target_length": 448},
             [],
             {"before": before, "after": same},
         ),
@@ -437,7 +437,9 @@ def told_of_runs() -> list[str]:
     ):
         steps = [Record(STEP, number, loss, 0.0) for number, loss in enumerate(losses, 1)]
         lines += verdict(
-            {"flags": flags, "steps": 20, "data": cut if "mode" in flags else {}}, [*steps, *more], answers
+            {"flags": flags, "steps": 20, "data": cut if "mode" in flags else {}, "positions": 448},
+            [*steps, *more],
+            answers,
         )
     best = BestEvaluation(None, patience=2)
     for loss in (1.0, 2.0, 2.0):

@@ -514,6 +514,7 @@ SENTENCES = {
     "exact match": "完全一致",
     "loss per token of their labels": "标签的每 token 损失",
     "loss per token of the labels": "标签的每 token 损失",
+    "questions shortened": "被截短的问题",
     "answers cut off": "被截断的回答",
     "time": "用时",
     "started": "开始时间",
@@ -558,8 +559,14 @@ SENTENCES = {
     "label  {text}": "标签  {text}",
     "answer {text}": "回答  {text}",
     "{count:d} answers were cut off (--max_length {length:d}).": "{count} 个回答被截断（--max_length {length}）。",
-    "{count:d} of {rows:d} questions were shortened, as training does ({bound}); predict.py, cli_demo.py and the servers ask"
-    " them whole.": "{rows} 个问题中有 {count} 个像训练时那样被截短（{bound}）；predict.py、cli_demo.py 和服务会完整地提问。",
+    "Shortened as in training, to --max_source_length {length:d}: {count:d} of {rows:d} questions; predict.py, cli_demo.py and"
+    " the servers ask them whole.": (
+        "{rows} 个问题中有 {count} 个像训练时那样截短到 --max_source_length {length}；predict.py、cli_demo.py、网页和 API 会原样提问。"
+    ),
+    "Shortened to --max_length {length:d}: {count:d} of {rows:d} questions; predict.py, cli_demo.py and the servers refuse what"
+    " doesn't fit.": (
+        "{rows} 个问题中有 {count} 个截短到 --max_length {length}；predict.py、cli_demo.py、网页和 API 会拒绝放不下的问题。"
+    ),
     "right {right:d}/{rows:d}, {measures}": "答对 {right}/{rows}，{measures}",
     "right in the first only: {first:d}, in the second only: {second:d}": "只有第一个答对：{first}；只有第二个答对：{second}",
     "exact match {exact}, ROUGE-L {rouge}, BLEU {bleu}, loss per token {loss}": (

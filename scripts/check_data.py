@@ -63,7 +63,9 @@ def command_line() -> argparse.ArgumentParser:
         "--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are"
     )
     parser.add_argument("--from_pretrained", metavar="CHECKPOINT", help="whose tokenizer and sizes count the tokens")
-    parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="ice_text.model, where no checkpoint is given or it has none"
+    )
     for part, tokens in (("source", 64), ("target", 256)):
         parser.add_argument(
             f"--max_{part}_length", type=length_or_auto, default=tokens, metavar="N|auto",

@@ -58,10 +58,10 @@ SHOWN_MEASURES = (  # by their keys in a summary: their names on the page of --h
 
 
 class Fact(NamedTuple):
-    """What is known of a row when it is asked: the summed loss of its label's tokens, and how many there are."""
+    """What is known of a row when it is asked."""
 
-    loss: float
-    tokens: int
+    loss: float  # of the label's tokens, summed
+    tokens: int  # how many these are
     room: int  # tokens that its answer may have
     shortened: bool  # the question lost its end, or earlier turns
 
@@ -304,11 +304,14 @@ def shortened_notes(
     """How many questions lost their end or earlier turns, and what they were bound by, a sentence for each checkpoint."""
     for checkpoint in checkpoints:
         measured, known = measures[checkpoint.name], checkpoint.asked_as.max_source_length
-        bound = f"--max_length {max_length}" if known is None else f"--max_source_length {known}"
-        if measured["shortened"]:
+        count, rows = int(measured["shortened"]), int(measured["rows"])
+        if count:
             note = (
-                f"{measured['shortened']:.0f} of {measured['rows']:.0f} questions were shortened, as training does "
-                f"({bound}); predict.py, cli_demo.py and the servers ask them whole."
+                f"Shortened to --max_length {max_length}: {count} of {rows} questions; predict.py, cli_demo.py and the servers "
+                "refuse what doesn't fit."
+                if known is None
+                else f"Shortened as in training, to --max_source_length {known}: {count} of {rows} questions; predict.py, "
+                "cli_demo.py and the servers ask them whole."
             )
             yield f"{checkpoint.name}: {note}" if len(checkpoints) > 1 else note
 

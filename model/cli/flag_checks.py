@@ -176,7 +176,7 @@ def _name_problems(options: Options) -> list[str]:
     longest = max(len(part.encode(errors="replace")) for part in options.experiment_name.split("/"))
     if longest > MOST_OF_NAME:
         problems.append(
-            f"--experiment-name {shown(options.experiment_name)}: {longest} bytes found; a name of {MOST_OF_NAME} at most is "
+            f"--experiment-name {shown(options.experiment_name)}: {longest} bytes found; {MOST_OF_NAME} at most are "
             "needed."
         )
     for name, value in (("save", options.save), ("experiment_name", options.experiment_name)):
@@ -189,7 +189,7 @@ def _evaluation_problems(options: Options) -> list[str]:
     problems = []
     if options.find_lr and options.exit_interval:
         problems.append(
-            f"--find_lr and --exit-interval {options.exit_interval}: the rate is known after the last step; one of the two is "
+            f"--find_lr and --exit-interval {options.exit_interval}: the rate is known after the last step; only one is "
             "needed."
         )
     if options.find_lr and (options.resume or options.load):

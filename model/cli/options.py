@@ -196,8 +196,9 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Language of the most common messages, 中文 or English; auto goes by $VISUALGLM_UI_LANG, then by the locale "
              "(default %(default)s).")
     add("--resume", metavar="FOLDER|auto",
-        help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's. auto: "
-             "the newest checkpoint of --experiment-name under --save, or a fresh run. A run that still goes on is refused.")
+        help="Go on with the run in this folder as if it had never stopped; flags that are not given are the run's; "
+             "--train-data may name the same files elsewhere. auto: the newest checkpoint of --experiment-name under --save, or a "
+             "fresh run. A run that still goes on is refused.")
     add("--config", metavar="FILE.yaml",
         help="Flags, one a line: `lr: 0.001`, `use_lora: true`; those on the command line win, but for a recipe's own. A "
              "run's settings.json is such a file too.")

@@ -26,7 +26,7 @@ from model.errors import InputError, raise_problems
 AUTO = "auto"
 NOT_OF_THE_RUN = ("--resume", "--local_rank", "--local-rank")  # launchers give each process its own number
 
-# Flags that may be others now without a word: they change no step.
+# Flags that may be others now: they change no step.
 FREE = {
     "save_interval", "eval_interval", "eval_batch_size", "eval_iters", "strict_eval", "log_interval", "exit_interval",
     "num_workers", "prefetch_factor", "summary_dir", "wandb", "wandb_project_name", "save_args", "profiling", "check_seconds",
@@ -368,8 +368,8 @@ def data_problems(resumed: Resumed) -> list[str]:
             found = digest(path)
         except OSError as error:
             problems.append(
-                f"{path}: {error.strerror}; the run was trained on it, and it is needed to go on. --train-data says where it "
-                "is now."
+                f"{path}: {error.strerror}; the run was trained on it, and it is needed to go on; --train-data with "
+                "its place now, if it has moved."
             )
             continue
         if found != stored:

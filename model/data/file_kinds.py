@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where a download has left something else than was asked for.
+"""What a file is by its first bytes, where it is something else than was asked for: a web page, or compressed.
 
 Only the standard library is imported.
 """

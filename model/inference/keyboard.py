@@ -1,9 +1,7 @@
 """Lines from the keyboard: they can be edited, earlier ones come back, and a path may be written as shells take it.
 
-    with line_editing():
-        path = typed_path(input("Picture: "))
-
-Standard library only.
+with line_editing():
+    path = typed_path(input("Picture: "))
 """
 
 import locale

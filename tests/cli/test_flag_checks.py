@@ -91,7 +91,7 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--save_total_limit", "0"], ["--save_total_limit 0: 1 or more is needed."]),
     (["--experiment-name", "../x"], ["--experiment-name ../x: it leads out of --save", "is needed"]),
     (["--experiment-name", "a/../../x"], ["--experiment-name a/../../x: it leads out of --save"]),
-    (["--experiment-name", "a/" + "猫" * 79], ["--experiment-name a/猫猫", "237 bytes found; a name of 230 at most is needed."]),
+    (["--experiment-name", "a/" + "猫" * 79], ["--experiment-name a/猫猫", "237 bytes found; 230 at most are needed."]),
     (["--experiment-name", "/x"], ["--experiment-name /x: it leads out of --save"]),
     (["--log-interval", "0"], ["--log-interval 0: 1 or more is needed."]),
     (["--max_skipped_steps", "0"], ["--max_skipped_steps 0: 1 or more is needed."]),

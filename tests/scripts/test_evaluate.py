@@ -208,18 +208,19 @@ def test_row_is_asked_in_its_own_language_else_in_that_of_training_by_every_comm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trained", "bound"), [({"max_source_length": 64}, "--max_source_length 64"), ({}, "--max_length 90")]
+    ("trained", "bound", "others"),
+    [
+        ({"max_source_length": 64}, "Shortened as in training, to --max_source_length 64", "ask them whole."),
+        ({}, "Shortened to --max_length 90", "refuse what doesn't fit."),
+    ],
 )
-def test_shortened_questions_are_counted(trained, bound, upstream_checkpoint, tmp_path, capsys):
+def test_shortened_questions_are_counted(trained, bound, others, upstream_checkpoint, tmp_path, capsys):
     tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", use_lora=True, lora_rank=2, **trained)
     rows = [{"prompt": "你好"}, {"prompt": "好" * 99}, {"prompt": "好", "history": [["问" * 50, "答" * 50]]}]
     data = write_rows(tmp_path, [row | {"label": "雪"} for row in rows])
     out = tmp_path / "results.json"
     evaluate_here("--from_pretrained", tuned, "--data", data, "--max_length", "90", "--out", out)
-    assert (
-        f"2 of 3 questions were shortened, as training does ({bound}); predict.py, cli_demo.py and the servers ask them "
-        "whole." in capsys.readouterr().out
-    )
+    assert f"{bound}: 2 of 3 questions; predict.py, cli_demo.py and the servers {others}" in capsys.readouterr().out
     assert [one["shortened"] for one in json.loads(out.read_text())["results"]] == [False, True, True]
 
 

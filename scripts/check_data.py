@@ -39,7 +39,7 @@ from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
 from model.data.lengths import auto_lengths, bounded_length, count_truncations, needed_lengths, turn_lengths
 from model.data.prompt import Lengths
-from model.data.rows import Row, Rows, scan_rows
+from model.data.rows import Row, Rows, missing_file_problems, scan_rows
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.progress import count_of, say, with_progress
 
@@ -96,11 +96,12 @@ def data_report(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a file can't be used as a whole, no tokenizer is where it was said to be, or lengths leave no room.
     """
+    files = list(dict.fromkeys([*options.train, *options.valid]))
+    raise_problems(missing_file_problems(files))  # before a checkpoint is downloaded
     tokenizer, config = _tokenizer(options)
     image_length = config.get("image_length", TYPICAL_IMAGE_LENGTH)
     if tokenizer is not None:
         raise_problems(frame_problems(options, tokenizer, image_length))
-    files = list(dict.fromkeys([*options.train, *options.valid]))
     scanned = {file: scan_rows(file, options.image_folder) for file in files}
     rows = {file: good for file, (good, _) in scanned.items()}
     facts = image_facts(rows.values(), max(1, options.workers))

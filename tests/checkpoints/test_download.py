@@ -10,7 +10,7 @@ from fake_hub import hub_of
 from model.checkpoints import download
 from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
-from scripts import cli_demo, evaluate, predict
+from scripts import check_data, cli_demo, evaluate, predict
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from scripts import cli_demo, evaluate, predict
             ["--data", "gone.json"],
             "gone.json: No such file or directory; a JSON file of rows is needed.",
         ),
+        (check_data.main, ["gone.json"], "gone.json: No such file or directory; a JSON file of rows is needed."),
         (
             predict.main,
             ["--data", "gone.json", "--out", "out.jsonl"],

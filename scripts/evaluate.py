@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +91,9 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
         for place, ids in answers:
             row, fact = mine[place], facts[place]
             answer = answer_text(ids, tokenizer, model.asked_as.is_english(row.lang))
-            result = result_of(row, answer, fact.loss, fact.tokens, len(ids) >= fact.room)
-            results[process + place * processes] = replace(result, shortened=fact.shortened)
+            results[process + place * processes] = result_of(
+                row, answer, fact.loss, fact.tokens, len(ids) >= fact.room, fact.shortened
+            )
             bar.update()
             out.note(checkpoint.name, results)
     for of_others in from_all_processes(results):

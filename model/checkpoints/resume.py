@@ -27,7 +27,7 @@ STATE_FILE = "training_state.pt"
 RECORD_FILE = "training_run.json"
 SETTINGS_FILE = "settings.json"  # in the run's folder
 VERSION = 1  # of the state and of the record
-NOT_NOTED = {"samples": 0, "held_out": {}, "rows": {}, "evaluated": {}}  # in the record of an older program
+NOT_NOTED = ("samples", "held_out", "rows", "evaluated")  # in the record of an older program: they have their defaults
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class RunRecord:
     # An older program didn't note what follows.
     samples: int = 0  # of the order of training that are behind
     held_out: dict[str, list[int]] = field(default_factory=dict)  # rows of each data file, by --holdout
-    rows: dict[str, str] = field(
-        default_factory=dict
-    )  # how many rows of each file of --train-data are of use, and which
+    rows: dict[str, str] = field(default_factory=dict)  # of each file of --train-data, those of use (`rows_of_use`)
     evaluated: dict[str, str] = field(default_factory=dict)  # as data, of --valid-data
 
     def write(self, path: Path) -> None:
@@ -65,13 +63,14 @@ class RunRecord:
         Raises:
             InputError: the file can't be read, or doesn't hold such a record.
         """
-        values = {**NOT_NOTED, **read_json_object(path, "The record of a run")}
-        odd = [one.name for one in fields(cls) if not _fits(values.get(one.name), one.name)]
+        values = read_json_object(path, "The record of a run")
+        names = [one.name for one in fields(cls) if one.name in values or one.name not in NOT_NOTED]
+        odd = [name for name in names if not _fits(values.get(name), name)]
         if odd:
             raise InputError(f"{path}: {', '.join(odd)} can't be used; a record that a run wrote is needed.")
         if values["version"] != VERSION:
             raise InputError(f"{path}: of version {values['version']}; this program reads version {VERSION}.")
-        return cls(**{one.name: values[one.name] for one in fields(cls)})  # type: ignore[arg-type]
+        return cls(**{name: values[name] for name in names})  # type: ignore[arg-type]
 
 
 def _fits(value: object, name: str) -> bool:

@@ -83,6 +83,13 @@ class SamplingFields(BaseModel):
             raise InputError(str(problem).replace("--", "")) from None
 
 
+# Fields of a ChatRequest that aren't offered; null, false, 0 and empty ask for nothing.
+ASKED_IF_TRUE = (
+    "frequency_penalty", "presence_penalty", "guided_choice", "guided_json", "guided_regex", "guided_grammar",
+    "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search",
+)  # fmt: skip
+
+
 class ChatRequest(SamplingFields):
     """A request to /v1/chat/completions."""
 
@@ -154,17 +161,7 @@ class ChatRequest(SamplingFields):
             "best_of": self.best_of not in (None, 1),
             "stop_token_ids": bool(self.stop_token_ids),
             "response_format": not plain,
-            "frequency_penalty": bool(self.frequency_penalty),
-            "presence_penalty": bool(self.presence_penalty),
-            "guided_choice": bool(self.guided_choice),
-            "guided_json": bool(self.guided_json),
-            "guided_regex": bool(self.guided_regex),
-            "guided_grammar": bool(self.guided_grammar),
-            "structured_outputs": bool(self.structured_outputs),
-            "bad_words": bool(self.bad_words),
-            "ignore_eos": bool(self.ignore_eos),
-            "echo": bool(self.echo),
-            "use_beam_search": bool(self.use_beam_search),
+            **{name: bool(getattr(self, name)) for name in ASKED_IF_TRUE},
             "max_length": self.max_length is not None,
         }
         return [f"{name} isn't offered; leave it out." for name, is_asked in asked_for.items() if is_asked]

@@ -76,13 +76,15 @@ def summary_line(measures: dict[str, float]) -> str:
     )
 
 
-def result_of(row: Row, answer: str, loss: float, tokens: int, cut: bool = False) -> Result:
+def result_of(row: Row, answer: str, loss: float, tokens: int, cut: bool = False, shortened: bool = False) -> Result:
     """What is to be said of one row's answer, and of the loss of its label in all its tokens."""
     right = without_punctuation(answer) == without_punctuation(row.label)
     exact = answer.strip() == row.label.strip()
     similarity = rouge_l(answer, row.label)
     mean_loss = loss / max(1, tokens)
-    return Result(row.img or "", row.prompt, row.label, answer, right, exact, similarity, mean_loss, tokens, cut)
+    return Result(
+        row.img or "", row.prompt, row.label, answer, right, exact, similarity, mean_loss, tokens, cut, shortened
+    )
 
 
 def worst_first(results: Sequence[Result]) -> list[Result]:

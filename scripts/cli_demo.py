@@ -81,7 +81,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--image", metavar="PATH_OR_URL", help="ask about this picture once, and leave")
     add("--query", metavar="TEXT", help="ask this once, and leave (default with --image: the prompt below)")
     add("--prompt_zh", default="描述这张图片。", metavar="TEXT", help="first question of a picture (default %(default)s)")
-    add("--prompt_en", default="Describe the image.", metavar="TEXT", help="the same where English is asked (default %(default)s)")
+    add("--prompt_en", default="Describe the image.", metavar="TEXT",
+        help="the same where English is asked (default %(default)s)")
     add("--english", action="store_true",
         help="ask and answer in English; Chinese tokens are forbidden (default: ask as the checkpoint was trained)")
     add("--max_length", type=int, metavar="N",

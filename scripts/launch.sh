@@ -1,6 +1,6 @@
 # Sourced by the recipes. It settles how this machine starts the script:
 #
-#   "${launch[@]}" "$project/finetune_visualglm.py" "${steps[@]}" "${held_out[@]}" $numbers … "$@"
+#   "${launch[@]}" "$project/finetune_visualglm.py" "${steps[@]}" "${held_out[@]}" $numbers … --recipe_ends "$@"
 #
 # $launch    With GPUs: the deepspeed launcher, on all of them or on those in CUDA_VISIBLE_DEVICES. Where that has names (GPU-…,
 #            MIG-…), which the launcher can't read: torchrun. Without a GPU, or with CUDA_VISIBLE_DEVICES empty or -1: one

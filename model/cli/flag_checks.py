@@ -35,7 +35,6 @@ from model.distributed import world_size
 from model.progress import is_unicode
 
 MOST_OF_NAME = 230  # bytes of 255 that a file's name may have: the run's time follows, or -find_lr.png.unfinished
-
 SMALLEST_SHARE = 1e-6  # of --split; smaller ones come from rounding
 
 # Bounds of numbers: what holds for a good one, how that is said, and for which flags.

@@ -181,7 +181,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="How processes talk: nccl between GPUs, gloo between CPUs (default %(default)s). A run on one GPU with "
              "--zero-stage 0 may take gloo: NCCL keeps 1.2 GiB of an H100 for itself.")
     add("--local_rank", type=int, metavar="N", help="Number of this process on its machine; launchers set it.")
-    add("--exit-interval", type=int, metavar="N", help="Stop at each iteration that N divides, saved as at a signal, with status 0 (default: never).")
+    add("--exit-interval", type=int, metavar="N",
+        help="Stop at each iteration that N divides, saved as at a signal, with status 0 (default: never).")
     add("--wandb", action="store_true", help="Report to Weights & Biases (needs the package wandb).")
     add("--wandb-project-name", type=str, default="default_project", metavar="NAME",
         help="Project at Weights & Biases (default %(default)s).")

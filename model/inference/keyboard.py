@@ -1,7 +1,9 @@
 """Lines from the keyboard: they can be edited, earlier ones come back, and a path may be written as shells take it.
 
-with line_editing():
-    path = typed_path(input("Picture: "))
+    with line_editing():
+        path = typed_path(input("Picture: "))
+
+Where Python has no readline, as on Windows, lines are what the terminal makes of them.
 """
 
 import locale

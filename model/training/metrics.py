@@ -207,9 +207,8 @@ class TensorBoardFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = EventsWriter(str(folder / "events"))
-            self._closing = weakref.finalize(
-                self, _close, self._file
-            )  # when SAT's loop lets go of it: another run may follow
+            # When SAT's loop lets go of it, for another run may follow.
+            self._closing = weakref.finalize(self, _close, self._file)
         except OSError as error:
             self._give_up(error)
         self._write(

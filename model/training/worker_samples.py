@@ -17,6 +17,7 @@ import multiprocessing.queues
 import os
 import re
 import resource
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from model.progress import warn_from_any_process
 
 OPEN_FILES = 65536  # more would slow down programs that close all they might have
 NOTES = 4  # numbers for each worker
+SECONDS_TO_END = 2.0  # that a worker which has closed its connections may take to be gone
 SAVED = "saved"  # the key of a batch that came through the pipe
 LOCKS_AS_QUEUES = 3  # what a DataLoader shares besides a queue for each worker: a queue and two events
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\)")
@@ -202,7 +204,13 @@ def dead_workers_named(opened_by: Callable[[int], tuple[str, bool] | None]) -> I
         InputError: too many files are open.
     """
     try:
-        yield
+        try:
+            yield
+        except (
+            EOFError
+        ):  # from a worker that is ending: the signal of its end, which says which it is, comes a moment later
+            time.sleep(SECONDS_TO_END)
+            raise
     except (RuntimeError, OSError) as error:
         if _is_of_open_files(error):
             raise InputError(TOO_MANY_FILES) from None

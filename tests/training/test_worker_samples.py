@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import torch
 from conftest import GOLDEN, PROJECT
 from torch.utils.data import DataLoader
 
-from model.errors import TOO_MANY_FILES
+from model.errors import TOO_MANY_FILES, RowError
 from model.training import worker_samples
-from model.training.worker_samples import SAVED, HandedOver, NotedSamples, received
+from model.training.worker_samples import SAVED, HandedOver, NotedSamples, dead_workers_named, received
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -93,6 +94,23 @@ def test_list_of_pictures_with_their_digests_comes_back_from_the_pipe_as_it_was(
     assert [entry[:2] for entry in back] == [entry[:2] for entry in batch]
     assert torch.equal(back[0][2], torch.ones(2))
     assert back[1][2] is None
+
+
+def test_worker_that_ends_while_it_hands_a_batch_over_is_told_by_the_signal_that_follows():
+    def said_by_torch(*_):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    @dead_workers_named(lambda pid: (f"row {pid}", False))
+    def read_a_batch():
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise EOFError
+
+    before = signal.signal(signal.SIGALRM, said_by_torch)
+    try:
+        with pytest.raises(RowError, match="a data worker died after it opened row 7"):
+            read_a_batch()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.run

@@ -53,7 +53,7 @@ def test_rows_when_the_file_begins_with_a_byte_order_mark_are_read(tmp_path):
         ),
         (b"[]", "the list is empty"),
         ('["你好"]'.encode("gbk"), "byte 3 isn't UTF-8"),
-        (gzip.compress(b"[]"), "compressed (gzip); the JSON file that is in it is needed."),
+        (gzip.compress(b"[]", mtime=0), "compressed (gzip); the JSON file that is in it is needed."),
         (json.dumps([GOOD_ROW]).encode("utf-16"), "byte 1 isn't UTF-8"),
         (b"[" * 100_000, "JSON that can't be read"),
         (b"[" + b"9" * 10_000 + b"]", "JSON that can't be read"),

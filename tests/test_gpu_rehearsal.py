@@ -35,7 +35,7 @@ from model.inference import cuda_graph, load, seen_images, token_pass
 from model.inference import engine as engine_module
 from model.inference.cuda_graph import TokenGraphs
 from model.inference.engine import Engine, Question
-from model.inference.sampling import Sampling, drawn_token
+from model.inference.sampling import Sampling, drawn_tokens
 from model.lora import LoraLinear
 from model.loss import head_loss
 from model.training import sat_loop
@@ -220,9 +220,9 @@ def test_drawing_tokens_does_not_wait_for_the_device() -> None:
     samplings = [Sampling(), Sampling(top_k=0), Sampling(temperature=0, invalid_slices=(slice(0, 9),))]
     with fake_gpu() as memory:
         memory.refuses_waits = True
-        scores = torch.randn(3, 100, dtype=torch.float16, device=CUDA)
-        drawn = [drawn_token(row, sampling, [5, 7]) for row, sampling in zip(scores, samplings, strict=True)]
-        assert [(token.shape, token.dtype, token.device) for token in drawn] == [((), torch.int64, CUDA)] * 3
+        answers, by_chance = [[5, 7], []], [None, None]
+        drawn = [drawn_tokens(torch.randn(2, 100, device=CUDA), sampling, answers, by_chance) for sampling in samplings]
+        assert [(tokens.shape, tokens.dtype, tokens.device) for tokens in drawn] == [((2,), torch.int64, CUDA)] * 3
 
 
 @pytest.mark.slow

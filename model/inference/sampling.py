@@ -5,7 +5,7 @@ Shapes: rows = answers, vocab = entries of the vocabulary.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from model.errors import InputError, raise_problems
@@ -84,44 +84,66 @@ def next_tokens(
     best, tokens = scores.max(dim=-1)  # nan is above all numbers here
     if any(map(math.isnan, best.tolist())):
         raise InputError("the model's scores hold nan: its weights are damaged, or too large for its number format.")
-    for row, sampling in enumerate(samplings):
-        if not sampling.takes_the_likeliest:
-            tokens[row] = drawn_token(scores[row], sampling, answers[row], generators[row])
+    for rows in drawn_alike(samplings):
+        answered, numbers = [answers[row] for row in rows], [generators[row] for row in rows]
+        tokens[rows] = drawn_tokens(scores[rows].float(), samplings[rows[0]], answered, numbers)
     return tokens.tolist()
 
 
-def drawn_token(
-    scores: "torch.Tensor", sampling: Sampling, answer: list[int], generator: "torch.Generator | None" = None
+def drawn_alike(samplings: Sequence[Sampling]) -> list[list[int]]:
+    """The rows that are drawn, those together whose samplings differ in nothing but their seeds."""
+    groups: dict[str, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        if not sampling.takes_the_likeliest:
+            groups.setdefault(repr(replace(sampling, seed=None)), []).append(row)
+    return list(groups.values())
+
+
+def drawn_tokens(
+    scores: "torch.Tensor",
+    sampling: Sampling,
+    answers: Sequence[list[int]],
+    generators: Sequence["torch.Generator | None"],
 ) -> "torch.Tensor":
-    """One token, int64[], by scores [vocab]. It stays on the device, for which nothing here waits."""
+    """A token of each row, int64[rows], by `token_probabilities`. They stay on the device, for which nothing here waits.
+
+    A row with a generator draws from it alone, so that its answer is the same whatever is asked beside it.
+    """
     import torch
 
-    probabilities, tokens = token_probabilities(scores, sampling, answer)
-    return tokens.gather(0, torch.multinomial(probabilities, 1, generator=generator)).squeeze(0)
+    probabilities, tokens = token_probabilities(scores, sampling, answers)
+    if any(generators):
+        each = zip(probabilities, generators, strict=True)
+        chosen = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in each])
+    else:
+        chosen = torch.multinomial(probabilities, 1)
+    return tokens.gather(1, chosen).squeeze(1)
 
 
 def token_probabilities(
-    scores: "torch.Tensor", sampling: Sampling, answer: list[int]
+    scores: "torch.Tensor", sampling: Sampling, answers: Sequence[list[int]]
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Which tokens may come next, int64[tokens], the likeliest first, and their probabilities, float32[tokens].
+    """Which tokens may come next, int64[rows, tokens], the likeliest first, and their probabilities, of the same shape.
 
     SAT sorts the whole vocabulary at every token. The same tokens are left if it is only asked for the top_k.
 
     Args:
-        scores: [vocab]. answer: the token ids so far.
+        scores: float32[rows, vocab], which are changed. answers: the token ids that each row has so far.
     """
-    scores = scores.float().clone()
-    if answer and sampling.repetition_penalty != 1:
-        scores[answer] = scores[answer] / sampling.repetition_penalty
+    if sampling.repetition_penalty != 1:
+        rows = [row for row, answer in enumerate(answers) for _ in answer]
+        said = [token for answer in answers for token in answer]
+        scores[rows, said] = scores[rows, said] / sampling.repetition_penalty
     scores /= 1 if sampling.is_cold else sampling.temperature
     for forbidden in sampling.invalid_slices:
-        scores[forbidden] = FORBIDDEN
+        scores[:, forbidden] = FORBIDDEN
     if sampling.is_cold:
-        best, token = scores.max(dim=0, keepdim=True)
-        return best.new_ones(1), token
-    kept, tokens = scores.topk(min(sampling.top_k or len(scores), len(scores)))
-    probabilities = kept.softmax(dim=0)
+        best, token = scores.max(dim=1, keepdim=True)
+        return best.new_ones(len(best), 1), token
+    vocab = scores.shape[1]
+    kept, tokens = scores.topk(min(sampling.top_k or vocab, vocab))
+    probabilities = kept.softmax(dim=1)
     if sampling.top_k:
-        before = probabilities.cumsum(dim=0) - probabilities  # a token stays while those before it are too unlikely
+        before = probabilities.cumsum(dim=1) - probabilities  # a token stays while those before it are too unlikely
         probabilities = probabilities.masked_fill(before > sampling.top_p, 0)
-    return probabilities / probabilities.sum(), tokens
+    return probabilities / probabilities.sum(dim=1, keepdim=True), tokens

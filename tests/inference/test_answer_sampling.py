@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.errors import InputError
-from model.inference.sampling import GREEDY, Sampling, drawn_token, next_tokens, token_probabilities
+from model.inference.sampling import GREEDY, Sampling, drawn_alike, drawn_tokens, next_tokens, token_probabilities
 from model.sat_compat import import_sat
 
 import_sat()
@@ -50,8 +50,10 @@ def test_probabilities_equal_those_of_sats_strategy(monkeypatch, sampling):
         expected = sat_probabilities(monkeypatch, Sampling(top_k=VOCABULARY), scores)
     else:
         expected = sat_probabilities(monkeypatch, sampling, scores)
-    probabilities, tokens = token_probabilities(scores, sampling, ANSWER)
-    found = torch.zeros(VOCABULARY).index_put((tokens,), probabilities)
+    others = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    rows = torch.stack([others[0], scores, others[1]])
+    probabilities, tokens = token_probabilities(rows, sampling, [[], ANSWER, [9]])
+    found = torch.zeros(VOCABULARY).index_put((tokens[1],), probabilities[1])
     assert torch.allclose(found, expected / expected.sum(), atol=1e-6)
 
 
@@ -61,8 +63,25 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     generator = torch.Generator().manual_seed(1)
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[drawn_token(scores, sampling, [], generator)] += 1
+        [token] = drawn_tokens(scores[None].clone(), sampling, [[]], [generator])
+        counts[token] += 1
     assert torch.allclose(counts / 4000, scores.softmax(dim=0), atol=0.03)
+
+
+def test_rows_that_are_drawn_together_are_drawn_as_often_as_they_are_likely():
+    scores = torch.tensor([[0.0, 1.0, 2.0, -1e4], [2.0, -1e4, 0.0, 2.0]])
+    sampling = Sampling(temperature=1, top_p=1, top_k=4, repetition_penalty=1)
+    many = scores.repeat(4000, 1)
+    torch.manual_seed(1)
+    tokens = drawn_tokens(many.clone(), sampling, [[]] * len(many), [None] * len(many)).view(-1, 2)
+    for row in range(2):
+        counts = tokens[:, row].bincount(minlength=4)
+        assert torch.allclose(counts / 4000, scores[row].softmax(dim=0), atol=0.03)
+
+
+def test_rows_whose_samplings_differ_in_their_seeds_alone_are_drawn_together():
+    samplings = [Sampling(), GREEDY, Sampling(seed=1), Sampling(top_k=5), Sampling(seed=2), Sampling(top_k=5, seed=3)]
+    assert drawn_alike(samplings) == [[0, 2, 4], [3, 5]]
 
 
 def test_each_row_is_drawn_its_own_way():

@@ -33,6 +33,7 @@ BLOCK = 64  # outputs that torch's 4-bit kernel takes at a time; a weight is fil
 BYTES_IN_4_BITS = 0.5 + 4 / GROUP  # of a number, with its share of scale and zero; about the same in NF4
 ROWS_AT_A_TIME = 512  # of a weight: what is kept of them in full width fits into a core's cache
 POWER_OF_FLOAT16 = 2**9  # that an input is divided by: sums of codes, up to 127 each, would exceed what float16 holds
+PACKED_AT_A_TIME = 2**20  # numbers of a weight that are brought into fewer bits
 NUMBERS_AT_A_TIME = 2**26  # of a weight, on a GPU: the largest of a 6B's layer at once, and its head in eight parts
 
 
@@ -136,8 +137,7 @@ class Int8Linear(QuantizedLinear):
         device = weight.device
         self.codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
         self.scales = torch.empty(len(weight), dtype=torch.float32, device=device)
-        for start in range(0, len(weight), ROWS_AT_A_TIME):
-            some = slice(start, start + ROWS_AT_A_TIME)
+        for some in packed_at_a_time(*weight.shape):
             rows = weight[some].to(device, torch.float32)
             # The scales are rounded first, to what the kernel takes, so that the numbers are rounded once.
             scales = (rows.abs().amax(dim=1) / 127).bfloat16().float().clamp(min=torch.finfo(torch.float32).tiny)
@@ -214,8 +214,7 @@ class Int4Linear(QuantizedLinear):
     def _keep(self, weight: torch.Tensor) -> None:
         self.packed = torch.empty(self.height, self.width // 2, dtype=torch.uint8)
         self.scales = torch.empty(self.width // GROUP, self.height, 2, dtype=torch.bfloat16)
-        for start in range(0, self.height, ROWS_AT_A_TIME):
-            some = slice(start, min(start + ROWS_AT_A_TIME, self.height))
+        for some in packed_at_a_time(self.height, self.width):
             rows = weight[some].to("cpu", torch.float32)
             rows = F.pad(rows, (0, self.width - self.in_features, 0, some.stop - some.start - len(rows)))
             codes, scales, zeros = grouped_codes(rows)
@@ -248,16 +247,25 @@ class Int4Linear(QuantizedLinear):
         return torch.stack((packed & 15, packed >> 4), 1).view(torch.int8).sub_(8).view(-1, self.width)
 
 
+def packed_at_a_time(height: int, width: int) -> list[slice]:
+    """The rows of a weight [height, width] that are brought into fewer bits at once.
+
+    What is made of them on the way stays in a CPU's cache, and in memory that is taken again for the next ones.
+    """
+    rows = max(PACKED_AT_A_TIME // width // BLOCK, 1) * BLOCK
+    return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
+
+
 def grouped_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows float32[rows, width] in 4 bits: codes int32[rows, width] of 0 to 15; scales and zeros [rows, width / GROUP].
 
     Scales and zeros are rounded to bfloat16 first, so that the numbers are rounded to levels that the kernel has.
     """
     groups = rows.unflatten(1, (-1, GROUP))
-    low, high = groups.aminmax(dim=2)
+    low, high = groups.amin(dim=2), groups.amax(dim=2)  # several times faster than both at once by aminmax
     scales = ((high - low) / 15).bfloat16().float().clamp(min=torch.finfo(torch.float32).tiny)
     zeros = (low + 8 * scales).bfloat16().float()
-    codes = ((groups - zeros[..., None]) / scales[..., None]).round_().add_(8).clamp_(0, 15)
+    codes = (groups - zeros[..., None]).div_(scales[..., None]).round_().add_(8).clamp_(0, 15)
     return codes.flatten(1).int(), scales, zeros
 
 

@@ -56,6 +56,15 @@ def test_no_number_is_off_by_more_than_half_a_step(linear, shape) -> None:
     assert (off <= HALF_A_STEP[linear] * steps + 1e-9).all()
 
 
+@pytest.mark.parametrize("linear", WIDTHS)
+def test_rows_are_packed_as_if_at_once_however_many_at_a_time(linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of((100, 300))
+    at_once = packed(linear, weight).weight_in_full()
+    monkeypatch.setattr(quantize, "PACKED_AT_A_TIME", 100 * 70)
+    assert len(quantize.packed_at_a_time(300, 100)) == 5
+    assert torch.equal(packed(linear, weight).weight_in_full(), at_once)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 24, 127, 128, 300])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("linear", WIDTHS)

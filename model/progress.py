@@ -12,8 +12,9 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from threading import RLock
 from typing import TextIO, TypeVar
 
@@ -185,11 +186,14 @@ def count_of(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def with_progress(items: Iterable[Item], total: int, what: str, stops_after: float = math.inf) -> Iterator[Item]:
+def with_progress(
+    items: Iterable[Item], total: int, what: str, stops_after: float = math.inf, sizes: Sequence[float] | None = None
+) -> Iterator[Item]:
     """Yield items; after two quiet seconds, keep one line on stderr, from rank 0 only, that says how many and the time left.
 
     Args:
         stops_after: seconds after which items end, however many there are.
+        sizes: of the items, in anything that grows with the time that they take; None if all take as long.
     """
     if not is_first_process():
         yield from items
@@ -198,10 +202,12 @@ def with_progress(items: Iterable[Item], total: int, what: str, stops_after: flo
     start = time.monotonic()
     next_line = start + QUIET_SECONDS
     shown = False
+    so_far = list(accumulate(sizes or ()))
     for done, item in enumerate(items, 1):
         now = time.monotonic()
         if now >= next_line:
-            left = min((now - start) / done * (total - done), start + stops_after - now)
+            share = so_far[done - 1] / so_far[-1] if so_far else done / total
+            left = min((now - start) * (1 / share - 1), start + stops_after - now)
             line = printable(in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr))
             _written(f"\r{line:<60}" if on_screen else f"{line}\n", sys.stderr)
             next_line = now + (0.2 if on_screen else SECONDS_BETWEEN_LOG_LINES)

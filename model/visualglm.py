@@ -23,7 +23,7 @@ from model.blip2 import BLIP2
 from model.checkpoints.config_types import model_problems
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
-from model.checkpoints.tensors import LazyTensor, LazyTensors
+from model.checkpoints.tensors import LazyTensor, LazyTensors, on_device
 from model.checkpoints.weights import opened_for
 from model.cpu import gelu
 from model.data.prompt import AskedAs
@@ -369,7 +369,7 @@ class VisualGLMModel(ChatGLMModel):
         def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
             name = name.replace(".original.", ".")
             # A weight goes to the device when it is packed, one at a time; other tensors let go of what they were read into.
-            return tensor if name in plain else tensor.to(device, dtypes.get(name), copy=True)
+            return tensor if name in plain else on_device(tensor, device, dtypes.get(name))
 
         return converted
 

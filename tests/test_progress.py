@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, run_python, write_rows
@@ -116,6 +117,16 @@ def test_progress_is_shown_by_the_first_process_only_and_every_item_comes(capsys
         assert list(progress.with_progress(range(3), 3, "Items")) == [0, 1, 2]
         shown.append(capsys.readouterr().err.count("Items: "))
     assert shown == [3, 0]
+
+
+def test_time_left_goes_by_the_sizes_of_items(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOG_LINES", 0)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(progress.with_progress("abc", 3, "Items", sizes=[10, 20, 70])) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines] == ["1 min 30 s left", "47 s left", "0 s left"]
 
 
 def test_column_of_a_table_is_as_wide_in_chinese(monkeypatch):

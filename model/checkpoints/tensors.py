@@ -11,11 +11,13 @@ query_key_value in another order, so that mapping is not enough: they are put in
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from model.checkpoints.broken_files import what_it_is_instead
@@ -31,6 +33,10 @@ DTYPES = {  # of the safetensors format
 # A key's bias hardly changes the attention and stays small, so that the right order explains most of them: 0.85 to 0.96
 # in each layer of model/tiny, and another order 0.01 to 0.11. Weights that were never trained show nothing.
 EXPLAINS, DOES_NOT = 0.6, 0.3
+READERS = (
+    4  # threads that read a tensor: copying from the system's cache, or a disk that is asked several things at once
+)
+BYTES_AT_A_TIME = 2**25  # that one of them reads
 NOT_OF_TORCH = "it isn't a file of tensors that torch wrote"
 
 
@@ -234,11 +240,27 @@ def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _from_file(path: Path, offset: int, like: torch.Tensor) -> torch.Tensor:
-    numbers = bytearray(like.numel() * like.element_size())
-    with open(path, "rb") as file:
-        file.seek(offset)
-        file.readinto(numbers)
-    return torch.frombuffer(numbers, dtype=like.dtype).reshape(tuple(like.shape))
+    numbers = numpy.empty(like.numel() * like.element_size(), numpy.uint8)  # which asks for large pages, unlike torch
+
+    def read(start: int) -> None:
+        piece = numbers[start : start + BYTES_AT_A_TIME]
+        with open(path, "rb") as file:
+            file.seek(offset + start)
+            if file.readinto(piece.data) < len(piece):
+                raise unreadable(path, "it ends within a tensor")
+
+    if len(numbers) <= BYTES_AT_A_TIME:
+        read(0)
+    else:
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(read, range(0, len(numbers), BYTES_AT_A_TIME)))
+    return torch.from_numpy(numbers).view(like.dtype).view(like.shape)
+
+
+def on_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy of a tensor that was read, on a device and in a dtype; the GPU converts what goes to it."""
+    there = tensor.to(device)
+    return there.to(dtype or tensor.dtype, copy=there is tensor)
 
 
 def _some_from_file(
@@ -268,7 +290,8 @@ def write_weights(
         torch.save({"module": without_numbers(like), "iteration": iteration}, path)
     places = load_tensors(path, device="meta")["module"]
     with open(path, "r+b") as file:
-        for name in with_progress(list(places), len(places), "Tensors written"):
+        sizes = [tensor.nbytes for tensor in places.values()]
+        for name in with_progress(list(places), len(places), "Tensors written", sizes=sizes):
             offset, size = place_in_file(places[name])
             numbers = value(name).detach().to("cpu", places[name].dtype).contiguous().reshape(-1).view(torch.uint8)
             assert len(numbers) == size, name
@@ -335,8 +358,6 @@ def safe_checkpoint_types() -> list[Any]:
 
     `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
     """
-    import numpy
-
     reconstruct = numpy._core.multiarray._reconstruct  # type: ignore[attr-defined]
     return [
         reconstruct,

@@ -40,6 +40,7 @@ from model.checkpoints.tensors import (
     looks_old,
     one_by_one,
     open_huggingface,
+    shapes,
     size_in_bytes,
 )
 from model.errors import InputError
@@ -171,7 +172,9 @@ def _with_progress_if_large(weights: Mapping[str, torch.Tensor]) -> Iterator[dic
     groups = by_layer(weights)
     if not isinstance(weights, LazyTensors) or size_in_bytes(weights) < SHOWN_FROM:
         return groups
-    return with_progress(groups, len(layers(weights)), "layers loaded")
+    opened = shapes(weights)
+    sizes = [size_in_bytes({name: opened[name] for name in names}) for names in layers(weights)]
+    return with_progress(groups, len(sizes), "layers loaded", sizes=sizes)
 
 
 def read_one_by_one(

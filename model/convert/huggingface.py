@@ -263,7 +263,8 @@ def write_shards(
         like: tensors of these names, shapes and dtypes. value: gives the tensor of a name.
     """
     shards = _shards(like, max_shard_size)
-    tensors = (value(name) for name in with_progress(list(like), len(like), "Tensors written"))
+    sizes = [tensor.nbytes for tensor in shapes(like).values()]
+    tensors = (value(name) for name in with_progress(list(like), len(like), "Tensors written", sizes=sizes))
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"

@@ -16,6 +16,7 @@ import torch
 from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
+from model.checkpoints.tensors import on_device
 from model.checkpoints.weights import load_checkpoint
 from model.cpu import has_low_bit_kernels, has_onednn, keep_rows, pack_linears
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
@@ -185,7 +186,7 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
             tensor = dequantized(*quantized(tensor), torch.float32)  # what the factors were trained beside
         if plain in packed:
             return tensor.to(device)
-        return tensor.to(device, dtype, copy=True)
+        return on_device(tensor, device, dtype)
 
     return converted
 

@@ -5,16 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.checkpoints import tensors
 from model.checkpoints.tensors import (
     LazyTensor,
     LazyTensors,
     by_layer,
     load_tensors,
+    on_device,
     one_by_one,
     shapes,
     size_in_bytes,
 )
 from model.checkpoints.weights import fingerprint
+from model.errors import InputError
 
 
 def watched(reads: list[str], **sizes: int) -> LazyTensors:
@@ -75,9 +78,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_some_numbers_of_a_tensor_are_those_of_the_whole_one(file: Path) -> None:
     in_memory = LazyTensors({"matrix": LazyTensor.of(torch.arange(600.0).reshape(20, 30))})
-    for tensors in (one_by_one(file, load_tensors(file)["module"]), in_memory):
-        assert isinstance(tensors, LazyTensors)
-        found = tensors.entries["matrix"].some([0, 31, 598], 3)
+    for opened in (one_by_one(file, load_tensors(file)["module"]), in_memory):
+        assert isinstance(opened, LazyTensors)
+        found = opened.entries["matrix"].some([0, 31, 598], 3)
         assert [numbers.tolist() for numbers in found] == [[0, 1, 2], [31, 32, 33], [598, 599]]
 
 
@@ -98,3 +101,27 @@ def test_file_that_was_written_anew_is_looked_into_anew(file: Path) -> None:
     file.unlink()
     torch.save({"module": {"other": torch.ones(2)}}, file)
     assert list(one_by_one(file, load_tensors(file)["module"])) == ["other"]
+
+
+def test_large_tensor_is_read_in_pieces(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = load_tensors(file)["module"]
+    monkeypatch.setattr(tensors, "BYTES_AT_A_TIME", 1000)  # of 2400
+    assert torch.equal(one_by_one(file, mapped)["matrix"], torch.arange(600.0).reshape(20, 30))
+
+
+def test_file_that_ends_within_a_tensor_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = one_by_one(file, load_tensors(file)["module"])
+    file.write_bytes(file.read_bytes()[:500])
+    for at_a_time in (1000, 2**20):
+        monkeypatch.setattr(tensors, "BYTES_AT_A_TIME", at_a_time)
+        with pytest.raises(InputError, match=r"weights\.pt: can't be read as weights \(it ends within a tensor\)"):
+            opened["matrix"]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_tensor_that_goes_to_a_device_is_a_copy(dtype: torch.dtype | None) -> None:
+    tensor = torch.arange(6.0)
+    there = on_device(tensor, torch.device("cpu"), dtype)
+    assert there.dtype == (dtype or torch.float32)
+    tensor += 1
+    assert there.tolist() == [0, 1, 2, 3, 4, 5]

@@ -3,7 +3,8 @@
     python scripts/dev/rehearse_6b.py rehearsal                  the 6B: 33 GB of disk, 20 of memory, a quarter of an hour
     python scripts/dev/rehearse_6b.py rehearsal --shape mini     to try it: a minute
 
-Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took.
+Each line of the table is a command of this project in a process of its own, with its time and the most memory that it took:
+of the host, and with a GPU also what torch took of it in training, beside which CUDA itself takes some.
 LoRA and QLoRA train for 3 steps, and go on for one more from the checkpoint; then 2 rows are evaluated and LoRA is merged.
 The answers are nonsense, as the weights are, and never end: so none are given before and after a run. Before a command of
 training, --dry_run says what it will take; the table has that beside what it took.
@@ -29,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file: the project's root is not on the path
 
 from model.checkpoints.sizes import folder_problems
+from model.distributed import has_gpu
 from model.errors import InputError, command, raise_problems
 from model.progress import duration, say, warn
 
@@ -41,11 +43,17 @@ LAYERS = {"6b": ("0", "14"), "mini": ("0", "3")}  # that LoRA is in
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: its seconds, the most host memory it took, and what --dry_run had said, in GiB."""
+    """One command: its seconds; in GiB the most memory of the host, what --dry_run had said, and the most of the GPU."""
 
     seconds: float
     peak: float
     estimated: float | None = None
+    of_gpu: float | None = None
+
+    def columns(self) -> str:
+        """Its figures between the table's bars; a GPU's memory only where there is one."""
+        figures = [self.peak, *([self.of_gpu] if has_gpu() else []), self.estimated]
+        return " | ".join([f"{self.seconds:.0f}", *("" if figure is None else f"{figure:.2f}" for figure in figures)])
 
 
 def run(script: str, *words: str) -> tuple[str, float, float]:
@@ -122,7 +130,15 @@ def _train(model: Path, shape: str, method: str, saved: Path) -> Measured:
     shutil.rmtree(saved, ignore_errors=True)
     flags = training(model, shape, method, saved)
     estimated = estimated_peak(run("finetune_visualglm.py", *flags, "--dry_run")[0])
-    return Measured(*run("finetune_visualglm.py", *flags)[1:], estimated)
+    _, seconds, peak = run("finetune_visualglm.py", *flags)
+    return Measured(seconds, peak, estimated, peak_of_gpu(saved) if has_gpu() else None)
+
+
+def peak_of_gpu(saved: Path) -> float:
+    """The most memory of the GPU that the run whose checkpoint is in the folder took for tensors, in GiB."""
+    [metrics] = saved.glob("*/metrics.jsonl")
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return max(record.get("memory_bytes", 0) for record in records) / 2**30
 
 
 def _resume(saved: Path) -> Measured:
@@ -162,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise_problems(folder_problems("FOLDER", str(options.folder), needed))
         folder = options.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        say("| command | seconds | peak of host memory, GiB | --dry_run, GiB |\n| --- | --- | --- | --- |")
+        gpu = " of the GPU, GiB |" if has_gpu() else ""
+        bars = "| --- " * (5 if gpu else 4) + "|"
+        say(f"| command | seconds | peak of host memory, GiB |{gpu} --dry_run, GiB |\n{bars}")
         started = time.monotonic()
         for name, one in rehearse(folder, options.shape):
-            estimated = "" if one.estimated is None else f"{one.estimated:.2f}"
-            say(f"| {name} | {one.seconds:.0f} | {one.peak:.2f} | {estimated} |")
+            say(f"| {name} | {one.columns()} |")
         if not options.keep:
             for made in (
                 f"model-{options.shape}",

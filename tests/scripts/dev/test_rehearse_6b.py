@@ -1,6 +1,7 @@
 """The rehearsal of the 6B, at the smallest shape that it knows."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_rehearsal_goes_on_after_an_end_says_where_it_is_and_removes_the_models(
     ]
     assert "lora: train 4 steps, save …" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["measured-mini.json"]
+
+
+def test_memory_of_a_gpu_stands_beside_what_was_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        {"kind": "step", "memory_bytes": 2**30},
+        {"kind": "evaluation"},
+        {"kind": "step", "memory_bytes": 3 * 2**30},
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert rehearse_6b.peak_of_gpu(tmp_path) == 3
+    trained, written = rehearse_6b.Measured(61, 1.25, 3.5, 3.0), rehearse_6b.Measured(14, 1.5)
+    assert (trained.columns(), written.columns()) == ("61 | 1.25 | 3.50", "14 | 1.50 | ")
+    monkeypatch.setattr(rehearse_6b, "has_gpu", lambda: True)
+    assert (trained.columns(), written.columns()) == ("61 | 1.25 | 3.00 | 3.50", "14 | 1.50 |  | ")
 
 
 @pytest.mark.long

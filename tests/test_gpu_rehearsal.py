@@ -30,7 +30,7 @@ from model.checkpoints.tensors import LazyTensor, LazyTensors
 from model.data.dataset import data_collator, packed_collator
 from model.data.lengths import packed_shape
 from model.finetune import FineTuneVisualGLMModel
-from model.frozen import Nf4Linear, dequantized
+from model.frozen import Nf4Linear, dequantized, quantized
 from model.inference import cuda_graph, load, seen_images, token_pass
 from model.inference import engine as engine_module
 from model.inference.cuda_graph import TokenGraphs
@@ -269,6 +269,22 @@ def test_checkpoint_is_loaded_to_answer_on_a_gpu_in_every_number_format(
     assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {CUDA}
     assert {parameter.dtype for parameter in model.parameters()} == {DTYPES[dtype]}
     answer(model, SimpleNamespace(**config_in(smallest)))
+
+
+def test_what_was_trained_in_nf4_is_rounded_to_it_on_the_gpu(
+    gpu: Memory, smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Checkpoint.find(smallest)
+    tuned = {"use_qlora": True, "lora_rank": 4, "layer_range": [0]}
+    checkpoint = replace(base, config={**base.config, **tuned})  # type: ignore[typeddict-item]
+    model, _ = load.empty_model(checkpoint, None, False)
+    name, linear = next((name, part) for name, part in model.named_modules() if isinstance(part, Nf4Linear))
+    convert = load.conversion(model, load.NumberFormat("fp16", 4), CUDA)
+    rounded: list[torch.device] = []
+    monkeypatch.setattr(load, "quantized", lambda weight: rounded.append(weight.device) or quantized(weight))
+    weight = fake_tensor(torch.zeros(linear.out_features, linear.in_features, dtype=torch.float16))
+    assert convert(f"{name}.weight", weight).device == CUDA
+    assert rounded == [CUDA]
 
 
 # --- the true 6B ------------------------------------------------------------------------------------------------------

@@ -183,7 +183,8 @@ def conversion(model: Any, chosen: NumberFormat, device: torch.device) -> Callab
     def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         plain = _plain_name(name)
         if plain in trained_in_nf4:
-            tensor = dequantized(*quantized(tensor), torch.float32)  # what the factors were trained beside
+            # What the factors were trained beside. A GPU rounds in no time, a CPU takes most of a minute for a 6B.
+            tensor = dequantized(*quantized(tensor.to(device)), torch.float32)
         if plain in packed:
             return tensor.to(device)
         return on_device(tensor, device, dtype)

@@ -8,6 +8,7 @@ A weights file of SAT's is mapped from the disk and is a plain dictionary. One o
 query_key_value in another order, so that mapping is not enough: they are put in order when they are read.
 """
 
+import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,9 +34,8 @@ DTYPES = {  # of the safetensors format
 # A key's bias hardly changes the attention and stays small, so that the right order explains most of them: 0.85 to 0.96
 # in each layer of model/tiny, and another order 0.01 to 0.11. Weights that were never trained show nothing.
 EXPLAINS, DOES_NOT = 0.6, 0.3
-READERS = (
-    4  # threads that read a tensor: copying from the system's cache, or a disk that is asked several things at once
-)
+LENGTH_OF_HEADER = 8  # bytes of a safetensors file that say how long its header is
+READERS = 4  # threads that read one tensor: a disk is asked several things at once, and so is the system's cache
 BYTES_AT_A_TIME = 2**25  # that one of them reads
 NOT_OF_TORCH = "it isn't a file of tensors that torch wrote"
 
@@ -169,24 +169,19 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise unreadable(path, problem)
     tensors = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.offset_keys():  # in the order in which they lie there
-                piece = file.get_slice(name)
-                dtype = DTYPES.get(piece.get_dtype())
+        with safe_open(path, framework="pt") as checked, open(path, "rb") as file:
+            length = int.from_bytes(file.read(LENGTH_OF_HEADER), "little")
+            header = json.loads(file.read(length))
+            for name in checked.offset_keys():  # in the order in which they lie there
+                piece = header[name]
+                dtype = DTYPES.get(piece["dtype"])
                 if dtype is None:
-                    raise unreadable(path, f"{name} holds {piece.get_dtype()}, which no VisualGLM does")
-                tensors[name] = LazyTensor(tuple(piece.get_shape()), dtype, partial(_from_safetensors, path, name))
+                    raise unreadable(path, f"{name} holds {piece['dtype']}, which no VisualGLM does")
+                like = torch.empty(piece["shape"], dtype=dtype, device="meta")
+                tensors[name] = _stored(path, LENGTH_OF_HEADER + length + piece["data_offsets"][0], like)
     except (SafetensorError, OSError) as error:
         raise unreadable(path, str(error)) from None
     return tensors
-
-
-def _from_safetensors(path: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    # Opened anew for each tensor: what was mapped for one is let go with it.
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
@@ -198,7 +193,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     content = load_tensors(path)
     if not is_named_tensors(content):
         raise InputError(f"{path}: something else than tensors in it; a file of named tensors is needed.")
-    return {name: LazyTensor.of(tensor) for name, tensor in content.items()}
+    return _in_torchs_file(path, content, lambda: load_tensors(path, device="meta"))
 
 
 def is_named_tensors(content: object) -> bool:
@@ -216,18 +211,31 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     Args:
         mapped: the same tensors, see `load_tensors`.
     """
-    if not zipfile.is_zipfile(path):
-        return mapped
-    entries = {}
-    for name, tensor in load_tensors(path, device="meta")["module"].items():
-        offset, size = place_in_file(tensor)
-        whole = size == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
-        if whole and size:
-            read, some = partial(_from_file, path, offset, tensor), partial(_some_from_file, path, offset, tensor)
-            entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, read, some)
-        else:
-            entries[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, partial(mapped.__getitem__, name))
-    return LazyTensors(entries)
+    entries = _in_torchs_file(path, mapped, lambda: load_tensors(path, device="meta")["module"])
+    return LazyTensors(entries) if zipfile.is_zipfile(path) else mapped
+
+
+def _in_torchs_file(
+    path: Path, mapped: Mapping[str, torch.Tensor], located: Callable[[], Mapping[str, torch.Tensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of a file that torch.save wrote: those that lie there as they are by their places, the others mapped.
+
+    Args:
+        located: gives the same tensors, loaded for the meta device.
+    """
+    entries = {name: LazyTensor.of(tensor) for name, tensor in mapped.items()}
+    if zipfile.is_zipfile(path):  # else it is of the format before torch 1.6, which isn't read in places
+        for name, tensor in located().items():
+            offset, size = place_in_file(tensor)
+            if size == tensor.numel() * tensor.element_size() > 0 and tensor.is_contiguous():
+                entries[name] = _stored(path, offset, tensor)
+    return entries
+
+
+def _stored(path: Path, offset: int, like: torch.Tensor) -> LazyTensor:
+    """The tensor like one on the meta device whose numbers lie in a file, one after another, from offset on."""
+    read, some = partial(_from_file, path, offset, like), partial(_some_from_file, path, offset, like)
+    return LazyTensor(tuple(like.shape), like.dtype, read, some)
 
 
 def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:

@@ -216,8 +216,8 @@ class Int4Linear(QuantizedLinear):
         self.scales = torch.empty(self.width // GROUP, self.height, 2, dtype=torch.bfloat16)
         for some in packed_at_a_time(self.height, self.width):
             rows = weight[some].to("cpu", torch.float32)
-            rows = F.pad(rows, (0, self.width - self.in_features, 0, some.stop - some.start - len(rows)))
-            codes, scales, zeros = grouped_codes(rows)
+            missing = (0, self.width - self.in_features, 0, some.stop - some.start - len(rows))
+            codes, scales, zeros = grouped_codes(F.pad(rows, missing) if any(missing) else rows)
             self.packed[some] = in_int4_order(codes)
             self.scales[:, some, 0], self.scales[:, some, 1] = scales.T, zeros.T
 

@@ -204,14 +204,14 @@ def with_progress(
     shown = False
     so_far = list(accumulate(sizes or ()))
     for done, item in enumerate(items, 1):
+        yield item
         now = time.monotonic()
         if now >= next_line:
-            share = so_far[done - 1] / so_far[-1] if so_far else done / total
+            share = max(so_far[done - 1], 1) / max(so_far[-1], 1) if so_far else done / total
             left = min((now - start) * (1 / share - 1), start + stops_after - now)
             line = printable(in_ui_language(f"{what}: {done} of {total}, {duration(left)} left", sys.stderr))
             _written(f"\r{line:<60}" if on_screen else f"{line}\n", sys.stderr)
             next_line = now + (0.2 if on_screen else SECONDS_BETWEEN_LOG_LINES)
             shown = True
-        yield item
     if shown and on_screen:
         _written("\n", sys.stderr)

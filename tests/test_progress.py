@@ -129,6 +129,17 @@ def test_time_left_goes_by_the_sizes_of_items(capsys, monkeypatch):
     assert [line.split(", ")[1] for line in lines] == ["1 min 30 s left", "47 s left", "0 s left"]
 
 
+def test_item_that_takes_its_time_after_it_came_counts_when_it_is_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOG_LINES", 0)
+    clock = [0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for seconds in progress.with_progress([0, 10, 40, 50], 4, "Items", sizes=[0, 10, 40, 50]):
+        clock[0] += seconds
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines] == ["0 s left", "1 min 30 s left", "50 s left", "0 s left"]
+
+
 def test_column_of_a_table_is_as_wide_in_chinese(monkeypatch):
     monkeypatch.setenv("VISUALGLM_UI_LANG", "en")
     assert progress.in_column("weights", 10) == "weights   "

@@ -4,17 +4,19 @@
     weights["transformer.word_embeddings.weight"]
     shapes(weights)                               the same names, with tensors that have no numbers
 
-A weights file of SAT's is mapped from the disk and is a plain dictionary. One of Hugging Face's has the rows of
-query_key_value in another order, so that mapping is not enough: they are put in order when they are read.
+A weights file of SAT's is opened as a plain dictionary of tensors mapped from the disk, and loaded from its places there
+(`one_by_one`). One of Hugging Face's has the rows of query_key_value in another order: they are put in order when they are read.
 """
 
 import json
+import math
+import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +171,17 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise unreadable(path, problem)
     tensors = {}
     try:
-        with safe_open(path, framework="pt") as checked, open(path, "rb") as file:
-            length = int.from_bytes(file.read(LENGTH_OF_HEADER), "little")
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="pt") as checked:
+            file = OpenFile(path)
+            length = int.from_bytes(file.read(0, LENGTH_OF_HEADER), "little")
+            header = json.loads(file.read(LENGTH_OF_HEADER, length))
             for name in checked.offset_keys():  # in the order in which they lie there
                 piece = header[name]
                 dtype = DTYPES.get(piece["dtype"])
                 if dtype is None:
                     raise unreadable(path, f"{name} holds {piece['dtype']}, which no VisualGLM does")
-                like = torch.empty(piece["shape"], dtype=dtype, device="meta")
-                tensors[name] = _stored(path, LENGTH_OF_HEADER + length + piece["data_offsets"][0], like)
+                place = LENGTH_OF_HEADER + length + piece["data_offsets"][0]
+                tensors[name] = file.tensor(place, tuple(piece["shape"]), dtype)
     except (SafetensorError, OSError) as error:
         raise unreadable(path, str(error)) from None
     return tensors
@@ -193,7 +196,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     content = load_tensors(path)
     if not is_named_tensors(content):
         raise InputError(f"{path}: something else than tensors in it; a file of named tensors is needed.")
-    return _in_torchs_file(path, content, lambda: load_tensors(path, device="meta"))
+    return _in_torchs_file(path, content, lambda located: located)
 
 
 def is_named_tensors(content: object) -> bool:
@@ -211,31 +214,107 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     Args:
         mapped: the same tensors, see `load_tensors`.
     """
-    entries = _in_torchs_file(path, mapped, lambda: load_tensors(path, device="meta")["module"])
+    entries = _in_torchs_file(path, mapped, lambda located: located["module"])
     return LazyTensors(entries) if zipfile.is_zipfile(path) else mapped
 
 
 def _in_torchs_file(
-    path: Path, mapped: Mapping[str, torch.Tensor], located: Callable[[], Mapping[str, torch.Tensor]]
+    path: Path, mapped: Mapping[str, torch.Tensor], among: Callable[[Any], Mapping[str, torch.Tensor]]
 ) -> dict[str, LazyTensor]:
     """The tensors of a file that torch.save wrote: those that lie there as they are by their places, the others mapped.
 
+    torch doesn't look for the places in the file: it computes where its own writer puts them. If another program wrote the
+    file anew, they lie elsewhere, and all tensors stay mapped.
+
     Args:
-        located: gives the same tensors, loaded for the meta device.
+        among: gives the same tensors of all that is in the file.
     """
     entries = {name: LazyTensor.of(tensor) for name, tensor in mapped.items()}
-    if zipfile.is_zipfile(path):  # else it is of the format before torch 1.6, which isn't read in places
-        for name, tensor in located().items():
-            offset, size = place_in_file(tensor)
-            if size == tensor.numel() * tensor.element_size() > 0 and tensor.is_contiguous():
-                entries[name] = _stored(path, offset, tensor)
-    return entries
+    if not _is_read_as_it_lies(path):
+        return entries
+    try:
+        located = among(load_tensors(path, device="meta"))
+    except InputError:  # tensors of a kind that the meta device hasn't
+        return entries
+    file, starts, placed = OpenFile(path), set(), {}
+    for name, tensor in located.items():
+        place, size = place_in_file(tensor)
+        if size:
+            starts.add(mapped[name].untyped_storage().data_ptr() - place)
+        if size == tensor.numel() * tensor.element_size() and tensor.is_contiguous():
+            placed[name] = file.tensor(place, tuple(tensor.shape), tensor.dtype)
+    return entries | placed if len(starts) == 1 else entries  # where the file is mapped to, by every tensor's place
 
 
-def _stored(path: Path, offset: int, like: torch.Tensor) -> LazyTensor:
-    """The tensor like one on the meta device whose numbers lie in a file, one after another, from offset on."""
-    read, some = partial(_from_file, path, offset, like), partial(_some_from_file, path, offset, like)
-    return LazyTensor(tuple(like.shape), like.dtype, read, some)
+def _is_read_as_it_lies(path: Path) -> bool:
+    """Whether the numbers in a file of torch's lie in it as in this machine's memory: before torch 1.6 they didn't."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    return all(order == sys.byteorder.encode() for order in orders)
+
+
+class OpenFile:
+    """A file of tensors, from whose places numbers are read. It stays the one that was opened if it is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def tensor(self, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+        """The one whose numbers lie in the file one after another, from place on."""
+        if 0 in shape:
+            return LazyTensor.of(torch.empty(shape, dtype=dtype, device="cpu"))
+        size = math.prod(shape) * dtype.itemsize
+
+        def read() -> torch.Tensor:
+            numbers = numpy.empty(size, numpy.uint8)  # which asks for large pages, unlike torch
+            self.read_into(numbers, place)
+            return torch.from_numpy(numbers).view(dtype).view(shape)
+
+        def some(places: Sequence[int], count: int) -> list[torch.Tensor]:
+            ends = [min(start + count, math.prod(shape)) for start in places]
+            found = [
+                self.read(place + start * dtype.itemsize, (end - start) * dtype.itemsize)
+                for start, end in zip(places, ends, strict=True)
+            ]
+            return [torch.frombuffer(numbers, dtype=dtype) for numbers in found]
+
+        return LazyTensor(shape, dtype, read, some)
+
+    def read(self, place: int, size: int) -> bytearray:
+        """So many bytes from a place on.
+
+        Raises:
+            InputError: the file ends before, or can't be read.
+        """
+        numbers = bytearray(size)
+        self._read_piece(memoryview(numbers), place)
+        return numbers
+
+    def read_into(self, numbers: "numpy.ndarray[Any, Any]", place: int) -> None:
+        """Fill numbers with the bytes from a place on, by several threads. Raises as `read` does."""
+        starts = range(0, len(numbers), BYTES_AT_A_TIME)
+        pieces = [numbers[start : start + BYTES_AT_A_TIME].data for start in starts]
+        if len(pieces) == 1:
+            self._read_piece(pieces[0], place)
+            return
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(self._read_piece, pieces, [place + start for start in starts]))
+
+    def _read_piece(self, numbers: memoryview, place: int) -> None:
+        while numbers:
+            try:
+                got = os.preadv(self.descriptor, [numbers], place)
+            except OSError as error:
+                raise unreadable(self.path, error.strerror or str(error)) from None
+            if not got:
+                raise unreadable(self.path, "it ends within a tensor")
+            numbers, place = numbers[got:], place + got
 
 
 def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:
@@ -247,40 +326,10 @@ def place_in_file(tensor: torch.Tensor) -> tuple[int, int]:
     return storage._checkpoint_offset, storage.nbytes()
 
 
-def _from_file(path: Path, offset: int, like: torch.Tensor) -> torch.Tensor:
-    numbers = numpy.empty(like.numel() * like.element_size(), numpy.uint8)  # which asks for large pages, unlike torch
-
-    def read(start: int) -> None:
-        piece = numbers[start : start + BYTES_AT_A_TIME]
-        with open(path, "rb") as file:
-            file.seek(offset + start)
-            if file.readinto(piece.data) < len(piece):
-                raise unreadable(path, "it ends within a tensor")
-
-    if len(numbers) <= BYTES_AT_A_TIME:
-        read(0)
-    else:
-        with ThreadPoolExecutor(READERS) as readers:
-            list(readers.map(read, range(0, len(numbers), BYTES_AT_A_TIME)))
-    return torch.from_numpy(numbers).view(like.dtype).view(like.shape)
-
-
 def on_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A copy of a tensor that was read, on a device and in a dtype; the GPU converts what goes to it."""
     there = tensor.to(device)
     return there.to(dtype or tensor.dtype, copy=there is tensor)
-
-
-def _some_from_file(
-    path: Path, offset: int, like: torch.Tensor, places: Sequence[int], count: int
-) -> list[torch.Tensor]:
-    size = like.element_size()
-    with open(path, "rb") as file:
-        found = []
-        for place in places:
-            file.seek(offset + place * size)
-            found.append(bytearray(file.read(min(count, like.numel() - place) * size)))
-    return [torch.frombuffer(numbers, dtype=like.dtype) for numbers in found]
 
 
 def write_weights(

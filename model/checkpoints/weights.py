@@ -221,7 +221,7 @@ def open_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
 def whole_weights(
     checkpoint: Checkpoint, force_base: bool = False
 ) -> tuple[Mapping[str, torch.Tensor], Base, set[str]]:
-    """All the weights that a checkpoint stands for, mapped from the disk; their base; the names that aren't the base's.
+    """All the weights that a checkpoint stands for, none read yet; their base; the names that aren't the base's.
 
     For an adapter checkpoint the base's weights and its own; for any other the base is the checkpoint itself, without
     its adapters.

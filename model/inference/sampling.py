@@ -6,6 +6,7 @@ Shapes: rows = answers, vocab = entries of the vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from model.errors import InputError, raise_problems
@@ -130,9 +131,11 @@ def token_probabilities(
     Args:
         scores: float32[rows, vocab], which are changed. answers: the token ids that each row has so far.
     """
+    import torch
+
     if sampling.repetition_penalty != 1:
-        rows = [row for row, answer in enumerate(answers) for _ in answer]
-        said = [token for answer in answers for token in answer]
+        places = [[row for row, answer in enumerate(answers) for _ in answer], [*chain.from_iterable(answers)]]
+        rows, said = torch.tensor(places, dtype=torch.int64, device=scores.device)
         scores[rows, said] = scores[rows, said] / sampling.repetition_penalty
     scores /= 1 if sampling.is_cold else sampling.temperature
     for forbidden in sampling.invalid_slices:

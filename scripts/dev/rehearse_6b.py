@@ -135,7 +135,10 @@ def _train(model: Path, shape: str, method: str, saved: Path) -> Measured:
 
 
 def peak_of_gpu(saved: Path) -> float:
-    """The most memory of the GPU that the run whose checkpoint is in the folder took for tensors, in GiB."""
+    """The most memory of the GPU that the run whose checkpoint is in the folder had taken for tensors, in GiB.
+
+    The run's log asks once a second.
+    """
     [metrics] = saved.glob("*/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return max(record.get("memory_bytes", 0) for record in records) / 2**30

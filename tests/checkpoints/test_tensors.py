@@ -1,8 +1,11 @@
 """Tensors under SAT's names: each is read when it is asked for, and at no other time."""
 
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from model.checkpoints import tensors
@@ -13,6 +16,8 @@ from model.checkpoints.tensors import (
     load_tensors,
     on_device,
     one_by_one,
+    open_pickle,
+    open_safetensors,
     shapes,
     size_in_bytes,
 )
@@ -125,3 +130,53 @@ def test_tensor_that_goes_to_a_device_is_a_copy(dtype: torch.dtype | None) -> No
     assert there.dtype == (dtype or torch.float32)
     tensor += 1
     assert there.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def repacked(path: Path, **records: bytes) -> None:
+    """Write a file of torch's anew as another program does: the same records, but for those given, in other places."""
+    with zipfile.ZipFile(path) as archive:
+        found = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{next(iter(found)).partition('/')[0]}/first", "!" * 777)
+        for name, content in found.items():
+            archive.writestr(name, records.get(name.rpartition("/")[2], content))
+
+
+def test_file_that_another_program_wrote_anew_holds_the_same_tensors(tmp_path: Path) -> None:
+    path, written = tmp_path / "pytorch_model.bin", {f"{n}": torch.full((10 + n,), float(n)) for n in range(5)}
+    torch.save(written, path)
+    assert all(tensor.read_some for tensor in open_pickle(path).values())  # in places
+    repacked(path)
+    opened = open_pickle(path)
+    assert not any(tensor.read_some for tensor in opened.values())
+    assert {name: tensor.read().tolist() for name, tensor in opened.items()} == {
+        n: t.tolist() for n, t in written.items()
+    }
+
+
+def test_numbers_in_the_other_byte_order_are_not_read_as_they_lie(file: Path) -> None:
+    assert tensors._is_read_as_it_lies(file)
+    repacked(file, byteorder={"little": b"big", "big": b"little"}[sys.byteorder])
+    assert not tensors._is_read_as_it_lies(file)
+
+
+def test_safetensors_without_numbers_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    written = {"a": torch.ones(2, 3).half(), "none": torch.empty(0, 5).half(), "scalar": torch.tensor(2.5)}
+    safetensors.torch.save_file(written, path)
+    opened = open_safetensors(path)
+    assert {name: (tensor.read().tolist(), tensor.dtype) for name, tensor in opened.items()} == {
+        name: (tensor.tolist(), tensor.dtype) for name, tensor in written.items()
+    }
+    assert [numbers.tolist() for numbers in opened["a"].some([1, 5], 2)] == [[1, 1], [1]]
+
+
+def test_file_that_is_replaced_or_removed_stays_the_one_that_was_opened(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    safetensors.torch.save_file({"a": torch.ones(4)}, path)
+    opened = open_safetensors(path)
+    safetensors.torch.save_file({"b": torch.zeros(100), "a": torch.zeros(4)}, other)
+    other.replace(path)
+    assert opened["a"].read().tolist() == [1, 1, 1, 1]
+    path.unlink()
+    assert opened["a"].read().tolist() == [1, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import load_model
 
 from model.errors import InputError
 from model.inference.sampling import GREEDY, Sampling, drawn_alike, drawn_tokens, next_tokens, token_probabilities
@@ -13,6 +14,12 @@ from sat.generation.sampling_strategies import base_strategy  # noqa: E402
 
 VOCABULARY = 300
 ANSWER = [5, 17, 5, 200]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_parallel_groups(upstream_checkpoint):
+    """SAT's, which a strategy of SAT's asks for."""
+    load_model(upstream_checkpoint)
 
 
 def sat_probabilities(monkeypatch, sampling, scores):
@@ -82,6 +89,19 @@ def test_rows_that_are_drawn_together_are_drawn_as_often_as_they_are_likely():
 def test_rows_whose_samplings_differ_in_their_seeds_alone_are_drawn_together():
     samplings = [Sampling(), GREEDY, Sampling(seed=1), Sampling(top_k=5), Sampling(seed=2), Sampling(top_k=5, seed=3)]
     assert drawn_alike(samplings) == [[0, 2, 4], [3, 5]]
+
+
+def test_row_with_a_seed_is_drawn_alike_whatever_stands_beside_it():
+    scores = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(temperature=3, top_p=1, top_k=VOCABULARY)
+
+    def generator():
+        return torch.Generator().manual_seed(5)
+
+    alone = drawn_tokens(scores[1:2].clone(), sampling, [[]], [generator()])
+    for others in (None, torch.Generator().manual_seed(6)):
+        together = drawn_tokens(scores.clone(), sampling, [[], [], []], [others, generator(), None])
+        assert together[1] == alone[0]
 
 
 def test_each_row_is_drawn_its_own_way():

@@ -413,7 +413,6 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
             limit_concurrency=MOST_CONNECTIONS,
             timeout_keep_alive=max(1, min(IDLE_SECONDS, round(options.body_seconds))),
         )
-        found.listen(MOST_CONNECTIONS)  # from here on whoever comes is answered, a little later
         host, port = found.getsockname()[:2]
         if options.api_key is None and not host.startswith("127.") and host != "::1":
             warn(f"--host {options.host} without --api_key: whoever reaches this machine may ask.")

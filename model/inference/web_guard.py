@@ -184,7 +184,7 @@ class OnlyPaths:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket of that address, found before a model is loaded.
+    """A socket that listens at that address, before a model is loaded: whoever comes from now on waits until it is.
 
     Raises:
         InputError: it can't be had.
@@ -197,6 +197,7 @@ def listening(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen()  # until then another server may have the same address
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: can't be listened to ({error.strerror}); another one is needed."

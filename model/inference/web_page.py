@@ -35,7 +35,7 @@ from model.inference.page_texts import CHINESE, ENGLISH, language_of, sentence, 
 from model.inference.sampling import CHINESE_TOKENS, Sampling
 from model.inference.serving import BusyError, FailedError
 from model.inference.talk import Speaker, Talk, Turn, Wish
-from model.inference.web_guard import Guard, OnlyPaths
+from model.inference.web_guard import Guard, OnlyPaths, listening
 
 # What a browser needs of Gradio's routes. Others fetch addresses for whoever asks, or tell what the page doesn't show.
 API = "/gradio_api"
@@ -378,6 +378,9 @@ def launched(page: Page, host: str, port: int, auth: str | None, share: bool) ->
 
     Args:
         auth: NAME:PASSWORD, or None.
+
+    Raises:
+        InputError: another program listens at the port by now.
     """
     # Gradio would fetch what a made-up upload names, however large it is.
     processing_utils.async_ssrf_protected_download = refused_download
@@ -385,13 +388,17 @@ def launched(page: Page, host: str, port: int, auth: str | None, share: bool) ->
     guard = Middleware(Guard, key=None, places=PLACES, most_bytes=most + FORM, seconds=seconds)
     name, _, password = (auth or "").partition(":")
     page.blocks.queue(max_size=PLACES, default_concurrency_limit=PICTURES_AT_ONCE)
-    page.blocks.launch(
-        state_session_capacity=CONVERSATIONS, server_name=host, server_port=port, share=share, auth=(name, password) if auth else None,
-        quiet=True, prevent_thread_lock=True, inline=False, ssr_mode=False, run_history=False, enable_monitoring=False,
-        mcp_server=False, pwa=False, allowed_paths=[], max_file_size=most, footer_links=[], i18n=page.i18n,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, js=SCRIPT,
-        app_kwargs={"middleware": [Middleware(OnlyPaths, paths=PATHS), guard]},
-    )  # fmt: skip
+    try:
+        page.blocks.launch(
+            state_session_capacity=CONVERSATIONS, server_name=host, server_port=port, share=share, auth=(name, password) if auth else None,
+            quiet=True, prevent_thread_lock=True, inline=False, ssr_mode=False, run_history=False, enable_monitoring=False,
+            mcp_server=False, pwa=False, allowed_paths=[], max_file_size=most, footer_links=[], i18n=page.i18n,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, js=SCRIPT,
+            app_kwargs={"middleware": [Middleware(OnlyPaths, paths=PATHS), guard]},
+        )  # fmt: skip
+    except OSError:
+        listening(host, port).close()  # says so
+        raise
     return [page.blocks.local_url or "", *filter(None, [page.blocks.share_url])]
 
 

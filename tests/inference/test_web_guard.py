@@ -102,10 +102,25 @@ def test_small_writes_to_a_client_are_sent_at_once():
 
 def test_address_that_is_taken_is_refused():
     with listening("127.0.0.1", 0) as found:
-        found.listen()
         port = found.getsockname()[1]
         with pytest.raises(InputError, match=f"--port {port}: can't be listened to"):
             listening("127.0.0.1", port)
+
+
+def test_client_that_comes_while_a_model_is_loaded_is_answered_afterwards():
+    async def answer(reader, writer):
+        writer.write(await reader.readline())
+        writer.close()
+
+    async def run():
+        with listening("127.0.0.1", 0) as found:
+            reader, writer = await asyncio.open_connection(*found.getsockname()[:2])
+            writer.write(b"early\n")
+            async with await asyncio.start_server(answer, sock=found):
+                assert await reader.read() == b"early\n"
+                writer.close()
+
+    asyncio.run(run())
 
 
 def test_request_that_is_refused_is_counted_by_its_path_if_there_is_such_a_path():

@@ -20,6 +20,7 @@ from PIL import Image
 from model.data.remote_images import Limits
 from model.data.rows import Row
 from model.data.tokenizer import ChatGLMTokenizer
+from model.errors import InputError
 from model.inference.engine import Engine
 from model.inference.sampling import GREEDY
 from model.inference.serving import Service
@@ -56,11 +57,12 @@ def serve(tmp_path_factory, upstream_config):
         row = Row(str(PICTURE), "描述这张图片。", "一只猫。", "held_out.json row 1", lang="zh")
         settings = Settings(GREEDY, None, LENGTH, 60.0, LIMITS, "auto", [row, row._replace(img="gone.png")])
 
-        def served(auth=None, **limits):
+        def served(auth=None, port=0, **limits):
             here = replace(settings, limits=replace(LIMITS, **limits))
             page = Page([Speaker("small", service, model, tokenizer)], here)
-            with listening("127.0.0.1", 0) as found:
-                port = found.getsockname()[1]
+            if not port:
+                with listening("127.0.0.1", 0) as found:
+                    port = found.getsockname()[1]
             stack.callback(closed, page)
             [address] = launched(page, "127.0.0.1", port, auth, share=False)
             served.pages.append(page)
@@ -344,6 +346,13 @@ def test_queue_says_who_waits_and_who_finds_no_room(address):
     assert (send["visible"], stop["visible"]) == (True, False)
     for visitor in (first, second):
         visitor.send("stopped")
+
+
+def test_port_that_another_program_took_meanwhile_is_told(serve):
+    with listening("127.0.0.1", 0) as found:
+        port = found.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: can't be listened to"):
+            serve(port=port)
 
 
 # A password

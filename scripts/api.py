@@ -49,6 +49,7 @@ from model.inference.flags import (
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    refuse_launcher,
     sampling_of,
     secret_of,
     serving_problems,
@@ -117,6 +118,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
     Raises:
         InputError: it isn't there, or a number is out of bounds.
     """
+    refuse_launcher("api.py")
     problems = serving_problems(options, positive=("body_seconds", "max_body"))
     source, options.api_key = secret_of("--api_key", options.api_key, KEY_VARIABLE)
     if options.api_key is not None and not options.api_key.strip():

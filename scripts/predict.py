@@ -45,6 +45,7 @@ from model.inference.flags import (
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
+    refuse_launcher,
     sampling_of,
 )
 from model.progress import count_of, say, warn, with_progress
@@ -406,6 +407,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         InputError: one is out of bounds, or --out would overwrite the rows, or they can't be read twice.
     """
+    refuse_launcher("predict.py")
     sampling_of(options)
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")

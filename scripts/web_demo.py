@@ -36,6 +36,7 @@ from model.inference.flags import (
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    refuse_launcher,
     sampling_of,
     secret_of,
     serving_problems,
@@ -83,6 +84,7 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     Raises:
         InputError: one isn't there, or a number is out of bounds.
     """
+    refuse_launcher("web_demo.py")
     problems = serving_problems(options, not_negative=("examples",))
     source, options.auth = secret_of("--auth", options.auth, AUTH_VARIABLE)
     if options.auth is not None and not all(options.auth.partition(":")):

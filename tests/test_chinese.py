@@ -379,6 +379,9 @@ def checked(data: Path) -> list[str]:
         text += printed_by(predict.main, [*asked, "--seed", "3"])
         text += printed_by(predict.main, [*asked[:-1], str(data / "no folder/answers.jsonl")])
         text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
+        with pytest.MonkeyPatch.context() as launched:
+            launched.setenv("WORLD_SIZE", "2")
+            text += printed_by(predict.main, asked)
         demo = ["--from_pretrained", "model/tiny", "--image"]
         for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
             text += printed_by(cli_demo.main, [*demo[:2], *words])

@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import refuse_needless_base
+from model.distributed import world_size
 from model.errors import InputError
 from model.hub import at_revision
 from model.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from model.data.remote_images import Limits
+
+
+def refuse_launcher(program: str) -> None:
+    """Raise an error if a launcher started several processes: each would do the whole work.
+
+    Raises:
+        InputError: as said.
+    """
+    if world_size() > 1:
+        raise InputError(
+            f"WORLD_SIZE={world_size()}: {program} runs in one process; a start without a launcher is needed. evaluate.py and "
+            "cli_demo.py take several."
+        )
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:

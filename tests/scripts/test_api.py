@@ -445,6 +445,14 @@ def test_port_in_use_is_told(server, upstream_checkpoint, capsys):
     assert f"--port {server.port}: can't be listened to (Address already in use)" in capsys.readouterr().err
 
 
+def test_process_of_several_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["--from_pretrained", "no/such/checkpoint"])
+    assert end.value.code == 2
+    assert "WORLD_SIZE=2: api.py runs in one process; a start without" in capsys.readouterr().err
+
+
 def test_missing_package_is_told():
     code = "import sys; sys.modules['fastapi'] = None; import scripts.api"
     done = run_python("-c", code)

@@ -361,6 +361,16 @@ def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predi
     assert sorted(os.listdir()) == before
 
 
+def test_process_of_several_is_refused_before_anything_is_read(predict, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = predict("--data", tmp_path / "none.json", "--out", "-", checkpoint="no/such/checkpoint")
+    assert run.returncode == 2
+    assert run.stderr == (
+        "predict.py: error: WORLD_SIZE=2: predict.py runs in one process; a start without a launcher is needed. "
+        "evaluate.py and cli_demo.py take several.\n"
+    )
+
+
 @pytest.mark.slow
 def test_full_disk_is_a_sentence_and_the_command_goes_on_later(predict, tmp_path):
     words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]

@@ -243,6 +243,14 @@ def test_bad_password_in_the_environment_is_told_by_the_variables_name(checkpoin
     assert capsys.readouterr().err == f"web_demo.py: error: $VISUALGLM_WEB_AUTH: {found}\n"
 
 
+def test_process_of_several_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["--from_pretrained", "no/such/checkpoint"])
+    assert end.value.code == 2
+    assert "WORLD_SIZE=2: web_demo.py runs in one process; a start without" in capsys.readouterr().err
+
+
 def test_missing_package_is_told(checkpoints):
     code = "import sys; sys.modules['gradio'] = None; from scripts.web_demo import main; main(sys.argv[1:])"
     done = run_python("-c", code, "--from_pretrained", str(checkpoints[0]))

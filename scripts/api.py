@@ -69,8 +69,9 @@ except ImportError as missing:
     )
     sys.exit(STATUS_OF_BAD_INPUT)
 
-from model.data.prompt import AskedAs
+from model.data.prompt import AskedAs, least_conversation_length
 from model.data.remote_images import opened
+from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.inference.api_formats import (
     Asked,
     ChatRequest,
@@ -130,6 +131,12 @@ def check(options: argparse.Namespace) -> Checkpoint:
     checkpoint = found_checkpoint(options)
     positions = checkpoint.config.get("max_sequence_length", RELEASED_LENGTH)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, options.tokenizer))
+    least = least_conversation_length(tokenizer, checkpoint.asked_as)
+    if options.max_length < least:
+        raise InputError(
+            f"--max_length {options.max_length}: no room for a single token of text; at least {least} is needed."
+        )
     options.model_name = options.model_name or Path(checkpoint.name).name or checkpoint.folder.resolve().name
     return checkpoint
 

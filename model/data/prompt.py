@@ -243,6 +243,15 @@ def context_ids(
     return tokenizer.build_inputs_with_special_tokens(image_ids + image_slots + question_ids), len(image_ids)
 
 
+def least_conversation_length(tokenizer: Tokenizer, asked_as: AskedAs) -> int:
+    """The smallest --max_length, in tokens, with which a question of one letter, without a picture, has a token of an answer."""
+    langs = ("zh", "en") if asked_as == AskedAs() else (asked_as.lang,)  # a base is asked in either frame
+    question = asked_as.source_prefix + "a"
+    contexts = (context_ids(question, None, False, tokenizer, 0, asked_as.is_english(lang))[0] for lang in langs)
+    one_answer_token = 1
+    return min(map(len, contexts)) + one_answer_token
+
+
 def question_text(row: Row, lengths: Lengths, history: Sequence[tuple[str, str]]) -> str:
     """What follows the image's slots in training. The prefix stands before every question, also before earlier ones."""
     prefix = lengths.source_prefix

@@ -9,10 +9,12 @@ from conftest import GOLDEN, run_program
 from model.data.prompt import (
     IGNORE_INDEX,
     LEAST_TARGET_LENGTH,
+    AskedAs,
     Lengths,
     answer_labels,
     chat_prompt,
     context_ids,
+    least_conversation_length,
     least_source_length,
     sample_from_row,
 )
@@ -290,6 +292,15 @@ def test_long_prompt_when_its_end_melts_with_the_frame_still_keeps_the_frame():
 
 
 # Too small lengths
+
+
+@pytest.mark.parametrize(("asked_as", "english"), [
+    (AskedAs(), True), (AskedAs("zh", max_source_length=64), False), (AskedAs("en", "Answer: "), True),
+])  # fmt: skip
+def test_least_conversation_is_a_letter_in_the_shortest_frame_and_a_token_of_answer(tokenizer, asked_as, english):
+    """A tuned model is asked in its own frame alone. The English one is shorter."""
+    ids, _ = context_ids(f"{asked_as.source_prefix}a", None, False, tokenizer, 32, english)
+    assert least_conversation_length(tokenizer, asked_as) == len(ids) + 1
 
 
 def test_least_source_length_leaves_room_for_one_token_of_prompt(tokenizer):

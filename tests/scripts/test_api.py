@@ -419,6 +419,7 @@ def test_hundred_streams_that_are_broken_off_leave_every_row_free(server):
     (["--rows", "0", "--queue", "-1"], "--rows 0: more than 0 is needed.\n--queue -1: 0 or more is needed."),
     (["--port", "70000"], "--port 70000: a number from 0 to 65535 is needed."),
     (["--max_length", "100000"], "--max_length 100000: this model takes"),
+    (["--max_length", "1"], "--max_length 1: no room for a single token of text; at least "),
     (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 8080: can't be listened to"),
 ])  # fmt: skip
 def test_bad_flag_is_told_before_the_model_is_loaded(upstream_checkpoint, capsys, flags, sentence):

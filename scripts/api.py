@@ -155,6 +155,7 @@ class Api:
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}", response_model=None)(self.one_model)
         app.get("/health")(self.health)
+        app.head("/health")(self.health)
         app.get("/metrics")(self.metrics)
         for kind, handler in (
             (RequestValidationError, on_bad_fields),

@@ -398,6 +398,13 @@ def test_stream_that_takes_another_turn_ends_with_the_whole_answer():
     assert asyncio.run(streamed())[-1] == "\n一只猫在桌上"
 
 
+def test_health_is_told_to_anybody_also_to_a_checker_that_reads_no_body(server):
+    told, head = httpx.get(f"{server.url}/health"), httpx.head(f"{server.url}/health")
+    assert told.json() == {"status": "ok"}
+    assert (head.status_code, head.content) == (told.status_code, b"") == (200, b"")
+    assert head.headers["content-length"] == told.headers["content-length"]
+
+
 def test_openai_client_without_the_key_is_told(server):
     with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()

@@ -483,6 +483,9 @@ SENTENCES = {
     "--host {host} without --api_key: whoever reaches this machine may ask.": (
         "--host {host} 而没有 --api_key：能访问这台机器的人都可以提问。"
     ),
+    "Finishing the answers in hand ({count:d}); a second signal ends at once.": (
+        "正在完成手头的回答（{count} 个）；再发一次信号则立即结束。"
+    ),
     # web_demo.py
     "The page is at {url}": "网页地址：{url}",
     "--host {host}: whoever reaches this machine can use the page.": "--host {host}：能访问这台机器的人都能使用该网页。",

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import re
+import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -398,6 +399,13 @@ class Server(uvicorn.Server):
         if self.should_exit:
             end_now(sig)
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say what is still done, and do it."""
+        guard: Guard = self.config.app  # type: ignore[assignment]  # any application, for uvicorn
+        if guard.in_hand:
+            say(f"Finishing the answers in hand ({guard.in_hand}); a second signal ends at once.")
+        await super().shutdown(sockets)
 
 
 def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:

@@ -73,9 +73,9 @@ class Server:
         return False
 
 
-@pytest.fixture(scope="module")
-def server(upstream_checkpoint):
-    command = [sys.executable, PROJECT / "scripts/api.py", "--from_pretrained", upstream_checkpoint, *map(str, FLAGS)]
+@contextlib.contextmanager
+def running(checkpoint):
+    command = [sys.executable, PROJECT / "scripts/api.py", "--from_pretrained", checkpoint, *map(str, FLAGS)]
     environment = os.environ | {"VISUALGLM_API_KEY": KEY}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -85,6 +85,12 @@ def server(upstream_checkpoint):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(upstream_checkpoint):
+    with running(upstream_checkpoint) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -468,10 +474,30 @@ def test_missing_package_is_told():
     assert done.stderr == "api.py: error: fastapi isn't installed; needed is pip install -r requirements-web.txt\n"
 
 
+FINISHING = "Finishing the answers in hand (1); a second signal ends at once.\n"
+
+
+def test_second_signal_ends_at_once(upstream_checkpoint):
+    with running(upstream_checkpoint) as server, contextlib.closing(LongStream(server)):
+        while not server.metric("visualglm_requests_in_hand"):
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.stdout.readline() == FINISHING
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(2) == 128 + signal.SIGINT  # 128 + SIGTERM once the answer is finished
+
+
+def test_signal_without_an_answer_in_hand_ends_it_without_a_word(upstream_checkpoint):
+    with running(upstream_checkpoint) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.communicate(timeout=20) == ("", None)
+
+
 def test_sigterm_finishes_the_answers_in_hand_and_takes_no_more(server):
     stream = completion(server, [said(QUESTION)], max_tokens=100, stream=True)
     next(stream)
     server.process.send_signal(signal.SIGTERM)
+    assert server.process.stdout.readline() == FINISHING
     assert list(stream)[-1].choices[0].finish_reason == "length"
     assert server.process.wait(20) == 128 + signal.SIGTERM
     with pytest.raises(httpx.ConnectError):

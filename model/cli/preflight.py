@@ -264,7 +264,9 @@ def data_notes(
         )
         taken = sum(map(len, selection.held_out.values()))  # bad ones included
         if options.holdout is not None and options.holdout >= 1 and taken != options.holdout:
-            notes.append(f"--holdout {options.holdout:g}: rows that share a picture stay together.")
+            notes.append(
+                f"--holdout {options.holdout:g}: rows that share a picture, or are the same text, stay together."
+            )
     if "eval_interval" in options.user_set and not (options.valid_data or held_out or split_shares(options)[1]):
         notes.append(
             f"--eval-interval {options.eval_interval}: nothing to evaluate on; --holdout 0.1 or --valid-data is needed for it."

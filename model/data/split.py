@@ -4,22 +4,26 @@ Standard library and Pillow only.
 """
 
 import functools
+import hashlib
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, ImageCheck, check_rows
-from model.data.rows import Rows, scan_rows
+from model.data.images import checked_file
+from model.data.rows import Row, Rows, scan_rows
 from model.distributed import is_first_process
 from model.errors import InputError, raise_problems
-from model.progress import count_of
+from model.progress import count_of, with_progress
 
 SECONDS_FOR_PICTURES = 2.0  # where rows are bad already
+END_BYTES = 4096  # of a picture: different ones of one size often begin alike, and seldom end so
 
 
 @dataclass
@@ -132,7 +136,8 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
     """Take rows out of files for evaluation, and put them into selection.held_out.
 
     May take more or fewer rows than asked for: rows that share an image stay together, so that no image is both trained
-    on and evaluated on. Which rows are taken depends on the seed and the files, not on the process or --bad_rows.
+    on and evaluated on, under whatever name; so do rows of text that are the same. Which rows are taken depends on the
+    seed, the files and their images, not on the process or --bad_rows.
 
     Args:
         share: a number of rows (1 or more), or a share of all (below 1).
@@ -140,7 +145,7 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
     Raises:
         InputError: nothing would be left to train on, or all rows that are taken are left out as bad.
     """
-    groups = _rows_by_image(selection, files)
+    groups = _rows_that_stay_together(selection, files)
     total = sum(map(len, groups))
     number = int(share) if share >= 1 else max(1, round(share * total))
     if number >= total:
@@ -148,9 +153,13 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
             f"--holdout {share:g}: {total} rows in --train-data, so none would be left to learn; less is needed."
         )
     if len(groups) == 1:
+        has_picture = selection.rows[groups[0][0][0]][0].img is not None
+        alike, others = (
+            ("have the same picture", "rows with other pictures") if has_picture else ("are the same", "other rows")
+        )
         raise InputError(
-            f"--holdout {share:g}: all {total} rows in --train-data have the same picture, so none would be left to learn;"
-            " rows with other pictures are needed, or --valid-data."
+            f"--holdout {share:g}: all {total} rows in --train-data {alike}, so none would be left to learn; {others} are"
+            " needed, or --valid-data."
         )
     random.Random(f"holdout {seed}").shuffle(groups)
     held: list[tuple[str, int]] = []
@@ -173,8 +182,27 @@ def hold_out(selection: Selection, files: Sequence[str], share: float, seed: int
         )
 
 
-def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
-    """File and index of every row, in groups that share an image. A row without an image is a group by itself."""
+def _rows_that_stay_together(selection: Selection, files: Sequence[str]) -> list[list[tuple[str, int]]]:
+    """File and index of every row, in groups that share an image, or that are the same text without one."""
+    place = _real_paths()
+    by_path: dict[Hashable, list[tuple[str, int]]] = {}
+    for file in dict.fromkeys(files):
+        for index, row in enumerate(selection.rows[file]):
+            path_or_text = _digest_of_text(row) if row.img is None else place(row.img)
+            by_path.setdefault(path_or_text, []).append((file, index))
+    contents = _contents([key for key in by_path if isinstance(key, str)])
+    groups: dict[Hashable, list[tuple[str, int]]] = {}
+    for key, group in by_path.items():
+        groups.setdefault(contents.get(key, key), []).extend(group)
+    return list(groups.values())
+
+
+def _digest_of_text(row: Row) -> bytes:
+    return hashlib.sha256(repr((row.history, row.prompt, row.label)).encode()).digest()
+
+
+def _real_paths() -> Callable[[str], str]:
+    """What gives the path of an image without links."""
     folder = os.getcwd()
 
     @functools.cache
@@ -191,12 +219,36 @@ def _rows_by_image(selection: Selection, files: Sequence[str]) -> list[list[tupl
         path = os.path.join(real_folder, name)
         return os.path.realpath(path) if name in links else path
 
-    groups: dict[object, list[tuple[str, int]]] = {}
-    for file in dict.fromkeys(files):
-        for index, row in enumerate(selection.rows[file]):
-            key = (file, index) if row.img is None else place(row.img)
-            groups.setdefault(key, []).append((file, index))
-    return list(groups.values())
+    return place
+
+
+def _contents(paths: Sequence[str]) -> dict[Hashable, Hashable]:
+    """What is the same for files of the same bytes and for no others, by path. No more is read than it takes to tell."""
+    known: dict[Hashable, tuple[Hashable, ...]] = dict.fromkeys(paths, ())
+    for look in (_size, _end, _whole):
+        files = Counter(known.values())
+        alike = [path for path in paths if files[known[path]] > 1]
+        for path in with_progress(alike, len(alike), "Checking pictures"):
+            try:
+                known[path] += (look(path),)
+            except (InputError, OSError):
+                known[path] += (path,)
+    return {**known}
+
+
+def _size(path: str) -> int:
+    return checked_file(path).st_size
+
+
+def _end(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
+        return hashlib.sha256(file.read(END_BYTES)).digest()
+
+
+def _whole(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:

@@ -70,8 +70,9 @@ class Run:
         """
         options, selection, hooks = self.line.options, self.inputs.selection, self.hooks
         features = FeatureCache.of_run(model, args, samples_per_step(options), options.feature_cache)
-        # The others count rows that it has left out, too.
-        selection.left_out, steps = from_first_process((selection.left_out, self.inputs.steps))
+        # The others count rows that it has left out, too; on another machine a picture may be another one.
+        left_out, held_out, steps = from_first_process((selection.left_out, selection.held_out, self.inputs.steps))
+        selection.left_out, selection.held_out = left_out, held_out
         self.state.watch(hooks, self.line, self.inputs)
         hooks.make_loaders = partial(
             make_loaders, selection=selection, features=features, batches=self.batches,

@@ -27,7 +27,7 @@ from model.cli.preflight import (
 from model.data.split import Selection, read_selection
 from model.errors import InputError
 
-ROWS = [{"prompt": "这是什么？", "label": "一只猫。"}] * 4
+ROWS = [{"prompt": "这是什么？", "label": f"一只{animal}。"} for animal in "猫狗鸟鱼"]
 
 
 @pytest.fixture(autouse=True)

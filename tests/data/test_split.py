@@ -138,6 +138,11 @@ def shared(*pictures: str) -> list[dict]:
     return [{"img": picture, "prompt": f"{i}?", "label": "!"} for i, picture in enumerate(pictures)]
 
 
+def write_picture(path: Path, end: str) -> None:
+    """A picture that is another one with another end, of as many bytes."""
+    path.write_bytes(Path(PICTURE).read_bytes() + end.encode())
+
+
 @pytest.mark.parametrize(("share", "number"), [(0.1, 3), (1, 3), (4, 3), (5, 6), (8, 9), (29, 27)])
 def test_held_out_rows_share_no_picture_with_those_trained_on(tmp_path: Path, share: float, number: int) -> None:
     rows = shared(*(f"{i % 10}.png" for i in range(30)))  # three rows for each of ten pictures
@@ -162,7 +167,7 @@ def test_held_out_rows_are_as_many_as_asked_where_small_groups_fill_up(tmp_path:
 
 def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling(tmp_path: Path) -> None:
     for name in "ab":
-        shutil.copy(PICTURE, tmp_path / f"{name}.png")
+        write_picture(tmp_path / f"{name}.png", name)
     one = str(write_rows(tmp_path, shared("a.png", "b.png")))
     other = str(write_rows(tmp_path, shared(str(tmp_path / "a.png"), "./b.png"), "other.json"))
     selection, _ = scan_files([one, other], "error")
@@ -174,7 +179,7 @@ def test_held_out_picture_is_the_same_in_another_file_and_under_another_spelling
 def test_held_out_picture_is_the_same_by_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for number in range(8):
-        shutil.copy(PICTURE, tmp_path / f"real/{number}.png")
+        write_picture(tmp_path / f"real/{number}.png", str(number))
     (tmp_path / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "7.png").symlink_to(tmp_path / "real/7.png")
     one = str(write_rows(tmp_path, shared(*(f"real/{number}.png" for number in range(8)))))
@@ -189,13 +194,58 @@ def test_held_out_picture_is_the_same_by_a_link(tmp_path: Path) -> None:
 def test_held_out_picture_is_the_same_by_a_link_to_it_alone(tmp_path: Path, seed: int) -> None:
     (tmp_path / "real").mkdir()
     for number in range(4):
-        shutil.copy(PICTURE, tmp_path / f"real/{number}.png")
+        write_picture(tmp_path / f"real/{number}.png", str(number))
         (tmp_path / f"link{number}.png").symlink_to(tmp_path / f"real/{number}.png")
     one = str(write_rows(tmp_path, shared(*(f"real/{number}.png" for number in range(4)))))
     other = str(write_rows(tmp_path, shared(*(f"link{number}.png" for number in range(4))), "other.json"))
     selection, _ = scan_files([one, other], "error")
     hold_out(selection, [one, other], 2, seed)
     assert selection.held_out[one] == selection.held_out[other]
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_held_out_picture_is_the_same_under_another_name(tmp_path: Path, seed: int) -> None:
+    for number in range(6):
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_picture(tmp_path / f"{folder}/{number}.png", f"{number}{number % 2 * split.END_BYTES * '.'}")
+    rows = shared(*(f"{folder}/{number}.png" for number in range(6) for folder in "ab"), "gone.png", "gone too.png")
+    file = str(write_rows(tmp_path, rows))
+    selection, _ = scan_files([file], "error")
+    hold_out(selection, [file], 4, seed)
+    held = [Path(rows[index]["img"]).name for index in selection.held_out[file]]
+    assert len(held) == 4
+    assert all(held.count(name) == 2 for name in held if "gone" not in name)
+
+
+def test_held_out_row_of_text_is_the_same_in_another_file(tmp_path: Path) -> None:
+    files = [str(write_rows(tmp_path, texts(10), name)) for name in ("a.json", "b.json")]
+    selection, _ = scan_files(files, "error")
+    hold_out(selection, files, 4, seed=1)
+    assert selection.held_out[files[0]] == selection.held_out[files[1]]
+    assert len(selection.held_out[files[0]]) == 2
+
+
+def test_held_out_rows_of_different_texts_and_pictures_are_those_that_they_always_were(tmp_path: Path) -> None:
+    for number in range(10):
+        write_picture(tmp_path / f"{number}.png", str(number))
+    same = {"prompt": "?", "label": "!"}
+    of_text = [same, {**same, "history": [["?", "!"]]}, {**same, "label": "."}, {**same, "prompt": "??"}, *texts(6)]
+    rows = [*of_text, *shared(*(f"{number}.png" for number in range(10)))]
+    file = str(write_rows(tmp_path, rows))
+    selection, _ = scan_files([file], "error")
+    hold_out(selection, [file], 6, seed=1234)
+    assert selection.held_out[file] == [1, 11, 12, 14, 15, 19]
+
+
+def test_holding_out_where_all_rows_are_the_same_text_is_an_error(tmp_path: Path) -> None:
+    selection, _ = scan_files([str(write_rows(tmp_path, texts(1) * 3))], "error")
+    with pytest.raises(InputError) as refused:
+        hold_out(selection, list(selection.rows), 1, seed=1)
+    assert str(refused.value) == (
+        "--holdout 1: all 3 rows in --train-data are the same, so none would be left to learn; other rows are needed, or "
+        "--valid-data."
+    )
 
 
 def test_holding_out_where_all_rows_share_a_picture_is_an_error(tmp_path: Path) -> None:

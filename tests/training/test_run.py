@@ -18,7 +18,7 @@ from model.training.run import guarded_run
 @pytest.fixture
 def parts(upstream_checkpoint, tmp_path):
     """A command line that can be run, and what its checks found."""
-    rows = write_rows(tmp_path, [{"prompt": "?", "label": "a"}] * 4)
+    rows = write_rows(tmp_path, [{"prompt": "?", "label": label} for label in "abcd"])
     flags = ["--from_pretrained", upstream_checkpoint, "--use_lora", "--train-data", rows, "--save", tmp_path / "saved"]
     line = command_line([*map(str, flags), "--keep_best", "--holdout", "1", "--eval-interval", "2"])
     return line, preflight(line.options)

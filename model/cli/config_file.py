@@ -188,12 +188,16 @@ def _words(action: argparse.Action, value: object) -> list[str]:
         return [flag, *map(_text, value if isinstance(value, list) else [value])]
     if isinstance(value, list):
         raise ValueError("one value")
+    if isinstance(value, bool) and action.nargs == "?":
+        value = "true" if value else "false"
+    if value is False and action.dest == "save":
+        value = "none"
     return [f"{flag}={_text(value)}"]  # in one word: it may begin with a dash
 
 
 def _text(value: object) -> str:
     if isinstance(value, bool):
-        return "true" if value else "false"
+        raise ValueError("a text or a number")
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 

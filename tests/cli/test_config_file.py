@@ -87,6 +87,11 @@ def test_number_that_the_command_line_does_not_take_is_refused(config, capsys, l
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["false", "no", "off", "none"])
+def test_file_that_wants_nothing_saved_saves_nothing(config, word):
+    assert options_of("--config", config(f"save: {word}")).save is None
+
+
 @pytest.mark.parametrize("words", [["--lr", "5"], ["--lr=5"]])
 def test_command_line_wins_wherever_the_file_stands(config, words):
     file = config("lr: 3\ntrain-data: [a, b]\nbatch-size: 2")
@@ -122,6 +127,10 @@ def test_of_several_files_the_later_one_wins(config):
     ("lr: [1", "line 1 column 7: not YAML (expected ',' or ']', but got '<stream end>'); lines such as `lr: 0.001` are needed."),
     ("fp16: 3", '"fp16" is 3; true or false is needed.'),
     ("lr: [1, 2]", '"lr" is [1, 2]; one value is needed.'),
+    ("feature_cache: yes", '"feature_cache" is true; a text or a number is needed.'),
+    ("save: on", '"save" is true; a text or a number is needed.'),
+    ("lr: no", '"lr" is false; a text or a number is needed.'),
+    ("train-data: [no]", '"train-data" is [false]; a text or a number is needed.'),
     ("lr: 1\nseed: 2\nlr: 3", "lr twice; one value is needed."),
     ('{"lr": 1, "lr": 3}', "lr twice; one value is needed."),
 ])  # fmt: skip

@@ -185,6 +185,8 @@ def _words(action: argparse.Action, value: object) -> list[str]:
     if value is None:
         return []
     if action.nargs in ("+", "*"):
+        if isinstance(value, str) and (action.type or action.choices):  # files may have blanks in their names
+            value = value.split()
         return [flag, *map(_text, value if isinstance(value, list) else [value])]
     if isinstance(value, list):
         raise ValueError("one value")

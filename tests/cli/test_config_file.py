@@ -70,12 +70,15 @@ base:
         ("experiment-name: 2024-01-02 3:04:05", "experiment_name", "2024-01-02 3:04:05"),
         ("train-data: [08, 010, 0x10]", "train_data", ["08", "010", "0x10"]),
         ("layer_range: [00, 014, -1]", "layer_range", [0, 14, -1]),
+        ("layer_range: 0 2", "layer_range", [0, 2]),
+        ("lora_target: query_key_value dense", "lora_target", ["query_key_value", "dense"]),
+        ("train-data: my rows.json", "train_data", ["my rows.json"]),
         ("lr: 00.10", "lr", 0.1),
         ("check_seconds: .inf", "check_seconds", math.inf),
         ("eva_args: {image_size: [28, 28], hidden: 0.50}", "eva_args", {"image_size": [28, 28], "hidden": 0.5}),
     ],
 )
-def test_number_is_the_one_that_is_typed(config, line, name, value):
+def test_value_is_the_one_that_is_typed(config, line, name, value):
     assert getattr(options_of("--config", config(line)), name) == value
 
 

@@ -150,7 +150,7 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
     add("--check_seconds", type=float, default=2.0, metavar="S",
         help="How long pictures may be looked for and opened before training, those remembered from earlier runs aside; "
              "the rest are opened while training; inf opens all first (default %(default)s).")
-    add("--holdout", type=float, metavar="N|FRACTION",
+    add("--holdout", type=_rows_or_share, metavar="N|FRACTION",
         help="Rows of --train-data to evaluate on, and whose pictures are never trained on: how many, or which share "
              "(default: none).")
     add("--keep_best", type=_measure, nargs="?", const="loss", metavar="|".join(MEASURES),
@@ -210,6 +210,12 @@ def _add_script_flags(parser: argparse.ArgumentParser) -> None:
         help="Take the largest --batch-size that fits; a step keeps its samples (--batch-size times "
              "--gradient-accumulation-steps). --batch-size auto says the same.")
     # fmt: on
+
+
+def _rows_or_share(text: str) -> float:
+    """A whole number is an int, so that it is shown as it was typed."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _measure(text: str) -> str | None:
@@ -378,7 +384,7 @@ def _ui_language(argv: Sequence[str]) -> str:
 # argparse's own messages and what we say in their place.
 _SENTENCES = (
     (r"argument (\S+): invalid int value: '(.*)'", r"\1 \2: a whole number is needed."),
-    (r"argument (\S+): invalid float value: '(.*)'", r"\1 \2: a number is needed."),
+    (r"argument (\S+): invalid (?:float|_rows_or_share) value: '(.*)'", r"\1 \2: a number is needed."),
     (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 \2: one of \3 is needed."),
     (r"argument (\S+): expected one argument", r"\1: no value found; one is needed."),
     (r"argument (\S+): expected at least one argument", r"\1: no value found; one or more are needed."),

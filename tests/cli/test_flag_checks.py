@@ -308,7 +308,7 @@ def test_muon_is_refused_for_prefixes_and_taken_for_lora() -> None:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (("--holdout", "0"), "--holdout 0.0: a number greater than 0 is needed."),
+        (("--holdout", "0"), "--holdout 0: a number greater than 0 is needed."),
         (("--holdout", "2.5"), "--holdout 2.5: a whole number of rows is needed, or a share below 1."),
         (("--holdout", "2", "--valid-data", "v.json"), "--holdout and --valid-data: both say what to evaluate on"),
         (("--holdout", "2", "--split", "8,2"), "--holdout and --split 8,2: both hold rows out"),

@@ -252,6 +252,7 @@ def annotation_of(action: argparse.Action) -> object:
 
 BY_PARSER = {
     "_measure": str,
+    "_rows_or_share": float,
     "int": int,
     "float": float,
     "str": str,

@@ -252,7 +252,7 @@ def test_more_iterations_are_taken_and_what_that_does_to_the_rate_is_said(run: P
         (["--use_ptuning"], "--use_ptuning: the run has no --use_ptuning, and the adapters are the checkpoint's"),
         (["--from_pretrained", "other"], "--from_pretrained other: the run has visualglm-6b, and the adapters are"),
         (["--seed", "2"], "--seed 2: the run has 1234, and the place in the data would be among other rows"),
-        (["--holdout", "2"], "--holdout 2.0: the run has no --holdout, and the place in the data would be among"),
+        (["--holdout", "2"], "--holdout 2: the run has no --holdout, and the place in the data would be among"),
         (["--save", "elsewhere"], "--save elsewhere: the run has /.*, and a run goes on in its folder"),
         (["--save", "none"], "--save none: the run has /.*, and a run goes on in its folder"),
         (

@@ -274,6 +274,7 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     good = ["--use_lora", "--mode", "finetune", "--from_pretrained", "model/tiny", "--train-data"]
     yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
+    yield [*good, DATA, "--train-iters", "5", "--valid-data", str(PROJECT / DATA)]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
     yield [*good, DATA, "--eval-interval", "5"]
     yield [*good, DATA, "--find_lr"]

@@ -253,12 +253,16 @@ def _whole(path: str) -> bytes:
 
 def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:
     """A sentence for each file of valid that is also one of train, under whatever name."""
-    return [
-        f"WARNING: {one} is given for training and for evaluation: the evaluation will only say how well its rows are"
-        " remembered. --holdout 0.1 takes other rows out of --train-data."
-        for one in valid
-        if any(_is_same(one, other) for other in train)
-    ]
+    warnings = []
+    for one in valid:
+        same = [other for other in train if _is_same(one, other)]
+        if same:
+            other_name = "" if one in same else f" (for training as {same[0]})"
+            warnings.append(
+                f"WARNING: {one} is given for training and for evaluation{other_name}: the evaluation will only say how well"
+                " its rows are remembered. --holdout 0.1 takes other rows out of --train-data."
+            )
+    return warnings
 
 
 def _is_same(one: str, other: str) -> bool:

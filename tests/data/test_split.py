@@ -272,6 +272,7 @@ def test_same_file_for_both_is_warned_about(tmp_path: Path, how: str) -> None:
         os.symlink(file, other)
     assert same_file_warnings([file], [other])[0].startswith(
         f"WARNING: {other} is given for training and for evaluation"
+        + (": the evaluation will" if other == file else f" (for training as {file}): the evaluation will")
     )
     assert same_file_warnings([file], [str(write_rows(tmp_path, texts(2), "other.json"))]) == []
 

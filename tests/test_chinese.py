@@ -47,7 +47,7 @@ from model.training.best_checkpoint import BestEvaluation
 from model.training.find_lr import RateSweep
 from model.training.memory import Batch, Setup
 from model.training.records import EVALUATION, STEP, VALIDATION, Record
-from model.training.signals import STOPPING, StopAtSignal
+from model.training.signals import BEFORE_ALL, STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
@@ -471,7 +471,7 @@ def told_of_runs() -> list[str]:
     batches, options = BatchesAtHand(), SimpleNamespace(batch_size=4, gradient_accumulation_steps=1)
     batches.note({"rows": [("a.json row 1", 90)]})
     lines += [_no_memory("too much", batches, options), *by_kind({"t.layers.1.a.0": [2, 3], "t.layers.3.a.0": [2, 3]})]  # type: ignore[arg-type]
-    return [*lines, f"SIGTERM: {STOPPING}", GOES_ON, DISK_IS_FULL]
+    return [*lines, f"SIGTERM: {STOPPING}", f"SIGTERM: {BEFORE_ALL}", GOES_ON, DISK_IS_FULL]
 
 
 def told_of_plans() -> list[str]:

@@ -8,7 +8,7 @@ So does --exit-interval, with status 0.
 
 What a signal does depends on what the run is at:
 
-    before the first step         it leaves at once: there is nothing to save
+    before the first step         it leaves at once, and says that there is nothing to save
     a step, saving                this is finished; then the run is saved
     evaluating                    the evaluation is given up, with several processes after the batch in hand; then the
                                   run is saved
@@ -41,6 +41,7 @@ from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWat
 # Launchers pass on what the terminal has sent to their processes already (deepspeed's runner: SIGINT, then SIGTERM).
 SECONDS_OF_ONE_SIGNAL = 2.0
 STOPPING = "this step is finished, then the run stops. A second signal leaves at once."
+BEFORE_ALL = "stopped before the first step; nothing was saved."
 
 
 class StopAtSignal(StepWatcher):
@@ -171,14 +172,15 @@ class StopAtSignal(StepWatcher):
         if self.number:  # another process was faster
             return
         self.number = number
-        if not self._may_wait():
-            self._leaving.begin(number)
-        if is_first_process():
+        waits = self._may_wait()
+        if is_first_process() and (waits or self._args is None):
             with suppress(
                 OSError
             ):  # the terminal may have gone; and printing isn't allowed where a signal interrupts it
-                text = in_ui_language(f"{signal.Signals(number).name}: {STOPPING}", sys.stderr)
-                os.write(sys.stderr.fileno(), f"{text}\n".encode())
+                said = f"{signal.Signals(number).name}: {STOPPING if waits else BEFORE_ALL}"
+                os.write(sys.stderr.fileno(), f"{in_ui_language(said, sys.stderr)}\n".encode())
+        if not waits:
+            self._leaving.begin(number)
         if self._processes == 1 and self._args is not None:
             self._end_the_loop(self._args)
             if self._evaluating:

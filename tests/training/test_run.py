@@ -59,7 +59,7 @@ def test_sat_is_replaced_in_the_block_and_as_before_after_an_error(parts, tmp_pa
     assert not (tmp_path / "saved").exists()  # not a step was taken
 
 
-def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts):
+def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status_and_a_line(parts, capfd):
     def train():
         with guarded_run(*parts):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -67,6 +67,7 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status(parts
     with pytest.raises(SystemExit) as left:
         train()
     assert left.value.code == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.splitlines()[-1] == "SIGTERM: stopped before the first step; nothing was saved."
 
 
 @pytest.mark.run

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.tokenizer import ChatGLMTokenizer
-from model.inference.engine import Engine, Question
+from model.inference.engine import Engine, Question, model_positions
 from model.inference.text import answer_text
 from model.loss import head_losses
 from model.masks import supervised_positions
@@ -75,6 +75,8 @@ def label_losses(
 ) -> list[tuple[float, int]]:
     """Each sample's summed cross entropy, in nats, and its number of supervised tokens.
 
+    A sample may be longer than the model's positions, which its question and its label each have to themselves.
+
     Args:
         image: [images, 3, H, W] on the model's device, of the samples that have one, or else
         image_features: [images, queries, width]; None if no sample has a picture.
@@ -87,8 +89,13 @@ def label_losses(
     seq = input_ids.shape[1]
     first_slots = torch.tensor([row * seq + one.pre_image for row, one in enumerate(samples) if one.pre_image])
     image_slots = first_slots[:, None] + torch.arange(model.image_length)
+    input_ids = input_ids.to(device)
+    attention_mask, position_ids = model.get_inputs(input_ids)
+    position_ids.clamp_(max=model_positions(model) - 1)  # of padding and of an <eop>, which no token sees
     hidden = model(
-        input_ids=input_ids.to(device),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
         image=image,
         image_features=image_features,
         image_slots=image_slots.to(device),

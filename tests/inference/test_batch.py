@@ -8,6 +8,7 @@ from model.data.prompt import Lengths, context_ids, sample_from_row
 from model.data.rows import Row
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat
+from model.inference.engine import model_positions
 from model.loss import answer_loss
 
 QUESTIONS = ("这张图片的背景里有什么内容？", "What is in the background?", "你好")
@@ -48,3 +49,23 @@ def test_label_losses_are_those_of_training(model, tokenizer, image):
                 input_ids=torch.tensor([sample.input_ids]), image=image[index : index + 1], pre_image=sample.pre_image
             )[0]
         assert total / tokens == pytest.approx(answer_loss(logits, torch.tensor([sample.labels])).item(), rel=1e-5)
+
+
+def test_label_losses_of_rows_that_fill_the_models_positions_do_not_depend_on_their_neighbours(model, tokenizer):
+    positions = model_positions(model)
+    rows = [Row(None, "你好" * positions, "天" * positions, "long"), Row(None, "你好", "你好", "short")]
+    samples = [sample_from_row(row, tokenizer, Lengths(32, positions, positions)) for row in rows]
+    assert len(samples[0].input_ids) > positions
+    alone = [label_losses([sample], None, model, tokenizer)[0] for sample in samples]
+    together = label_losses(samples, None, model, tokenizer)
+    assert [count for _, count in together] == [count for _, count in alone]
+    assert [loss for loss, _ in together] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
+
+
+def test_label_whose_eop_is_the_first_beyond_the_models_positions_has_its_loss(model, tokenizer):
+    positions = model_positions(model)
+    row = Row(None, "你好", "天" * (positions - len(("<sop>", "▁", "<eop>"))), "row")
+    sample = sample_from_row(row, tokenizer, Lengths(32, positions, positions))
+    [(total, tokens)] = label_losses([sample], None, model, tokenizer)
+    assert tokens == positions
+    assert total > 0

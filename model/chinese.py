@@ -450,7 +450,7 @@ SENTENCES = {
     ),
     "The answer was cut off (--max_length {length:d}).": "回答被截断（--max_length {length}）。",
     "the question and its history take {tokens:d} tokens; --max_length must be more, not {length:d}.": (
-        "问题和对话历史共 {tokens} 个 token，超过了 --max_length {length}；请增大 --max_length。"
+        "问题和对话历史共 {tokens} 个 token；--max_length 须大于它，而不是 {length}。"
     ),
     "the question and its history take {tokens:d} tokens, the answer not counted; fewer than {length:d} are needed.": (
         "问题和对话历史共 {tokens} 个 token（不含回答），须少于 {length} 个；请开始新对话，或缩短问题。"

@@ -144,7 +144,7 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
         ("  answers right: 3/50", "  答对：3/50"),
         (  # one question on the command line has no `clear`
             "the question and its history take 32 tokens; --max_length must be more, not 30.",
-            "问题和对话历史共 32 个 token，超过了 --max_length 30；请增大 --max_length。",
+            "问题和对话历史共 32 个 token；--max_length 须大于它，而不是 30。",
         ),
         ("my.json: 1 row", "my.json：1 条数据"),
         (

@@ -36,6 +36,7 @@ from model.inference.flags import (
     add_sampling_flags,
     found_checkpoint,
     sampling_of,
+    with_compared,
 )
 from model.inference.keyboard import line_editing, typed_path
 from model.inference.sampling import CHINESE_TOKENS
@@ -129,14 +130,11 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
             raise InputError(f"{flag}: it is empty; a value is needed, or no {flag}.")
     if options.image and may_be_downloaded(options.from_pretrained):
         picture_path(options.image)  # in hours it would be told in the language of the checkpoint
-    checkpoints = [found_checkpoint(options)]
-    choose_language(options, checkpoints[0].asked_as.lang)
+    checkpoint = found_checkpoint(options)
+    choose_language(options, checkpoint.asked_as.lang)
     if options.image:
         options.image = picture_path(options.image)
-    if options.compare == options.from_pretrained:
-        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
-    if options.compare:
-        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    checkpoints = with_compared(checkpoint, options)
     positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
     return checkpoints

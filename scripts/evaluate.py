@@ -33,7 +33,7 @@ from model.data.rows import Row, missing_file_problems
 from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.distributed import done_by_first_process, from_all_processes, world_size
-from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint
+from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint, with_compared
 from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
@@ -266,9 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
     check(options)
-    checkpoints = [found_checkpoint(options)]
-    if options.compare:
-        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    checkpoints = with_compared(found_checkpoint(options), options)
     positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
     rows = usable_rows(options)
@@ -356,8 +354,6 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
-    if options.compare == options.from_pretrained:
-        raise InputError(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     if options.full_width and (options.compare or not is_narrow(options)):
         raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
     parts = options.model_parallel_size

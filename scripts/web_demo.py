@@ -40,6 +40,7 @@ from model.inference.flags import (
     sampling_of,
     secret_of,
     serving_problems,
+    with_compared,
 )
 from model.progress import say, warn
 from model.training.records import HELD_OUT_FILE
@@ -89,13 +90,9 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     source, options.auth = secret_of("--auth", options.auth, AUTH_VARIABLE)
     if options.auth is not None and not all(options.auth.partition(":")):
         problems.append(f"{source}: no NAME:PASSWORD; a name, a colon and a password are needed, or no {source}.")
-    if options.compare == options.from_pretrained:
-        problems.append(f"--compare {options.compare}: the same as --from_pretrained; another checkpoint is needed.")
     raise_problems(problems)
     options.sampling = replace(sampling_of(options), seed=options.seed)
-    checkpoints = [found_checkpoint(options)]
-    if options.compare:
-        checkpoints.append(Checkpoint.find(options.compare, "--compare"))
+    checkpoints = with_compared(found_checkpoint(options), options)
     positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
     options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
     return checkpoints

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import refuse_needless_base
+from model.checkpoints.whole import is_same_file
 from model.distributed import world_size
 from model.errors import InputError
 from model.hub import at_revision
@@ -54,6 +55,20 @@ def found_checkpoint(options: argparse.Namespace) -> Checkpoint:
     if not getattr(options, "compare", None):  # the other one may be an adapter
         refuse_needless_base(checkpoint, options.base)
     return checkpoint
+
+
+def with_compared(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Checkpoint]:
+    """The checkpoint, and behind it that of --compare where it is given.
+
+    Raises:
+        InputError: there is none, or it can't be used, or it is the same one, whatever its name.
+    """
+    if not options.compare:
+        return [checkpoint]
+    other = Checkpoint.find(options.compare, "--compare")
+    if is_same_file(checkpoint.folder, other.folder) and checkpoint.iteration == other.iteration:
+        raise InputError(f"--compare {other.name}: the same as --from_pretrained; another checkpoint is needed.")
+    return [checkpoint, other]
 
 
 def add_number_format_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,20 @@
 """The flags of commands that answer: their defaults, and what they take."""
 
 import argparse
+import shutil
+from pathlib import Path
 
 import pytest
 
+from model.checkpoints.layout import Checkpoint
 from model.errors import InputError
-from model.inference.flags import add_checkpoint_flags, add_number_format_flags, add_sampling_flags, sampling_of
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_number_format_flags,
+    add_sampling_flags,
+    sampling_of,
+    with_compared,
+)
 from model.inference.load import DTYPES
 from model.inference.sampling import GREEDY
 
@@ -60,3 +69,25 @@ def test_checkpoint_has_to_be_given_where_there_is_no_default() -> None:
     add_checkpoint_flags(parser)
     with pytest.raises(SystemExit):
         parser.parse_args([])
+
+
+@pytest.mark.parametrize("other", ["model/tiny", "./model/tiny", "model/tiny/1", "linked"])
+def test_compared_checkpoint_that_is_the_first_by_any_name_is_refused(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "linked").symlink_to(Path("model/tiny").absolute())
+    monkeypatch.setenv("SAT_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=f"--compare {other}: the same as --from_pretrained"):
+        with_compared(Checkpoint.find("model/tiny"), argparse.Namespace(compare=other))
+
+
+def test_another_iteration_of_the_same_run_is_compared(tmp_path: Path) -> None:
+    shutil.copytree("model/tiny", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    first, second = (Checkpoint.find(tmp_path / iteration) for iteration in "12")
+    assert with_compared(first, argparse.Namespace(compare=str(tmp_path / "2"))) == [first, second]
+
+
+def test_without_compare_there_is_one_checkpoint() -> None:
+    first = Checkpoint.find("model/tiny")
+    assert with_compared(first, argparse.Namespace(compare=None)) == [first]

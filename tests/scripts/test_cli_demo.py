@@ -349,6 +349,10 @@ def test_ctrl_c_ends_politely(upstream_checkpoint):
         (["--query", "你好", "--max_length", "5"], "--max_length must be more, not 5"),
         (["--query", ""], "--query: it is empty; a value is needed, or no --query."),
         (["--image", "  "], "--image: it is empty"),
+        (
+            ["--from_pretrained", "model/tiny", "--compare", "./model/tiny", "--query", "你好"],
+            "--compare ./model/tiny: the same as --from_pretrained; another checkpoint is needed.",
+        ),
         (["--prompt_zh", ""], "--prompt_zh: it is empty; a value is needed, or no --prompt_zh."),
         (["--prompt_en", " "], "--prompt_en: it is empty; a value is needed, or no --prompt_en."),
     ],

@@ -313,6 +313,10 @@ def test_results_and_page_of_an_earlier_evaluation_are_replaced(tmp_path):
         (["--from_pretrained", "BASE", "--data", "gone.json"], "gone.json"),
         (["--from_pretrained", "BASE", "--compare", "gone", "--data", str(ROWS)], "--compare gone: no such folder"),
         (["--from_pretrained", "BASE", "--compare", "BASE", "--data", str(ROWS)], "another checkpoint is needed"),
+        (
+            ["--from_pretrained", "model/tiny", "--compare", "./model/tiny", "--data", str(ROWS)],
+            "--compare ./model/tiny: the same as --from_pretrained; another checkpoint is needed.",
+        ),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--batch-size", "0"], "1 or more is needed"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--full_width"], "--quant or --dtype is needed with it"),
         (["--from_pretrained", "BASE", "--data", str(ROWS), "--out", "gone/results.json"], "no folder"),

@@ -225,6 +225,8 @@ def test_port_in_use_is_told(server, checkpoints, capsys):
     (["--auth", "secret"], "--auth: no NAME:PASSWORD; a name, a colon and a password are needed, or no --auth."),
     (["--max_length", "100000"], "--max_length 100000: this model takes"),
     (["--compare", "no/such/checkpoint"], "--compare no/such/checkpoint: no such folder"),
+    (["--from_pretrained", "model/tiny", "--compare", "./model/tiny"],
+     "--compare ./model/tiny: the same as --from_pretrained; another checkpoint is needed."),
     (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 7860: can't be listened to"),
 ])  # fmt: skip
 def test_bad_flag_is_told_before_a_model_is_loaded(checkpoints, capsys, flags, sentence):

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # rows and flags are checked before torch is loaded
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together, as evaluate.py has it
 CHECK_SECONDS = 2.0  # for opening pictures beforehand, where a bad one does no harm
+IMPLIED_SEED = 0  # without --seed; rows draw alike, too, where a command goes on
 STANDARD_OUTPUT = "-"
 CONFIG = "the checkpoint's config"
 OWN_SETTINGS = re.compile(rb'[{]\s*"--')
@@ -274,7 +275,7 @@ def answered(
 
     def question_of(number: int, row: Row) -> "Question":
         image = None if row.img is None else image_tensor(row.img, model)
-        seed = None if options.seed is None else row_seed(options.seed, number)
+        seed = row_seed(IMPLIED_SEED if options.seed is None else options.seed, number)
         return chat_question(
             image, model, tokenizer, row.prompt, row.history,
             max_length=options.max_length, sampling=replace(sampling, seed=seed), lang=row.lang or options.lang,

@@ -144,6 +144,18 @@ def test_drawn_answer_depends_on_the_seed_and_the_row_not_on_its_neighbours(pred
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [[], ["--seed", "1"]])
+def test_drawn_answers_of_a_command_that_goes_on_are_those_of_one_that_was_not_stopped(predict, tmp_path, seed):
+    out = tmp_path / "answers.jsonl"
+    words = ["--data", write_rows(tmp_path, [{"prompt": "你好"}] * 3), "--out", out, "--temperature", "5", *seed]
+    predict(*words)
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.index(b"\n") + 1])
+    predict(*words)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.slow
 def test_half_a_line_is_dropped_and_the_same_command_goes_on(predict, tmp_path):
     words = ["--data", write_rows(tmp_path, [*ROWS, BAD[0]]), "--out", tmp_path / "answers.jsonl"]
     predict(*words)

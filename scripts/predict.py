@@ -289,7 +289,10 @@ def answered(
 
 
 def row_seed(seed: int, number: int) -> int:
-    """The seed of one row: whichever rows were answered before, or stand beside it, its answer is the same."""
+    """The seed of one row: whichever rows were answered before, or stand beside it, its answer is the same.
+
+    But for rounding: in 16 bits, and with --quant 4, that depends on --batch-size.
+    """
     return random.Random(f"{seed} {number}").getrandbits(32)
 
 

@@ -93,7 +93,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
     add("--temperature", type=float, default=temperature, metavar="X",
         help="of sampling; 0 always takes the likeliest token (default %(default)s)")
     add("--seed", type=_seed, metavar="N",
-        help="random seed: the same one gives the same answers; without it, too, each start of a command draws alike")
+        help="random seed: the same one gives the same answers; without it, too, each start of a command draws alike (in 16 "
+             "bits, and with --quant 4, rounding depends on how many are answered at once)")
     # fmt: on
 
 

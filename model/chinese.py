@@ -148,6 +148,11 @@ SENTENCES = {
         "警告：{file} 既用于训练（文件名为 {other}）又用于评估，评估结果只说明模型记住了多少。"
         "--holdout 0.1 会从 --train-data 中另外留出数据。"
     ),
+    "WARNING: {found:d} of {rows:d} rows of {file} are also trained on: of these, the evaluation will only say how well"
+    " they are remembered. --holdout 0.1 takes other rows out of --train-data.": (
+        "警告：{file} 的 {rows} 条数据中有 {found} 条也用于训练，对这些数据，评估结果只说明模型记住了多少。"
+        "--holdout 0.1 会从 --train-data 中另外留出数据。"
+    ),
     "Training on {samples:d} samples: {steps:d} steps of {at_once:d} see {seen:d} samples, {epochs} epochs.": (
         "训练样本 {samples} 个：共 {steps} 步，每步 {at_once} 个，总计 {seen} 个样本，{epochs} 轮（epoch）。"
     ),

@@ -11,7 +11,6 @@ trained on), 2 when a file can't be used at all. What the lengths would cut is r
 import argparse
 import hashlib
 import json
-import marshal
 import os
 import random
 import sys
@@ -40,6 +39,7 @@ from model.data.images import checked_file, open_image
 from model.data.lengths import auto_lengths, bounded_length, count_truncations, needed_lengths, turn_lengths
 from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, missing_file_problems, scan_rows
+from model.data.split import digest_of, row_digest
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.progress import count_of, say, with_progress
 
@@ -204,7 +204,7 @@ def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
     for rows in all_rows:
         answers: dict[bytes, bytes] = {}
         for row in rows:
-            question, answer = _digest(row.img, row.prompt, row.history), _digest(row.label)
+            question, answer = digest_of(row.img, row.prompt, row.history), digest_of(row.label)
             first = answers.setdefault(question, answer)
             same += first == answer
             other_answer += first != answer
@@ -222,7 +222,7 @@ def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, An
 
     def keys(row: Row) -> tuple[bytes, bytes, str | None]:
         picture = facts[row.img].get("digest", row.img) if row.img is not None else None
-        return _digest(picture, row.prompt, row.label, row.history), _digest(row.prompt), picture
+        return row_digest(row, picture), digest_of(row.prompt), picture
 
     seen: tuple[set[Any], ...] = set(), set(), set()
     for rows in train:
@@ -235,10 +235,6 @@ def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, An
             for place, (known, key) in enumerate(zip(seen, keys(row), strict=True)):
                 shared[place] += key is not None and key in known
     return {"rows": shared[0], "prompts": shared[1], "pictures": shared[2], "of": sum(map(len, valid))}
-
-
-def _digest(*values: Any) -> bytes:
-    return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()  # 2: equal values, equal bytes
 
 
 def _tokenizer(options: argparse.Namespace) -> tuple[ChatGLMTokenizer | None, Mapping[str, Any]]:

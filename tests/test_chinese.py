@@ -275,6 +275,7 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", str(PROJECT / DATA)]
+    yield [*good, str(folder / "talk.json"), "--train-iters", "5", "--valid-data", str(folder / "talk-and-more.json")]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
     yield [*good, DATA, "--eval-interval", "5"]
     yield [*good, DATA, "--find_lr"]
@@ -340,6 +341,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]
     files["talk"] = [ROW | {"history": [["背景里有什么？", "雪地。"]] * 2}]
+    files["talk-and-more"] = [*files["talk"], ROW]
     (folder / "two").mkdir()
     (folder / "two/README.md").write_text("another one than the working directory's")
     files["two/files"] = [ROW | {"img": "README.md"}]

@@ -41,7 +41,7 @@ from model.data.lengths import Truncations, auto_lengths, begin_counting_truncat
 from model.data.prompt import Lengths
 from model.data.rows import missing_file_problems
 from model.data.sampling import SampleOrder
-from model.data.split import Selection, hold_out, leave_out_bad_images, same_file_warnings, scan_files
+from model.data.split import Selection, find_trained_rows, hold_out, leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, check_special_ids, find_tokenizer
 from model.data.workers import run_in_subprocess
 from model.distributed import is_first_process, world_size
@@ -218,9 +218,9 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     truncations = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
     notes = leave_out_bad_images(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: selection.sample_count(file) for file in train_files}))
-    notes += same_file_warnings(train_files, valid_files)
     if options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)
+    notes += find_trained_rows(selection, train_files, valid_files)
     raise_problems(epoch_problems(options, selection))
     found = truncations() if truncations is not None else {}
     if found:

@@ -5,6 +5,7 @@ Standard library and Pillow only.
 
 import functools
 import hashlib
+import marshal
 import os
 import random
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, ImageCheck, check_rows
@@ -34,6 +36,7 @@ class Selection:
     left_out: dict[str, list[int]] = field(default_factory=dict)  # their images are bad, and --bad_rows is skip
     held_out: dict[str, list[int]] = field(default_factory=dict)  # by --holdout; some may be left out as well
     problems: list[str] = field(default_factory=list)  # a sentence for each bad row, with --bad_rows skip
+    also_trained_on: set[str] = field(default_factory=set)  # `Row.where` of rows for evaluation that training has, too
 
     def chosen(self, path: str, training: bool) -> list[int] | None:
         """Rows of a file to train on, None if all are; or, if not training, the rows held out of it."""
@@ -188,7 +191,7 @@ def _rows_that_stay_together(selection: Selection, files: Sequence[str]) -> list
     by_path: dict[Hashable, list[tuple[str, int]]] = {}
     for file in dict.fromkeys(files):
         for index, row in enumerate(selection.rows[file]):
-            path_or_text = _digest_of_text(row) if row.img is None else place(row.img)
+            path_or_text = row_digest(row, None) if row.img is None else place(row.img)
             by_path.setdefault(path_or_text, []).append((file, index))
     contents = _contents([key for key in by_path if isinstance(key, str)])
     groups: dict[Hashable, list[tuple[str, int]]] = {}
@@ -197,8 +200,14 @@ def _rows_that_stay_together(selection: Selection, files: Sequence[str]) -> list
     return list(groups.values())
 
 
-def _digest_of_text(row: Row) -> bytes:
-    return hashlib.sha256(repr((row.history, row.prompt, row.label)).encode()).digest()
+def row_digest(row: Row, picture: str | None) -> bytes:
+    """What is the same for rows that say the same of the same picture, and for no others."""
+    return digest_of(picture, row.prompt, row.label, row.history)
+
+
+def digest_of(*values: Any) -> bytes:
+    """What is the same for the same values, and for no others."""
+    return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()  # 2: equal values, equal bytes
 
 
 def _real_paths() -> Callable[[str], str]:
@@ -249,6 +258,32 @@ def _end(path: str) -> bytes:
 def _whole(path: str) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def find_trained_rows(selection: Selection, train: Sequence[str], valid: Sequence[str]) -> list[str]:
+    """Put rows of valid that are trained on, too, into selection.also_trained_on. Returns a warning for each such file."""
+    if not valid:
+        return []
+    place = _real_paths()
+
+    def digest(row: Row) -> bytes:
+        return row_digest(row, None if row.img is None else place(row.img))
+
+    trained: set[bytes] = set()
+    for file in train:
+        rows, chosen = selection.rows[file], selection.chosen(file, training=True)
+        trained.update(map(digest, rows if chosen is None else map(rows.__getitem__, chosen)))
+    warnings = []
+    for file in dict.fromkeys(valid):
+        whole_file = same_file_warnings(train, [file])
+        found = [row.where for row in selection.rows[file] if whole_file or digest(row) in trained]
+        selection.also_trained_on.update(found)
+        if found:
+            warnings += whole_file or [
+                f"WARNING: {len(found)} of {selection.row_count(file)} rows of {file} are also trained on: of these, the"
+                " evaluation will only say how well they are remembered. --holdout 0.1 takes other rows out of --train-data."
+            ]
+    return warnings
 
 
 def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Some rows that are answered while a run goes on: before its first step, at evaluations (--eval_answers), and at its end.
 
-They are rows of the evaluation, evenly spread over it; where nothing is held out, rows that are trained on, which is
-said. The question is the sample's own, cut and framed as in training; the likeliest token is always taken. An answer may
-have twice the label's tokens and ANSWER_ROOM more: longer ones are wrong already, and cost time.
+They are rows of the evaluation, evenly spread over it, without those that are also trained on. Where no other is left, or
+nothing is held out, they are rows that are trained on, which is said. The question is the sample's own, cut and framed as
+in training; the likeliest token is always taken. An answer may have twice the label's tokens and ANSWER_ROOM more: longer
+ones are wrong already, and cost time.
 
 Every process answers every row. They are few, and where processes share a model, none can do without the others. With ZeRO 3
 no row is answered: for each token all processes would send each other the whole model.
@@ -15,7 +16,7 @@ no row is answered: for each token all processes would send each other the whole
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +29,6 @@ from model.cli.flag_checks import NOT_WITH_ZERO_3
 from model.cli.options import Options
 from model.data.prompt import IGNORE_INDEX, Sample
 from model.data.rows import Row
-from model.data.split import same_file_warnings
 from model.distributed import from_all_processes, from_first_process, is_first_process
 from model.errors import InputError
 from model.inference.batch import label_losses
@@ -82,12 +82,20 @@ class Answered:
 class RowAnswers:
     """The rows of a run that are answered, and their answers before the first step and now."""
 
-    def __init__(self, options: Options, tokenizer: Any, goes_on: bool = False) -> None:
-        """goes_on: the run is resumed, and has answered before its first step."""
+    def __init__(
+        self, options: Options, tokenizer: Any, goes_on: bool = False, also_trained_on: Collection[str] = ()
+    ) -> None:
+        """Nothing is answered yet.
+
+        Args:
+            goes_on: the run is resumed, and has answered before its first step.
+            also_trained_on: rows of --valid-data that are training rows, too; see `model.data.split.Selection`.
+        """
         # Without a folder nothing is left of the answers but an evaluation's measures.
         self.number = options.eval_answers or (options.answers if options.save else 0)
         self.in_between = options.eval_answers > 0
         self.tokenizer, self.goes_on = tokenizer, goes_on
+        self._also_trained_on = also_trained_on if options.valid_data else ()
         self.batch = min(AT_ONCE, options.eval_batch_size or AT_ONCE)
         self.held_out = False
         self.before: Answered | None = None
@@ -114,9 +122,10 @@ class RowAnswers:
             )
             return
         self._folder = Path(args.save) if args.save else None
-        self.held_out = valid is not None and not same_file_warnings(args.train_data, args.valid_data or [])
         found = (train if valid is None else valid).spread(self.number)
-        self._rows = [(row, sample) for row, sample in found if "problem" not in sample]
+        asked = [(row, sample) for row, sample in found if "problem" not in sample]
+        new = [(row, sample) for row, sample in asked if row.where not in self._also_trained_on]
+        self.held_out, self._rows = valid is not None and bool(new), new or asked
         if self.goes_on:
             self.before = from_first_process(self._kept() if self._folder else None)
         elif self._rows:

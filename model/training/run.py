@@ -126,7 +126,7 @@ def guarded_run(line: CommandLine, inputs: Inputs) -> Iterator[Run]:
     hooks.longest_wait += timedelta(seconds=min(options.check_seconds, A_WEEK))
     stop = StopAtSignal(hooks)
     sweep = RateSweep(options, hooks) if options.find_lr else None
-    answers = RowAnswers(options, inputs.tokenizer, line.resumed is not None)
+    answers = RowAnswers(options, inputs.tokenizer, line.resumed is not None, inputs.selection.also_trained_on)
     with Running() as running:
         folder = RunFolder(line, inputs, state, hooks, stop.is_stopping, running)
         with stop, launcher_environment(), adapted(hooks):

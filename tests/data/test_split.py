@@ -10,7 +10,7 @@ from conftest import GOLDEN, write_rows
 
 from model.data import split
 from model.data.image_check import ImageCheck
-from model.data.split import hold_out, read_selection, same_file_warnings, scan_files
+from model.data.split import find_trained_rows, hold_out, read_selection, same_file_warnings, scan_files
 from model.errors import InputError
 
 PICTURE = str(GOLDEN / "upstream/images/0.png")
@@ -283,3 +283,32 @@ def test_other_rows_in_as_many_bytes_are_not_the_same_file(tmp_path: Path) -> No
     )
     assert os.path.getsize(one) == os.path.getsize(other)
     assert same_file_warnings([one], [other]) == []
+
+
+def test_rows_for_evaluation_that_are_also_trained_on_are_counted(tmp_path: Path) -> None:
+    os.symlink(PICTURE, tmp_path / "link.png")
+    row = {"img": PICTURE, "prompt": "?", "label": "!"}
+    train = str(write_rows(tmp_path, [row, *texts(3)]))
+    others = [row | {"label": "other"}, row | {"img": None}, row | {"history": [["?", "!"]]}]
+    some = str(write_rows(tmp_path, [*others, row | {"img": "link.png"}, *texts(2)], "some.json"))
+    none = str(write_rows(tmp_path, others, "none.json"))
+    copy = str(write_rows(tmp_path, [row, *texts(3)], "copy.json"))
+    selection, _ = read_selection([train, some, none, copy], "error", 60.0)
+    warning, of_copy = find_trained_rows(selection, [train], [some, none, copy])
+    assert warning.startswith(
+        f"WARNING: 3 of 6 rows of {some} are also trained on: of these, the evaluation will only say"
+    )
+    assert [of_copy] == same_file_warnings([train], [copy])
+    assert selection.also_trained_on == {
+        f"{file} row {number}"
+        for file, first, last in ((some, 4, 6), (copy, 1, 4))
+        for number in range(first, last + 1)
+    }
+
+
+def test_rows_that_are_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    train = str(write_rows(tmp_path, texts(4)))
+    test = str(write_rows(tmp_path, texts(3), "test.json"))
+    selection, _ = read_selection([train, test], "error", 60.0)
+    selection.held_out[train] = [0, 1, 2]
+    assert find_trained_rows(selection, [train], [test]) == []

@@ -133,6 +133,18 @@ def test_rows_with_several_turns_are_told_with_their_number(tmp_path):
     assert answers.what == "2 held-out rows"
 
 
+@pytest.mark.parametrize(("trained", "said"), [(1, "2 held-out rows"), (3, "3 training rows")])
+def test_rows_of_the_evaluation_that_are_also_trained_on_are_not_told_as_held_out(trained, said, monkeypatch):
+    options = parse(["--save", "none", "--eval_answers", "3", "--train-data", "a.json", "--valid-data", "b.json"])
+    wheres = [f"b.json row {number}" for number in (1, 2, 3)]
+    answers = RowAnswers(options, None, also_trained_on=wheres[:trained])
+    monkeypatch.setattr(answers, "ask", lambda model, args: None)
+    found = [(Row(None, "?", "!", where), {}) for where in wheres]
+    valid = SimpleNamespace(spread=lambda number: found[:number])
+    answers.begin(None, SimpleNamespace(deepspeed_config={}, save=None), None, valid)
+    assert answers.what == said
+
+
 def test_answers_survive_the_file(tmp_path):
     result = Result("a.png", "问", "答", "答", True, True, 1.0, 0.5, 2, cut=True)
     content = {"held_out": True, "after": Answered(7, [result]).to_json()}

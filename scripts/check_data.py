@@ -199,17 +199,15 @@ def image_summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def repetitions(all_rows: Iterable[Rows]) -> dict[str, int]:
-    """How many rows repeat an earlier row of their file, and how many ask the same question but have another answer."""
+    """How many rows repeat an earlier row, of any file, and how many ask the same question but have another answer."""
     same = other_answer = 0
-    for rows in all_rows:
-        answers: dict[bytes, bytes] = {}
-        for row in rows:
-            question, answer = digest_of(row.img, row.prompt, row.history), digest_of(row.label)
-            first = answers.setdefault(question, answer)
-            same += first == answer
-            other_answer += first != answer
-        same -= len(answers)
-    return {"rows": same, "same_question_other_answer": other_answer}
+    answers: dict[bytes, bytes] = {}
+    for row in chain.from_iterable(all_rows):
+        question, answer = digest_of(row.img, row.prompt, row.history), digest_of(row.label)
+        first = answers.setdefault(question, answer)
+        same += first == answer
+        other_answer += first != answer
+    return {"rows": same - len(answers), "same_question_other_answer": other_answer}
 
 
 def overlaps(train: list[Rows], valid: list[Rows], facts: dict[str, dict[str, Any]]) -> dict[str, int] | None:

@@ -70,6 +70,11 @@ def test_report_finds_rows_that_say_the_same_and_contradictions(tmp_path: Path, 
     assert found == {"rows": 1, "same_question_other_answer": 1}
 
 
+def test_report_finds_rows_of_another_file_that_say_the_same(tmp_path: Path, row: dict) -> None:
+    files = [str(write_rows(tmp_path, rows, f"{len(rows)}.json")) for rows in ([row], [row, row | {"label": "other"}])]
+    assert report_of(*files)["repeated"] == {"rows": 1, "same_question_other_answer": 1}
+
+
 def test_report_finds_what_evaluation_shares_with_training(tmp_path: Path, row: dict) -> None:
     picture(tmp_path, "b.png", "blue")
     valid = [row, row | {"img": "b.png"}, row | {"prompt": "new", "label": "new"}]

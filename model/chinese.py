@@ -252,7 +252,7 @@ SENTENCES = {
     "{signal}: this step is finished, then the run stops. A second signal leaves at once.": (
         "{signal}：做完当前这一步就停止。再来一个信号会立即退出。"
     ),
-    "{signal}: stopped before the first step; nothing was saved.": "{signal}：在第一步之前停止，没有保存任何内容。",
+    "{signal}: stopped before the first step; nothing new was saved.": "{signal}：在第一步之前停止，没有保存任何新内容。",
     "{signal}: stopped after step {step:d} of {last:d}. To go on: --resume {folder}": (
         "{signal}：在第 {step} 步（共 {last} 步）后停止。继续训练请用 --resume {folder}"
     ),

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -250,8 +251,11 @@ def _is_read_as_it_lies(path: Path) -> bool:
     """Whether the numbers in a file of torch's lie in it as in this machine's memory: before torch 1.6 they didn't."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    except zipfile.BadZipFile:  # torch can be told to write no check sums
+        return False
     return all(order == sys.byteorder.encode() for order in orders)
 
 
@@ -259,11 +263,17 @@ class OpenFile:
     """A file of tensors, from whose places numbers are read. It stays the one that was opened if it is replaced."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+        """Open it.
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        Raises:
+            InputError: it can't be opened.
+        """
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; a file that can be read is needed.") from None
+        weakref.finalize(self, os.close, self.descriptor)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
         """The one whose numbers lie in the file one after another, from place on."""

@@ -97,11 +97,10 @@ def preflight(
         raise_problems(folder_problems("--summary-dir", os.path.join(options.summary_dir, "runs")))
     if options.feature_cache is not None:
         raise_problems(folder_problems("--feature_cache", options.feature_cache))
-    data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer), meanwhile)
-    if resumed:
-        raise_problems(rows_problems(resumed.record, data.selection))
-        data.selection.left_out = resumed.record.left_out
-        data.selection.held_out = resumed.record.held_out or data.selection.held_out
+    record = resumed.record if resumed else None
+    data = run_in_subprocess(lambda: checked_data(options, checkpoint.config, tokenizer, record), meanwhile)
+    if record:
+        data.selection.left_out = record.left_out
     steps = steps_of_run(options, data.selection, resumed)
     raise_problems(steps_problems(options, steps))
     notes += [*data.notes, epochs_note(options, data.selection, steps, resumed)]
@@ -205,8 +204,13 @@ class Data:
     cut_labels: Mapping[str, int]
 
 
-def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer) -> Data:
+def checked_data(
+    options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer, record: RunRecord | None = None
+) -> Data:
     """Check the data files: rows, then pictures, while other processes count what the lengths cut off.
+
+    Args:
+        record: of the run that goes on, whose rows stay held out; None for a new one.
 
     Raises:
         InputError: lists every problem of the first kind that there is.
@@ -218,7 +222,10 @@ def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokeni
     truncations = begin_counting_truncations(selection.rows, tokenizer, lengths) if is_first_process() else None
     notes = leave_out_bad_images(selection, problems, options.bad_rows, options.check_seconds)
     raise_problems(split_row_problems(options, {file: selection.sample_count(file) for file in train_files}))
-    if options.holdout is not None:
+    raise_problems(rows_problems(record, selection) if record else [])
+    if record and record.held_out:
+        selection.held_out = record.held_out
+    elif options.holdout is not None:
         hold_out(selection, train_files, options.holdout, options.seed)
     notes += find_trained_rows(selection, train_files, valid_files)
     raise_problems(epoch_problems(options, selection))

@@ -8,7 +8,7 @@ So does --exit-interval, with status 0.
 
 What a signal does depends on what the run is at:
 
-    before the first step         it leaves at once, and says that there is nothing to save
+    before the first step         it leaves at once, and says that nothing new was saved
     a step, saving                this is finished; then the run is saved
     evaluating                    the evaluation is given up, with several processes after the batch in hand; then the
                                   run is saved
@@ -41,7 +41,7 @@ from model.training.sat_loop import EvaluationGivenUp, Hooks, LoopState, StepWat
 # Launchers pass on what the terminal has sent to their processes already (deepspeed's runner: SIGINT, then SIGTERM).
 SECONDS_OF_ONE_SIGNAL = 2.0
 STOPPING = "this step is finished, then the run stops. A second signal leaves at once."
-BEFORE_ALL = "stopped before the first step; nothing was saved."
+BEFORE_ALL = "stopped before the first step; nothing new was saved."
 
 
 class StopAtSignal(StepWatcher):

@@ -160,6 +160,16 @@ def test_numbers_in_the_other_byte_order_are_not_read_as_they_lie(file: Path) ->
     assert not tensors._is_read_as_it_lies(file)
 
 
+def test_file_of_torchs_without_check_sums_is_read(tmp_path: Path) -> None:
+    path, crc = tmp_path / "weights.pt", torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"module": {"a": torch.ones(5)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(crc)
+    assert one_by_one(path, load_tensors(path)["module"])["a"].tolist() == [1] * 5
+
+
 def test_safetensors_without_numbers_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     written = {"a": torch.ones(2, 3).half(), "none": torch.empty(0, 5).half(), "scalar": torch.tensor(2.5)}

@@ -194,6 +194,15 @@ def test_run_that_goes_on_holds_out_the_rows_that_it_held_out(good: Options, res
     assert preflight(good).selection.held_out != resumed.record.held_out
 
 
+def test_rows_that_a_run_held_out_are_not_asked_for_anew(good: Options, resumed: Resumed) -> None:
+    (file,) = good.train_data or []
+    resumed.record.held_out[file] = [1, 2]  # a former version may have kept others together
+    good.holdout = 4  # which would be refused: none would be left to learn
+    inputs = preflight(good, resumed=resumed)
+    assert inputs.selection.held_out == {file: [1, 2]}
+    assert any(note.startswith("Held out of --train-data for evaluation: 2 rows") for note in inputs.notes)
+
+
 def test_run_that_goes_on_needs_the_same_rows_to_be_of_use(good: Options, resumed: Resumed) -> None:
     (file,) = good.train_data or []
     write_rows(Path(file).parent, [*ROWS[:3], {"prompt": "?"}], Path(file).name)

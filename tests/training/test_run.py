@@ -67,7 +67,7 @@ def test_signal_in_the_block_before_a_step_ends_it_with_the_signals_status_and_a
     with pytest.raises(SystemExit) as left:
         train()
     assert left.value.code == 128 + signal.SIGTERM
-    assert capfd.readouterr().err.splitlines()[-1] == "SIGTERM: stopped before the first step; nothing was saved."
+    assert capfd.readouterr().err.splitlines()[-1] == "SIGTERM: stopped before the first step; nothing new was saved."
 
 
 @pytest.mark.run

@@ -86,7 +86,8 @@ class SamplingFields(BaseModel):
 # Fields of a ChatRequest that aren't offered; null, false, 0 and empty ask for nothing.
 ASKED_IF_TRUE = (
     "frequency_penalty", "presence_penalty", "guided_choice", "guided_json", "guided_regex", "guided_grammar",
-    "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search",
+    "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search", "max_new_tokens", "no_repeat_ngram_size",
+    "stop_sequences", "system", "image", "images",
 )  # fmt: skip
 
 
@@ -127,6 +128,13 @@ class ChatRequest(SamplingFields):
     ignore_eos: bool | None = None
     echo: bool | None = None
     use_beam_search: bool | None = None
+    # Other servers': a text of the system and pictures stand in messages here
+    max_new_tokens: Any = None
+    no_repeat_ngram_size: Any = None
+    stop_sequences: Any = None
+    system: Any = None
+    image: Any = None
+    images: Any = None
     max_length: int | None = None  # the released form's
 
     def asked(self, default: Sampling) -> "Asked":

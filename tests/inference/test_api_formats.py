@@ -94,7 +94,8 @@ def test_everything_that_is_not_offered_is_told_at_once():
     ("min_p", 0.1, 0), ("min_tokens", 5, 0), ("best_of", 2, 1), ("stop_token_ids", [5], []), ("length_penalty", 2.0, 1.0),
     ("guided_choice", ["yes", "no"], None), ("guided_json", {"type": "object"}, None), ("guided_regex", "a+", ""),
     ("guided_grammar", "a", ""), ("structured_outputs", {"choice": ["yes"]}, None), ("ignore_eos", True, False),
-    ("echo", True, False), ("use_beam_search", True, False), ("bad_words", ["cat"], []), ("max_length", 60, None),
+    ("max_new_tokens", 5, None), ("no_repeat_ngram_size", 2, 0), ("stop_sequences", ["you"], []), ("system", "Be brief.", ""),
+    ("image", "a", None), ("images", ["a"], []), ("echo", True, False), ("use_beam_search", True, False), ("bad_words", ["cat"], []), ("max_length", 60, None),
 ])  # fmt: skip
 def test_field_that_would_change_the_answer_is_refused_and_its_default_is_not(field, refused, plain):
     with pytest.raises(InputError, match=f"{field} isn't offered"):

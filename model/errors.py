@@ -242,6 +242,8 @@ class Leaving:
         self.status = STATUS_OF_A_SIGNAL + number
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # it would print a traceback
         self._undo.append(lambda: setattr(sys, "unraisablehook", hook))
+        of_threads, threading.excepthook = threading.excepthook, lambda _: None  # some wait for the processes
+        self._undo.append(lambda: setattr(threading, "excepthook", of_threads))
         if hasattr(signal, "setitimer"):
             alarm = signal.signal(signal.SIGALRM, lambda *_: end_now(number))
             signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_CLEAN_UP)

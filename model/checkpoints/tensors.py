@@ -215,8 +215,9 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     Args:
         mapped: the same tensors, see `load_tensors`.
     """
-    entries = _in_torchs_file(path, mapped, lambda located: located["module"])
-    return LazyTensors(entries) if zipfile.is_zipfile(path) else mapped
+    if not zipfile.is_zipfile(path):
+        return mapped
+    return LazyTensors(_in_torchs_file(path, mapped, lambda located: located["module"]))
 
 
 def _in_torchs_file(

@@ -6,6 +6,7 @@ Shapes: rows = answers, vocab = entries of the vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,11 @@ class Sampling:
         """Whether only the likeliest token has a chance. Scores that are divided by less than that may be infinite."""
         return self.temperature < COLD
 
+    @cached_property
+    def but_for_the_seed(self) -> str:
+        """The same for samplings that differ in nothing but their seeds, and for no others. Asked for at every token."""
+        return repr(replace(self, seed=None))
+
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the scores as they are decide."""
@@ -96,7 +102,7 @@ def drawn_alike(samplings: Sequence[Sampling]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for row, sampling in enumerate(samplings):
         if not sampling.takes_the_likeliest:
-            groups.setdefault(repr(replace(sampling, seed=None)), []).append(row)
+            groups.setdefault(sampling.but_for_the_seed, []).append(row)
     return list(groups.values())
 
 

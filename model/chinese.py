@@ -440,8 +440,10 @@ SENTENCES = {
         "--out {file}：已有这个文件，而且不是 predict.py 写的；请换一个名字，或用 --overwrite。"
     ),
     "--out {file}: {reason}; a file that can be written is needed.": "--out {file}：{reason}；需要一个可以写入的文件。",
-    "WORLD_SIZE={count:d}: {program} runs in one process; a start without a launcher is needed. evaluate.py and cli_demo.py take"
-    " several.": "WORLD_SIZE={count}：{program} 只在一个进程中运行；请不用启动器启动。evaluate.py 和 cli_demo.py 可以用多个进程。",
+    "WORLD_SIZE={count:d}: {program} runs in one process; a start without a launcher is needed. predict.py, evaluate.py and"
+    " cli_demo.py take several.": (
+        "WORLD_SIZE={count}：{program} 只在一个进程中运行；请不用启动器启动。predict.py、evaluate.py 和 cli_demo.py 可以用多个进程。"
+    ),
     "{file}: {answers:d} of {rows:d} rows answered.": "{file}：共 {rows} 条，已回答 {answers} 条。",
     # cli_demo.py
     "there is no file {name}; the path or the address of a picture is needed.": "没有文件 {name}；需要一张图片的路径或网址。",

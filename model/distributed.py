@@ -27,6 +27,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def model_replica(parts: int) -> tuple[int, int]:
+    """Which of the run's copies of a model this process has, and how many there are, if parts processes share one."""
+    return int(os.environ.get("RANK", "0")) // parts, world_size() // parts
+
+
 def has_gpu() -> bool:
     """Whether torch can use a CUDA device."""
     import torch

@@ -32,8 +32,15 @@ from model.data.prompt import least_source_length
 from model.data.rows import Row, missing_file_problems
 from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.distributed import done_by_first_process, from_all_processes, world_size
-from model.inference.flags import add_checkpoint_flags, add_number_format_flags, found_checkpoint, with_compared
+from model.distributed import done_by_first_process, from_all_processes, model_replica
+from model.inference.flags import (
+    add_checkpoint_flags,
+    add_model_parallel_flag,
+    add_number_format_flags,
+    found_checkpoint,
+    refuse_uneven_processes,
+    with_compared,
+)
 from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import say
@@ -79,8 +86,8 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
         checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype, parts
     )
     rows = done_by_first_process(lambda: rows)  # it alone has opened the pictures, and left bad ones out
-    process, processes = int(os.environ.get("RANK", "0")) // parts, world_size() // parts
-    mine = rows[process::processes]
+    replica, replicas = model_replica(parts)
+    mine = rows[replica::replicas]
     facts: list[Fact] = []
     questions = asked(mine, model, tokenizer, options, facts)
     answers = answers_as_they_finish(questions, model, tokenizer, options.max_length, options.batch_size)
@@ -91,7 +98,7 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
         for place, ids in answers:
             row, fact = mine[place], facts[place]
             answer = answer_text(ids, tokenizer, model.asked_as.is_english(row.lang))
-            results[process + place * processes] = result_of(
+            results[replica + place * replicas] = result_of(
                 row, answer, fact.loss, fact.tokens, len(ids) >= fact.room, fact.shortened
             )
             bar.update()
@@ -250,9 +257,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--max_length", type=int, metavar="N",
         help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
     add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
-    add("--model-parallel-size", type=int, default=1, metavar="N",
-        help="processes that share a model, of those that a launcher started (default %(default)s)")
     # fmt: on
+    add_model_parallel_flag(parser)
     add_number_format_flags(parser)
     return parser
 
@@ -356,9 +362,7 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")
     if options.full_width and (options.compare or not is_narrow(options)):
         raise InputError("--full_width: --quant or --dtype is needed with it, and no --compare.")
-    parts = options.model_parallel_size
-    if parts < 1 or world_size() % parts:
-        raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
+    refuse_uneven_processes(options.model_parallel_size)
     raise_problems(place_problems(options))
     raise_problems(missing_file_problems([options.data]))  # before a checkpoint is downloaded
 

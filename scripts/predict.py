@@ -2,6 +2,7 @@
 
 python scripts/predict.py --from_pretrained model/tiny --data fewshot-data/heldout.json --out answers.jsonl
 python scripts/predict.py --from_pretrained model/tiny --data fewshot-data/heldout.json --out - | head -1
+torchrun --nproc-per-node 2 scripts/predict.py …        the rows shared out between two processes
 
     {"row": 1, "img": "a.png", "prompt": "…", "answer": "…"}       what the row holds, and its answer
     {"row": 2, "img": "gone.png", "prompt": "…", "error": "…"}     or why there is none
@@ -22,9 +23,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from os.path import expanduser
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,12 +42,14 @@ from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, missing_file_problems, rows_in_place, values_of
+from model.distributed import done_by_first_process, from_all_processes, is_first_process, model_replica, world_size
 from model.inference.flags import (
     add_checkpoint_flags,
+    add_model_parallel_flag,
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
-    refuse_launcher,
+    refuse_uneven_processes,
     sampling_of,
 )
 from model.progress import count_of, say, warn, with_progress
@@ -59,7 +63,9 @@ IMPLIED_SEED = 0  # without --seed; rows draw alike, too, where a command goes o
 STANDARD_OUTPUT = "-"
 CONFIG = "the checkpoint's config"
 OWN_SETTINGS = re.compile(rb'[{]\s*"--')
-NOT_SETTINGS = ("data", "out", "overwrite", "batch_size", "bad_rows", "from_pretrained", "revision")
+NOT_SETTINGS = (
+    "data", "out", "overwrite", "batch_size", "bad_rows", "from_pretrained", "revision", "model_parallel_size",
+)  # fmt: skip
 
 Outcome = dict[str, Any]  # what a line says besides its row: "answer" or "error"
 
@@ -67,10 +73,19 @@ Outcome = dict[str, Any]  # what a line says besides its row: "answer" or "error
 # --- which rows -------------------------------------------------------------------------------------------------------
 
 
-def read_questions(options: argparse.Namespace) -> tuple[Rows, dict[int, str], int]:
-    """The rows that can be read, what is wrong with each bad one, by its number in the file, and how many there are.
+class Questions(NamedTuple):
+    """The rows that can be read, what is wrong with each bad one, by its number in the file, and how many rows there are.
 
     A row whose picture is bad is in both of the first two.
+    """
+
+    rows: Rows
+    problems: dict[int, str]
+    total: int
+
+
+def read_questions(options: argparse.Namespace) -> Questions:
+    """The rows of the data file. Pictures are looked at by the first process of several.
 
     Raises:
         InputError: the file can't be used as a whole, or all its rows are bad, or one is and --bad_rows is error.
@@ -82,15 +97,16 @@ def read_questions(options: argparse.Namespace) -> tuple[Rows, dict[int, str], i
         else:
             rows.append(row, number)
     total = len(rows) + len(problems)
-    seconds = math.inf if options.bad_rows == "error" else CHECK_SECONDS
-    of_images = check_rows(rows, CheckedImages(), seconds).problems
-    problems |= {rows.numbers[index]: problem for index, problem in of_images.items()}
+    if is_first_process():
+        seconds = math.inf if options.bad_rows == "error" else CHECK_SECONDS
+        of_images = check_rows(rows, CheckedImages(), seconds).problems
+        problems |= {rows.numbers[index]: problem for index, problem in of_images.items()}
     if problems:
         lines = first_lines([problems[number] for number in sorted(problems)])
         if options.bad_rows == "error" or len(problems) == total:
             raise_problems(lines)
         warn("\n".join([f"Not answered, {count_of(len(problems), 'bad row')}:", *lines]))
-    return rows, problems, total
+    return Questions(rows, problems, total)
 
 
 # --- the answers' file ------------------------------------------------------------------------------------------------
@@ -260,18 +276,26 @@ def outcomes(
 
 
 def answered(
-    rows: Iterable[tuple[int, Row]], checkpoint: Checkpoint, options: argparse.Namespace
+    rows: Rows, to_ask: set[int], checkpoint: Checkpoint, options: argparse.Namespace
 ) -> Iterator[tuple[int, Outcome]]:
-    """`outcomes` of a checkpoint, which is loaded here."""
+    """`outcomes` of a checkpoint, which is loaded here. The processes of a launcher share the rows out, and each has them all.
+
+    Args:
+        to_ask: the numbers of the rows that are asked; the first process's count.
+    """
     from model.inference.chat import chat_question, image_tensor
     from model.inference.engine import Engine
     from model.inference.load import load_for_answering
     from model.inference.text import answer_text
 
     model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype
-    )
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype,
+        options.model_parallel_size,
+    )  # fmt: skip
     sampling = sampling_of(options)
+    to_ask = done_by_first_process(lambda: to_ask)
+    replica, replicas = model_replica(options.model_parallel_size)
+    mine = set(sorted(to_ask)[replica::replicas])
 
     def question_of(number: int, row: Row) -> "Question":
         image = None if row.img is None else image_tensor(row.img, model)
@@ -285,7 +309,25 @@ def answered(
         return answer_text(answer.ids, tokenizer, model.asked_as.is_english(row.lang or options.lang))
 
     engine = Engine(model, tokenizer, options.batch_size, options.max_length)
-    return outcomes(rows, engine, question_of, text_of)
+    numbered = zip(rows.numbers, rows, strict=True)
+    finished = outcomes((one for one in numbered if one[0] in mine), engine, question_of, text_of)
+    if world_size() == 1:
+        return finished
+    most = math.ceil(len(to_ask) / replicas)
+    return of_all_processes(finished, most, options.batch_size, options.model_parallel_size)
+
+
+def of_all_processes(
+    finished: Iterator[tuple[int, Outcome]], most: int, at_once: int, parts: int
+) -> Iterator[tuple[int, Outcome]]:
+    """What this process and the others finish, which they tell each other; every process has to take it all.
+
+    Args:
+        most: what a process finishes at most. at_once: how much of it it tells at once. parts: processes that share a model.
+    """
+    for _ in range(0, most, at_once):
+        for of_one in from_all_processes(list(islice(finished, at_once)))[::parts]:
+            yield from of_one
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -347,6 +389,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--max_length", type=int, metavar="N",
         help=f"tokens of question and answer together (default {DEFAULT_LENGTH}, or as many as a smaller model takes)")
     # fmt: on
+    add_model_parallel_flag(parser)
     add_sampling_flags(parser, temperature=0.0)
     add_number_format_flags(parser)
     return parser
@@ -365,20 +408,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Answer every row that isn't answered yet; the last line counts the answers."""
+    """Answer every row that isn't answered yet; the last line counts the answers. The first process of several writes."""
     check(options)
     with contextlib.ExitStack() as stack:
-        file: IO[bytes]
+        standard_output = sys.stdout
         if options.out == STANDARD_OUTPUT:
-            file = sys.stdout.buffer
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # of all else that is said
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # all else that is said
         checkpoint = found_checkpoint(options)
         positions = checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH)
         options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
-        rows, problems, total = read_questions(options)
-        done = errors = 0
-        out, begins = Path(options.out), False
-        if options.out != STANDARD_OUTPUT:
+        questions = read_questions(options)
+        if is_first_process():
+            write_answers(questions, checkpoint, options, standard_output)
+        else:
+            for _ in answered(questions.rows, set(), checkpoint, options):
+                pass  # the first process has it, too
+
+
+def write_answers(
+    questions: Questions, checkpoint: Checkpoint, options: argparse.Namespace, standard_output: TextIO
+) -> None:
+    """Answer the questions that aren't answered yet, and write a line for each row, in order."""
+    rows, problems, total = questions
+    done = errors = 0
+    out, begins = Path(options.out), False
+    with contextlib.ExitStack() as stack:
+        if options.out == STANDARD_OUTPUT:
+            file: IO[bytes] = standard_output.buffer
+        else:
             with telling(options.out):
                 settings = settings_of(options, checkpoint)
                 file = stack.enter_context(held(out))
@@ -389,9 +446,8 @@ def predict(options: argparse.Namespace) -> None:
             say(f"{options.out}: {done} of {total} rows are done already.")
         to_ask = {number for number in rows.numbers if number > done} - problems.keys()
         asked: Iterator[tuple[int, Outcome]] = iter(())
-        if to_ask:
-            numbered = zip(rows.numbers, rows, strict=True)
-            asked = answered((one for one in numbered if one[0] in to_ask), checkpoint, options)
+        if to_ask or world_size() > 1:  # the others wait
+            asked = answered(rows, to_ask, checkpoint, options)
         if begins:  # the model is there: what stood in the file isn't lost for nothing
             with telling(options.out):
                 begin_anew(out, file, settings)
@@ -411,7 +467,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         InputError: one is out of bounds, or --out would overwrite the rows, or they can't be read twice.
     """
-    refuse_launcher("predict.py")
+    refuse_uneven_processes(options.model_parallel_size)
     sampling_of(options)
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: 1 or more is needed.")

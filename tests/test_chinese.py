@@ -51,7 +51,7 @@ from model.training.signals import BEFORE_ALL, STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
-from scripts import check_data, cli_demo, evaluate, predict, web_demo
+from scripts import api, check_data, cli_demo, evaluate, predict, web_demo
 from scripts.dev.shapes import SHAPES
 
 DATA = "fewshot-data/dataset.json"
@@ -384,7 +384,7 @@ def checked(data: Path) -> list[str]:
         text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
         with pytest.MonkeyPatch.context() as launched:
             launched.setenv("WORLD_SIZE", "2")
-            text += printed_by(predict.main, asked)
+            text += printed_by(api.main, ["--from_pretrained", "model/tiny"])
         demo = ["--from_pretrained", "model/tiny", "--image"]
         for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
             text += printed_by(cli_demo.main, [*demo[:2], *words])

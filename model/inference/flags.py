@@ -25,9 +25,27 @@ def refuse_launcher(program: str) -> None:
     """
     if world_size() > 1:
         raise InputError(
-            f"WORLD_SIZE={world_size()}: {program} runs in one process; a start without a launcher is needed. evaluate.py and "
-            "cli_demo.py take several."
+            f"WORLD_SIZE={world_size()}: {program} runs in one process; a start without a launcher is needed. predict.py, "
+            "evaluate.py and cli_demo.py take several."
         )
+
+
+def add_model_parallel_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare how many of a launcher's processes share a model; the rows are shared out among those that don't."""
+    parser.add_argument(
+        "--model-parallel-size", type=int, default=1, metavar="N",
+        help="processes that share a model, of those that a launcher started (default %(default)s)",
+    )  # fmt: skip
+
+
+def refuse_uneven_processes(parts: int) -> None:
+    """Raise an error if so many processes can't share a model each.
+
+    Raises:
+        InputError: as said.
+    """
+    if parts < 1 or world_size() % parts:
+        raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, run_here, write_rows, write_tuned
+from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_rows, write_tuned
 from warm_start import commands
 
 from model.data.tokenizer import ChatGLMTokenizer
@@ -373,26 +372,55 @@ def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predi
     assert sorted(os.listdir()) == before
 
 
-def test_process_of_several_is_refused_before_anything_is_read(predict, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    run = predict("--data", tmp_path / "none.json", "--out", "-", checkpoint="no/such/checkpoint")
+# several processes
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("processes", "parts"),
+    [(2, 1), pytest.param(4, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long)],
+)
+def test_processes_that_share_rows_or_a_model_write_the_file_of_one(upstream_checkpoint, tmp_path, processes, parts):
+    (tmp_path / "broken.png").write_bytes(Path(PICTURES[0]).read_bytes()[:99])  # the first process alone sees that
+    broken = {"img": str(tmp_path / "broken.png"), "prompt": "一"}
+    data = write_rows(tmp_path, [broken, *ROWS, {"prompt": "很长的问题" * 100}, *ROWS, BAD[1]])
+
+    def answers(name, *launcher, model_parallel=1):
+        words = (*launcher, COMMAND, "--from_pretrained", upstream_checkpoint, "--data", data, "--max_length", "70")
+        words += ("--batch-size", "2", "--temperature", "0.8", "--out", tmp_path / name)
+        done = run_python(*words, "--model-parallel-size", model_parallel, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.removeprefix(f"{tmp_path}/")
+
+    def launcher():
+        return "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()
+
+    assert answers("one.jsonl") == "one.jsonl: 10 of 13 rows answered.\n"
+    assert answers("all.jsonl", *launcher(), model_parallel=parts) == "all.jsonl: 10 of 13 rows answered.\n"
+    whole = (tmp_path / "one.jsonl").read_bytes()
+    assert (tmp_path / "all.jsonl").read_bytes() == whole
+    (tmp_path / "all.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))
+    assert answers("all.jsonl", *launcher(), model_parallel=parts).startswith(
+        "all.jsonl: 7 of 13 rows are done already."
+    )
+    assert (tmp_path / "all.jsonl").read_bytes() == whole
+
+
+@pytest.mark.run
+def test_processes_find_nothing_left_to_answer(upstream_checkpoint, tmp_path):
+    words = (COMMAND, "--from_pretrained", upstream_checkpoint, "--data", write_rows(tmp_path, [{"prompt": "你好"}]))
+    words += ("--max_length", "20", "--out", tmp_path / "answers.jsonl")
+    assert run_python(*words).returncode == 0
+    together = run_python("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), *words)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == f"{words[-1]}: 1 of 1 rows are done already.\n{words[-1]}: 1 of 1 rows answered.\n"
+
+
+def test_processes_that_cannot_share_models_are_refused_before_anything_is_read(predict, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    words = ("--data", tmp_path / "none.json", "--out", "-", "--model-parallel-size", "2")
+    run = predict(*words, checkpoint="no/such/checkpoint")
     assert run.returncode == 2
     assert run.stderr == (
-        "predict.py: error: WORLD_SIZE=2: predict.py runs in one process; a start without a launcher is needed. "
-        "evaluate.py and cli_demo.py take several.\n"
+        "predict.py: error: --model-parallel-size 2: 3 processes found; a divisor of them is needed.\n"
     )
-
-
-@pytest.mark.slow
-def test_full_disk_is_a_sentence_and_the_command_goes_on_later(predict, tmp_path):
-    words = ["--data", write_rows(tmp_path, ROWS), "--out", tmp_path / "answers.jsonl"]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (800, limits[1]))
-    try:
-        run = predict(*words)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert run.returncode == 2
-    assert "answers.jsonl: File too large; a file that can be written is needed" in run.stderr
-    assert predict(*words).returncode == 0
-    assert [line["row"] for line in lines_of(words[-1])] == [1, 2, 3, 4, 5]

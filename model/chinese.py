@@ -534,6 +534,7 @@ SENTENCES = {
     "loss per token of the labels": "标签的每 token 损失",
     "questions shortened": "被截短的问题",
     "answers cut off": "被截断的回答",
+    "answers cut off, at about twice their label's length": "被截断的回答（约为标签长度的两倍处）",
     "time": "用时",
     "started": "开始时间",
     "base": "基座模型",

@@ -134,7 +134,7 @@ def figures_of(story: Story) -> Iterator[tuple[str, str]]:
             ("ROUGE-L", "rouge_l", "{:.3f}"),
             ("BLEU", "bleu", "{:.1f}"),
             ("loss per token of their labels", "loss", "{:.4f}"),
-            ("answers cut off", "cut", "{:.0f}"),
+            ("answers cut off, at about twice their label's length", "cut", "{:.0f}"),
         ):
             values = [form.format(one.measures[key]) for one in (before, after) if one is not None]
             yield name, " → ".join(values)

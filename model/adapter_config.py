@@ -69,14 +69,18 @@ class AdapterConfig:
     def from_options(cls, options: object) -> "AdapterConfig":
         """What options ask for: a command line's, or SAT's namespace. Attributes that it lacks have their defaults."""
         given = {key: getattr(options, key) for key in ADAPTER_KEYS if hasattr(options, key)}
-        return cls.from_json(cast(AdapterKeys, given))
+        return cls.from_json(cast(AdapterKeys, {**given, "layer_range": given.get("layer_range") or None}))
 
     @classmethod
     def from_json(cls, config: AdapterKeys) -> "AdapterConfig":
-        """The adapters that a checkpoint with this config has. Keys that it lacks have the released script's values."""
+        """The adapters that a checkpoint with this config has. Keys that it lacks have the released script's values.
+
+        The released README merges LoRA and writes an empty layer_range, which is no layer to SAT: nothing is left of it.
+        """
+        is_merged = config.get("layer_range") == [] and "finetuning" not in config
         uses: dict[Method, bool] = {
-            "lora": bool(config.get("use_lora")),
-            "qlora": bool(config.get("use_qlora")),
+            "lora": bool(config.get("use_lora")) and not is_merged,
+            "qlora": bool(config.get("use_qlora")) and not is_merged,
             "ptuning": bool(config.get("use_ptuning")),
         }
         return cls(
@@ -100,7 +104,7 @@ class AdapterConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "lora_target": None if self.targets is None else list(self.targets),
-            "layer_range": None if self.layers is None else list(self.layers),
+            "layer_range": list(self.layers) if self.layers else None,
             "pre_seq_len": self.prefix_length,
             "train_parts": list(self.train_parts),
         }

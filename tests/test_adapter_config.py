@@ -33,6 +33,20 @@ def test_from_json_of_a_2023_config_has_the_released_alpha_and_targets() -> None
     assert adapters.lora_targets == ("query_key_value", "dense")
 
 
+def test_from_json_of_a_model_that_was_merged_as_in_2023_has_no_lora() -> None:
+    for method in ("use_lora", "use_qlora"):
+        assert (
+            AdapterConfig.from_json({**KEYS_OF_2023, "use_lora": False, method: True, "layer_range": []}).methods == ()
+        )
+
+
+def test_empty_layer_range_of_options_and_of_our_own_checkpoints_is_all_layers() -> None:
+    expected = AdapterConfig(methods=("lora",))
+    assert AdapterConfig.from_options(Namespace(use_lora=True, layer_range=[])) == expected
+    ours = {"use_lora": True, "layer_range": [], "finetuning": {"contents": "adapter"}}
+    assert AdapterConfig.from_json(ours).lora_layers(3) == [0, 1, 2]
+
+
 def test_from_json_of_a_base_models_config_has_no_method() -> None:
     assert AdapterConfig.from_json({"num_layers": 28}).methods == ()
 
@@ -93,6 +107,11 @@ def test_resumed_from_a_2023_checkpoint_has_its_alpha_and_targets_whatever_is_as
 
 def test_resumed_when_the_config_lacks_a_size_has_what_was_asked_for() -> None:
     assert AdapterConfig(methods=("lora",), rank=3).resumed_from({"use_lora": True}).rank == 3
+
+
+def test_resumed_from_a_model_that_was_merged_as_in_2023_begins_an_adapter_in_all_layers() -> None:
+    resumed = AdapterConfig(methods=("lora",), rank=3).resumed_from({**KEYS_OF_2023, "layer_range": []})
+    assert (resumed.methods, resumed.rank, resumed.layers) == (("lora",), 3, None)
 
 
 def test_resumed_has_the_dropout_and_the_parts_that_are_asked_for() -> None:

@@ -15,7 +15,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION
 from model.checkpoints.model_parallel import whole_shape
 from model.checkpoints.save import is_split_here
-from model.frozen import FrozenLinear, keep_in_4_bits
+from model.frozen import FrozenLinear, import_bitsandbytes, keep_in_4_bits
 from model.lora import LoraLinear, LoraMixin
 from model.model_flags import add_method_flags
 from model.progress import count_of, say
@@ -101,6 +101,8 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         checkpoint = Checkpoint.find(name)
         asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
         adapters = asked.resumed_from(checkpoint.config)
+        if "qlora" in adapters.methods:
+            import_bitsandbytes()  # torch would repeat its error for every weight
         overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
 

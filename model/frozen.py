@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from model.errors import InputError
 from model.sat_compat import import_sat, left_alone
 
 import_sat()
@@ -201,6 +202,9 @@ def import_bitsandbytes() -> Any:
 
     At import it has torch compile functions that nothing here needs, and torch tells its compiler to leave the others
     alone. Neither is done: that compiler would take 2 s and 0.1 GiB of every start.
+
+    Raises:
+        InputError: it isn't there, or can't be imported.
     """
     logging.disable(logging.WARNING)
     try:
@@ -211,6 +215,11 @@ def import_bitsandbytes() -> Any:
             import bitsandbytes.functional
 
             return bitsandbytes.functional
+    except Exception as error:  # a library that it looks for may be missing or broken, too
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"bitsandbytes, which keeps weights in 4 bits, can't be imported ({reason}); pip install bitsandbytes is needed."
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
 

@@ -29,7 +29,7 @@ from model.checkpoints.whole import (
 )
 from model.data.tokenizer import VOCAB_FILE, find_tokenizer
 from model.errors import InputError, raise_problems
-from model.frozen import NF4_BLOCK, dequantized, quantized
+from model.frozen import NF4_BLOCK, dequantized, import_bitsandbytes, quantized
 from model.lora import folded
 from model.progress import say
 
@@ -60,6 +60,8 @@ def merge(
     checkpoint = Checkpoint.find(checkpoint, "CHECKPOINT")
     adapters = AdapterConfig.from_json(checkpoint.config)
     _refuse_unmergeable(checkpoint.name, adapters)
+    if "qlora" in adapters.methods:
+        import_bitsandbytes()  # a sentence, if need be, before anything is written
     refuse_needless_base(checkpoint, base)
     whole = with_base(checkpoint, base)
     raise_problems(model_problems(whole.config, str(checkpoint.config_file)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
@@ -79,6 +80,8 @@ def load_for_answering(
     raise_problems(split_problems(model_parallel_size, checkpoint.config))
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, tokenizer_path))
     check_special_ids(tokenizer, checkpoint.config)
+    if "qlora" in AdapterConfig.from_json(checkpoint.config).methods:
+        import_bitsandbytes()  # a sentence, if need be, before the model is built
     with model_only():
         model, args = empty_model(checkpoint, base, force_base, model_parallel_size)
         chosen = done_by_first_process(lambda: chosen_format(model, dtype, quant, device))
@@ -115,10 +118,8 @@ def refuse_quant(quant: int | None, device: torch.device) -> None:
     if device.type == "cuda" and quant == 4:
         try:
             import_bitsandbytes()
-        except ImportError as error:
-            raise InputError(
-                f"--quant 4: bitsandbytes can't be imported ({error}); on a GPU it is needed, or --quant 8."
-            ) from None
+        except InputError as error:
+            raise InputError(f"--quant 4: {error} --quant 8 does without it.") from None
 
 
 def empty_model(

@@ -1,16 +1,20 @@
 """QLoRA: a model whose linears are in 4 bits, never trained, and saved under ordinary names."""
 
+import sys
 import weakref
 
 import pytest
 import torch
-from conftest import load_model, run_program
+from conftest import load_model, run_program, write_tuned
 
 from model.checkpoints.save import save_checkpoint
 from model.cli.flag_checks import flag_problems
 from model.cli.options import parse
+from model.convert.merge_lora import merge
+from model.errors import InputError
 from model.finetune import FineTuneVisualGLMModel
-from model.frozen import Nf4Linear
+from model.frozen import Nf4Linear, import_bitsandbytes
+from model.inference.load import load_for_answering
 from model.sat_compat import import_sat
 
 QLORA = {"use_qlora": True, "lora_rank": 4}
@@ -111,3 +115,21 @@ def test_bitsandbytes_is_imported_without_a_word_and_only_when_it_is_needed():
     run = run_program("import_bitsandbytes")
     assert run.stdout == "False\nTrue\n"
     assert run.stderr == ""
+
+
+def test_bitsandbytes_that_cannot_be_imported_is_one_sentence_before_a_model_is_built(
+    upstream_checkpoint, tmp_path, monkeypatch
+):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "tuned", **QLORA)
+    import_bitsandbytes.cache_clear()
+    for name in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("model.inference.load.empty_model", lambda *_: pytest.fail("a model is built"))
+    sentence = r"^bitsandbytes, which .*, can't be imported \(.*bitsandbytes.*\); pip install bitsandbytes is needed\.$"
+    with pytest.raises(InputError, match=sentence):
+        load_for_answering(tuned)
+    with pytest.raises(InputError, match=sentence):
+        merge(tuned, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(InputError, match=sentence):
+        load_model(upstream_checkpoint, "FineTuneVisualGLMModel", **QLORA)

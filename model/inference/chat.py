@@ -37,7 +37,7 @@ def chat(
     tokenizer: ChatGLMTokenizer,
     query: str,
     history: Sequence[Turn] | None = None,
-    image: torch.Tensor | None = None,
+    image: torch.Tensor | str | Path | Any | None = None,
     max_length: int | None = None,
     top_p: float = 0.7,
     top_k: int = 30,
@@ -51,7 +51,7 @@ def chat(
     Args:
         image_path: a path, a URL, an open PIL image, or None for no picture.
         history: earlier turns, oldest first.
-        image: [1, 3, H, W], in place of image_path, as an earlier call returned it.
+        image: in place of image_path: [1, 3, H, W], as an earlier call returned it, or what image_path takes.
         max_length: tokens of context and answer together; by default 1024, or as many as a smaller model takes.
         top_p, top_k, temperature, repetition_penalty, invalid_slices: how to sample, see `Sampling`.
         english: frame the question as `Q:…\\nA:` in place of `问：…\\n答：`; without it the frame is the one of training.
@@ -61,8 +61,10 @@ def chat(
             model takes.
     """
     history = list(history or [])
-    if image is None and image_path:
-        image = image_tensor(image_path, model)
+    if image is None:
+        image = image_path or None
+    if image is not None and not isinstance(image, torch.Tensor):
+        image = image_tensor(image, model)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, tuple(invalid_slices))
     *_, response = answer_so_far(
         image,

@@ -195,6 +195,14 @@ def test_picture_as_path_text_pillow_image_and_tensor_gives_the_same_answer(mode
     assert all(torch.equal(tensor, image) for _, _, tensor in results)
 
 
+def test_picture_given_as_image_is_opened_as_one_given_by_its_path(model, tokenizer):
+    expected, _, tensor = chat(PICTURE, model, tokenizer, "看", **CHATTY)
+    with Image.open(PICTURE) as picture:
+        for image in (PICTURE, str(PICTURE), picture, tensor):
+            answer, _, returned = chat(None, model, tokenizer, "看", image=image, **CHATTY)
+            assert (answer, torch.equal(returned, tensor)) == (expected, True)
+
+
 @pytest.mark.slow
 def test_picture_as_url_gives_the_same_answer(model, tokenizer):
     class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The parts of the fine-tuning script; `VisualGLMModel`, `FineTuneVisualGLMModel` and `chat` can be imported from here.
+"""The parts of the fine-tuning script. The models, `BlipImageEvalProcessor` and `chat` can be imported from here.
 
 They are looked up when they are asked for, so that importing a part that needs no torch stays quick.
 """
@@ -9,6 +9,7 @@ from typing import Any
 _HOMES = {
     "VisualGLMModel": "model.visualglm",
     "FineTuneVisualGLMModel": "model.finetune",
+    "BlipImageEvalProcessor": "model.data.image_processor",
     "chat": "model.inference.chat",
 }
 __all__ = list(_HOMES)

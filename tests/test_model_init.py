@@ -71,7 +71,7 @@ def test_public_names_are_found_by_dir_and_by_import_star():
 
 
 def test_models_names_are_found_by_dir_and_by_import_star():
-    names = {"VisualGLMModel", "FineTuneVisualGLMModel", "chat"}
+    names = {"VisualGLMModel", "FineTuneVisualGLMModel", "BlipImageEvalProcessor", "chat"}
     assert names <= set(dir(importlib.import_module("model")))
     namespace = {}
     exec("from model import *", namespace)
@@ -87,9 +87,9 @@ def test_image_processor_is_where_scripts_of_2023_import_it_from():
 @pytest.mark.run
 @pytest.mark.parametrize("first", ["", "import model.inference.chat, model.lora\n"])
 def test_models_names_can_be_imported_from_the_package(first):
-    names = "VisualGLMModel, FineTuneVisualGLMModel, chat"
+    names = "VisualGLMModel, FineTuneVisualGLMModel, BlipImageEvalProcessor, chat"
     done = run_python("-c", f"{first}from model import {names}\nprint(*(callable(name) for name in ({names})))")
-    assert done.stdout == "True True True\n", done.stderr
+    assert done.stdout == "True True True True\n", done.stderr
 
 
 @pytest.mark.parametrize("module", ["finetune_visualglm", "model"])

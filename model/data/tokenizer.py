@@ -72,8 +72,10 @@ class ChatGLMTokenizer:
         self.all_special_ids = [self._id(token) for token in self.all_special_tokens]
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> "ChatGLMTokenizer":
+    def from_pretrained(cls, path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "ChatGLMTokenizer":
         """Tokenizer from a SentencePiece file, or from a folder that holds one as ice_text.model.
+
+        trust_remote_code is taken as transformers takes it, and changes nothing: no remote code is run.
 
         Raises:
             InputError: there is none, or it isn't ChatGLM's; or the folder's tokenizer_config.json is of another one.
@@ -149,6 +151,14 @@ class ChatGLMTokenizer:
         left_out = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
         known = [token_id for token_id in ids if 0 <= token_id < self.vocab_size and token_id not in left_out]
         return _with_blanks(self._pieces.decode(known))
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+        """Text of each of several sequences of token ids: a list of them, or a tensor or array int[batch, seq]."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every piece."""
+        return {self._pieces.id_to_piece(token_id): token_id for token_id in range(self.vocab_size)}
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Id of one token, or ids of several. A token that doesn't exist has the id of <unk>."""

@@ -270,6 +270,23 @@ def test_characters_that_take_several_tokens_are_not_known(tokenizer):
 # --- for transformers' users ------------------------------------------------------------------------------------------
 
 
+def test_from_pretrained_takes_transformers_trust_remote_code():
+    assert ChatGLMTokenizer.from_pretrained(VOCAB.parent, trust_remote_code=True).encode("你好")[:2] == [2468, 3124]
+
+
+def test_batch_decode_gives_the_text_of_each_row(tokenizer):
+    batch = tokenizer(["你好", "蓝天下的猫"], padding=True, return_tensors="np")["input_ids"]
+    assert tokenizer.batch_decode(batch, skip_special_tokens=True) == ["你好", "蓝天下的猫"]
+    assert tokenizer.batch_decode([[], [2468]]) == ["", tokenizer.decode(2468)]
+
+
+def test_get_vocab_has_the_id_of_every_piece(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    assert len(vocabulary) == len(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(vocabulary.values())) == list(vocabulary)
+    assert vocabulary["<sop>"] == tokenizer.bos_token_id
+
+
 def test_saved_folder_has_the_released_configuration(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ice_text.model", "tokenizer_config.json"]

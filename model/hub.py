@@ -71,8 +71,7 @@ def download_snapshot(name: str) -> Path:
             repository, revision=revision or None, allow_patterns=[*CHECKPOINT_FILES, *weights]
         )
     except Exception as error:  # of the library, of the network below it, or of the disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{type(error).__name__}: {reason}") from error
+        raise _in_one_line(error) from error
     return Path(folder)
 
 
@@ -80,7 +79,7 @@ def hub_file(repository: str, name: str) -> Path:
     """One file of a repository, from the cache or the hub.
 
     Raises:
-        OSError: the hub doesn't answer. Other errors are the library's.
+        OSError: the hub doesn't answer, or has no such file; the text is a clause that says so.
     """
     import huggingface_hub
 
@@ -89,7 +88,16 @@ def hub_file(repository: str, name: str) -> Path:
         return Path(cached)
     if not huggingface_hub.constants.HF_HUB_OFFLINE:  # the library itself refuses at once
         require_answer()
-    return Path(huggingface_hub.hf_hub_download(repository, name))
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # as above
+        raise _in_one_line(error) from error
+
+
+def _in_one_line(error: Exception) -> OSError:
+    """What the library tells in a page, in a clause."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return OSError(f"{type(error).__name__}: {reason}")
 
 
 def require_answer() -> None:

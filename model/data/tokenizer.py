@@ -267,7 +267,7 @@ def find_tokenizer(
         looked = "" if checkpoint_folder is None else f"in {checkpoint_folder} and "
         raise InputError(
             f"No tokenizer: {VOCAB_FILE} was looked for {looked}on the hub in {HUB_REPOSITORY}"
-            f" ({type(error).__name__}); give its path with --tokenizer, or put it into the checkpoint's folder."
+            f" ({error}); give its path with --tokenizer, or put it into the checkpoint's folder."
         ) from error
 
 

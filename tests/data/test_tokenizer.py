@@ -221,7 +221,7 @@ def test_find_tokenizer_when_nowhere_says_where_it_looked_and_what_to_do(tmp_pat
     with pytest.raises(InputError) as error:
         find_tokenizer(tmp_path)
     assert str(error.value) == (
-        f"No tokenizer: ice_text.model was looked for in {tmp_path} and on the hub in THUDM/visualglm-6b (OSError);"
+        f"No tokenizer: ice_text.model was looked for in {tmp_path} and on the hub in THUDM/visualglm-6b (OSError: no network);"
         " give its path with --tokenizer, or put it into the checkpoint's folder."
     )
 

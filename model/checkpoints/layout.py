@@ -282,7 +282,8 @@ def _place(name: str, flag: str) -> Path:
     Raises:
         InputError: nowhere; every place that was tried is told, a line each.
     """
-    given, in_home = Path(name).expanduser(), sat_home() / name
+    given = Path(name).expanduser()
+    in_home = sat_home() / given  # an absolute path stays as it is
     if not is_unicode(name):
         raise InputError(f"{flag} {name}: {NOT_UNICODE}")
     for path in (given, in_home):
@@ -292,7 +293,9 @@ def _place(name: str, flag: str) -> Path:
     if run is not None:
         warn(f"{flag} {name}: the newest run of that name is taken, {run}.")
         return run
-    tried = [f"no folder {given.absolute()}", f"no folder {in_home} ($SAT_HOME)"]
+    tried = [f"no folder {given.absolute()}"]
+    if in_home != given:
+        tried.append(f"no folder {in_home} ($SAT_HOME)")
     if flag == "--resume":  # a run isn't downloaded
         unsaved = max(_runs_named(given), default=None, key=lambda run: run.stat().st_mtime)
         if unsaved is not None:
@@ -308,8 +311,8 @@ def _place(name: str, flag: str) -> Path:
             return fetched
     lines = "".join(f"  {line}\n" for line in tried)
     raise InputError(
-        f"{flag} {name}: no such folder. Tried:\n{lines}Needed is {flag} FOLDER, OWNER/NAME of the Hugging Face hub, or "
-        f"the checkpoint unpacked to {in_home}."
+        f"{flag} {name}: no such folder. Tried:\n{lines}Needed is a folder, OWNER/NAME of the Hugging Face hub, or the "
+        f"checkpoint unpacked to {in_home}."
     )
 
 

@@ -130,9 +130,17 @@ def test_find_when_nothing_is_there_says_where_it_looked_and_what_to_do(
         f"  no folder {tmp_path}/visualglm-6b",
         f"  no folder {tmp_path}/home/visualglm-6b ($SAT_HOME)",
         "  SAT's download: HF_HUB_OFFLINE is set",
-        "Needed is --from_pretrained FOLDER, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to "
-        f"{tmp_path}/home/visualglm-6b.",
+        f"Needed is a folder, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {tmp_path}/home/visualglm-6b.",
     ]
+
+
+def test_find_when_an_absolute_path_leads_nowhere_does_not_place_it_in_sat_home(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        Checkpoint.find(tmp_path / "gone", "SRC")
+    assert str(error.value) == (
+        f"SRC {tmp_path}/gone: no such folder. Tried:\n  no folder {tmp_path}/gone\n"
+        f"Needed is a folder, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {tmp_path}/gone."
+    )
 
 
 @pytest.mark.parametrize("file", ["latest", "model_config.json"])

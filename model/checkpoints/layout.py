@@ -425,6 +425,11 @@ def _what_to_give_instead(folder: Path) -> str:
         return f"a checkpoint folder inside it is needed, such as {checkpoints[-1]}."
     if any((folder / file).is_file() for file in huggingface.WEIGHTS_FILES):
         return f"beside weights in Hugging Face's layout {huggingface.CONFIG_FILE} is needed."
+    if (folder / "mp_rank_00_model_states.pt").is_file() and (folder.parent / "latest").is_file():
+        return (
+            f"it is one iteration of {folder.parent}; that folder is needed, and its latest iteration is loaded. "
+            "--from_pretrained takes any iteration."
+        )
     snapshots = sorted(path.parent for path in folder.glob(f"snapshots/*/{huggingface.CONFIG_FILE}"))
     if snapshots:
         return f"it is a folder of Hugging Face's cache, in which a snapshot is needed, such as {snapshots[-1]}."

@@ -168,6 +168,16 @@ def test_flag_problems_when_load_is_not_there_says_so(tmp_path: Path) -> None:
     assert "is not there; a checkpoint folder is needed." in problem("--load", str(tmp_path / "none"))
 
 
+def test_flag_problems_when_load_is_an_iteration_says_that_the_folder_above_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12/mp_rank_00_model_states.pt").touch()
+    (tmp_path / "latest").write_text("14")
+    assert problem("--load", str(tmp_path / "12")).endswith(
+        f"it is one iteration of {tmp_path}; that folder is needed, and its latest iteration is loaded. --from_pretrained "
+        "takes any iteration."
+    )
+
+
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 

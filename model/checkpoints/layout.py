@@ -325,6 +325,12 @@ def newest_run_named(path: Path) -> Path | None:
     return None
 
 
+def hidden_run(folder: Path) -> Path | None:
+    """The run that its short name would not lead to any more once this folder is made, and those above that are missing."""
+    missing = (place for place in (folder, *folder.parents) if not place.exists())
+    return next((run for place in missing if (run := newest_run_named(place)) is not None), None)
+
+
 def _runs_named(path: Path) -> list[Path]:
     """The runs whose names are path's and the time of their start."""
     dated = path.parent.glob(f"{glob.escape(path.name)}-*")

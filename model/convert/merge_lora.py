@@ -10,7 +10,7 @@ import torch
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.config_types import model_problems
-from model.checkpoints.layout import Checkpoint, weights_path
+from model.checkpoints.layout import Checkpoint, hidden_run, weights_path
 from model.checkpoints.metadata import KEY, refuse_needless_base, with_base
 from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
@@ -144,6 +144,10 @@ def _place(out: Path, whole: Checkpoint, overwrite: bool) -> tuple[Path, Path]:
         return out, beside
     if out.exists() and (not out.is_dir() or any(path.suffix != UNFINISHED for path in out.iterdir())):
         raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
+    is_named_so = os.path.abspath(out) == os.path.abspath(os.path.expanduser(whole.name))
+    hidden = whole.folder if is_named_so else hidden_run(out)
+    if hidden is not None:
+        raise InputError(f"{out}: a folder there would hide {hidden}, which is found by that name; another is needed.")
     return out, out
 
 

@@ -222,6 +222,16 @@ def test_destination_in_use_is_left_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_destination_that_would_hide_a_run_behind_its_short_name_is_refused(tmp_path: Path):
+    run = shutil.copytree(TINY, tmp_path / "animals-11-28-08-00")
+    told = refused(str(run), str(tmp_path / "animals"), "hf")
+    assert (
+        told
+        == f"DST {tmp_path}/animals: a folder there would hide {run}, which is found by that name; another is needed."
+    )
+    assert not (tmp_path / "animals").exists()
+
+
 def test_destination_in_use_is_told_before_the_source_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "mine").write_text("keep")
     run = run_here(convert_checkpoint.main, capsys, "owner/model", tmp_path, "--to", "hf")

@@ -167,6 +167,30 @@ def test_folder_in_use_is_refused_and_left_alone(lora, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(("source", "out", "overwrite"), [
+    ("{runs}/animals", "{runs}/animals", False),
+    ("{runs}/animals", "{runs}/animals", True),
+    ("{runs}/animals-11-28-08-00", "{runs}/animals/merged", False),
+    ("in_home", "in_home", False),
+])  # fmt: skip
+def test_folder_that_would_hide_a_checkpoint_behind_its_name_is_refused(
+    lora, tmp_path, monkeypatch, source, out, overwrite
+):
+    monkeypatch.setenv("SAT_HOME", str(tmp_path))
+    monkeypatch.chdir(shutil.copytree(lora, tmp_path / "in_home"))
+    run = shutil.copytree(lora, tmp_path / "animals-11-28-08-00")
+    source, out = source.format(runs=tmp_path), out.format(runs=tmp_path)
+    hidden = tmp_path / "in_home" if source == "in_home" else run
+    with pytest.raises(InputError) as error:
+        merge(source, out, overwrite=overwrite)
+    assert (
+        str(error.value)
+        == f"{out}: a folder there would hide {hidden}, which is found by that name; another is needed."
+    )
+    assert not (tmp_path / "animals").exists()
+    assert not (tmp_path / "in_home/in_home").exists()
+
+
 @pytest.fixture
 def without_tokenizer(lora, tmp_path, monkeypatch):
     """A checkpoint with LoRA, without ice_text.model, and a machine that reaches no hub."""

@@ -15,6 +15,7 @@ from model.checkpoints.weights import read_weights
 from model.convert.merge_lora import is_packed_in_qlora, merge
 from model.convert.peft import to_peft
 from model.errors import InputError
+from model.finetune import FineTuneVisualGLMModel
 from model.frozen import dequantized, quantized
 from model.inference.load import load_for_answering
 from model.sat_compat import import_sat
@@ -106,6 +107,18 @@ def test_merged_config_is_that_of_an_ordinary_checkpoint_with_its_origin(lora, u
     assert config["finetuning"]["lora"]["rank"] == 7
     sizes = ("num_layers", "hidden_size", "eva_args", "qformer_args", "image_length", "bos_token_id")
     assert {key: config[key] for key in sizes} == {key: upstream_config[key] for key in sizes}
+
+
+@pytest.mark.slow
+def test_model_merged_and_saved_as_the_released_readme_says_is_a_plain_one(lora, tmp_path):
+    args = FineTuneVisualGLMModel.get_args(skip_init=True, save=str(tmp_path / "merged"))
+    model, args = FineTuneVisualGLMModel.from_pretrained(str(lora), args)
+    model.get_mixin("lora").merge_lora()
+    args.layer_range, args.mode = [], "inference"
+    model_io.save_checkpoint(1, model, None, None, args)
+    loaded, _ = load_for_answering(str(tmp_path / "merged"), str(GOLDEN / "tokenizer"))
+    assert type(loaded).__name__ == "VisualGLMModel"
+    torch.testing.assert_close(logits(loaded), logits(load_for_answering(str(lora))[0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def chat(
     tokenizer: ChatGLMTokenizer,
     query: str,
     history: Sequence[Turn] | None = None,
-    image: torch.Tensor | str | Path | Any | None = None,
+    image: Any | None = None,
     max_length: int | None = None,
     top_p: float = 0.7,
     top_k: int = 30,

@@ -574,9 +574,7 @@ SENTENCES = {
     "fold LoRA into an ordinary checkpoint": "把 LoRA 合并成普通的检查点",
     "train on, to twice as many steps": "继续训练到两倍的步数",
     # evaluate.py and check_data.py
-    "asked  {text}": "问题  {text}",
-    "label  {text}": "标签  {text}",
-    "answer {text}": "回答  {text}",
+    "asked": "问题",
     "{count:d} answers were cut off (--max_length {length:d}).": "{count} 个回答被截断（--max_length {length}）。",
     "Shortened as in training, to --max_source_length {length:d}: {count:d} of {rows:d} questions; predict.py, cli_demo.py and"
     " the servers ask them whole.": (

@@ -59,6 +59,12 @@ def warn_from_any_process(text: str) -> None:
     _print(in_ui_language(text, sys.stderr), sys.stderr)
 
 
+def show(text: str, end: str = "") -> None:
+    """Print text of others, such as a row's or a model's, as it is: it is no message that may have a translation."""
+    if is_first_process():
+        _print(text, sys.stdout, end)
+
+
 def is_on_screen(stream: TextIO) -> bool:
     """Whether a line on stream can be replaced by the next one."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -111,13 +117,13 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO, end: str = "\n") -> None:
     global _renewed
     with _printing:
         if _renewed is not None:
             _written(f"\r{ERASE_TO_END}", _renewed)
             _renewed = None
-        _written(f"{printable(text)}\n", stream)
+        _written(f"{printable(text)}{end}", stream)
 
 
 @contextmanager

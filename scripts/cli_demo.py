@@ -29,7 +29,7 @@ from model.checkpoints.metadata import answer_length
 from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
 from model.data.images import open_image
 from model.data.remote_images import is_url
-from model.distributed import done_by_first_process, is_first_process, world_size
+from model.distributed import done_by_first_process, world_size
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
@@ -40,7 +40,7 @@ from model.inference.flags import (
 )
 from model.inference.keyboard import line_editing, typed_path
 from model.inference.sampling import CHINESE_TOKENS
-from model.progress import printable, say, warn
+from model.progress import say, show, warn
 
 RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
 
@@ -172,12 +172,6 @@ def line_typed(prompt: str) -> str:
 def typed(text: str) -> str:
     """Text as it was typed, also where Python takes the terminal for one without UTF-8; what isn't text is a � there."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def show(text: str, end: str = "") -> None:
-    """Print text as it is, and not as a message that may have a translation, on the first process."""
-    if is_first_process():
-        print(printable(text), end=end, flush=True)
 
 
 class Speaker:

@@ -43,7 +43,7 @@ from model.inference.flags import (
 )
 from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
-from model.progress import say
+from model.progress import in_column, say, show
 
 DEFAULT_LENGTH = 512  # tokens of question and answer together
 SHOWN = 3  # rows printed as examples: the worst
@@ -286,11 +286,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.html and is_first_process():
         written(options.html, page_of(results, measures), "--html")
     for number in worst_places(next(iter(results.values())))[:SHOWN]:
-        row = rows[number]
-        say(f"{row.img or '(no picture)'}\n  asked  {row.prompt}\n  label  {row.label}")
-        for checkpoint, of_checkpoint in results.items():
-            source = f"  ({checkpoint})" if len(results) > 1 else ""
-            say(f"  answer {of_checkpoint[number].answer}{source}")
+        show(row_in_words(rows[number], {name: of[number].answer for name, of in results.items()}), "\n")
     for checkpoint, measured in measures.items():
         heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))
@@ -301,6 +297,19 @@ def evaluate(options: argparse.Namespace) -> None:
     if len(results) > 1:
         say(comparison(*results.values()))
     say(f"answers right: {measures[checkpoints[0].name]['right']}/{len(rows)}")
+
+
+def row_in_words(row: Row, answers: Mapping[str, str]) -> str:
+    """A row and the answers by their checkpoints. Only the words before the texts are in the language of the user."""
+    lines = [
+        row.img or "(no picture)",
+        f"  {in_column('asked', 7)}{row.prompt}",
+        f"  {in_column('label', 7)}{row.label}",
+    ]
+    for checkpoint, answer in answers.items():
+        source = f"  ({checkpoint})" if len(answers) > 1 else ""
+        lines.append(f"  {in_column('answer', 7)}{answer}{source}")
+    return "\n".join(lines)
 
 
 def shortened_notes(

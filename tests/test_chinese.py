@@ -31,7 +31,7 @@ from model.cli.preflight import epochs_note, preflight, warm_up_notes
 from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
 from model.data.remote_images import STRANGERS, downloaded, opened
-from model.data.rows import ROW_NEEDS, read_rows
+from model.data.rows import ROW_NEEDS, Row, read_rows
 from model.errors import InputError, exit_on_input_error
 from model.finetune import by_kind
 from model.inference import page
@@ -546,6 +546,8 @@ def told_on_pages(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (chinese, page, report, evaluate):
             patch.setattr(module, "in_ui_language", lambda text: told.append(text) or text)
+        patch.setattr(evaluate, "in_column", lambda text, _: told.append(text) or text)
+        evaluate.row_in_words(Row(None, "?", "yes", "a.json row 1"), {"one": "no"})
         evaluate.page_of({"one": [result]}, {"one": summary([result])})
         for runs in ([folder / "one"], [folder / "two"], [folder / "one", folder / "two"]):
             report.report(runs)
@@ -636,7 +638,7 @@ OF_A_RUN = (
     "No GPU found", "Trainable, ", "step {step}", "iteration {step:d}: validation", "Best evaluation", "Saved ", "Merged ", "exact match ",
     "answers right", "Answering {rows}, and", "{name}: {count:d} tensors {shape}, layers {first", "{flag} {name}: the newest run",
     "Going on with", "{signal}: stopped after step {step:d} of {last:d}. To", "{flag} from here on", "{flag}: the run has",
-    "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ", "asked ", "label ", "answer {",
+    "--resume auto", "{folder}: iteration", "--load", "--mode {mode}: iter", "Report: ",
     "right ", "{count:d} held-out", "the adapters are", "the place in the data", "a run goes on", "the checkpoint has its weights",
 )  # fmt: skip
 OF_SLOW_ANSWERS = "Answering, tokens at most"  # tests/training/test_answers.py has it printed

@@ -9,11 +9,12 @@ from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_pytho
 
 from model.checkpoints.whole import is_replaceable
 from model.data.prompt import Lengths, context_ids, sample_from_row
-from model.data.rows import row_from_json
+from model.data.rows import Row, row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
 from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, rouge_l, summary, without_punctuation
+from model.progress import show
 from scripts import cli_demo, evaluate, predict
 from scripts.evaluate import comparison
 
@@ -243,6 +244,16 @@ def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upst
     assert "2 answers were cut off (--max_length 60)." in out  # the model of random numbers never ends
     assert "&lt;b&gt;" in page.read_text()
     assert page.read_text().count('class="row') == 2
+
+
+def test_row_and_its_answers_are_shown_as_they_are_where_chinese_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("VISUALGLM_UI_LANG", "zh")
+    row = Row(None, "1 row: all is well.", "answer B\nlabel\n3 rows: all is well.", "a.json row 1")
+    show(evaluate.row_in_words(row, {"one": "no folder here", "two": "answers right: 1/2"}), "\n")
+    assert capsys.readouterr().out == (
+        "(no picture)\n  问题   1 row: all is well.\n  标签   answer B\nlabel\n3 rows: all is well.\n"
+        "  回答   no folder here  (one)\n  回答   answers right: 1/2  (two)\n"
+    )
 
 
 def test_results_so_far_are_in_the_file_before_the_last_row_is_answered(tmp_path):

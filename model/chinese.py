@@ -74,6 +74,12 @@ SENTENCES = {
     "WARNING: {name}: iteration {iteration} is left out: {problem}. Iteration {earlier} is used.": (
         "警告：{name}：不使用第 {iteration} 步的检查点：{problem}。改用第 {earlier} 步。"
     ),
+    "{flag}: {problem}; another iteration, or a copy of this one that is whole, is needed.": (
+        "{flag}：{problem}；需要另一个检查点，或这个检查点的完好副本。"
+    ),
+    "{flag}: {problem}; no iteration before it is whole, and one that is is needed.": (
+        "{flag}：{problem}；更早的检查点也都不完好，需要一个完好的。"
+    ),
     "{file} is damaged: its checksum isn't the one in {checksums}": "{file} 已损坏：校验和与 {checksums} 中记录的不同",
     # data files
     "{path}: No such file or directory; a JSON file of rows is needed.": "{path}：没有这个文件；需要一个 JSON 数据文件。",
@@ -718,6 +724,6 @@ def pattern_of(english: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)(:d)?\}", english)  # text, name, ":d" or None, text, …
     regex = _literally(parts[0])
     for name, kind, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        field = r"\d+" if kind else ".+?"
+        field = r"\d+" if kind else ".+?" if text else "(?:(?!; ).)+"  # at the end: "; " goes on to a longer sentence
         regex += f"(?P<{name}>{field}){_literally(text)}"
     return re.compile(regex)

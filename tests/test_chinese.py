@@ -170,6 +170,16 @@ def test_unknown_language_is_refused(capsys: pytest.CaptureFixture[str]) -> None
             "processes that share the rows: 1.",
             "最大的批：4 条数据拼成 1 条序列，每条 272 个 token，其中要学的共 56 个；图片用已算好的特征。每步 1 批，1 个进程分担数据。",
         ),
+        (
+            "x.py: error: --from_pretrained run/2: run/2/a.pt is damaged: its checksum isn't the one in checksums.json; another"
+            " iteration, or a copy of this one that is whole, is needed.",
+            "x.py：错误：--from_pretrained run/2：run/2/a.pt 已损坏：校验和与 checksums.json 中记录的不同；"
+            "需要另一个检查点，或这个检查点的完好副本。",
+        ),
+        (
+            "a.pt is damaged: its checksum isn't the one in checksums.json; something else is needed.",
+            "a.pt is damaged: its checksum isn't the one in checksums.json; something else is needed.",
+        ),
         ("A sentence that the table lacks.", "A sentence that the table lacks."),
         ('{"answers right: 3/50": 1}', '{"answers right: 3/50": 1}'),
         ("", ""),
@@ -645,7 +655,7 @@ OF_SLOW_ANSWERS = "Answering, tokens at most"  # tests/training/test_answers.py 
 # Those that only what is rare or takes long prints: they are held against the text in the code.
 OF_THE_CODE = (
     "Step {step:d} skipped", "the loss is {loss}", "the gradient isn't finite", "The losses over the rates", "{name} answers at",
-    "--host {host} without", "WARNING: {name}: iteration", "{file} is damaged: its", "It does not fit",
+    "--host {host} without", "WARNING: {name}: iteration", "{file} is damaged: its", "{flag}: {problem}; ", "It does not fit",
     "{count:d} answers were cut", "Shortened as in training", "Shortened to --max_length", "{folder}: the run ended", "The last evaluation was",
     "Starting a step's kernels", "The answer was cut off", "Finishing the answers in hand",
 )  # fmt: skip

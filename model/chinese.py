@@ -81,6 +81,7 @@ SENTENCES = {
         "{flag}：{problem}；更早的检查点也都不完好，需要一个完好的。"
     ),
     "{file} is damaged: its checksum isn't the one in {checksums}": "{file} 已损坏：校验和与 {checksums} 中记录的不同",
+    "{path}: Permission denied; a path that can be used is needed.": "{path}：没有权限；需要一个可以使用的路径。",
     # data files
     "{path}: No such file or directory; a JSON file of rows is needed.": "{path}：没有这个文件；需要一个 JSON 数据文件。",
     "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (

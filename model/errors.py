@@ -36,6 +36,7 @@ from model.progress import OutputIsFull, any_text_printable, flush, warn_from_an
 ENDING_SIGNALS = [
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in signal.Signals.__members__
 ]
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path, whatever the code does with it
 STATUS_OF_BAD_INPUT = 2
 STATUS_OF_A_LOST_PROCESS = 3
 STATUS_OF_A_SIGNAL = 128  # plus its number, as a shell tells it
@@ -83,7 +84,8 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     slower. One that is left alone was the only one that met it, and tells it then.
     """
     try:
-        yield
+        with _unusable_paths_told():
+            yield
     except (InputError, OutputIsFull) as problem:
         tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
         if not tells and _is_a_program and world_size() > 1:
@@ -97,6 +99,21 @@ def exit_on_input_error(program: str) -> Iterator[None]:
             raise
         warn_from_any_process(f"{program}: error: {TOO_MANY_FILES}")
         sys.exit(STATUS_OF_BAD_INPUT)
+
+
+@contextmanager
+def _unusable_paths_told() -> Iterator[None]:
+    """Make bad input of a path that the system refuses, wherever it is met: Path.is_file raises it too.
+
+    Raises:
+        InputError: the block left an error of UNUSABLE on a path. Any other error is a bug of ours, and stays.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNUSABLE or not isinstance(error.filename, str | os.PathLike):
+            raise
+        raise InputError(f"{error.filename}: {error.strerror}; a path that can be used is needed.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import functools
 import http.server
 import io
@@ -258,6 +259,12 @@ def check(words: list[str]) -> None:
             say(note)
 
 
+def enter_closed_folder() -> None:
+    """What a command does where it may not go; root may go everywhere."""
+    with exit_on_input_error("x.py"):
+        raise PermissionError(errno.EACCES, "Permission denied", "closed")
+
+
 def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     """Command lines that are refused before a model is loaded."""
     good = ["--use_lora", "--from_pretrained", "model/tiny", "--train-data", DATA]
@@ -368,6 +375,7 @@ def checked(data: Path) -> list[str]:
         patch.chdir(PROJECT)
         patch.setenv("VISUALGLM_UI_LANG", "en")
         patch.setattr(progress, "QUIET_SECONDS", 0.0)
+        text += printed_by(enter_closed_folder)
         for words in [*wrong_command_lines(data), *good_command_lines(data)]:
             text += printed_by(check, words)
         text += printed_by(finetune_visualglm.main, [*RUN[1:], "--train-data", DATA, "--dry_run"])

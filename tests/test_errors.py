@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,54 @@ def test_exit_on_input_error_in_another_process_tells_only_what_that_process_alo
     with pytest.raises(SystemExit), exit_on_input_error("x.py"):
         raise error("a row.")
     assert capsys.readouterr().err == told
+
+
+def test_path_that_the_system_refuses_is_a_sentence(capsys):
+    name = "a" * 300
+    with pytest.raises(SystemExit) as exit_, command("x.py"):
+        Path(name).is_file()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"x.py: error: {name}: File name too long; a path that can be used is needed.\n"
+
+
+@pytest.mark.parametrize("bug", [FileNotFoundError(2, "No such file", "a"), PermissionError(13, "no socket")])
+def test_other_errors_of_the_system_are_bugs_and_shown(bug):
+    with pytest.raises(type(bug)), command("x.py"):
+        raise bug
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder with rows and a picture that the tests' ordinary user can't enter."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    write_rows(folder, [{"prompt": "?", "label": "a"}], "rows.json")
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+@pytest.mark.run
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root enters every folder")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("scripts/cli_demo.py", "--query", "?", "--from_pretrained", "{closed}"),
+        ("scripts/report.py", "{closed}"),
+        ("finetune_visualglm.py", "--use_lora", "--from_pretrained", "model/tiny", "--train-data",
+         "fewshot-data/dataset.json", "--save", "{closed}/new"),
+    ],
+)  # fmt: skip
+def test_command_says_that_it_may_not_enter_a_folder(closed, words):
+    as_ordinary_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    line = [sys.executable, *(word.format(closed=closed) for word in words)]
+    done = subprocess.run(
+        line if os.geteuid() else as_ordinary_user + line, cwd=PROJECT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"\w+\.py: error: {closed}\S*: Permission denied; a path that can be used is needed\.\n", done.stderr
+    )
 
 
 def refused_late_by_the_first(what_the_other_does: str) -> subprocess.CompletedProcess[str]:

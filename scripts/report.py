@@ -18,12 +18,12 @@ from model.errors import InputError, command, interrupt_ends_quietly, raise_prob
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
-from model.checkpoints.layout import newest_run_named
+from model.checkpoints.layout import newest_run_named, read_json_object
 from model.checkpoints.resume import SETTINGS_FILE
 from model.checkpoints.whole import is_replaceable, write_whole
 from model.inference.page import OWN_PAGE
 from model.progress import say
-from model.training.records import METRICS_FILE, REPORT_FILE
+from model.training.records import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, read_records
 
 SEVERAL = "runs.html"  # in the folder that the first run lies in
 
@@ -78,11 +78,20 @@ def folder_of(run: str) -> Path:
 
 
 def problem_with(folder: Path) -> str | None:
-    """Why a folder is not a run's, if it isn't."""
+    """Why no page can be made of a folder, if that is so: an earlier one may have what a broken file lacks now."""
     if not folder.is_dir():
         return f"{folder}: no such folder; the folder of a run is needed."
     if not (folder / METRICS_FILE).is_file() and not (folder / SETTINGS_FILE).is_file():
         return f"{folder}: no {METRICS_FILE} and no {SETTINGS_FILE}; the folder of a run is needed."
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size and not read_records(metrics):
+        return f"{metrics}: no line of a run in it; the file as the run wrote it is needed, or none."
+    for name, what in ((SETTINGS_FILE, "The settings of a run"), (ANSWERS_FILE, "The answers of a run")):
+        try:
+            if (folder / name).exists():
+                read_json_object(folder / name, what)
+        except InputError as problem:
+            return str(problem)
     return None
 
 

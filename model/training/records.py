@@ -87,7 +87,11 @@ class Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records in a file, without lines that a kill has cut short; none if there is no such file."""
+    """The records in a file, without lines that a kill has cut short; none if there is no such file.
+
+    Raises:
+        OSError: there is one, but it can't be read.
+    """
     return list(_records(path))
 
 
@@ -106,7 +110,7 @@ def comparable(records: Sequence[Record], settings: Mapping[str, Any]) -> list[R
 def _records(path: Path) -> Iterator[Record]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return
     for line in lines:
         try:
@@ -122,8 +126,8 @@ class MetricsFile:
         """A file whose records that keep is true of stay; those of a run that is trained again go."""
         self.path = path
         self._file: IO[str] | None = None
-        lines = "".join(record.to_line() for record in read_records(path) if keep(record))
         try:
+            lines = "".join(record.to_line() for record in read_records(path) if keep(record))
             write_whole(path, lambda unfinished: unfinished.write_text(lines, encoding="utf-8"))
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         except OSError as error:

@@ -77,6 +77,18 @@ def test_lines_of_other_versions_and_programs_do_no_harm(tmp_path, line):
     assert len(read_records(path)) == 1 + ("more" in line)
 
 
+def test_file_that_can_not_be_read_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    def closed(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(step(1).to_line().encode())
+    monkeypatch.setattr("pathlib.Path.read_text", closed)  # root may read every file
+    MetricsFile(path, keep=lambda record: True).write(step(2))
+    assert path.read_bytes() == step(1).to_line().encode()
+    assert "metrics.jsonl can't be written (Permission denied)" in capsys.readouterr().err
+
+
 def test_file_that_goes_on_keeps_what_it_is_told_to_and_the_rest_comes_after(tmp_path):
     path = tmp_path / "metrics.jsonl"
     written(path, step(1), step(2), evaluation(2), step(3))

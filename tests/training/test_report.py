@@ -165,6 +165,39 @@ def test_what_is_no_run_and_given_twice_is_told_once(runs, capsys):
     assert line.endswith("empty: no metrics.jsonl and no settings.json; the folder of a run is needed.")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("metrics.jsonl", "metrics.jsonl: no line of a run in it; the file as the run wrote it is needed, or none."),
+        ("settings.json", "settings.json: byte 0 is not UTF-8; JSON in UTF-8 is needed."),
+        ("answers.json", "answers.json: byte 0 is not UTF-8; JSON in UTF-8 is needed."),
+    ],
+)
+def test_page_stays_as_it_is_where_a_file_of_the_run_can_not_be_read(runs, capsys, name, told):
+    main([str(runs[0])])
+    page = (runs[0] / "report.html").read_text()
+    (runs[0] / name).write_bytes(b"\xff\n\x00" * 9)
+    with pytest.raises(SystemExit) as ended:
+        main([str(runs[0])])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{told}\n")
+    assert (runs[0] / "report.html").read_text() == page
+    main([str(run) for run in runs])
+    assert capsys.readouterr().out.startswith("Left out: ")
+
+
+def test_page_stays_as_it_is_where_a_file_of_the_run_is_closed(runs, capsys, monkeypatch):
+    def closed(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_text", closed)  # root may read every file
+    with pytest.raises(SystemExit) as ended:
+        main([str(runs[0])])
+    assert ended.value.code == 2
+    assert "metrics.jsonl: Permission denied; " in capsys.readouterr().err
+    assert not (runs[0] / "report.html").exists()
+
+
 def test_what_is_no_run_among_runs_is_left_out(runs, capsys, tmp_path):
     picture = tmp_path / "MyModel-find_lr.png"
     picture.touch()

@@ -87,4 +87,5 @@ def typed_path(text: str) -> str:
     if meanings[-1].lower().startswith("file://"):
         meanings.append(unquote(urlsplit(meanings[-1]).path))
     paths = [os.path.expanduser(meaning) for meaning in meanings]
-    return next((path for path in paths if os.path.exists(path)), paths[-1])
+    has_marks = text.lower().startswith(("'", '"', "file://"))  # else a backslash may be of a Windows path
+    return next((path for path in paths if os.path.exists(path)), paths[-1] if has_marks else paths[0])

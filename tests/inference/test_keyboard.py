@@ -34,8 +34,12 @@ def test_name_that_looks_quoted_but_is_a_files_is_that_file(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("text", "path"),
-    [("'gone.png'", "gone.png"), ("it's gone.png", "it's gone.png"), ("gone a.png", "gone a.png"), ("", "")],
-)
+    [
+        ("'gone.png'", "gone.png"), ("it's gone.png", "it's gone.png"), ("gone a.png", "gone a.png"), ("", ""),
+        ("C:\\Users\\me\\cat.png", "C:\\Users\\me\\cat.png"), ('"C:\\Users\\me\\a cat.png"', "C:\\Users\\me\\a cat.png"),
+        ("file:///gone%20a.png", "/gone a.png"),
+    ],
+)  # fmt: skip
 def test_path_of_no_file_is_told_without_its_quotes(text, path):
     assert typed_path(text) == path
 

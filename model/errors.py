@@ -84,7 +84,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     slower. One that is left alone was the only one that met it, and tells it then.
     """
     try:
-        with _unusable_paths_told():
+        with unusable_paths_told():
             yield
     except (InputError, OutputIsFull) as problem:
         tells = isinstance(problem, RowError) or is_first_process() or os.environ.get("LOCAL_RANK") == "0"
@@ -102,7 +102,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
 
 
 @contextmanager
-def _unusable_paths_told() -> Iterator[None]:
+def unusable_paths_told() -> Iterator[None]:
     """Make bad input of a path that the system refuses, wherever it is met: Path.is_file raises it too.
 
     Raises:

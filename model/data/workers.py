@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from model.errors import ENDING_SIGNALS, InputError
+from model.errors import ENDING_SIGNALS, InputError, unusable_paths_told
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 PATIENCE = 0.3  # seconds: a task that is done by then is waited for
@@ -165,7 +165,8 @@ class _ForkedTask(Generic[Result]):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         answer: tuple[Result | None, InputError | None]
         try:
-            answer = task(), None
+            with unusable_paths_told():
+                answer = task(), None
         except InputError as problem:
             answer = None, problem
         try:

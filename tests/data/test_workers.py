@@ -49,6 +49,15 @@ def test_problem_of_the_task_is_raised():
         run_in_subprocess(task, lambda: None)
 
 
+def test_path_that_the_system_refuses_the_task_is_a_problem_of_the_task(impatient):
+    def task():
+        time.sleep(0.1)
+        os.stat("a" * 300)
+
+    with pytest.raises(InputError, match="aaa: File name too long; "):
+        run_in_subprocess(task, lambda: None)
+
+
 def test_task_whose_process_dies_is_told_in_a_sentence():
     with pytest.raises(InputError, match=r"^The process that checks the data died \(status -9; no memory left\?\)\.$"):
         run_in_subprocess(lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: None)

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,11 @@ def picture_path(text: str) -> str:
     """
     path = typed_path(text)
     if not is_url(path):
-        if not os.path.lexists(path):
-            raise InputError(f"there is no file {path}; the path or the address of a picture is needed.")
+        try:
+            with suppress(PermissionError):  # open_image tells it
+                os.lstat(path)
+        except (OSError, ValueError):
+            raise InputError(f"there is no file {path}; the path or the address of a picture is needed.") from None
         open_image(path)
     return path
 

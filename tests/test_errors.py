@@ -104,6 +104,10 @@ def closed(tmp_path):
         ("scripts/report.py", "{closed}"),
         ("finetune_visualglm.py", "--use_lora", "--from_pretrained", "model/tiny", "--train-data",
          "fewshot-data/dataset.json", "--save", "{closed}/new"),
+        ("finetune_visualglm.py", "--use_lora", "--from_pretrained", "model/tiny", "--train-data",
+         "fewshot-data/dataset.json", "--save", "none", "--image_folder", "{closed}/pictures"),
+        ("scripts/check_data.py", "{closed}/rows.json"),
+        ("scripts/cli_demo.py", "--from_pretrained", "model/tiny", "--ui_lang", "en", "--image", "{closed}/a.png"),
     ],
 )  # fmt: skip
 def test_command_says_that_it_may_not_enter_a_folder(closed, words):
@@ -113,9 +117,10 @@ def test_command_says_that_it_may_not_enter_a_folder(closed, words):
         line if os.geteuid() else as_ordinary_user + line, cwd=PROJECT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert re.fullmatch(
-        rf"\w+\.py: error: {closed}\S*: Permission denied; a path that can be used is needed\.\n", done.stderr
+    said = (
+        r"(: Permission denied; a path that can be used| can't be read \(Permission denied\); a picture .*) is needed\."
     )
+    assert re.fullmatch(rf"\w+\.py: error: {closed}\S*{said}\n", done.stderr)
 
 
 def refused_late_by_the_first(what_the_other_does: str) -> subprocess.CompletedProcess[str]:

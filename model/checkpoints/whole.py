@@ -151,7 +151,10 @@ def damage(iteration: Path) -> str | None:
     """What is wrong with the files of an iteration, in half a sentence; None for a folder without checksums."""
     if not has_checksums(iteration):
         return None
-    expected = _read_checksums(iteration / CHECKSUMS_FILE)
+    try:
+        expected = _read_checksums(iteration / CHECKSUMS_FILE)
+    except OSError as error:
+        return f"{iteration / CHECKSUMS_FILE} can't be read: {error.strerror}"
     if expected is None:
         return f"{iteration / CHECKSUMS_FILE} is damaged"
     problems = (_file_damage(iteration, name, **sums) for name, sums in expected.items() if name != f"../{CONFIG_FILE}")
@@ -160,13 +163,19 @@ def damage(iteration: Path) -> str | None:
 
 def config_was_changed(iteration: Path) -> bool:
     """Whether `model_config.json` is another one than the iteration was saved with. People edit it: that's no damage."""
+    if not os.access(iteration.parent / CONFIG_FILE, os.R_OK):
+        return False  # whoever reads it says so
     expected = (_read_checksums(iteration / CHECKSUMS_FILE) or {}) if has_checksums(iteration) else {}
     sums = expected.get(f"../{CONFIG_FILE}")
     return sums is not None and _file_damage(iteration, f"../{CONFIG_FILE}", **sums) is not None
 
 
 def _read_checksums(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The sizes and checksums by file name; None if they can't be read."""
+    """The sizes and checksums by file name; None if the file has none.
+
+    Raises:
+        OSError: it can't be read.
+    """
     try:
         files = json.loads(path.read_bytes())["files"]
         names = {name for name in files if Path(name).name == name} | {f"../{name}" for name in SHARED_FILES}
@@ -174,7 +183,7 @@ def _read_checksums(path: Path) -> dict[str, dict[str, Any]] | None:
             name in names and isinstance(sums["bytes"], int) and isinstance(sums["sha256"], str) and len(sums) == 2
             for name, sums in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return files if is_good else None
 

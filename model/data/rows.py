@@ -135,7 +135,7 @@ def missing_file_problems(files: Sequence[str]) -> list[str]:
     return [
         f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
         for file in sorted(set(files))
-        if not os.path.exists(file)
+        if not Path(file).exists()  # which raises of a closed folder, as os.path.exists doesn't
     ]
 
 
@@ -150,7 +150,7 @@ def rows_in_place(
     Raises:
         InputError: the file can't be read, isn't a data file, or holds no row at all; or there is no image_folder.
     """
-    if image_folder and not os.path.isdir(image_folder):
+    if image_folder and not Path(image_folder).is_dir():
         raise InputError(f"--image_folder {image_folder}: no such folder; the one that the pictures are in is needed.")
     file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}

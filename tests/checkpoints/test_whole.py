@@ -115,6 +115,20 @@ DAMAGES = {
 }
 
 
+def test_checksums_and_configuration_that_may_not_be_read_are_not_called_damaged_or_changed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (run / "model_config.json").write_text("{}")
+    with monkeypatch.context() as patch:  # root may read every file
+        patch.setattr("os.access", lambda path, mode: False)
+        assert not config_was_changed(run / "2")
+        patch.setattr(Path, "read_bytes", closed)
+        assert damage(run / "2") == f"{run / '2' / CHECKSUMS_FILE} can't be read: Permission denied"
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_iteration_is_named_and_the_one_before_is_used(
     run: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -33,7 +33,7 @@ h1{font-size:1.5rem;margin:.4rem 0;overflow-wrap:anywhere}h2{font-size:1.15rem;m
 .faint,figcaption,th{color:var(--faint)}p{margin:.4rem 0}
 .wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line);font-weight:normal;overflow-wrap:anywhere}thead th{font-weight:600;color:var(--text)}
-.differs td{font-weight:600}
+.differs td{font-weight:600}.flag th{white-space:nowrap}
 .row{display:grid;grid-template-columns:200px 1fr;gap:1rem;background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:.8rem;margin:.7rem 0}.row.text{grid-template-columns:1fr}
 .row img{width:100%;border-radius:4px;display:block}
@@ -92,7 +92,8 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
     head = "".join(f"<th>{escaped(one)}</th>" for one in heads)
     lines = [f"<thead><tr><th></th>{head}</tr></thead>"] if any(heads) else []
     for name, cells in rows:
-        mark = ' class="differs"' if len(set(cells)) > 1 else ""
+        kinds = ["differs"] * (len(set(cells)) > 1) + ["flag"] * name.startswith("--")
+        mark = f' class="{" ".join(kinds)}"' if kinds else ""
         lines.append(f"<tr{mark}><th>{worded(name)}</th>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 

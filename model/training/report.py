@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def report(folders: Sequence[Path]) -> str:
     """The page on the runs in folders."""
     stories = [Story.of(folder) for folder in folders]
     several = len(stories) > 1
+    given = list(dict.fromkeys(name for story in stories for name in story.settings.get("given", [])))
     title = " · ".join(story.name for story in stories)
     heads = [story.name for story in stories] if several else [""]
     learned = "".join(
@@ -96,7 +98,7 @@ def report(folders: Sequence[Path]) -> str:
         section("The loss", losses_of(stories)),
         section("The learning rate", rates_of(stories)),
         section(*answers_of(stories)),
-        section("What was trained on what", table(heads, rows_of(stories, settings_of))),
+        section("What was trained on what", table(heads, rows_of(stories, partial(settings_of, given=given)))),
         section("What can be done next", *(commands_of(story, several) for story in stories)),
     )
 
@@ -146,8 +148,8 @@ def _loss_of(evaluation: Record) -> str:
     return f"{evaluation.loss:.4f} {in_ui_language(f'at step {evaluation.step}')}"
 
 
-def settings_of(story: Story) -> Iterator[tuple[str, str]]:
-    """What a run was: its base, its method, its data, its flags and its machine."""
+def settings_of(story: Story, given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What a run was: its base, its method, its data, the flags that it or a run beside it was given, and its machine."""
     flags, settings = story.flags, story.settings
     starts = settings.get("starts") or [{}]
     started = starts[0].get("time")
@@ -167,9 +169,10 @@ def settings_of(story: Story) -> Iterator[tuple[str, str]]:
         yield "steps", in_ui_language(f"{done} of {steps}, {count_of(at_once, 'sample')} each")
     if story.steps and story.steps[-1].epoch:
         yield "epochs", f"{story.steps[-1].epoch:.3g}"
-    for name in settings.get("given", []):
-        if name not in ("from_pretrained", "train_data", "save", "ui_lang"):
-            value = flags.get(name)
+    for name in given:
+        value = flags.get(name)
+        is_off = name not in settings.get("given", []) and (value is None or value is False or value == [])
+        if name not in ("from_pretrained", "train_data", "save", "ui_lang") and not is_off:
             yield flag_names().get(name, f"--{name}"), "✓" if value is True else shown(value)
     machine = starts[-1].get("machine", {})
     cpus = [count_of(machine["cpus"], "CPU")] if machine.get("cpus") else []

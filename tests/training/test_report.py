@@ -120,6 +120,15 @@ def test_page_of_two_runs_has_a_column_and_a_curve_for_each(runs):
     assert text.count("<svg") == 2  # losses and rates, both runs in each
 
 
+def test_flag_that_one_run_was_given_is_shown_of_the_other_too(runs):
+    other = SETTINGS["flags"] | {"lr": 0.0001, "use_lora": False}
+    (runs[1] / "settings.json").write_text(json.dumps(SETTINGS | {"given": ["train_iters"], "flags": other}))
+    text = report(runs)
+    assert '<tr class="differs flag"><th>--lr</th><td>0.01</td><td>0.0001</td></tr>' in text
+    assert '<tr class="differs flag"><th>--use_lora</th><td>✓</td><td></td></tr>' in text
+    assert '<tr class="flag"><th>--train-iters</th><td>40</td><td>40</td></tr>' in text
+
+
 def test_next_commands_are_filled_in_and_quoted(runs):
     commands = dict(next_commands(Story.of(runs[0])))
     folder = runs[0]

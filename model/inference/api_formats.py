@@ -2,7 +2,8 @@
 
     ChatRequest, ReleasedRequest  →  Asked: query, history, image, how to answer  →  completion, completion_chunk, …
 
-A field that would change the answer, and that isn't offered, is refused. Other unknown fields are ignored, as OpenAI's are.
+A field that isn't known here is refused: it would change the answer elsewhere, or misspells one that would here. Those that
+change no answer are IGNORED.
 """
 
 import re
@@ -22,8 +23,43 @@ MOST_STOPS = 4  # OpenAI's own limit
 MOST_MESSAGES = 1000
 CHINESE = re.compile("[\u4e00-\u9fa5]")  # the released API frames a question without these in English
 LONGEST_TOKEN = 80  # characters; <|blank_80|> spells as many spaces
+SHOWN_NAMES = 10  # of fields that are refused; a request has room for thousands
+
+# OpenAI's fields that change no answer here, of requests, messages and their parts; and names that clients give things.
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "prediction", "name", "refusal", "annotations", "reasoning", "reasoning_content", "detail",
+    "cache_control", "id", "user_id", "session_id", "request_id",
+)  # fmt: skip
+# OpenAI's and other servers' fields that aren't offered, and what asks for nothing in each, besides null and what is empty.
+NOT_OFFERED: dict[str, tuple[Any, ...]] = dict.fromkeys((
+    "tools", "functions", "tool_calls", "logprobs", "top_logprobs", "logit_bias", "audio", "frequency_penalty",
+    "presence_penalty", "web_search_options", "min_p", "min_tokens", "stop_token_ids", "guided_choice", "guided_json",
+    "guided_regex", "guided_grammar", "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search",
+    "max_new_tokens", "no_repeat_ngram_size", "stop_sequences", "system", "image", "images",
+), (0, False)) | {
+    "n": (1,), "best_of": (1,), "num_beams": (1,), "length_penalty": (0, 1), "max_length": (), "modalities": (["text"],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",), "verbosity": ("medium",),
+}  # fmt: skip
 
 Turn = tuple[str, str]
+
+
+class Fields(BaseModel, extra="allow"):
+    """Fields of which none is dropped without a word."""
+
+    def not_offered(self, where: str = "") -> list[str]:
+        """A sentence for each field that isn't known here, or isn't offered, and asks for something."""
+        sentences = []
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED or value in (None, "", [], {}, *NOT_OFFERED.get(name, ())):
+                continue
+            if name in NOT_OFFERED:
+                sentences.append(f"{where}{name} isn't offered; leave it out.")
+            else:
+                sentences.append(f"{where}{name[:50]} isn't known here; {', '.join(type(self).model_fields)} are.")
+        return sentences
 
 
 class Url(BaseModel):
@@ -32,7 +68,7 @@ class Url(BaseModel):
     url: str
 
 
-class Part(BaseModel):
+class Part(Fields):
     """A piece of a message."""
 
     type: Literal["text", "image_url"]
@@ -40,7 +76,7 @@ class Part(BaseModel):
     image_url: Url | str | None = None
 
 
-class Message(BaseModel):
+class Message(Fields):
     """What one side said."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -53,7 +89,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Fields):
     """How to answer; None is the server's own setting."""
 
     temperature: float | None = None
@@ -83,14 +119,6 @@ class SamplingFields(BaseModel):
             raise InputError(str(problem).replace("--", "")) from None
 
 
-# Fields of a ChatRequest that aren't offered; null, false, 0 and empty ask for nothing.
-ASKED_IF_TRUE = (
-    "frequency_penalty", "presence_penalty", "guided_choice", "guided_json", "guided_regex", "guided_grammar",
-    "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search", "max_new_tokens", "no_repeat_ngram_size",
-    "stop_sequences", "system", "image", "images",
-)  # fmt: skip
-
-
 class ChatRequest(SamplingFields):
     """A request to /v1/chat/completions."""
 
@@ -101,41 +129,6 @@ class ChatRequest(SamplingFields):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = 1
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    tool_choice: Any = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    logit_bias: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    length_penalty: float | None = None
-    best_of: int | None = None
-    stop_token_ids: list[int] | None = None
-    response_format: dict[str, Any] | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    # vLLM's
-    guided_choice: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
-    bad_words: list[str] | None = None
-    ignore_eos: bool | None = None
-    echo: bool | None = None
-    use_beam_search: bool | None = None
-    # Other servers': a text of the system and pictures stand in messages here
-    max_new_tokens: Any = None
-    no_repeat_ngram_size: Any = None
-    stop_sequences: Any = None
-    system: Any = None
-    image: Any = None
-    images: Any = None
-    max_length: int | None = None  # the released form's
 
     def asked(self, default: Sampling) -> "Asked":
         """What the request asks.
@@ -143,7 +136,12 @@ class ChatRequest(SamplingFields):
         Raises:
             InputError: it asks for something that isn't offered, or can't be understood.
         """
-        raise_problems(self._not_offered())
+        problems = self.not_offered()
+        for number, message in enumerate(self.messages):
+            problems += message.not_offered(f"messages[{number}].")
+            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                problems += part.not_offered(f"messages[{number}].content[{place}].")
+        raise_problems(problems[:SHOWN_NAMES])
         query, history, image = conversation(self.messages)
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if len(stops) > MOST_STOPS or "" in stops:
@@ -151,44 +149,23 @@ class ChatRequest(SamplingFields):
         most = [number for number in (self.max_tokens, self.max_completion_tokens) if number is not None]
         return Asked(query, history, image, self.sampling(default), tuple(stops), min(most, default=None))
 
-    def _not_offered(self) -> list[str]:
-        plain = (self.response_format or {}).get("type", "text") == "text"
-        asked_for = {
-            "n": self.n not in (None, 1),
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-            "tool_choice": self.tool_choice not in (None, "none", "auto"),
-            "logprobs": bool(self.logprobs),
-            "top_logprobs": bool(self.top_logprobs),
-            "logit_bias": bool(self.logit_bias),
-            "modalities": self.modalities not in (None, ["text"]),
-            "audio": bool(self.audio),
-            "min_p": bool(self.min_p),
-            "min_tokens": bool(self.min_tokens),
-            "length_penalty": self.length_penalty not in (None, 1, 0),
-            "best_of": self.best_of not in (None, 1),
-            "stop_token_ids": bool(self.stop_token_ids),
-            "response_format": not plain,
-            **{name: bool(getattr(self, name)) for name in ASKED_IF_TRUE},
-            "max_length": self.max_length is not None,
-        }
-        return [f"{name} isn't offered; leave it out." for name, is_asked in asked_for.items() if is_asked]
-
 
 class ReleasedRequest(SamplingFields):
-    """A request to / as the API of 2023 took it; its other fields, as min_length, did nothing there either."""
+    """A request to / as the API of 2023 took it."""
 
     text: str
     image: str | None = None
     history: list[tuple[str, str]] | None = Field(None, max_length=MOST_MESSAGES)
     max_length: int | None = Field(None, ge=1)
+    min_length: Any = None  # did nothing there either
 
     def asked(self, default: Sampling) -> "Asked":
         """What the request asks.
 
         Raises:
-            InputError: there is no question, or a number is out of bounds.
+            InputError: there is no question, a field isn't known, or a number is out of bounds.
         """
+        raise_problems(self.not_offered()[:SHOWN_NAMES])
         if not self.text.strip():
             raise InputError("text: it is empty; a question is needed.")
         return Asked(
@@ -284,6 +261,8 @@ def _content(message: Message, where: str) -> tuple[str, list[str]]:
         found = part.text if part.type == "text" else part.image_url
         if found is None:
             raise InputError(f'{where}: a part of type "{part.type}" without "{part.type}"; it is needed.')
+        if part.text and part.image_url:
+            raise InputError(f'{where}: a part with "text" and "image_url"; a part for each is needed.')
         if part.type == "text":
             texts.append(str(found))
             continue

@@ -34,6 +34,7 @@ def test_messages_are_a_question_after_turns(said, expected):
     ([("user", [PICTURE]), ("assistant", "b"), ("user", [PICTURE])], "2 pictures; the model takes one"),
     ([("system", [PICTURE]), ("user", "a")], r'messages\[0\]: a picture in a message of role "system"'),
     ([("user", [{"type": "text"}])], r'messages\[0\]: a part of type "text" without "text"'),
+    ([("user", [PICTURE | {"text": "a"}])], r'messages\[0\]: a part with "text" and "image_url"; a part for each is needed'),
 ])  # fmt: skip
 def test_messages_that_are_no_conversation_are_told(said, problem):
     with pytest.raises(InputError, match=problem):
@@ -101,6 +102,56 @@ def test_field_that_would_change_the_answer_is_refused_and_its_default_is_not(fi
     with pytest.raises(InputError, match=f"{field} isn't offered"):
         chat_request(**{field: refused}).asked(WARM)
     assert chat_request(**{field: plain}).asked(WARM) == chat_request().asked(WARM)
+
+
+@pytest.mark.parametrize("field", [
+    {"temprature": 0}, {"Temperature": 0}, {"top-p": 0.1}, {"do_sample": False}, {"num_beams": 4},
+])  # fmt: skip
+def test_field_that_is_not_known_is_refused_in_both_forms(field):
+    (name,) = field
+    for request in (chat_request(**field), ReleasedRequest(text="a", **field)):
+        with pytest.raises(
+            InputError, match=f"^{name} isn't (known here; .*temperature, .* are|offered; leave it out)[.]$"
+        ):
+            request.asked(WARM)
+
+
+@pytest.mark.parametrize(
+    "field", [{"max_tokens": 3}, {"stop": ["b"]}, {"img": "zzz"}, {"image_prompt": "zzz"}, {"images": ["a"]}]
+)
+def test_field_of_another_form_is_refused_in_the_released_one(field):
+    with pytest.raises(InputError, match=f"^{next(iter(field))} isn't (known|offered)"):
+        ReleasedRequest(text="a", **field).asked(WARM)
+
+
+@pytest.mark.parametrize(("message", "problem"), [
+    ({"content": "a", "images": ["b"]}, "messages[0].images isn't offered; leave it out."),
+    ({"content": "a", "tool_calls": [{"id": "b"}]}, "messages[0].tool_calls isn't offered; leave it out."),
+    ({"content": [{"type": "text", "text": "a", "url": "b"}]},
+     "messages[0].content[0].url isn't known here; type, text, image_url are."),
+])  # fmt: skip
+def test_field_of_a_message_that_is_not_known_is_refused(message, problem):
+    with pytest.raises(InputError) as error:
+        ChatRequest(model="a", messages=[{"role": "user", **message}]).asked(WARM)
+    assert str(error.value) == problem
+
+
+def test_fields_that_change_no_answer_are_ignored():
+    harmless = {"user": "a", "id": 5, "metadata": {"a": "b"}, "store": True, "any": None, "other": "", "more": []}
+    assert chat_request(**harmless).asked(WARM) == chat_request().asked(WARM)
+    released = {**harmless, "min_length": 50, "num_beams": 1}
+    assert ReleasedRequest(text="a", **released).asked(WARM) == ReleasedRequest(text="a").asked(WARM)
+    answer = {"role": "assistant", "content": "b", "refusal": None, "annotations": [], "tool_calls": None}
+    said = [{"role": "user", "name": "me", "content": "a"}, answer, {"role": "user", "content": "c"}]
+    assert ChatRequest(model="a", messages=said).asked(WARM).history == [("a", "b")]
+
+
+def test_names_of_unknown_fields_are_shown_shortened():
+    with pytest.raises(InputError) as error:
+        ReleasedRequest(text="a", **{f"{number}" * 60: 1 for number in range(20)}).asked(WARM)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith(f"{number}" * 50 + " isn't known here; ") for number, line in enumerate(lines))
 
 
 def test_number_out_of_bounds_is_told_by_the_fields_name():

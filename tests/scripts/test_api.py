@@ -306,6 +306,8 @@ HOSTILE = {
     "endless warmth": (raw(b'{"text": "a", "temperature": 1e400}'), 400, "temperature inf: 0 or more is needed"),
     "negative length": (text("a", max_tokens=-1), 400, "max_tokens"),
     "many answers": (text("a", n=1000), 400, "n isn't offered"),
+    "half a character as a field": (raw(b'{"text": "a", "\\ud800": 1}'), 400, ""),
+    "picture under another name": (raw(b'{"text": "a", "img": "zzz"}'), 400, "img isn't known here; .*image, history"),
     "five stops": (text("a", stop=["a", "b", "c", "d", "e"]), 400, "up to 4"),
     "other model": (("/v1/chat/completions", {"json": {"model": "../x", "messages": [said("a")]}}), 404, 'no model "../x"'),
     "a form, as a web page may send it": (

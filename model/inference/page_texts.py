@@ -54,6 +54,26 @@ TEXTS = {
     "not_uploaded": ("Only a picture that was uploaded here is taken.", "只接受在这里上传的图片。"),
 }
 
+# What Gradio says in English only: a regular expression, and what stands in place of what it finds.
+GRADIO_WORDS = {
+    "^(Upload file|File upload)$": "上传文件",
+    "^Paste from clipboard$": "从剪贴板粘贴",
+    "^Close$": "关闭",
+    "^Fullscreen$": "全屏",
+    "^Exit fullscreen( mode)?$": "退出全屏",
+    "^Remove Image$": "移除图片",
+    "^Copy conversation$": "复制对话",
+    "^Copied conversation$": "已复制对话",
+    "^Reset to default value$": "恢复默认值",
+    "^number input for ": "数值：",
+    "^range slider for ": "滑块：",
+    "^chatbot conversation$": "对话",
+    "^user's message: ": "用户：",
+    "^bot's message: ": "模型：",
+    "^Error *$": "出错了",
+    r"^Invalid file type: (.*)\. Only image/\* allowed\.$": "“$1”不是图片；请选择图片文件。",
+}
+
 
 def texts(language: str) -> dict[str, str]:
     """All texts in a language, "en" or "zh" or a kind of it such as "zh-CN", by their keys."""

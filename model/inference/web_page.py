@@ -9,6 +9,7 @@ What a visitor says is in a `Talk`, which stays here. Of what a browser sends, o
 
 import html
 import io
+import json
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from model.errors import InputError
 from model.inference.flags import sampling_of
 from model.inference.load import image_size
 from model.inference.page import escaped
-from model.inference.page_texts import CHINESE, ENGLISH, language_of, sentence, texts
+from model.inference.page_texts import CHINESE, ENGLISH, GRADIO_WORDS, language_of, sentence, texts
 from model.inference.sampling import CHINESE_TOKENS, Sampling
 from model.inference.serving import BusyError, FailedError
 from model.inference.talk import Speaker, Talk, Turn, Wish
@@ -44,8 +45,20 @@ PATHS = (
     "/login/", "/logout", f"{API}/login_check", f"{API}/queue/join", f"{API}/queue/data", f"{API}/cancel",
     f"{API}/upload", f"{API}/upload_progress", f"{API}/heartbeat/", f"{API}/file=/", f"{API}/startup-events",
 )  # fmt: skip
-STYLE = "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}@media(max-width:600px){.chat{height:38vh!important}}"
-# Gradio's picture takes what its paste button finds, and on https or this machine only; notes are to be read aloud.
+STYLE = (
+    "#note{min-height:1.6em}#note p{margin:0}#fetch{align-self:end}#examples td{overflow-wrap:anywhere}"
+    "@media(max-width:600px){.chat{height:38vh!important}}"
+)
+# With text on them or behind it, Gradio's own colours have less than the 4.5:1 that WCAG 2.2 (1.4.3) asks for.
+COLOURS = {
+    "body_text_color_subdued": "*neutral_500", "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700", "button_primary_background_fill_hover_dark": "*primary_800",
+    "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b",
+}  # fmt: skip
+# Gradio's picture takes what its paste button finds, and on https or this machine only; notes are to be read aloud; where of
+# two buttons one takes the other's place, it takes the keyboard's focus too.
 SCRIPT = """() => {
     document.querySelector("#note").setAttribute("aria-live", "polite");
     document.addEventListener("paste", event => {
@@ -57,6 +70,28 @@ SCRIPT = """() => {
         files.items.add(picture);
         field.files = files.files;
         field.dispatchEvent(new Event("change", {bubbles: true}));
+    });
+
+    const replaced = {send: "stop", stop: "send"}, seen = id => document.getElementById(id)?.checkVisibility();
+    let used = null;
+    const use = event => { used = event.target.id };
+    for (const kind of ["focusin", "pointerdown"]) document.addEventListener(kind, use);
+    const spoken = WORDS[navigator.language.startsWith("zh") ? "zh" : "en"], words = Object.entries(spoken.words);
+    const said = text => words.reduce((text, [found, word]) => text.replace(new RegExp(found), word), text);
+    const mend = () => {
+        if (used in replaced && !seen(used) && seen(replaced[used])) document.getElementById(replaced[used]).focus();
+        for (const image of document.querySelectorAll("img[alt='']")) image.alt = spoken.picture;
+        for (const found of document.querySelectorAll("[aria-label]"))
+            for (const name of ["aria-label", "title"]) {
+                const text = found.getAttribute(name), word = text && said(text);
+                if (word != text) found.setAttribute(name, word);
+            }
+        for (const {firstChild: text} of document.querySelectorAll(".toast-title, .toast-message-text"))
+            if (text?.data && said(text.data) != text.data) text.data = said(text.data);
+    };
+    mend();
+    new MutationObserver(mend).observe(document.body, {
+        subtree: true, childList: true, attributes: true, attributeFilter: ["aria-label", "class", "style"],
     });
 }"""
 PLACES = 64  # requests that send something, at once
@@ -97,6 +132,15 @@ class Page:
         """A text in the language of --ui_lang, or in that of the browser."""
         language = self.settings.ui_language
         return self.i18n(key) if language == "auto" else texts(language)[key]
+
+    @property
+    def words(self) -> dict[str, dict[str, Any]]:
+        """What the browser puts in place of what Gradio has in English only, by the browser's language."""
+        languages = {asked: language_of(asked, self.settings.ui_language) for asked in (ENGLISH, CHINESE)}
+        return {
+            asked: {"picture": texts(read)["picture"], "words": GRADIO_WORDS if read == CHINESE else {}}
+            for asked, read in languages.items()
+        }
 
     def built(self) -> gr.Blocks:
         """The page."""
@@ -393,7 +437,8 @@ def launched(page: Page, host: str, port: int, auth: str | None, share: bool) ->
             state_session_capacity=CONVERSATIONS, server_name=host, server_port=port, share=share, auth=(name, password) if auth else None,
             quiet=True, prevent_thread_lock=True, inline=False, ssr_mode=False, run_history=False, enable_monitoring=False,
             mcp_server=False, pwa=False, allowed_paths=[], max_file_size=most, footer_links=[], i18n=page.i18n,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=STYLE, js=SCRIPT,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**COLOURS),
+            css=STYLE, js=SCRIPT.replace("WORDS", json.dumps(page.words)),
             app_kwargs={"middleware": [Middleware(OnlyPaths, paths=PATHS), guard]},
         )  # fmt: skip
     except OSError:

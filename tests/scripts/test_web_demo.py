@@ -41,7 +41,10 @@ def checkpoints(tmp_path_factory, upstream_config):
     before = write_checkpoint(folder / "before", config, weights)
     head = "mixins.chatglm-final.lm_head.weight"
     after = write_checkpoint(folder / "after", config, weights | {head: weights[head].flip(0)})
-    rows = [{"img": str(PICTURE), "prompt": "What is this?", "label": "A cat.", "lang": "en"}]
+    rows = [
+        {"img": str(PICTURE), "prompt": "What is this?", "label": "A cat.", "lang": "en"},
+        {"img": str(PICTURE), "prompt": "Uncharacteristically?", "label": "Incomprehensibilities.", "lang": "en"},
+    ]
     (after / "held_out.json").write_text(json.dumps(rows))
     return before, after
 
@@ -169,6 +172,7 @@ def test_example_on_a_phone_in_chinese_by_keyboard(server, browser):
     assert page.js(f"document.querySelector({QUESTION!r}).value") == "描述这张图片。"
     assert {"发送", "重试", "设置"} <= set(page.text.split())
     assert page.js("document.documentElement.scrollWidth <= innerWidth")
+    assert page.js("(table => table.scrollWidth <= table.clientWidth)(document.querySelector('#examples .table-wrap'))")
     assert page.js("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     page.js("document.querySelector('#examples td').focus()")
     page.press("Enter", 13)
@@ -182,6 +186,91 @@ def test_example_on_a_phone_in_chinese_by_keyboard(server, browser):
     page.js("document.querySelector('#stop').focus()")
     page.press("Enter", 13)
     page.until("document.querySelector('#note').innerText.includes('已停止。')")
+    page.close()
+
+
+@in_browser
+def test_keyboards_focus_goes_to_the_button_that_takes_the_place_of_the_one_pressed(server, browser):
+    page = opened(browser, server[1])
+    page.focus("#send")
+    page.press("Enter", 13)
+    page.until("document.activeElement.id == 'stop'")
+    page.press("Enter", 13)
+    page.until("document.activeElement.id == 'send'")
+    page.type(QUESTION, "And then?")
+    page.press("Enter", 13)
+    page.until(is_there("#stop"))
+    page.js("document.querySelector('#stop').click()")
+    page.until(is_there("#send"))
+    assert page.js(f"document.activeElement.matches({QUESTION!r})")
+    page.close()
+
+
+CONTRAST = """(() => {
+    const light = color => {
+        const parts = color.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255);
+        const [r, g, b] = parts.map(part => part > 0.04045 ? ((part + 0.055) / 1.055) ** 2.4 : part / 12.92);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = found => {
+        const color = getComputedStyle(found).backgroundColor;
+        return color == "rgba(0, 0, 0, 0)" ? behind(found.parentElement) : color;
+    };
+    const contrast = (found, pseudo) => {
+        const [dark, bright] = [getComputedStyle(found, pseudo).color, behind(found)].map(light).sort((a, b) => a - b);
+        return (bright + 0.05) / (dark + 0.05);
+    };
+    const texts = [...document.querySelectorAll("#settings *, button")].filter(
+        found => [...found.childNodes].some(node => node.nodeType == 3 && node.data.trim()));
+    return Object.fromEntries([
+        ...texts.map(found => [found.innerText, contrast(found)]),
+        ...[...document.querySelectorAll("#url input, #url textarea")].map(found => ["placeholder", contrast(found, "::placeholder")]),
+    ]);
+})()"""
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_stand_out_from_what_is_behind_them(server, browser, dark):
+    page = opened(browser, server[1], dark=dark)
+    page.js(
+        "document.body.append(Object.assign(document.createElement('style'), {textContent: '*{transition:none!important}'}))"
+    )
+    page.click("#settings button")
+    page.until("document.querySelector('#settings').innerText.includes('likeliest')")
+    page.js("document.querySelector('#send').click()")
+    page.until(is_there("#stop"))
+    contrasts = page.js(CONTRAST)
+    page.js("document.querySelector('#stop').click()")
+    page.until(is_there("#send"))
+    contrasts |= page.js(CONTRAST)
+    assert {"Send", "Stop", "placeholder", "0 always takes the likeliest token", "200"} <= contrasts.keys()
+    assert {name: contrast for name, contrast in contrasts.items() if contrast < 4.5} == {}
+    page.close()
+
+
+@in_browser
+def test_what_gradio_says_in_english_only_is_chinese_too_and_pictures_have_a_name(server, browser, tmp_path):
+    page = opened(browser, server[1], language="zh-CN")
+    file = tmp_path / "web.log"
+    file.write_text("a")
+    page.upload("#picture input[type=file]", file)
+    page.until("document.body.innerText.includes('“web.log”不是图片；请选择图片文件。')")
+    assert "出错了" in page.text
+    page.upload("#picture input[type=file]", PICTURE)
+    page.until("document.querySelector('#picture img')")
+    page.click("#send")
+    page.until(is_there("#stop"))
+    page.click("#stop")
+    page.until(is_there("#send"))
+    labels = page.js("[...document.querySelectorAll('[aria-label]')].map(found => found.getAttribute('aria-label'))")
+    assert {"复制对话", "从剪贴板粘贴", "上传文件", "关闭", "移除图片", "全屏"} <= set(labels)
+    assert [label for label in labels if not re.search("[\u4e00-\u9fff]", label)] == []
+    assert set(page.js("[...document.images].map(image => image.alt)")) == {"图片"}
+    page.close()
+    page = opened(browser, server[1])
+    assert page.js("document.querySelector(\"[aria-label='Upload file']\") != null")
+    assert set(page.js("[...document.images].map(image => image.alt)")) == {"Picture"}
     page.close()
 
 

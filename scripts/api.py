@@ -403,8 +403,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Say what is still done, and do it."""
         guard: Guard = self.config.app  # type: ignore[assignment]  # any application, for uvicorn
-        if guard.in_hand:
-            say(f"Finishing the answers in hand ({guard.in_hand}); a second signal ends at once.")
+        guard.refuse_unread()
+        if count := guard.in_hand - len(guard.unread):
+            say(f"Finishing the answers in hand ({count}); a second signal ends at once.")
         await super().shutdown(sockets)
 
 

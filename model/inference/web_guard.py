@@ -53,6 +53,8 @@ class Guard:
         self.most_bytes, self.seconds = most_bytes, seconds
         self.paths = {str(getattr(route, "path", "")) for route in getattr(app, "routes", ())}
         self.in_hand = 0
+        self.unread: set[asyncio.Timeout] = set()  # limits of requests whose body isn't whole
+        self.is_ending = False
         self.answered: Counter[tuple[str, int]] = Counter()  # by path and status
         self.durations = [0] * (len(BUCKETS) + 1)
         self.total_seconds = 0.0
@@ -107,20 +109,25 @@ class Guard:
 
     async def _let_in(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Hand a request on, and watch its body."""
-        end, size, is_whole = time.monotonic() + self.seconds, 0, False
+        end, size, is_whole = asyncio.get_running_loop().time() + self.seconds, 0, False
         refusal: Refused | None = None
 
         async def limited() -> Message:
             nonlocal size, is_whole, refusal
             if is_whole:
                 return await receive()
+            limit = asyncio.timeout_at(0 if self.is_ending else end)
+            self.unread.add(limit)
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+                async with limit:
+                    message = await receive()
             except TimeoutError:
-                refusal = Refused(
-                    408, f"the request isn't whole after {self.seconds:.0f} seconds; a faster client is needed."
-                )
+                late = f"the request isn't whole after {self.seconds:.0f} seconds; a faster client is needed."
+                ending = "the server ends, and the request isn't whole; a later try is needed."
+                refusal = Refused(503, ending) if self.is_ending else Refused(408, late)
                 raise refusal from None
+            finally:
+                self.unread.discard(limit)
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if size > self.most_bytes:
@@ -136,6 +143,13 @@ class Guard:
             await self.app(scope, limited, unless_refused)
         if refusal is not None:
             await refuse(send, refusal.status, str(refusal), {"connection": "close"})
+
+    def refuse_unread(self) -> None:
+        """Refuse the requests whose body isn't whole, those in hand and those to come: the server ends."""
+        self.is_ending = True
+        for limit in self.unread:
+            if not limit.expired():
+                limit.reschedule(0)
 
     def _count(self, path: str, status: int, seconds: float | None) -> None:
         self.answered[path, status] += 1

@@ -26,6 +26,7 @@ from model.inference.api_formats import Asked
 from model.inference.chat import chat
 from model.inference.sampling import Sampling
 from model.inference.serving import Growth
+from model.inference.web_guard import listening
 from scripts.api import Api, main
 
 pytestmark = pytest.mark.run
@@ -239,8 +240,8 @@ def test_more_requests_than_places_are_sent_away_for_a_while_and_leaving_frees_a
 class LongStream:
     """A request for a long answer, sent, with its body or without; nothing of the answer is read."""
 
-    def __init__(self, server, with_body=True):
-        body = json.dumps({"model": "small", "messages": [said(QUESTION)], "stream": True}).encode()
+    def __init__(self, server, with_body=True, message=None):
+        body = json.dumps({"model": "small", "messages": [message or said(QUESTION)], "stream": True}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self.socket = socket.create_connection(("127.0.0.1", server.port))
@@ -481,14 +482,29 @@ FINISHING = "Finishing the answers in hand (1); a second signal ends at once.\n"
 
 
 def test_second_signal_ends_at_once(upstream_checkpoint):
-    flags = "--body_seconds", 60  # so long the request is in hand
-    with running(upstream_checkpoint, *flags) as server, contextlib.closing(LongStream(server, with_body=False)):
+    flags = "--private_images", "--body_seconds", 60  # so long the request is in hand
+    with listening("127.0.0.1", 0) as silent, running(upstream_checkpoint, *flags) as server:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        asked = {"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "a"}]}
+        with contextlib.closing(LongStream(server, message=asked)):
+            while not server.metric("visualglm_requests_in_hand"):
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.stdout.readline() == FINISHING
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(20) == 128 + signal.SIGINT  # 128 + SIGTERM once the answer is finished
+
+
+def test_request_that_is_not_whole_does_not_hold_up_the_end(upstream_checkpoint):
+    with running(upstream_checkpoint, "--body_seconds", 60) as server:
+        stalls = LongStream(server, with_body=False)
         while not server.metric("visualglm_requests_in_hand"):
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.stdout.readline() == FINISHING
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(20) == 128 + signal.SIGINT  # 128 + SIGTERM once the answer is finished
+        assert server.process.communicate(timeout=10) == ("", None)
+        answer = stalls.socket.recv(2**16).decode()
+        assert answer.startswith("HTTP/1.1 503")
+        assert server.process.returncode == 128 + signal.SIGTERM
 
 
 def test_signal_without_an_answer_in_hand_ends_it_without_a_word(upstream_checkpoint):

@@ -71,6 +71,8 @@ GRADIO_WORDS = {
     "^user's message: ": "用户：",
     "^bot's message: ": "模型：",
     "^Error *$": "出错了",
+    "^Pages: *$": "页：",
+    r'^File\(s\) exceed the maximum allowed size of (.*) Mb: "(.*)"$': "“$2”太大，上限为 $1 MB。",
     r"^Invalid file type: (.*)\. Only image/\* allowed\.$": "“$1”不是图片；请选择图片文件。",
 }
 

@@ -86,7 +86,7 @@ SCRIPT = """() => {
                 const text = found.getAttribute(name), word = text && said(text);
                 if (word != text) found.setAttribute(name, word);
             }
-        for (const {firstChild: text} of document.querySelectorAll(".toast-title, .toast-message-text"))
+        for (const {firstChild: text} of document.querySelectorAll(".toast-title, .toast-message-text, .paginate"))
             if (text?.data && said(text.data) != text.data) text.data = said(text.data);
     };
     mend();

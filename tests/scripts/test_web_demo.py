@@ -43,8 +43,9 @@ def checkpoints(tmp_path_factory, upstream_config):
     after = write_checkpoint(folder / "after", config, weights | {head: weights[head].flip(0)})
     rows = [
         {"img": str(PICTURE), "prompt": "What is this?", "label": "A cat.", "lang": "en"},
-        {"img": str(PICTURE), "prompt": "Uncharacteristically?", "label": "Incomprehensibilities.", "lang": "en"},
-    ]
+        *[{"img": str(PICTURE), "prompt": "Uncharacteristically?", "label": "Incomprehensibilities.", "lang": "en"}]
+        * 6,
+    ]  # one more than a page of examples has
     (after / "held_out.json").write_text(json.dumps(rows))
     return before, after
 
@@ -257,6 +258,11 @@ def test_what_gradio_says_in_english_only_is_chinese_too_and_pictures_have_a_nam
     page.upload("#picture input[type=file]", file)
     page.until("document.body.innerText.includes('“web.log”不是图片；请选择图片文件。')")
     assert "出错了" in page.text
+    file = tmp_path / "a.png"
+    file.write_bytes(bytes(10 * 2**20 + 1))  # --max_image is 10 MiB
+    page.upload("#picture input[type=file]", file)
+    page.until("document.body.innerText.includes('“a.png”太大，上限为 10.0 MB。')")
+    assert "页：\n1\n2" in page.text_of("#examples")
     page.upload("#picture input[type=file]", PICTURE)
     page.until("document.querySelector('#picture img')")
     page.click("#send")

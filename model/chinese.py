@@ -28,11 +28,13 @@ _PICTURE_NEEDED_ZH = "需要一张图片（JPEG、PNG、WebP、GIF、BMP、TIFF 
 SENTENCES = {
     # flags
     "{flag}: there is no such flag; did you mean {other}?": "{flag}：没有这个参数；您是想写 {other} 吗？",
-    "{flag}: there is no such flag; --help all shows every flag.": "{flag}：没有这个参数；--help all 列出所有参数。",
+    "{flag}: there is no such flag; {help} shows every flag.": "{flag}：没有这个参数；{help} 列出所有参数。",
     "{flag} {value}: a whole number is needed.": "{flag} {value}：需要一个整数。",
     "{flag} {value}: a number is needed.": "{flag} {value}：需要一个数。",
     "{flag} {value}: one of {choices} is needed.": "{flag} {value}：只能是 {choices} 之一。",
     "{flag}: no value found; one is needed.": "{flag}：缺少参数值。",
+    "{flag}: not given; it is needed.": "{flag}：没有给出；需要这个参数。",
+    "{flags}: not given; they are needed.": "{flags}：没有给出；需要这些参数。",
     "{flag} {value}: 1 or more is needed.": "{flag} {value}：需要大于或等于 1 的值。",
     "{flag} {value}: a number greater than 0 is needed.": "{flag} {value}：需要大于 0 的数。",
     "{flag} {value}: a finite number of 0 or more is needed.": "{flag} {value}：需要大于或等于 0 的有限数。",

@@ -43,6 +43,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
+from model.cli.flag_parser import FlagParser
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
@@ -97,7 +98,7 @@ JSON_KIND = re.compile(r"\s*application/([\w.-]+\+)?json\b", re.IGNORECASE)
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser, default="visualglm-6b")
     add_serving_flags(parser, port=8080, queue=32, seconds=120.0, protected_by="an --api_key")
     add = parser.add_argument

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.cli.flag_checks import frame_problems
+from model.cli.flag_parser import FlagParser
 from model.cli.options import length_or_auto
 from model.data.bad_rows import all_listed, by_cause
 from model.data.image_check import CheckedImages
@@ -52,7 +53,7 @@ BAR_WIDTH = 40  # characters
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "train", nargs="+", type=expanduser, metavar="FILE", help="JSON or JSON Lines files of rows to train on"
     )

@@ -28,6 +28,7 @@ from model.checkpoints.download import may_be_downloaded
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
+from model.cli.flag_parser import FlagParser
 from model.data.images import open_image
 from model.data.remote_images import is_url
 from model.distributed import done_by_first_process, world_size
@@ -75,7 +76,7 @@ ENGLISH = Words(
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser, default="visualglm-6b")
     add = parser.add_argument
     # fmt: off

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import new_folder_problems
+from model.cli.flag_parser import FlagParser
 from model.hub import at_revision
 from model.progress import say, warn
 
@@ -31,7 +32,7 @@ BYTES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
     add("source", metavar="SRC",

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.whole import is_same_file, write_whole
+from model.cli.flag_parser import FlagParser
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import row_from_json, values_of
@@ -41,7 +42,7 @@ STANDARD_OUTPUT = "-"
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conversations", type=expanduser, metavar="IN", help="JSON or JSON Lines file of conversations")
     parser.add_argument(
         "rows",

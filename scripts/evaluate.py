@@ -28,6 +28,7 @@ from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import is_replaceable, is_same_file, json_text, write_whole
 from model.chinese import in_ui_language
+from model.cli.flag_parser import FlagParser
 from model.data.prompt import least_source_length
 from model.data.rows import Row, missing_file_problems
 from model.data.split import leave_out_bad_images, scan_files
@@ -240,7 +241,7 @@ def worst_places(results: Sequence[Result]) -> list[int]:
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off

@@ -17,12 +17,13 @@ if __name__ == "__main__":
     interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
+from model.cli.flag_parser import FlagParser
 from model.progress import say
 
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint of LoRA or QLoRA: a folder, or a part of it"
     )

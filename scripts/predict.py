@@ -39,6 +39,7 @@ from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.running import locked_here
 from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, write_whole
+from model.cli.flag_parser import FlagParser
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, missing_file_problems, rows_in_place, values_of
@@ -371,7 +372,7 @@ def lines_in_order(
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser)
     add = parser.add_argument
     # fmt: off

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import newest_run_named, read_json_object
 from model.checkpoints.resume import SETTINGS_FILE
 from model.checkpoints.whole import is_replaceable, write_whole
+from model.cli.flag_parser import FlagParser
 from model.inference.page import OWN_PAGE
 from model.progress import say
 from model.training.records import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, read_records
@@ -30,7 +31,7 @@ SEVERAL = "runs.html"  # in the folder that the first run lies in
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run: it has a metrics.jsonl")
     parser.add_argument(
         "--out", metavar="PAGE.html",

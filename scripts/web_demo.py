@@ -29,6 +29,7 @@ if __name__ == "__main__":
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.chinese import UI_LANGUAGES, choose_ui_language
+from model.cli.flag_parser import FlagParser
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,
@@ -55,7 +56,7 @@ KEPT_SETTINGS = (
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoint_flags(parser, default="visualglm-6b")
     add_serving_flags(parser, port=7860, queue=16, seconds=300.0, protected_by="--auth")
     add = parser.add_argument

@@ -398,6 +398,7 @@ def checked(data: Path) -> list[str]:
         text += printed_by(predict.main, asked)
         text += printed_by(predict.main, asked)
         text += printed_by(predict.main, [*asked, "--seed", "3"])
+        text += printed_by(predict.main, []) + printed_by(predict.main, asked[:4])
         text += printed_by(predict.main, [*asked[:-1], str(data / "no folder/answers.jsonl")])
         text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
         with pytest.MonkeyPatch.context() as launched:

@@ -19,7 +19,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.cli.options import FlagParser, Options, full_parser, unknown_flag, whole_flags
+from model.cli.flag_parser import FlagParser
+from model.cli.options import Options, full_parser, whole_flags
 
 FLAG = "--config"
 RECIPE_ENDS = "--recipe_ends"  # between a recipe's own words and those that were typed
@@ -103,7 +104,7 @@ def _key(name: str) -> str:
 def _unknown(path: str, key: str, parser: FlagParser) -> str:
     if _key(key) in map(_key, NOT_IN_A_FILE):
         return f"{FLAG} {path}: {key} belongs on the command line; it can't stand in a file."
-    return f"{FLAG} {path}: {unknown_flag(key)}"
+    return f"{FLAG} {path}: {parser.unknown_flag(key)}"
 
 
 def _values(path: str, refuse: Any) -> Mapping[str, object]:

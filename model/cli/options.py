@@ -8,7 +8,6 @@ A new flag takes two lines here: its annotation in `Options`, and its help in `_
 """
 
 import argparse
-import difflib
 import functools
 import json
 import re
@@ -18,9 +17,9 @@ from os.path import expanduser
 from typing import NoReturn
 
 from model.chinese import UI_LANGUAGES, choose_ui_language
+from model.cli.flag_parser import FlagParser
 from model.cli.sat_flags import SatOptions, add_sat_flags
 from model.model_flags import MethodOptions, ModelOptions, add_method_flags, add_model_flags
-from model.progress import warn
 
 SCRIPT = "finetune_visualglm.py"
 FIND_LR_STEPS = 100
@@ -298,15 +297,6 @@ def path_flags() -> frozenset[str]:
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse's parser, except that it tells an error in one sentence of ours and leaves the usage out."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print message on standard error, from rank 0 only, and exit with status 2."""
-        warn(f"{self.prog}: error: {_sentence(message)}")
-        sys.exit(2)
-
-
 class _Help(argparse.Action):
     """--help shows the first flags, --help all every flag; both end the program with status 0."""
 
@@ -341,6 +331,7 @@ def script_parser() -> FlagParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,  # it would open a group of its own above ours
+        help_with_every_flag="--help all",
     )
     _add_script_flags(parser)
     add_method_flags(parser)
@@ -366,9 +357,7 @@ def parse(argv: Sequence[str]) -> Options:
     parser = full_parser()
     defaults: dict[str, object] = vars(parser.parse_args([]))
     absent = object()
-    found, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
-    if unknown:
-        parser.error(_unknown_words(unknown))
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
     given = {name: value for name, value in vars(found).items() if value is not absent}
     return Options({**defaults, **given}, frozenset(given))
 
@@ -379,51 +368,6 @@ def _ui_language(argv: Sequence[str]) -> str:
     parser.add_argument("--ui_lang", nargs="?")
     language = parser.parse_known_args(argv)[0].ui_lang
     return language if language in UI_LANGUAGES else "auto"
-
-
-# argparse's own messages and what we say in their place.
-_SENTENCES = (
-    (r"argument (\S+): invalid int value: '(.*)'", r"\1 \2: a whole number is needed."),
-    (r"argument (\S+): invalid (?:float|_rows_or_share) value: '(.*)'", r"\1 \2: a number is needed."),
-    (r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 \2: one of \3 is needed."),
-    (r"argument (\S+): expected one argument", r"\1: no value found; one is needed."),
-    (r"argument (\S+): expected at least one argument", r"\1: no value found; one or more are needed."),
-    (r"argument (\S+): ignored explicit argument '(.*)'", r"\1=\2: it takes no value; \1 alone is needed."),
-    (r"ambiguous option: (\S+) could match (.*)", r"\1: it could be any of \2; the whole flag is needed."),
-    (r"argument (\S+): (.*)", r"\1: \2."),
-)
-
-
-def _sentence(message: str) -> str:
-    for pattern, sentence in _SENTENCES:
-        match = re.fullmatch(pattern, message, re.DOTALL)
-        if match:
-            return match.expand(sentence)
-    return message
-
-
-def _unknown_words(words: Sequence[str]) -> str:
-    """One sentence per word that looks like a flag; the other words are most likely their values."""
-    unknown_flags = [word.split("=")[0] for word in words if word.startswith("-")]
-    if not unknown_flags:
-        return f'"{words[0]}": it follows no flag that takes it; a flag is needed before it.'
-    return "\n".join(map(unknown_flag, unknown_flags))
-
-
-def unknown_flag(flag: str) -> str:
-    """That there is no such flag, and which one may be meant."""
-    return f"{flag}: there is no such flag; {_did_you_mean(flag, list(flag_names().values()))}"
-
-
-def _did_you_mean(flag: str, flags: Sequence[str]) -> str:
-    by_spelling = {_spelling(known): known for known in flags}
-    close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)
-    return f"did you mean {by_spelling[close[0]]}?" if close else "--help all shows every flag."
-
-
-def _spelling(flag: str) -> str:
-    """A flag without what people mix up: SAT's flags have dashes, the script's underscores."""
-    return flag.lower().lstrip("-").replace("_", "-")
 
 
 @functools.cache

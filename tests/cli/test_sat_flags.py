@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from model.cli.options import FlagParser, full_parser, script_parser
+from model.cli.flag_parser import FlagParser
+from model.cli.options import full_parser, script_parser
 
 pytestmark = pytest.mark.slow  # building SAT's parser imports SAT and DeepSpeed
 

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from model.progress import warn
@@ -32,9 +32,16 @@ _SENTENCES = (
 class FlagParser(argparse.ArgumentParser):
     """argparse's parser, except that it tells an error in one sentence of ours and leaves the usage out."""
 
-    def __init__(self, *, help_with_every_flag: str = "--help", **of_argparse: Any) -> None:
+    def __init__(
+        self,
+        *,
+        help_with_every_flag: str = "--help",
+        foreign_flags: Mapping[str, str] | None = None,
+        **of_argparse: Any,
+    ) -> None:
         super().__init__(**of_argparse)
         self._help_with_every_flag = help_with_every_flag
+        self._own_flags = {_spelling(foreign): own for foreign, own in (foreign_flags or {}).items()}
 
     def error(self, message: str) -> NoReturn:
         """Print message on standard error, from rank 0 only, and exit with status 2."""
@@ -70,6 +77,8 @@ class FlagParser(argparse.ArgumentParser):
     def _did_you_mean(self, flag: str) -> str:
         flags = [action.option_strings[-1] for action in self._actions if action.option_strings]
         by_spelling = {_spelling(known): known for known in flags}
+        if own := self._own_flags.get(_spelling(flag)):
+            return f"did you mean {own}?"
         close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)
         return f"did you mean {by_spelling[close[0]]}?" if close else f"{self._help_with_every_flag} shows every flag."
 

@@ -26,6 +26,23 @@ FIND_LR_STEPS = 100
 SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 MEASURES = ("loss", "exact", "rouge_l")  # that an evaluation can be the best by
 
+# Flags of Hugging Face's trainer and of those built on it, and ours.
+FOREIGN_FLAGS: Mapping[str, str] = {
+    "--learning_rate": "--lr",
+    "--num_train_epochs": "--epochs",
+    "--max_steps": "--train-iters",
+    "--warmup_ratio": "--warmup",
+    "--per_device_train_batch_size": "--batch-size",
+    "--per_device_eval_batch_size": "--eval-batch-size",
+    "--model_name_or_path": "--from_pretrained",
+    "--data": "--train-data",
+    "--output_dir": "--save",
+    "--save_steps": "--save-interval",
+    "--eval_steps": "--eval-interval",
+    "--logging_steps": "--log-interval",
+    "--resume_from_checkpoint": "--resume",
+}
+
 # What people need first: the flags that --help shows, in this order.
 FIRST_FLAGS: Mapping[str, Sequence[str]] = {
     "data": ("--train-data", "--holdout"),
@@ -332,6 +349,7 @@ def script_parser() -> FlagParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,  # it would open a group of its own above ours
         help_with_every_flag="--help all",
+        foreign_flags=FOREIGN_FLAGS,
     )
     _add_script_flags(parser)
     add_method_flags(parser)

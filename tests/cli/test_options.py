@@ -211,6 +211,23 @@ def test_parse_when_a_word_is_wrong_exits_with_one_sentence(
     assert refusal(capsys, *words) == f"finetune_visualglm.py: error: {sentence}\n"
 
 
+@pytest.mark.parametrize(("flag", "own"), [
+    ("--learning_rate", "--lr"), ("--num_train_epochs", "--epochs"), ("--max_steps", "--train-iters"),
+    ("--output_dir", "--save"), ("--save_steps", "--save-interval"), ("--logging_steps", "--log-interval"),
+    ("--data", "--train-data"), ("--per-device-train-batch-size", "--batch-size"), ("--warmup_ratio", "--warmup"),
+    ("--gradient_accumulation_steps", "--gradient-accumulation-steps"), ("--model_name_or_path", "--from_pretrained"),
+    ("--resume_from_checkpoint", "--resume"),
+])  # fmt: skip
+def test_flag_of_other_trainers_is_answered_with_ours(capsys: pytest.CaptureFixture[str], flag: str, own: str) -> None:
+    assert f"{flag}: there is no such flag; did you mean {own}?\n" in refusal(capsys, flag, "1")
+
+
+def test_flags_that_are_named_for_those_of_other_trainers_are_there() -> None:
+    assert set(module.FOREIGN_FLAGS.values()) <= set(module.flag_names().values())
+    assert not set(module.FOREIGN_FLAGS) & set(module.flag_names().values())
+    assert parse(["--lora_r", "4"]).lora_rank == 4
+
+
 def test_parse_when_a_choice_is_wrong_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal(capsys, "--mode", "tune")
     assert error.startswith("finetune_visualglm.py: error: --mode tune: one of ")

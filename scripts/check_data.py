@@ -58,7 +58,13 @@ def command_line() -> argparse.ArgumentParser:
         "train", nargs="+", type=expanduser, metavar="FILE", help="JSON or JSON Lines files of rows to train on"
     )
     parser.add_argument(
-        "--valid", nargs="+", type=expanduser, default=[], metavar="FILE", help="files of rows to evaluate on"
+        "--valid",
+        "--valid-data",
+        nargs="+",
+        type=expanduser,
+        default=[],
+        metavar="FILE",
+        help="files of rows to evaluate on",
     )
     parser.add_argument(
         "--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are"

@@ -382,7 +382,7 @@ def command_line() -> argparse.ArgumentParser:
         help="where the answers are written; - is standard output")
     add("--overwrite", action="store_true", help="begin anew although there are answers in --out")
     add("--image_folder", type=expanduser, metavar="FOLDER", help="where the pictures of relative paths are")
-    add("--bad_rows", choices=("keep", "error"), default="keep",
+    add("--bad_rows", type=_keep_or_error, choices=("keep", "error"), default="keep",
         help="rows that can't be answered: keep writes the reason in the answer's place, error stops before a model is "
              "loaded (default %(default)s)")
     add("--lang", choices=LANGUAGES, help="frame of the rows that don't say (default: the one of the checkpoint's training)")
@@ -394,6 +394,14 @@ def command_line() -> argparse.ArgumentParser:
     add_sampling_flags(parser, temperature=0.0)
     add_number_format_flags(parser)
     return parser
+
+
+def _keep_or_error(text: str) -> str:
+    if text == "skip":  # of other commands
+        raise argparse.ArgumentTypeError(
+            "skip found; keep is needed, which writes the reason in the answer's place, or error"
+        )
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -75,8 +75,7 @@ class FlagParser(argparse.ArgumentParser):
         return f"{flag}: there is no such flag; {self._did_you_mean(flag)}"
 
     def _did_you_mean(self, flag: str) -> str:
-        flags = [action.option_strings[-1] for action in self._actions if action.option_strings]
-        by_spelling = {_spelling(known): known for known in flags}
+        by_spelling = {_spelling(known): known for known in self._option_string_actions}
         if own := self._own_flags.get(_spelling(flag)):
             return f"did you mean {own}?"
         close = difflib.get_close_matches(_spelling(flag), by_spelling, n=1, cutoff=0.7)

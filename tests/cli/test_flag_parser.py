@@ -27,6 +27,8 @@ def refusal(capsys: pytest.CaptureFixture[str], script: str, *words: str) -> str
         ("cli_demo", ["--promt_zh=x"], "--promt_zh: there is no such flag; did you mean --prompt_zh?"),
         ("api", ["--max-length", "9"], "--max-length: there is no such flag; did you mean --max_length?"),
         ("cli_demo", ["-seed", "9"], "-seed: there is no such flag; did you mean --seed?"),
+        ("check_data", ["--valid_data", "a"], "--valid_data: there is no such flag; did you mean --valid-data?"),
+        ("convert_checkpoint", ["--old-sat"], "--old-sat: there is no such flag; did you mean --old_sat?"),
         ("cli_demo", ["what is it"], '"what is it": it follows no flag that takes it; a flag is needed before it.'),
         ("evaluate", [], "--from_pretrained, --data: not given; they are needed."),
         ("merge_lora", ["a"], "OUT: not given; it is needed."),

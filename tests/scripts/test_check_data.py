@@ -83,6 +83,11 @@ def test_report_finds_what_evaluation_shares_with_training(tmp_path: Path, row: 
     assert report["wrong"]
 
 
+@pytest.mark.parametrize("flag", ["--valid", "--valid-data"])
+def test_rows_for_evaluation_are_named_as_in_training_too(flag: str) -> None:
+    assert command_line().parse_args(["a.json", flag, "b.json"]).valid == ["b.json"]
+
+
 def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path, row: dict) -> None:
     rows = [row, row | {"label": "一二三四五六七八九十" * 3}, row | {"prompt": "一二三四五六七八九十" * 9}]
     words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER, "--max_target_length", "20")

@@ -342,6 +342,10 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
     ("words", "part"),
     [
         (["--out", "a.jsonl", "--batch-size", "0"], "--batch-size 0: 1 or more is needed"),
+        (
+            ["--out", "a.jsonl", "--bad_rows", "skip"],
+            "--bad_rows: skip found; keep is needed, which writes the reason in the answer's place, or error",
+        ),
         (["--out", "a.jsonl", "--top_p", "2"], "--top_p 2.0: a number above 0"),
         (["--out", "a.jsonl", "--max_length", "100000"], "this model takes"),
         (["--out", "rows.json"], "the same file as --data"),

@@ -89,6 +89,12 @@ SENTENCES = {
     "{path} line {line:d} column {column:d}: not JSON ({reason}); a JSON list of rows is needed.": (
         "{path} 第 {line} 行第 {column} 列：不是合法的 JSON（{reason}）；需要一个 JSON 列表，每项是一条数据。"
     ),
+    "{path}: a table, and no JSON; convert_data.py makes rows of it.": (
+        "{path}：这是表格，不是 JSON；请用 convert_data.py 转换。"
+    ),
+    "{path}: a workbook, and no JSON; convert_data.py makes rows of it once it is saved as CSV.": (
+        "{path}：这是 Excel 工作簿，不是 JSON；请先另存为 CSV（UTF-8），再用 convert_data.py 转换。"
+    ),
     "{path}: line 1 column 1: not JSON, for the file is empty; at least one row is needed.": "{path}：文件是空的；至少需要一条数据。",
     "{path}: the list is empty; at least one row is needed.": "{path}：列表是空的；至少需要一条数据。",
     f'no "{{key}}" and no "{{other}}"; {_ROW_NEEDS}.': f"缺少 {{key}} 和 {{other}}；{_ROW_NEEDS_ZH}。",

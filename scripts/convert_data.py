@@ -1,10 +1,14 @@
-"""Turn conversations in the shape of LLaVA or ShareGPT into rows for fine-tuning.
+"""Turn conversations in the shape of LLaVA or ShareGPT, or a table, into rows for fine-tuning.
 
     python scripts/convert_data.py llava.json rows.json --images pictures/
+    python scripts/convert_data.py table.csv rows.json
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                          {"from": "gpt", "value": "A cat."}, …]}
     → {"img": "pictures/a.jpg", "prompt": last question, "label": last answer, "history": [[question, answer], …]}
+
+A table is a .csv or .tsv in UTF-8 whose first line names the columns: img or image, prompt or question, label or answer;
+lang and history (in JSON) are kept, other columns aren't. Without labels, predict.py can answer its rows.
 
 Also understood: "images": [one path], {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, JSON
 Lines, conversations without a picture. Every answer is learned: a row with history teaches each of its turns. What the
@@ -13,10 +17,13 @@ written, and the exit status is 2; --bad_rows skip leaves them out instead.
 """
 
 import argparse
+import csv
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -32,18 +39,30 @@ from model.checkpoints.whole import is_same_file, write_whole
 from model.cli.flag_parser import FlagParser
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
-from model.data.rows import row_from_json, values_of
+from model.data.rows import TABLES, row_from_json, text_of, values_of
 from model.progress import count_of, say, warn
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 IMAGE_MARK = "<image>"
 STANDARD_OUTPUT = "-"
+COLUMNS = {  # of a table: the names that each part of a row may have there
+    "img": ("img", "image"),
+    "prompt": ("prompt", "question"),
+    "label": ("label", "answer"),
+    "history": ("history",),
+    "lang": ("lang",),
+}
 
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("conversations", type=expanduser, metavar="IN", help="JSON or JSON Lines file of conversations")
+    parser.add_argument(
+        "conversations",
+        type=expanduser,
+        metavar="IN",
+        help="JSON or JSON Lines file of conversations, or a table: .csv or .tsv",
+    )
     parser.add_argument(
         "rows",
         type=expanduser,
@@ -82,14 +101,17 @@ def convert(options: argparse.Namespace) -> None:
         tell = warn  # on standard error
     else:
         refuse_to_overwrite(options)
+    is_table = Path(options.conversations).suffix.lower() in TABLES
+    made_from = "row" if is_table else "conversation"
+    entries = table_entries(Path(options.conversations)) if is_table else values_of(options.conversations)
     rows, problems = [], []
     known_folders: dict[str, bool] = {}
-    for number, entry in enumerate(values_of(options.conversations), 1):
+    for number, entry in enumerate(entries, 1):
         try:
             if isinstance(entry, InputError):
                 raise entry
             where = f"{options.conversations} row {number}"
-            row = row_of(entry, where, options.images, options.lang)
+            row = (row_of_cells if is_table else row_of)(entry, where, options.images, options.lang)
             if "img" in row and not options.images:
                 row["img"] = found_from(options.rows, row["img"], options.conversations, where, known_folders)
             rows.append(row)
@@ -98,16 +120,22 @@ def convert(options: argparse.Namespace) -> None:
     if options.bad_rows == "error":
         raise_problems(first_lines(problems))
     if not rows:
-        none = f"{options.conversations}: no conversation in it that can be a row; at least one is needed."
+        can_be = "used" if is_table else "a row"
+        none = f"{options.conversations}: no {made_from} in it that can be {can_be}; at least one is needed."
         raise_problems([*first_lines(problems), none])
     write_rows(rows, Path(options.rows))
     tell(
         f"{options.rows}: {count_of(len(rows), 'row')}, {count_of(sum(1 + len(row.get('history', ())) for row in rows), 'turn')}"
     )
+    if not any("label" in row for row in rows):
+        names = " or ".join(map(json.dumps, COLUMNS["label"]))
+        tell(
+            f"{options.conversations}: no column {names}; predict.py can answer its rows, but nothing is learned from them."
+        )
     if problems:
         tell(
             "\n".join(
-                [f"Left out, {count_of(len(problems), 'bad conversation')} (--bad_rows skip):", *first_lines(problems)]
+                [f"Left out, {count_of(len(problems), f'bad {made_from}')} (--bad_rows skip):", *first_lines(problems)]
             )
         )
 
@@ -232,6 +260,64 @@ def _image(entry: dict[str, Any], where: str) -> str | None:
 
 def _as_list(value: object) -> list[Any]:
     return [one for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+
+
+def table_entries(path: Path) -> Iterator[dict[str, str] | InputError]:
+    """The cells of each line of a table by what they are in a row, and what is wrong with a line in its place.
+
+    Raises:
+        InputError: the file can't be read, has no line that names the columns, or one is missing or there twice.
+    """
+    lines = csv.reader(io.StringIO(text_of(path), newline=""), delimiter=TABLES[path.suffix.lower()])
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        columns = _columns(header, path)
+        for number, cells in enumerate(filter(any, lines), 1):
+            if len(cells) == len(header):
+                yield {key: cells[place] for key, place in columns.items()}
+            else:
+                found = f"{path} row {number}: {count_of(len(cells), 'cell')}"
+                yield InputError(f"{found}; as many as there are columns are needed, {len(header)}.")
+    except csv.Error as error:
+        raise InputError(f"{path}: a cell that can't be read ({error}); a table of texts is needed.") from None
+
+
+def _columns(header: Sequence[str], path: Path) -> dict[str, int]:
+    """Which column of a table has which part of a row."""
+    if not any(header):
+        raise InputError(f"{path}: no line that names the columns; one is needed, such as img,prompt,label.")
+    places = {key: [at for at, name in enumerate(header) if name.lower() in names] for key, names in COLUMNS.items()}
+    for several in places.values():
+        if len(several) > 1:
+            raise InputError(
+                f"{path}: the columns {_listed(header[at] for at in several)} mean the same; one of them is needed."
+            )
+    if not places["prompt"]:
+        names = " or ".join(map(json.dumps, COLUMNS["prompt"]))
+        raise InputError(f"{path}: no column {names} among {_listed(header)}; it is needed.")
+    return {key: at for key, found in places.items() for at in found}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def row_of_cells(entry: Any, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:
+    """The row of a table's line, as a JSON object; an empty cell is none, but for the prompt and the label.
+
+    Raises:
+        InputError: it can't be a row.
+    """
+    row = {key: cell for key, cell in entry.items() if cell.strip() or key in ("prompt", "label")}
+    if "img" in row:
+        row["img"] = os.path.join(images, row["img"].strip())
+    if "history" in row:
+        with suppress(ValueError):  # what isn't JSON is told as a text
+            row["history"] = json.loads(row["history"])
+    if lang:
+        row["lang"] = lang
+    row_from_json(row, where, needs_label="label" in row)
+    return row
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

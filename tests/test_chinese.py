@@ -284,6 +284,8 @@ def wrong_command_lines(folder: Path) -> Iterator[list[str]]:
     yield ["--use_lora", "--train-data", DATA, "--from_pretrained", "gone"]
     for name in ("broken", "nothing", "empty", "bad", "gone-picture", "two/files"):
         yield [*good[:-1], str(folder / f"{name}.json")]
+    for name in ("table.csv", "table.xlsx"):
+        yield [*good[:-1], str(folder / name)]
 
 
 def good_command_lines(folder: Path) -> Iterator[list[str]]:
@@ -336,6 +338,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "broken.json").write_text("[{]")
     (folder / "nothing.json").touch()
+    (folder / "table.csv").write_text("img,prompt,label")
+    (folder / "table.xlsx").write_bytes(b"PK\3\4")
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((PROJECT / "fewshot-data/images/train00.png").read_bytes()[:1000])
     for name, content in INSTEAD_OF_PICTURES.items():

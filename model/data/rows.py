@@ -27,6 +27,9 @@ LANGUAGES = ("zh", "en")
 ROW_NEEDS = 'every row is an object with the texts "prompt" and "label", and "img" unless it has no picture'
 QUESTION_NEEDS = 'every row is an object with the text "prompt", and "img" unless it has no picture'
 
+TABLES = {".csv": ",", ".tsv": "\t"}  # what convert_data.py reads, and what stands between cells
+WORKBOOKS = (".xlsx", ".xls", ".ods")
+
 _OTHER_NAMES_OF_IMG = ("image", "images", "picture")
 _OF_CONVERSATIONS = ("conversations", "messages")  # LLaVA's and ShareGPT's keys
 _AFTER_VALUE = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(?=\]))")  # of a JSON list: up to the next value, or to its end
@@ -183,22 +186,35 @@ def values_of(path: str | os.PathLike[str]) -> Iterator[object]:
         InputError: the file can't be read, or is neither a JSON list nor JSON Lines.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; a JSON file of rows is needed.") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if compression := compression_of(content):
-            raise InputError(f"{path}: compressed ({compression}); the JSON file that is in it is needed.") from error
-        raise InputError(f"{path}: byte {error.start + 1} isn't UTF-8; save the file as UTF-8.") from error
+    text = text_of(path)
     start = _skip_blank(text, 0)
+    if path.suffix.lower() in TABLES and text[start : start + 1] not in ("[", "{", ""):
+        raise InputError(f"{path}: a table, and no JSON; convert_data.py makes rows of it.")
     if start == len(text):
         raise InputError(f"{path}: line 1 column 1: not JSON, for the file is empty; at least one row is needed.")
     if text[start : start + 1] == "{" and _has_rows_in_lines(text, start):
         return _entries_of_lines(path, text)
     return _entries_of_list(path, text, start)
+
+
+def text_of(path: Path) -> str:
+    """What stands in a data file.
+
+    Raises:
+        InputError: the file can't be read, or isn't UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a JSON file of rows is needed.") from error
+    if path.suffix.lower() in WORKBOOKS:
+        raise InputError(f"{path}: a workbook, and no JSON; convert_data.py makes rows of it once it is saved as CSV.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if compression := compression_of(content):
+            raise InputError(f"{path}: compressed ({compression}); the JSON file that is in it is needed.") from error
+        raise InputError(f"{path}: byte {error.start + 1} isn't UTF-8; save the file as UTF-8.") from error
 
 
 def _skip_blank(text: str, start: int) -> int:

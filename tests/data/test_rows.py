@@ -67,6 +67,21 @@ def test_rows_when_the_file_is_bad_names_it_and_what_was_found(tmp_path, content
     assert found in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("rows.csv", b"img,prompt,label\na.png,?,!\n", "a table, and no JSON; convert_data.py makes rows of it."),
+        ("rows.TSV", b'"img"\t"prompt"\t"label"\n', "a table, and no JSON; convert_data.py makes rows of it."),
+        ("rows.xlsx", b"PK\x03\x04\xff", "a workbook, and no JSON; convert_data.py makes rows of it once it is saved as CSV."),
+    ],
+)  # fmt: skip
+def test_rows_when_the_file_is_a_table_names_the_command_that_makes_rows_of_it(tmp_path, name, content, found):
+    path = written(tmp_path, content, name)
+    with pytest.raises(InputError) as error:
+        read_rows(path)
+    assert str(error.value) == f"{path}: {found}"
+
+
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n"])
 def test_rows_in_json_lines_are_read(tmp_path, line_end):
     lines = [json.dumps(GOOD_ROW | {"prompt": text}, ensure_ascii=False) for text in ("\u2028", "二", "😀")]

@@ -194,3 +194,70 @@ def test_folder_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.Cap
         main([str(tmp_path / "c.json"), str(tmp_path / "mistyped/rows.json")])
     assert f"no folder {tmp_path / 'mistyped'}; one that is there is needed." in capsys.readouterr().err
     assert not (tmp_path / "mistyped").exists()
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of_table(folder: Path, content: bytes, *flags: str, name: str = "in.csv") -> list[dict]:
+    """What the command makes of a table."""
+    (folder / name).write_bytes(content)
+    main([str(folder / name), str(folder / "out.json"), *flags])
+    return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def refusal_of_table(folder: Path, capsys: pytest.CaptureFixture[str], content: bytes, name: str = "in.csv") -> str:
+    with pytest.raises(SystemExit) as stopped:
+        rows_of_table(folder, content, name=name)
+    assert (stopped.value.code, (folder / "out.json").exists()) == (2, False)
+    return capsys.readouterr().err.replace(f"{folder}/", "")
+
+
+def test_table_with_other_names_of_the_columns_becomes_rows(tmp_path: Path) -> None:
+    content = (
+        '\ufeffImage, Question ,answer,lang,id\r\na.jpg,"What, ""where""?\nAnd?",猫,zh,1\r\n\r\n,,,,\r\n,Hi,Ho,,2\r\n'
+    )
+    assert rows_of_table(tmp_path, content.encode(), "--images", "x") == [
+        {"img": "x/a.jpg", "prompt": 'What, "where"?\nAnd?', "label": "猫", "lang": "zh"},
+        {"prompt": "Hi", "label": "Ho"},
+    ]
+
+
+def test_table_with_tabs_becomes_rows_and_keeps_history(tmp_path: Path) -> None:
+    content = b'img\tprompt\tlabel\thistory\na.jpg\tWhere?\tHere.\t"[[""What?"", ""A cat.""]]"\n\t?\t!\t\n'
+    assert rows_of_table(tmp_path, content, "--lang", "en", name="in.tsv") == [
+        {"img": "a.jpg", "prompt": "Where?", "label": "Here.", "history": [["What?", "A cat."]], "lang": "en"},
+        {"prompt": "?", "label": "!", "lang": "en"},
+    ]
+
+
+def test_table_without_labels_becomes_rows_to_answer_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rows_of_table(tmp_path, b"img,prompt\na.jpg,?\n") == [{"img": "a.jpg", "prompt": "?"}]
+    assert 'in.csv: no column "label" or "answer"; predict.py can answer its rows' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "in.csv: no line that names the columns"),
+        (b"img,text\na.jpg,!\n", 'in.csv: no column "prompt" or "question" among "img", "text"; it is needed.'),
+        (b"img,image,prompt\na,b,c\n", 'in.csv: the columns "img", "image" mean the same; one of them is needed.'),
+        (b"prompt,label\n?,!\n?, \n", 'in.csv row 2: "label" is empty; it is the answer to learn.'),
+        (b"prompt,label\n?,!,and more\n", "in.csv row 1: 3 cells; as many as there are columns are needed, 2."),
+        (b"prompt,label\n?\n", "in.csv row 1: 1 cell; as many as there are columns are needed, 2."),
+        (b"prompt,label,history\n?,!,what\n", 'in.csv row 1: "history" is a text; a list of [question, answer]'),
+        ("prompt,label\n猫？,猫。\n".encode("gbk"), "isn't UTF-8; save the file as UTF-8."),
+        (b"prompt,label\n" + b"?" * 200_000, "in.csv: a cell that can't be read (field larger than field limit"),
+        (b"prompt,label\n", "in.csv: no row in it that can be used; at least one is needed."),
+    ],
+)
+def test_table_that_can_not_be_rows_is_refused_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, found: str
+) -> None:
+    assert found in refusal_of_table(tmp_path, capsys, content)
+
+
+def test_workbook_is_to_be_saved_as_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "once it is saved as CSV" in refusal_of_table(tmp_path, capsys, b"PK\x03\x04\xff", "in.xlsx")

@@ -8,6 +8,11 @@ The way of a sample: JSON row → Row → input_ids, labels → + image → batc
                      model/data/                                    model/training/step.py, model/loss.py
 """
 
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import importlib
 import sys
@@ -16,15 +21,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from model.errors import command, interrupt_ends_quietly
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
-
 from model import sat_compat
 from model.cli.options import Options, script_parser
 from model.cli.preflight import Inputs, preflight, warm_up_notes, with_options
 from model.cli.resuming import CommandLine, command_line, finished_note
+from model.errors import command
 from model.progress import outliving_readers, say
 from model.training import sat_loop
 from model.training.launcher import Launcher

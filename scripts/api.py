@@ -12,38 +12,39 @@ Requests that come together are answered together, --rows at a time. --queue mor
 this machine is listened to unless --host says otherwise. SIGTERM and Ctrl-C let the answers in hand be finished.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import asyncio
 import json
 import re
 import socket
-import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from model.checkpoints.layout import Checkpoint
+from model.checkpoints.metadata import answer_length
+from model.cli.flag_parser import FlagParser
 from model.errors import (
     STATUS_OF_BAD_INPUT,
     InputError,
     command,
     end_now,
     handling,
-    interrupt_ends_quietly,
     raise_problems,
 )
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
-
-from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import answer_length
-from model.cli.flag_parser import FlagParser
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,

@@ -8,27 +8,28 @@ Exit status: 0 when all is well, 1 when something is wrong (bad rows or pictures
 trained on), 2 when a file can't be used at all. What the lengths would cut is reported; it is not an error.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import chain
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
 from model.cli.flag_checks import frame_problems
@@ -42,6 +43,7 @@ from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, missing_file_problems, scan_rows
 from model.data.split import digest_of, row_digest
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
+from model.errors import InputError, command, raise_problems
 from model.progress import count_of, say, with_progress
 
 TYPICAL_BATCH = 4  # samples: the default of --batch-size

@@ -8,21 +8,22 @@ At a terminal lines can be edited, and earlier ones come back with the up key, a
 and `stop` leave, the second at any moment.
 """
 
-import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly
+from model.errors import interrupt_ends_quietly
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from model.checkpoints.download import may_be_downloaded
 from model.checkpoints.layout import Checkpoint
@@ -32,6 +33,7 @@ from model.cli.flag_parser import FlagParser
 from model.data.images import open_image
 from model.data.remote_images import is_url
 from model.distributed import done_by_first_process, world_size
+from model.errors import InputError, command
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,

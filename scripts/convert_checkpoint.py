@@ -8,22 +8,24 @@ python scripts/convert_checkpoint.py adapter tuned --to sat --base THUDM/visualg
 A checkpoint in either layout is loaded as it is by the other commands: convert it for other tools, not for these.
 """
 
-import argparse
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import command, interrupt_ends_quietly, raise_problems
+from model.errors import interrupt_ends_quietly
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+import argparse
+import re
+from collections.abc import Sequence
+
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import new_folder_problems
 from model.cli.flag_parser import FlagParser
+from model.errors import command, raise_problems
 from model.hub import at_revision
 from model.progress import say, warn
 

@@ -16,30 +16,32 @@ system says goes before the first question. If some conversations can't be rows,
 written, and the exit status is 2; --bad_rows skip leaves them out instead.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
 
 from model.checkpoints.whole import is_same_file, write_whole
 from model.cli.flag_parser import FlagParser
 from model.data.bad_rows import first_lines
 from model.data.images import image_path, image_places
 from model.data.rows import TABLES, row_from_json, text_of, values_of
+from model.errors import InputError, command, raise_problems
 from model.progress import count_of, say, warn
 
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}

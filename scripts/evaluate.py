@@ -4,25 +4,25 @@ python scripts/evaluate.py --from_pretrained model/tiny --data fewshot-data/held
 torchrun --nproc-per-node 2 scripts/evaluate.py …        the rows shared out between two processes
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from os.path import expanduser
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.distributed import is_first_process
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
@@ -33,7 +33,8 @@ from model.data.prompt import least_source_length
 from model.data.rows import Row, missing_file_problems
 from model.data.split import leave_out_bad_images, scan_files
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
-from model.distributed import done_by_first_process, from_all_processes, model_replica
+from model.distributed import done_by_first_process, from_all_processes, is_first_process, model_replica
+from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
     add_checkpoint_flags,
     add_model_parallel_flag,

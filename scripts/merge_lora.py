@@ -3,21 +3,23 @@
 python scripts/merge_lora.py checkpoints/finetune-visualglm-6b-01-31-12-00 merged
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
-from os.path import expanduser
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import command, interrupt_ends_quietly
+from model.errors import interrupt_ends_quietly
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
 
+import argparse
+from collections.abc import Sequence
+from os.path import expanduser
+
 from model.checkpoints.layout import Checkpoint
 from model.cli.flag_parser import FlagParser
+from model.errors import command
 from model.progress import say
 
 

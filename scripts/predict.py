@@ -13,6 +13,16 @@ command goes on where one was stopped or killed, if the data file, the checkpoin
 ANSWERS.jsonl.settings.json says what they were. Pictures aren't compared, and rows with an error are not tried again.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import contextlib
 import hashlib
@@ -20,20 +30,11 @@ import json
 import math
 import random
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from os.path import expanduser
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
@@ -44,6 +45,7 @@ from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
 from model.data.rows import LANGUAGES, Row, Rows, missing_file_problems, rows_in_place, values_of
 from model.distributed import done_by_first_process, from_all_processes, is_first_process, model_replica, world_size
+from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
     add_checkpoint_flags,
     add_model_parallel_flag,

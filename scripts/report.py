@@ -6,22 +6,24 @@ python scripts/report.py checkpoints/one-11-25-00-52 checkpoints/two-11-25-01-10
 Of one run the page goes into its folder. Nothing else is needed to show it: pictures and curves are in the file.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
+from model.errors import interrupt_ends_quietly
 
 if __name__ == "__main__":
     interrupt_ends_quietly()
+
+import argparse
+from collections.abc import Sequence
 
 from model.checkpoints.layout import newest_run_named, read_json_object
 from model.checkpoints.resume import SETTINGS_FILE
 from model.checkpoints.whole import is_replaceable, write_whole
 from model.cli.flag_parser import FlagParser
+from model.errors import InputError, command, raise_problems
 from model.inference.page import OWN_PAGE
 from model.progress import say
 from model.training.records import ANSWERS_FILE, METRICS_FILE, REPORT_FILE, read_records

@@ -7,29 +7,31 @@ The page is for this machine alone unless --host or --share says otherwise. A pi
 its address. Rows that the checkpoint's run held out of training are shown as examples. SIGTERM and Ctrl-C end it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.errors import interrupt_ends_quietly
+
+if __name__ == "__main__":
+    interrupt_ends_quietly()
+
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.errors import InputError, command, interrupt_ends_quietly, raise_problems
-
-if __name__ == "__main__":
-    interrupt_ends_quietly()
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
 from model.chinese import UI_LANGUAGES, choose_ui_language
 from model.cli.flag_parser import FlagParser
+from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
     add_checkpoint_flags,
     add_number_format_flags,

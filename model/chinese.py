@@ -443,6 +443,11 @@ SENTENCES = {
     "Best evaluation so far, kept in {folder}.": "目前最好的评估结果，已保存在 {folder}。",
     "Saved {folder} (iteration {iteration:d}).": "已保存 {folder}（第 {iteration} 步）。",
     "Merged into {folder}.": "已合并到 {folder}。",
+    "Rounded to {dtype}, the LoRA's change is off by {percent} % of its size. It isn't in the checkpoint before the merge;"
+    " nor with --dtype fp32, in twice the room, if the result is loaded in fp32 too.": (
+        "LoRA 的改动在舍入为 {dtype} 后偏离了其大小的 {percent}%。合并前的检查点没有这个误差；用 --dtype fp32（占两倍空间）"
+        "合并并同样以 fp32 加载，也没有。"
+    ),
     # predict.py
     "Not answered, {count:d} bad rows:": "{count} 条有问题的数据没有回答：",
     "Answering, tokens at most: {done:d} of {total:d}, {left} left": "正在回答，词元最多：{done}/{total}，最多还需 {left}",

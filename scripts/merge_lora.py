@@ -36,6 +36,9 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUT has")
     parser.add_argument("--tokenizer", metavar="PATH", help="ice_text.model, where the checkpoint has none")
+    parser.add_argument(
+        "--dtype", choices=["fp32"], help="write float32, in which nothing is lost to rounding (default: as the base)"
+    )
     return parser
 
 
@@ -46,7 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = Checkpoint.find(options.checkpoint, "CHECKPOINT")  # before torch is loaded
         from model.convert.merge_lora import merge
 
-        folder = merge(checkpoint, options.out, options.base, options.force_base, options.overwrite, options.tokenizer)
+        folder = merge(
+            checkpoint,
+            options.out,
+            options.base,
+            options.force_base,
+            options.overwrite,
+            options.tokenizer,
+            options.dtype,
+        )
         say(f"Merged into {folder}.")
 
 

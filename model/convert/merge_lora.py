@@ -1,5 +1,6 @@
 """LoRA folded into the weights, from file to file: no model is built, and one tensor at a time is in memory."""
 
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from model.frozen import NF4_BLOCK, dequantized, import_bitsandbytes, quantized
 from model.lora import folded
 from model.progress import say
 
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+WORTH_SAYING = 0.05  # of the LoRA's change, by its norm
 ITERATION = "1"  # a merged checkpoint starts anew; SAT takes any number above 0
 
 
@@ -43,6 +46,7 @@ def merge(
     force_base: bool = False,
     overwrite: bool = False,
     tokenizer: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write the checkpoint's weights with its LoRA folded in, as an ordinary checkpoint in the new folder out.
 
@@ -53,6 +57,7 @@ def merge(
         base, force_base: where an adapter's base is, and whether to take another one than it was trained on.
         overwrite: put it in the place of the checkpoint that out has.
         tokenizer: where its file is, if the checkpoint's folder has none.
+        dtype: "fp32" writes float32; else each tensor keeps the dtype that it has.
 
     Raises:
         InputError: there is nothing that can be merged, a file can't be used, or out is in use or has no room.
@@ -70,21 +75,17 @@ def merge(
     is_replaced = old != folder
     weights, _, _ = whole_weights(whole, force_base=force_base)
     plain = without_adapters(weights)
-    needed = size_of(shapes(plain))
+    like = _in_float32(shapes(plain)) if dtype == "fp32" else shapes(plain)
+    needed = size_of(like)
     free = free_bytes(folder)
     if free < needed:
         raise InputError(f"{out}: {size_text(free)} free on its disk; {size_text(needed)} are needed.")
 
-    def merged(name: str) -> torch.Tensor:
-        weight = merged_weight(name, plain[name], weights, adapters)
-        if weight is not plain[name]:
-            refuse_unless_finite({name: weight}, f"{checkpoint.name}, merged")
-        return weight
-
+    merged = MergedTensors(checkpoint.name, plain, weights, adapters, like)
     unfinished, was_there = folder / f"{ITERATION}{UNFINISHED}", folder.exists()
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        write_weights(weights_path(folder, unfinished.name), shapes(plain), merged, int(ITERATION))
+        write_weights(weights_path(folder, unfinished.name), like, merged, int(ITERATION))
         put_in_place(unfinished, folder / ITERATION, _write_config_and_tokenizer(folder, checkpoint, vocabulary))
         write_whole(folder / "latest", lambda file: file.write_text(ITERATION))
     except OSError as error:
@@ -101,7 +102,62 @@ def merge(
         take_place(folder, old)
         folder = old
     _say_who_packed(shapes(plain), adapters)
+    merged.say_rounding()
     return folder
+
+
+def _in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the same names and shapes, those of floating-point numbers in float32."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+class MergedTensors:
+    """The tensors of the plain model with their LoRA folded in, by name, and how far rounding takes them from it."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        plain: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        adapters: AdapterConfig,
+        like: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Args:
+        plain: the tensors without LoRA. weights: where the factors are. like: tensors of the dtypes to write.
+        """
+        self.checkpoint, self.plain, self.weights, self.adapters, self.like = checkpoint, plain, weights, adapters, like
+        self._change = self._error = 0.0  # sums of squares
+        self._dtypes: set[torch.dtype] = set()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            InputError: it isn't finite.
+        """
+        weight = self.plain[name]
+        unpacked = (
+            dequantized(*quantized(weight), torch.float32) if _is_unpacked(name, weight, self.adapters) else weight
+        )
+        exact = _with_lora(name, unpacked, self.weights, self.adapters)
+        merged = exact.to(self.like[name].dtype)
+        if exact is not weight:
+            refuse_unless_finite({name: merged}, f"{self.checkpoint}, merged")
+        if exact is not unpacked:
+            self._dtypes.add(merged.dtype)
+            self._change += (exact - unpacked.float()).norm().item() ** 2
+            self._error += (merged.float() - exact).norm().item() ** 2
+        return merged
+
+    def say_rounding(self) -> None:
+        """Say how far the LoRA's change is off because it was rounded, if that is worth a word."""
+        share = math.sqrt(self._error / self._change) if self._change else 0.0
+        if share > WORTH_SAYING:
+            dtypes = " and ".join(sorted(NAMES.get(dtype, str(dtype)) for dtype in self._dtypes))
+            say(
+                f"Rounded to {dtypes}, the LoRA's change is off by {100 * share:.0f} % of its size. It isn't in the checkpoint "
+                "before the merge; nor with --dtype fp32, in twice the room, if the result is loaded in fp32 too."
+            )
 
 
 def _say_who_packed(plain: Mapping[str, torch.Tensor], adapters: AdapterConfig) -> None:
@@ -165,22 +221,19 @@ def _refuse_unmergeable(checkpoint: str, adapters: AdapterConfig) -> None:
         raise InputError(f"{checkpoint}: no LoRA in it; nothing is to be merged.")
 
 
-def merged_weight(
+def _with_lora(
     name: str, weight: torch.Tensor, weights: Mapping[str, torch.Tensor], adapters: AdapterConfig
 ) -> torch.Tensor:
-    """A tensor of the plain model with its LoRA factors folded in, in its own dtype.
+    """A tensor of the plain model with its LoRA factors folded in, in float32; weight itself if it has none.
 
     Args:
         name: of the tensor, as in the plain model. weights: where its factors are.
     """
-    merged = weight
     prefix = name.removesuffix("weight")
-    if _is_unpacked(name, weight, adapters):
-        merged = dequantized(*quantized(weight), torch.float32)
-    if f"{prefix}matrix_A.0" in weights:
-        a, b = (_factors(weights, f"{prefix}{matrix}.") for matrix in ("matrix_A", "matrix_B"))
-        merged = folded(merged, a, b, adapters.scale)
-    return merged.to(weight.dtype)
+    if f"{prefix}matrix_A.0" not in weights:
+        return weight
+    a, b = (_factors(weights, f"{prefix}{matrix}.") for matrix in ("matrix_A", "matrix_B"))
+    return folded(weight.float(), a, b, adapters.scale)
 
 
 def _is_unpacked(name: str, weight: torch.Tensor, adapters: AdapterConfig) -> bool:

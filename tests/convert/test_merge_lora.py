@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import GOLDEN, PROJECT, load_model, run_on_a_small_disk, run_program, run_python, small_disk, write_tuned
 
+from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.tensors import write_weights
 from model.checkpoints.weights import read_weights
@@ -79,6 +81,46 @@ def test_merged_weights_that_are_not_finite_are_refused_and_leave_nothing(lora, 
     ):
         merge(str(tuned), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.fixture
+def small_change_in_half(lora, upstream_checkpoint, tmp_path):
+    """Weights in float16 with a LoRA whose change is about as small as their steps."""
+    folder = write_tuned(upstream_checkpoint, tmp_path / "half", full=True, use_lora=True, lora_rank=4, layer_range=[0])
+    (folder / "1/checksums.json").unlink()
+    content = torch.load(folder / WEIGHTS)
+    for name, tensor in content["module"].items():
+        content["module"][name] = tensor * 1e-3 if ".matrix_A." in name else tensor.half()
+    torch.save(content, folder / WEIGHTS)
+    return folder
+
+
+def test_change_that_rounding_takes_is_said_and_float32_keeps_it(small_change_in_half, tmp_path, capsys):
+    tuned = read_weights(small_change_in_half / WEIGHTS)
+    name = "transformer.layers.0.attention.dense"
+    weight = tuned[f"{name}.weight" if f"{name}.weight" in tuned else f"{name}.original.weight"].float()
+    change = (
+        tuned[f"{name}.matrix_B.0"].float()
+        @ tuned[f"{name}.matrix_A.0"]
+        * AdapterConfig.from_json(json.loads((small_change_in_half / "model_config.json").read_text())).scale
+    )
+    rounded = read_weights(merge(str(small_change_in_half), str(tmp_path / "fp16")) / WEIGHTS)
+    told = capsys.readouterr().out
+    assert rounded[f"{name}.weight"].dtype == torch.float16
+    off = ((rounded[f"{name}.weight"].float() - weight - change).norm() / change.norm()).item()
+    said = re.search(r"Rounded to fp16, the LoRA's change is off by (\d+) % of its size. .*--dtype fp32", told)
+    assert said, told
+    assert int(said[1]) == pytest.approx(100 * off, rel=0.3)  # that of every tensor together
+    exact = read_weights(merge(str(small_change_in_half), str(tmp_path / "fp32"), dtype="fp32") / WEIGHTS)
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    torch.testing.assert_close(exact[f"{name}.weight"] - weight, change, rtol=1e-2, atol=1e-7)
+    assert capsys.readouterr().out == ""
+    assert load_for_answering(str(tmp_path / "fp32"))
+
+
+def test_change_that_rounding_leaves_is_not_spoken_of(lora, tmp_path, capsys):
+    merge(str(lora), str(tmp_path / "merged"))
+    assert "Rounded" not in capsys.readouterr().out
 
 
 @small_disk

@@ -459,6 +459,7 @@ SENTENCES = {
     "--out {file}: there is such a file, and not of predict.py; another name or --overwrite is needed.": (
         "--out {file}：已有这个文件，而且不是 predict.py 写的；请换一个名字，或用 --overwrite。"
     ),
+    "{flag} {path}: no folder {folder}; one that is there is needed.": "{flag} {path}：没有目录 {folder}；需要一个已有的目录。",
     "--out {file}: {reason}; a file that can be written is needed.": "--out {file}：{reason}；需要一个可以写入的文件。",
     "WORLD_SIZE={count:d}: {program} runs in one process; a start without a launcher is needed. predict.py, evaluate.py and"
     " cli_demo.py take several.": (

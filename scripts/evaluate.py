@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import answer_length
-from model.checkpoints.whole import is_replaceable, is_same_file, json_text, write_whole
+from model.checkpoints.whole import is_replaceable, is_same_file, json_text, place_problem, write_whole
 from model.chinese import in_ui_language
 from model.cli.flag_parser import FlagParser
 from model.data.prompt import least_source_length
@@ -195,13 +194,8 @@ def place_problems(options: argparse.Namespace) -> list[str]:
     for flag, path, own in (("--out", options.out, OWN_RESULTS), ("--html", options.html, OWN_PAGE)):
         if not path:
             continue
-        folder = Path(path).absolute().parent
-        if Path(path).is_dir():
-            problems.append(f"{flag} {path}: a folder; the name of a file is needed.")
-        elif not folder.is_dir():
-            problems.append(f"{flag} {path}: no folder {folder}; one that is there is needed.")
-        elif not os.access(folder, os.W_OK):
-            problems.append(f"{flag} {path}: {folder} can't be written to; another place is needed.")
+        if problem := place_problem(path):
+            problems.append(f"{flag} {path}: {problem}")
         elif is_same_file(path, options.data):
             problems.append(f"{flag} {path}: the same file as --data; another one is needed.")
         elif not is_replaceable(Path(path), own):

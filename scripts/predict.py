@@ -39,7 +39,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 from model.checkpoints.layout import Checkpoint, read_json_object
 from model.checkpoints.metadata import answer_length
 from model.checkpoints.running import locked_here
-from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, write_whole
+from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, place_problem, write_whole
 from model.cli.flag_parser import FlagParser
 from model.data.bad_rows import first_lines
 from model.data.image_check import CheckedImages, check_rows
@@ -487,6 +487,8 @@ def check(options: argparse.Namespace) -> None:
     raise_problems(missing_file_problems([options.data]))  # before a checkpoint is downloaded
     if options.out == STANDARD_OUTPUT:
         return
+    if problem := place_problem(options.out):  # before pictures are opened
+        raise InputError(f"--out {options.out}: {problem}")
     if is_same_file(options.out, options.data):
         raise InputError(f"--out {options.out}: the same file as --data; another one is needed.")
     settings = settings_file(Path(options.out))

@@ -60,6 +60,18 @@ def is_same_file(one: str | Path, other: str | Path) -> bool:
         return Path(one).resolve() == Path(other).resolve()
 
 
+def place_problem(path: str | Path) -> str | None:
+    """Why no file can be written at path, in half a sentence, as far as its place tells before anything is done."""
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir():
+        return "a folder; the name of a file is needed."
+    if not folder.is_dir():
+        return f"no folder {folder}; one that is there is needed."
+    if not os.access(folder, os.W_OK):
+        return f"{folder} can't be written to; another place is needed."
+    return None
+
+
 def is_replaceable(path: Path, own: re.Pattern[bytes]) -> bool:
     """Whether nothing of anybody else's is lost by writing path: nothing is there, or a file that is empty or matches own."""
     if not path.exists():

@@ -13,6 +13,7 @@ from model.checkpoints.whole import (
     DamagedCheckpoint,
     config_was_changed,
     damage,
+    place_problem,
     put_in_place,
     remove_unfinished,
     write_whole,
@@ -37,6 +38,17 @@ def test_write_whole_when_writing_fails_leaves_the_old_content(tmp_path: Path) -
         write_whole(path, dies_midway)
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_place_where_no_file_can_be_written_is_told_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    assert place_problem(file) is None
+    assert place_problem(tmp_path) == "a folder; the name of a file is needed."
+    assert place_problem(file / "below") == f"no folder {file}; one that is there is needed."
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert place_problem(file) == f"{tmp_path} can't be written to; another place is needed."
 
 
 def test_put_in_place_replaces_the_folder_and_notes_what_is_in_it(tmp_path: Path) -> None:

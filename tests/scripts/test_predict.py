@@ -349,7 +349,8 @@ def test_reader_that_goes_ends_the_command_quietly(upstream_checkpoint, tmp_path
         (["--out", "a.jsonl", "--top_p", "2"], "--top_p 2.0: a number above 0"),
         (["--out", "a.jsonl", "--max_length", "100000"], "this model takes"),
         (["--out", "rows.json"], "the same file as --data"),
-        (["--out", "no/such/folder/a.jsonl"], "--out no/such/folder/a.jsonl: No such file or directory"),
+        (["--out", "no/such/folder/a.jsonl", "--data", "all-bad.json"], "--out no/such/folder/a.jsonl: no folder "),
+        (["--out", "taken", "--data", "all-bad.json"], "--out taken: a folder; the name of a file is needed."),
         (["--out", "/dev/null"], "--out /dev/null: not a file"),
         (["--out", "a.jsonl", "--data", "pipe"], "--data pipe: not a file; one is needed, for it is read twice"),
         (["--out", "a.jsonl", "--data", "gone.json"], "gone.json: No such file or directory"),
@@ -368,6 +369,7 @@ def test_something_wrong_is_a_sentence_and_status_2_and_nothing_is_written(predi
     for name, rows in (("rows", ROWS), ("bad", [ROWS[0], BAD[0]]), ("all-bad", [BAD[0]])):
         write_rows(tmp_path, rows, f"{name}.json")
     os.mkfifo("pipe")
+    os.mkdir("taken")
     before = sorted(os.listdir())
     run = predict("--data", "rows.json", *words)
     assert run.returncode == 2

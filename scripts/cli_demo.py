@@ -212,12 +212,12 @@ class Speaker:
             image = done_by_first_process(lambda: image_tensor(picture, self.model).cpu())
             self.image = image.to(self.model.transformer.word_embeddings.weight.device)
 
-    def answer(self, query: str) -> None:
-        """Print the answer while it grows, and add the turn to the conversation."""
+    def answer(self, query: str, label: str) -> None:
+        """Print the answer after its label while it grows, and add the turn to the conversation."""
         from model.inference.text import new_text
 
         printed = response = ""
-        for response in self._so_far(query):
+        for response in self._so_far(query, label):
             piece = new_text(response, printed)
             show(piece)
             printed += piece
@@ -225,11 +225,11 @@ class Speaker:
         show(rest, "\n")
         self.history.append((query, response))
 
-    def _so_far(self, query: str) -> Iterator[str]:
-        """The answer as it grows."""
+    def _so_far(self, query: str, label: str) -> Iterator[str]:
+        """The answer as it grows, once the label is printed: a question that is refused gets none."""
         from model.inference.chat import answer_so_far
 
-        finished = yield from answer_so_far(
+        texts = answer_so_far(
             self.image,
             self.model,
             self.tokenizer,
@@ -240,6 +240,8 @@ class Speaker:
             lang="en" if self.options.english else None,
             engine=self.engine,
         )
+        show(label)
+        finished = yield from texts
         self.is_cut = finished == "length"
 
 
@@ -276,8 +278,7 @@ class Demo:
     def answer(self, query: str, label: str, label_of: str) -> None:
         """Print every checkpoint's answer, each after its label."""
         for speaker in self.speakers:
-            show((label_of if len(self.speakers) > 1 else label).format(name=speaker.name))
-            speaker.answer(query)
+            speaker.answer(query, (label_of if len(self.speakers) > 1 else label).format(name=speaker.name))
 
     @property
     def cut(self) -> str:

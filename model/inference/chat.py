@@ -17,7 +17,7 @@ from model.data.prompt import context_ids
 from model.data.remote_images import image_file, is_url
 from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
-from model.inference.engine import Engine, Question, model_positions
+from model.inference.engine import Answer, Engine, Question, model_positions
 from model.inference.load import image_size
 from model.inference.sampling import Sampling
 from model.inference.text import GrowingText
@@ -170,7 +170,8 @@ def answer_so_far(
 ) -> Generator[str, None, str]:
     """The answer to query as it grows, once for each of its tokens. The other arguments are `chat_question`'s.
 
-    What it returns in the end is why there are no more tokens, as `Answer.finished`.
+    What it returns in the end is why there are no more tokens, as `Answer.finished`. A question is refused at once, not
+    only when the first token is asked for.
 
     Args:
         engine: that of the turns before, which has seen the picture; None makes one.
@@ -182,7 +183,10 @@ def answer_so_far(
         image, model, tokenizer, query, history, max_length=max_length, sampling=sampling, lang=lang
     )
     engine = engine or Engine(model, tokenizer, rows=1, positions=question.max_length)
-    answer, text = engine.submit(question), GrowingText(tokenizer, model.asked_as.is_english(lang))
+    return _texts_of(engine.submit(question), engine, GrowingText(tokenizer, model.asked_as.is_english(lang)))
+
+
+def _texts_of(answer: Answer, engine: Engine, text: GrowingText) -> Generator[str, None, str]:
     try:
         while not answer.finished:
             engine.step()

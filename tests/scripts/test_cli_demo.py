@@ -91,6 +91,8 @@ def test_conversation_says_that_an_answer_was_cut_off_and_how_to_go_on_when_ther
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("The answer was cut off (--max_length 30).") == 1
     assert "--max_length must be more, not 30." in run.stdout
+    told = next(part for part in run.stdout.split("问：") if "must be more, not 30." in part)
+    assert "答：" not in told
     assert run.stdout.count("输入 clear 重新开始，stop 退出。") == 2  # at the start, and where it helps
 
 

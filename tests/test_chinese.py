@@ -399,12 +399,17 @@ def checked(data: Path) -> list[str]:
             "--out",
             str(data / "answers.jsonl"),
         ]
-        text += printed_by(predict.main, asked)
-        text += printed_by(predict.main, asked)
-        text += printed_by(predict.main, [*asked, "--seed", "3"])
-        text += printed_by(predict.main, []) + printed_by(predict.main, asked[:4])
-        text += printed_by(predict.main, [*asked[:-1], str(data / "no folder/answers.jsonl")])
-        text += printed_by(predict.main, [*asked[:-1], str(data / "text.png")])
+        no_folder, no_answers = str(data / "no folder/answers.jsonl"), str(data / "text.png")
+        for words in (
+            asked,
+            asked,
+            [*asked, "--seed", "3"],
+            [],
+            asked[:4],
+            [*asked[:-1], no_folder],
+            [*asked[:-1], no_answers],
+        ):
+            text += printed_by(predict.main, words)
         with pytest.MonkeyPatch.context() as launched:
             launched.setenv("WORLD_SIZE", "2")
             text += printed_by(api.main, ["--from_pretrained", "model/tiny"])

@@ -150,6 +150,10 @@ SENTENCES = {
         "{file}：{rows} 条数据，{samples} 个样本（每轮对话一个）；因超长被截断：{prompts} 个问题、{histories} 个样本中最早的对话轮次"
         "（--max_source_length）、{labels} 个回答（--max_target_length）"
     ),
+    "WARNING: {file}: {share:d} % of the characters have no token, as in “{text}”; each becomes 2 to 4 tokens of one byte, from"
+    " which this model learns little.": (
+        "警告：{file}：{share} % 的字符没有对应的 token，例如“{text}”；每个这样的字符会变成 2 到 4 个单字节 token，模型很难从中学到东西。"
+    ),
     "Held out of --train-data for evaluation: {rows:d} rows (--holdout, --seed {seed:d}).": (
         "从 --train-data 中留出 {rows} 条用于评估，不参与训练（--holdout、--seed {seed}）。"
     ),
@@ -648,6 +652,11 @@ SENTENCES = {
     ),
     "{rows:d} rows: {both:d} rows both trained and evaluated on.": "{rows} 条数据：{both} 条既用于训练又用于评估。",
     "{rows:d} rows: all is well.": "{rows} 条数据：没有问题。",
+    "tokens: {share:d} % of the characters have no token, as in “{text}”; each becomes 2 to 4 tokens of one byte, from which this"
+    " model learns little.": (
+        "token：{share} % 的字符没有对应的 token，例如“{text}”；每个这样的字符会变成 2 到 4 个单字节 token，模型很难从中学到东西。"
+    ),
+    "{rows:d} rows: characters without a token.": "{rows} 条数据：有的字符没有对应的 token。",
     "{rows:d} rows: {bad:d} bad rows.": "{rows} 条数据：{bad} 条有问题。",
 }
 

@@ -38,7 +38,7 @@ from model.cli.options import length_or_auto
 from model.data.bad_rows import all_listed, by_cause
 from model.data.image_check import CheckedImages
 from model.data.images import checked_file, open_image
-from model.data.lengths import auto_lengths, bounded_length, count_truncations, needed_lengths, turn_lengths
+from model.data.lengths import auto_lengths, bounded_length, bytes_note, count_truncations, needed_lengths, turn_lengths
 from model.data.prompt import Lengths
 from model.data.rows import Row, Rows, missing_file_problems, scan_rows
 from model.data.split import digest_of, row_digest
@@ -268,6 +268,7 @@ def token_report(all_rows: Collection[Rows], tokenizer: ChatGLMTokenizer, length
         "target": _distribution([target for _, target in turns]),
         "lengths": {"max_source_length": lengths.max_source_length, "max_target_length": lengths.max_target_length},
         "cut": {"prompts": truncated.prompts, "labels": truncated.labels, "histories": truncated.histories},
+        "bytes": bytes_note(rows(), tokenizer, truncated),
         "cuts_nothing": {"max_source_length": source, "max_target_length": target},
         "padding": padding_shares([bounded_length(source, target, lengths) for source, target in turns]),
     }
@@ -347,6 +348,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     wrong += (
         [f"{count_of(overlap['rows'], 'row')} both trained and evaluated on"] if overlap and overlap["rows"] else []
     )
+    tokens = report["tokens"]
+    wrong += ["characters without a token"] if tokens and tokens["bytes"] else []
     rows = sum(file["rows"] for file in report["files"])
     return [*lines, f"{count_of(rows, 'row')}: " + (", ".join(wrong) if wrong else "all is well") + "."]
 
@@ -374,7 +377,7 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
     positions, needed = tokens["positions"], enough["max_source_length"] + enough["max_target_length"]
     too_many = positions is not None and needed > positions
     lines.append(f"{nothing}; this checkpoint takes {positions} together" if too_many else nothing)
-    return lines
+    return [*lines, f"tokens: {tokens['bytes']}"] if tokens["bytes"] else lines
 
 
 if __name__ == "__main__":

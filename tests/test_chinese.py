@@ -298,6 +298,7 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]
     yield [*good, DATA, "--eval-interval", "5"]
     yield [*good, DATA, "--find_lr"]
+    yield [*good, str(folder / "thai.json")]
     yield [*good, str(folder / "talk.json"), "--max_source_length", "200"]
     yield [*good, str(folder / "talk.json"), "--max_source_length", "60", "--max_target_length", "8"]
     for name in ("many-bad", "otherwise-bad"):
@@ -359,6 +360,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name in ("gone.png", "http://a.example/b.png", "text.png", "cut.png", *INSTEAD_OF_PICTURES)
         ],
         "many-bad": [ROW, *[no_label] * 25],
+        "thai": [{"prompt": "ภาพนี้คืออะไร", "label": "ภาษาไทย"}],
     }
     files["otherwise-bad"] = [ROW, *(ROW | {"lang": f"{number}"} for number in range(25))]
     files["talk"] = [ROW | {"history": [["背景里有什么？", "雪地。"]] * 2}]
@@ -390,7 +392,8 @@ def checked(data: Path) -> list[str]:
         text += printed_by(check_data.main, [str(data / "bad.json")])
         text += printed_by(check_data.main, [DATA, "--valid", DATA])
         long = str(write_rows(data, [{"prompt": "背景里有什么？" * 99, "label": "雪地。" * 199}], "long.json"))
-        text += printed_by(check_data.main, [long, "--from_pretrained", "model/tiny"])
+        for file in (long, str(data / "thai.json")):
+            text += printed_by(check_data.main, [file, "--from_pretrained", "model/tiny"])
         asked = [
             "--from_pretrained",
             "model/tiny",

@@ -37,7 +37,7 @@ from model.cli.flag_checks import (
 )
 from model.cli.options import FIND_LR_STEPS, SAT_TRAIN_ITERS, Options, parse
 from model.cli.resuming import steps_problems
-from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations
+from model.data.lengths import Truncations, auto_lengths, begin_counting_truncations, bytes_note
 from model.data.prompt import Lengths
 from model.data.rows import missing_file_problems
 from model.data.sampling import SampleOrder
@@ -232,6 +232,8 @@ def checked_data(
     found = truncations() if truncations is not None else {}
     if found:
         notes += data_notes(options, selection, lengths, found)
+        in_bytes = {file: bytes_note(selection.rows[file], tokenizer, cut) for file, cut in found.items()}
+        notes += [f"WARNING: {file}: {note}" for file, note in in_bytes.items() if note]
     return Data(selection, lengths, notes, {file: cut.labels for file, cut in found.items()})
 
 

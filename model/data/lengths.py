@@ -10,7 +10,7 @@ ones is counted here without making samples. A text is tokenized only if its cha
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import chain, cycle, islice
 from typing import TypeVar
@@ -34,18 +34,25 @@ PACKED_TOKENS = 2048  # of one sequence with --packing: attention's cost grows w
 PAD_MULTIPLE = 8  # tokens, to whose multiples batches are padded; half-precision matrix units work in tiles of 8
 ROWS_AT_ONCE = 1000  # tokenized together
 ROWS_PER_PROCESS = 10_000  # below that, counting is quicker than starting a process
+EXAMPLE = 40  # characters of a text that is shown
+MANY_BYTES = 0.05  # of a text's characters: an emoji now and then is less
 Part = tuple[str, range]  # a file, and some of its rows
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Truncations:
-    """How many samples there are, and how many of them lose tokens of the prompt, of the label, or earlier turns."""
+    """How many samples there are, and how many of them lose tokens of the prompt, of the label, or earlier turns.
+
+    Their texts are counted too: characters, and those that become bytes, as `characters_in_bytes` has it.
+    """
 
     samples: int = 0
     prompts: int = 0
     labels: int = 0
     histories: int = 0
+    characters: int = field(default=0, compare=False)
+    in_bytes: int = field(default=0, compare=False)
 
     def __add__(self, other: "Truncations") -> "Truncations":
         return Truncations(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -124,13 +131,33 @@ def count_truncations(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Length
         too_long = [turn for turn, tokens in zip(turns, sources, strict=True) if tokens > longest_source]
         # Earlier turns leave first. The prompt is truncated if it is too long without them.
         prompts = counter.sources([turn._replace(history=()) for turn in too_long], longest_source)
+        text = "".join(_texts(turns))  # quicker together than one by one
         total += Truncations(
             samples=len(turns),
             prompts=sum(tokens > longest_source for tokens in prompts),
             labels=sum(tokens > longest_target for tokens in counter.targets(turns, longest_target)),
             histories=sum(bool(turn.history) for turn in too_long),
+            characters=len(text),
+            in_bytes=tokenizer.characters_in_bytes(text),
         )
     return total
+
+
+def bytes_note(rows: Iterable[Row], tokenizer: Tokenizer, counted: Truncations) -> str | None:
+    """What is said, with an example, where a large share of the characters of rows become bytes.
+
+    Args:
+        counted: of the same rows.
+    """
+    if counted.in_bytes <= MANY_BYTES * counted.characters:
+        return None
+    share = counted.in_bytes / counted.characters
+    texts = (text for row in rows for text in _texts(_turns([row])) if text)
+    example = " ".join(next(text for text in texts if tokenizer.characters_in_bytes(text) >= share * len(text)).split())
+    return (
+        f"{100 * share:.0f} % of the characters have no token, as in “{example[:EXAMPLE]}”; each becomes 2 to 4 tokens of one "
+        "byte, from which this model learns little."
+    )
 
 
 def needed_lengths(rows: Iterable[Row], tokenizer: Tokenizer, lengths: Lengths) -> tuple[int, int]:
@@ -262,6 +289,10 @@ def _some_at_once(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _turns(rows: Sequence[Row]) -> list[Row]:
     return [turn for row in rows for turn in (row_turns(row) if row.history else (row,))]
+
+
+def _texts(turns: Sequence[Row]) -> Iterator[str]:
+    return chain.from_iterable((turn.prompt, turn.label) for turn in turns)
 
 
 def _parts(files: Mapping[str, Rows]) -> list[Part]:

@@ -58,6 +58,7 @@ class ChatGLMTokenizer:
     def __init__(self, vocab_file: str | os.PathLike[str]):
         self.vocab_file = str(vocab_file)
         self._pieces = _sentencepiece_model(self.vocab_file)
+        self._becomes_bytes: dict[str, bool] = {}  # of characters that have been asked for
         missing = [token for token in self.all_special_tokens if self._pieces.id_to_piece(self._id(token)) != token]
         if missing:
             raise InputError(
@@ -241,6 +242,14 @@ class ChatGLMTokenizer:
         known |= {" "} if has_space else set()
         known |= {"\n"} if pieces.id_to_piece(self._id("<n>")) == "<n>" else set()
         return frozenset(known)
+
+    def characters_in_bytes(self, text: str) -> int:
+        """How many characters of text no token has, so that the bytes of their UTF-8 are tokens in their place."""
+        unknown = set(text) - self.known_characters
+        for character in unknown - self._becomes_bytes.keys():
+            ids = self._pieces.encode(_with_blank_pieces(character))
+            self._becomes_bytes[character] = any(map(self._pieces.is_byte, ids))
+        return sum(text.count(character) for character in unknown if self._becomes_bytes[character])
 
     def _id(self, token: str) -> int:
         return self._pieces.piece_to_id(token)

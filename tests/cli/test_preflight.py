@@ -27,7 +27,7 @@ from model.cli.preflight import (
 from model.data.split import Selection, read_selection
 from model.errors import InputError
 
-ROWS = [{"prompt": "这是什么？", "label": f"一只{animal}。"} for animal in "猫狗鸟鱼"]
+ROWS = [{"prompt": "这是什么？", "label": f"一只{animal}。"} for animal in "狗牛羊象"]
 
 
 @pytest.fixture(autouse=True)
@@ -332,6 +332,13 @@ def test_labels_that_are_cut_are_counted_for_each_file(good: Options) -> None:
     good.max_target_length = 4
     (cut,) = preflight(good).cut_labels.values()
     assert cut > 0
+
+
+def test_rows_whose_characters_become_bytes_are_told(good: Options, tmp_path: Path) -> None:
+    assert not any(note.startswith("WARNING") for note in preflight(good).notes)
+    good.train_data = [str(write_rows(tmp_path, [{"prompt": "ภาพนี้คืออะไร", "label": "ภาษาไทย"}] * 5, "thai.json"))]
+    [told] = [note for note in preflight(good).notes if note.startswith("WARNING")]
+    assert told.startswith(f"WARNING: {good.train_data[0]}: 100 % of the characters have no token, as in “ภาพนี้คืออะไร”;")
 
 
 def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from model.data.lengths import (
     auto_lengths,
     begin_counting_truncations,
     bounded_length,
+    bytes_note,
     count_truncations,
     estimated_length,
     longest_samples,
@@ -59,6 +60,18 @@ def test_truncations_are_those_of_the_samples_at_every_length(tokenizer, upstrea
             sum(sample.truncated_label_tokens > 0 for sample in samples),
             sum(sample.dropped_turns > 0 for sample in samples),
         )
+
+
+def test_rows_whose_characters_become_bytes_are_told_with_an_example(tokenizer, upstream_rows):
+    def told(*rows):
+        return bytes_note(rows, tokenizer, count_truncations(rows, tokenizer, LENGTHS))
+
+    assert told(*upstream_rows, row("图片😀")) is None
+    thai = row("?", "ภาษา\n ไทย")
+    thai_and_its_history = thai._replace(history=((LONG, "ภาษาไทย"),))
+    assert told(row(), thai).startswith("24 % of the characters have no token, as in “ภาษา ไทย”")
+    assert told(thai_and_its_history).count("“ภาษาไทย”") == 1
+    assert told() is told(row("", "")) is None
 
 
 def test_needed_lengths_truncate_nothing_and_one_token_less_does(tokenizer):

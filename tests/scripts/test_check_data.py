@@ -110,6 +110,13 @@ def test_lengths_of_no_good_row_are_not_advised(tmp_path: Path) -> None:
     ]
 
 
+def test_characters_that_become_bytes_are_not_well(tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path, [{"prompt": "ภาพนี้คืออะไร", "label": "ภาษาไทย"}] * 5))
+    report = report_of(data, "--tokenizer", TOKENIZER)
+    assert report_lines(report)[-2].startswith("tokens: 100 % of the characters have no token, as in “ภาพนี้คืออะไร”;")
+    assert (report_lines(report)[-1], report["wrong"]) == ("5 rows: characters without a token.", False)
+
+
 def test_lengths_that_are_auto_are_what_the_data_needs(tmp_path: Path, row: dict) -> None:
     rows = [row, row | {"label": "一二三四五六七八九十" * 3}, row | {"prompt": "一二三四五六七八九十" * 9}]
     words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER)

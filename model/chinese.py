@@ -656,6 +656,7 @@ SENTENCES = {
     " model learns little.": (
         "token：{share} % 的字符没有对应的 token，例如“{text}”；每个这样的字符会变成 2 到 4 个单字节 token，模型很难从中学到东西。"
     ),
+    "{rows:d} rows: texts that are cut.": "{rows} 条数据：有的文本会被截断。",
     "{rows:d} rows: characters without a token.": "{rows} 条数据：有的字符没有对应的 token。",
     "{rows:d} rows: {bad:d} bad rows.": "{rows} 条数据：{bad} 条有问题。",
 }
@@ -665,7 +666,7 @@ _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
 _PLURAL = re.compile(
-    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|picture|pack|GPU)s)\b"
+    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|prompt|label|picture|pack|GPU)s)\b"
 )  # of what may be one
 _language = "auto"
 

@@ -349,6 +349,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         [f"{count_of(overlap['rows'], 'row')} both trained and evaluated on"] if overlap and overlap["rows"] else []
     )
     tokens = report["tokens"]
+    wrong += ["texts that are cut"] if tokens and any(tokens["cut"].values()) else []
     wrong += ["characters without a token"] if tokens and tokens["bytes"] else []
     rows = sum(file["rows"] for file in report["files"])
     return [*lines, f"{count_of(rows, 'row')}: " + (", ".join(wrong) if wrong else "all is well") + "."]
@@ -371,7 +372,8 @@ def _token_lines(tokens: dict[str, Any] | None) -> list[str]:
     cut, now, enough = tokens["cut"], tokens["lengths"], tokens["cuts_nothing"]
     lines.append(
         f"--max_source_length {now['max_source_length']} --max_target_length {now['max_target_length']} cut"
-        f" {cut['prompts']} prompts, {cut['labels']} labels and the oldest turns of {cut['histories']} samples"
+        f" {count_of(cut['prompts'], 'prompt')}, {count_of(cut['labels'], 'label')} and the oldest turns of"
+        f" {count_of(cut['histories'], 'sample')}"
     )
     nothing = f"--max_source_length {enough['max_source_length']} --max_target_length {enough['max_target_length']} cut nothing"
     positions, needed = tokens["positions"], enough["max_source_length"] + enough["max_target_length"]

@@ -93,6 +93,9 @@ def test_report_of_tokens_says_what_is_cut_and_what_would_not_be(tmp_path: Path,
     words = (str(write_rows(tmp_path, rows)), "--tokenizer", TOKENIZER, "--max_target_length", "20")
     tokens = report_of(*words)["tokens"]
     assert tokens["cut"] == {"prompts": 1, "labels": 1, "histories": 0}
+    lines = report_lines(report_of(*words))
+    assert lines[-1].startswith("3 rows: texts that are cut")
+    assert any(line.endswith("cut 1 prompt, 1 label and the oldest turns of 0 samples") for line in lines)
     enough = [word for flag, length in tokens["cuts_nothing"].items() for word in (f"--{flag}", str(length))]
     again = report_of(*words[:3], *enough)["tokens"]
     assert again["cut"] == {"prompts": 0, "labels": 0, "histories": 0}

@@ -600,6 +600,7 @@ SENTENCES = {
     "train on, to twice as many steps": "继续训练到两倍的步数",
     # evaluate.py and check_data.py
     "asked": "问题",
+    "1 answer was cut off (--max_length {length:d}).": "1 个回答被截断（--max_length {length}）。",
     "{count:d} answers were cut off (--max_length {length:d}).": "{count} 个回答被截断（--max_length {length}）。",
     "Shortened as in training, to --max_source_length {length:d}: {count:d} of {rows:d} questions; predict.py, cli_demo.py and"
     " the servers ask them whole.": (

@@ -187,9 +187,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def count_of(number: int, what: str) -> str:
-    """A number of things as a person says it: `1 row`, `20 rows`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def count_of(number: int, what: str, many: str | None = None) -> str:
+    """A number of things as a person says it: `1 row`, `20 rows`.
+
+    Args:
+        many: what several are called, if not what with an s.
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {many or what + 's'}"
 
 
 def with_progress(

@@ -287,7 +287,9 @@ def evaluate(options: argparse.Namespace) -> None:
         heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))
         if measured["cut"]:
-            say(f"{measured['cut']:.0f} answers were cut off (--max_length {options.max_length}).")
+            one = f"1 answer was cut off (--max_length {options.max_length})."
+            many = f"{measured['cut']:.0f} answers were cut off (--max_length {options.max_length})."
+            say(one if measured["cut"] == 1 else many)
     for note in shortened_notes(checkpoints, measures, options.max_length):
         say(note)
     if len(results) > 1:

@@ -677,7 +677,7 @@ OF_SLOW_ANSWERS = "Answering, tokens at most"  # tests/training/test_answers.py 
 OF_THE_CODE = (
     "Step {step:d} skipped", "the loss is {loss}", "the gradient isn't finite", "The losses over the rates", "{name} answers at",
     "--host {host} without", "WARNING: {name}: iteration", "{file} is damaged: its", "{flag}: {problem}; ", "It does not fit",
-    "{count:d} answers were cut", "Shortened as in training", "Shortened to --max_length", "{folder}: the run ended", "The last evaluation was",
+    "1 answer was cut", "{count:d} answers were cut", "Shortened as in training", "Shortened to --max_length", "{folder}: the run ended", "The last evaluation was",
     "Starting a step's kernels", "The answer was cut off", "Rounded to {dtype}", "--out {file}: {reason}", "Finishing the answers in hand",
 )  # fmt: skip
 

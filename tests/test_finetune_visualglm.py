@@ -282,7 +282,7 @@ CASES = {
     "value of the wrong kind": (["--lr", "fast"], None, ["--lr fast: a number is needed"]),
     "value out of bounds": (["--lora_rank", "0"], None, ["--lora_rank 0: 1 or more is needed"]),
     "two precisions": (["--fp16", "--bf16"], None, ["--fp16 and --bf16"]),
-    "parts without processes": (["--model-parallel-size", "2"], None, ["--model-parallel-size 2", "1 processes found"]),
+    "parts without processes": (["--model-parallel-size", "2"], None, ["--model-parallel-size 2", "1 process found"]),
     "layer outside the model": (["--layer_range", "0", "7"], None, ["--layer_range 0 7", "no layer 7", "0 to 2"]),
     "source too short for the picture": (["--max_source_length", "30"], None, ["--max_source_length 30", "32"]),
     "source too short for the frame": (["--max_source_length", "40"], None, ["--max_source_length 40"]),

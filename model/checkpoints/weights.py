@@ -44,7 +44,7 @@ from model.checkpoints.tensors import (
     size_in_bytes,
 )
 from model.errors import InputError
-from model.progress import warn, with_progress
+from model.progress import count_of, warn, with_progress
 from model.sat_compat import import_sat
 
 import_sat()
@@ -160,7 +160,7 @@ def _put_into(
     needed = [name for name in missing or () if is_asked_for(prefix + name) and not is_adapter_name(name)]
     if needed:
         raise InputError(
-            f"{path}: {len(needed)} tensors are missing (the first: {', '.join(needed[:3])}); needed are all the weights "
+            f"{path}: {count_of(len(needed), 'tensor is', 'tensors are')} missing (the first: {', '.join(needed[:3])}); needed are all the weights "
             f"that {checkpoint.config_file.name} describes."
         )
     if unexpected:
@@ -246,7 +246,11 @@ def whole_weights(
     opened = open_weights(checkpoint.base)
     base_weights = without_adapters(opened)
     parts = tuple(f"{VISION}{part}." for part in AdapterConfig.from_json(checkpoint.config).part_rates)
-    _refuse_missing("trained tensors", [n for n in base_weights if n.startswith(parts) and n not in weights], path)
+    _refuse_missing(
+        ("trained tensor is", "trained tensors are"),
+        [n for n in base_weights if n.startswith(parts) and n not in weights],
+        path,
+    )
     found = fingerprint(_unmapped(checkpoint.base, opened))
     used = Base(recorded.name, os.path.abspath(base_path), found)
     if not force_base:
@@ -292,7 +296,7 @@ def refuse_unless_whole(weights: Mapping[str, torch.Tensor], config: ModelConfig
         InputError: as said.
     """
     missing = [name for name in adapter_tensors(config) if name not in weights]
-    _refuse_missing("tensors of its adapters", missing, path)
+    _refuse_missing(("tensor of its adapters is", "tensors of its adapters are"), missing, path)
     learned = weights if is_adapter(config) else learned_tensors(weights, AdapterConfig.from_json(config))
     refuse_unless_finite(learned, str(path))
 
@@ -317,11 +321,11 @@ def learned_tensors(weights: Mapping[str, torch.Tensor], adapters: AdapterConfig
     return {name: weights[name] for name in weights if is_adapter_name(name) or name.startswith(parts)}
 
 
-def _refuse_missing(what: str, names: Sequence[str], path: Path) -> None:
+def _refuse_missing(what: tuple[str, str], names: Sequence[str], path: Path) -> None:
     if names:
         raise InputError(
-            f"{path}: {len(names)} {what} are missing (the first: {', '.join(names[:3])}); a checkpoint that is whole is "
-            "needed."
+            f"{path}: {count_of(len(names), *what)} missing (the first: {', '.join(names[:3])}); a checkpoint that is whole "
+            "is needed."
         )
 
 

@@ -32,7 +32,7 @@ from model.cli.sat_flags import LARGEST_SEED
 from model.data.prompt import LEAST_TARGET_LENGTH, least_source_length
 from model.data.tokenizer import ChatGLMTokenizer
 from model.distributed import world_size
-from model.progress import is_unicode
+from model.progress import count_of, is_unicode
 
 MOST_OF_NAME = 230  # bytes of 255 that a file's name may have: the run's time follows, or -find_lr.png.unfinished
 SMALLEST_SHARE = 1e-6  # of --split; smaller ones come from rounding
@@ -333,7 +333,7 @@ def _machine_problems(options: Options) -> list[str]:
     processes = world_size()
     if options.model_parallel_size > 1 and processes % options.model_parallel_size:
         problems.append(
-            f"--model-parallel-size {options.model_parallel_size}: {processes} processes found; a multiple of "
+            f"--model-parallel-size {options.model_parallel_size}: {count_of(processes, 'process', 'processes')} found; a multiple of "
             f"{options.model_parallel_size} is needed: deepspeed's flag is --num_gpus, torchrun's --nproc-per-node."
         )
     if options.load is not None:

@@ -393,10 +393,10 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
     turns = f", {truncations.samples} samples (one for every turn)" if truncations.samples != rows else ""
     if not truncations.prompts + truncations.labels + truncations.histories:
         return turns
-    histories = f", oldest turns of {truncations.histories} samples" if truncations.histories else ""
+    histories = f", oldest turns of {count_of(truncations.histories, 'sample')}" if truncations.histories else ""
     return (
-        f"{turns}; cut to fit: {truncations.prompts} prompts{histories} (--max_source_length), {truncations.labels} labels"
-        " (--max_target_length)"
+        f"{turns}; cut to fit: {count_of(truncations.prompts, 'prompt')}{histories} (--max_source_length),"
+        f" {count_of(truncations.labels, 'label')} (--max_target_length)"
     )
 
 

@@ -12,6 +12,7 @@ from model.distributed import world_size
 from model.errors import InputError
 from model.hub import at_revision
 from model.inference.sampling import Sampling
+from model.progress import count_of
 
 if TYPE_CHECKING:
     from model.data.remote_images import Limits
@@ -45,7 +46,8 @@ def refuse_uneven_processes(parts: int) -> None:
         InputError: as said.
     """
     if parts < 1 or world_size() % parts:
-        raise InputError(f"--model-parallel-size {parts}: {world_size()} processes found; a divisor of them is needed.")
+        found = count_of(world_size(), "process", "processes")
+        raise InputError(f"--model-parallel-size {parts}: {found} found; a divisor of them is needed.")
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:

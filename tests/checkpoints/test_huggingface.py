@@ -200,7 +200,7 @@ def test_missing_tensors_are_told_once(published: Path, upstream_config: dict, t
     tensors = {name: tensor for name, tensor in load_all(published).items() if "lm_head" not in name}
     folder = write_huggingface(tmp_path / "less", upstream_config, tensors)
     with pytest.raises(
-        InputError, match=r"1 tensors are missing \(the first: mixins\.chatglm-final\.lm_head\.weight\)"
+        InputError, match=r"1 tensor is missing \(the first: mixins\.chatglm-final\.lm_head\.weight\)"
     ) as error:
         load_for_answering(str(folder))
     assert str(error.value).endswith("needed are all the weights that config.json describes.")

@@ -181,13 +181,13 @@ FACTOR, PREFIX, PART = (
 
 
 @pytest.mark.parametrize(("load", "name", "change", "text"), [
-    (load_for_answering, FACTOR, None, f"1 tensors of its adapters are missing (the first: {FACTOR})"),
-    (load_for_answering, PREFIX, None, f"1 tensors of its adapters are missing (the first: {PREFIX})"),
-    (load_for_answering, PART, None, f"1 trained tensors are missing (the first: {PART})"),
+    (load_for_answering, FACTOR, None, f"1 tensor of its adapters is missing (the first: {FACTOR})"),
+    (load_for_answering, PREFIX, None, f"1 tensor of its adapters is missing (the first: {PREFIX})"),
+    (load_for_answering, PART, None, f"1 trained tensor is missing (the first: {PART})"),
     (load_for_answering, PREFIX, math.nan, f"{PREFIX} has numbers that are NaN or infinite"),
     (load_for_answering, PART, -math.inf, f"{PART} has numbers that are NaN or infinite"),
-    (merged, FACTOR, None, f"1 tensors of its adapters are missing (the first: {FACTOR})"),
-    (merged, PART, None, f"1 trained tensors are missing (the first: {PART})"),
+    (merged, FACTOR, None, f"1 tensor of its adapters is missing (the first: {FACTOR})"),
+    (merged, PART, None, f"1 trained tensor is missing (the first: {PART})"),
     (merged, FACTOR, math.nan, f"{FACTOR} has numbers that are NaN or infinite"),
 ])  # fmt: skip
 def test_adapter_that_is_not_whole_is_refused(adapter, tmp_path, load, name, change, text):
@@ -229,7 +229,7 @@ def test_adapter_with_a_tensor_missing_is_refused_and_keeps_no_fresh_value(upstr
     del content["module"][gone]
     torch.save(content, folder / "1" / WEIGHTS)
     (folder / "1" / "checksums.json").unlink()  # as older checkpoints have none
-    with pytest.raises(InputError, match=rf"1 tensors of its adapters are missing \(the first: {re.escape(gone)}\)"):
+    with pytest.raises(InputError, match=rf"1 tensor of its adapters is missing \(the first: {re.escape(gone)}\)"):
         load_model(folder, "FineTuneVisualGLMModel")
 
 

@@ -83,7 +83,7 @@ def test_very_many_rows_are_checked_beside_the_imports_and_every_cut_is_counted(
     rows[7] |= {"label": "长" * 300}
     done = train(upstream_checkpoint, write_rows(tmp_path, rows), "--train-iters", "1")
     assert done.returncode == 0, done.stderr
-    assert "25000 rows; cut to fit: 1 prompts (--max_source_length), 1 labels (--max_target_length)" in done.stdout
+    assert "25000 rows; cut to fit: 1 prompt (--max_source_length), 1 label (--max_target_length)" in done.stdout
     bad = train(upstream_checkpoint, write_rows(tmp_path, [*rows, {"prompt": "?"}]), "--train-iters", "1")
     assert (bad.returncode, bad.stdout, "Traceback" in bad.stderr) == (2, "", False)
     assert 'row 25001: no "label"' in bad.stderr

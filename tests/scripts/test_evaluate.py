@@ -242,6 +242,8 @@ def test_command_leaves_bad_rows_out_and_writes_a_page_the_worst_rows_first(upst
     assert out.splitlines()[-1] == "answers right: 0/2"
     assert "(no picture)\n  asked  三\n" in out
     assert "2 answers were cut off (--max_length 60)." in out  # the model of random numbers never ends
+    evaluate_here(*flags[:2], "--data", write_rows(tmp_path, rows[:1], "one.json"), "--max_length", "60")
+    assert "1 answer was cut off (--max_length 60)." in capsys.readouterr().out
     assert "&lt;b&gt;" in page.read_text()
     assert page.read_text().count('class="row') == 2
 

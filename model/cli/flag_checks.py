@@ -3,9 +3,12 @@
 A function named …_problems returns sentences: where, what was found, what is needed; an empty list when all is well.
 """
 
+import difflib
+import functools
 import importlib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -549,9 +552,32 @@ _DEEPSPEED_KINDS: Mapping[tuple[str, ...], Kind] = {
 }
 
 
+@functools.cache
+def deepspeed_words() -> frozenset[str]:
+    """Every word in quotes in the code that reads DeepSpeed's settings; importing DeepSpeed takes seconds.
+
+    DeepSpeed takes no notice of a setting whose name it doesn't have. Empty where it isn't installed.
+    """
+    found = importlib.machinery.PathFinder.find_spec("deepspeed")
+    files = [
+        file
+        for folder in (found.submodule_search_locations if found else None) or ()
+        for pattern in ("*config*.py", "*constants.py")
+        for file in Path(folder).rglob(pattern)
+    ]
+    return frozenset(word for file in files for word in re.findall(r"""["'](\w+)["']""", file.read_text("utf-8")))
+
+
 def deepspeed_problems(options: Options, settings: Mapping[str, object], path: Path | str) -> list[str]:
     """What SAT can't use in the settings of a --deepspeed_config file, or DeepSpeed with these flags."""
     problems = problems_of_kind(settings, _DEEPSPEED_KINDS, str(path))
+    known = deepspeed_words()
+    for key in settings:
+        if key in known or not known or key.startswith("_"):  # as a remark, "_comment"
+            continue
+        close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
+        meant = f'did you mean "{close[0]}"?' if close else "it is needed without."
+        problems.append(f'{path}: DeepSpeed has no setting "{key}"; {meant}')
     for section in ("fp16", "bf16"):
         value = settings.get(section)
         if isinstance(value, Mapping) and "enabled" not in value:

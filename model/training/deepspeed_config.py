@@ -4,6 +4,7 @@ The mends are listed in the table of `model.training.sat_loop`. torch and DeepSp
 """
 
 import copy
+import difflib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,6 +114,7 @@ def try_out(settings: Mapping[str, Any], path: str) -> None:
     """
     import deepspeed
     import torch
+    from pydantic import ValidationError
 
     if str(settings["optimizer"].get("type", "")).startswith("sat."):  # SAT builds it, for the real model only
         return
@@ -124,11 +126,33 @@ def try_out(settings: Mapping[str, Any], path: str) -> None:
                 dist_init_required=False,
             )  # fmt: skip
     except Exception as error:  # of any kind: DeepSpeed's own, pydantic's, an optimizer's
-        reason = " ".join(str(error).split()) or type(error).__name__
+        told = _odd_values(error, settings) if isinstance(error, ValidationError) else str(error)
+        reason = " ".join(told.split()) or type(error).__name__
         raise InputError(
             f"--deepspeed_config {path}: DeepSpeed can't use it ({reason[:MOST_OF_A_REASON]}); settings that it takes are "
             "needed."
         ) from None
+
+
+def _odd_values(error: Any, settings: Mapping[str, Any]) -> str:
+    """What a pydantic error of DeepSpeed's says, without its own frame: which settings, by their place in the file."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    kinds = [DeepSpeedConfigModel]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    names = sorted({name for kind in kinds for name in kind.model_fields})
+    sentences = []
+    for odd in error.errors():
+        place = [str(part) for part in odd["loc"]]
+        sections = (
+            name for name, value in settings.items() if isinstance(value, Mapping) and place and place[0] in value
+        )
+        where = ".".join([*[next(sections, "")], *place]).strip(".")
+        close = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.7) if odd["type"] == "extra_forbidden" else []
+        what = "there is no such setting" if odd["type"] == "extra_forbidden" else odd["msg"]
+        sentences.append(f"{where}: {what}{f', did you mean {close[0]}?' if close else ''}")
+    return "; ".join(sentences)
 
 
 def clip_or_skip(engine: Any) -> None:

@@ -1,5 +1,7 @@
 """Checks that need no model: each problem is a sentence with where, what was found and what is needed."""
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from model.cli.flag_checks import (
     _image_size_problems,
     config_problems,
     deepspeed_problems,
+    deepspeed_words,
     flag_problems,
     overridden_by_config,
     overridden_by_deepspeed,
@@ -295,6 +298,8 @@ def test_overridden_by_deepspeed_names_the_users_flags_that_differ(
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; only one is needed."),
     ({"fp16": True}, '"fp16" is true; an object {…} is needed.'),
     ({"bf16": {}}, 'no "enabled" in "bf16"; true or false is needed.'),
+    ({"zero_optimisation": {"stage": 2}}, 'DeepSpeed has no setting "zero_optimisation"; did you mean "zero_optimization"?'),
+    ({"foo": 1, "_comment": "mine"}, 'DeepSpeed has no setting "foo"; it is needed without.'),
 ])  # fmt: skip
 def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: dict[str, Any], sentence: str) -> None:
     assert deepspeed_problems(good(), settings, "ds.json") == [f"ds.json: {sentence}"]
@@ -303,6 +308,12 @@ def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: 
 def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
     settings = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}
     assert deepspeed_problems(good(), settings, "ds.json") == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_key_of_sats_own_deepspeed_files_is_known(stage: int) -> None:
+    folder = Path(importlib.util.find_spec("sat").submodule_search_locations[0])
+    assert json.loads((folder / f"training/deepspeed_zero{stage}.json").read_text()).keys() <= deepspeed_words()
 
 
 def test_muon_is_refused_for_prefixes_and_taken_for_lora() -> None:

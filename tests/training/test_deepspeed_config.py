@@ -185,6 +185,16 @@ def test_odd_deepspeed_file_is_a_sentence(checked, settings):
         checked(settings)
 
 
+def test_odd_settings_within_a_section_are_named_with_what_is_meant(checked):
+    with pytest.raises(InputError) as refused:
+        checked({"zero_optimization": {"stage": 2, "overlap_com": True, "qqq": 1, "round_robin_gradients": "x"}})
+    assert (
+        "(zero_optimization.round_robin_gradients: Input should be a valid boolean, unable to interpret input; "
+        "zero_optimization.overlap_com: there is no such setting, did you mean overlap_comm?; "
+        "zero_optimization.qqq: there is no such setting); settings"
+    ) in str(refused.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", TAKEN, ids=str)
 def test_good_deepspeed_file_is_taken(checked, settings):

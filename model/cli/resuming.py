@@ -357,7 +357,7 @@ _SCHEDULE = ": the learning rate falls over all steps, unless --lr-decay-iters s
 
 def _value(options: Options, name: str) -> str:
     value = getattr(options, name)
-    return f"no {flag_names()[name]}" if value in (None, False, []) else shown(value)
+    return f"no {flag_names()[name]}" if value is None or value is False or value == [] else shown(value)
 
 
 def data_problems(resumed: Resumed) -> list[str]:

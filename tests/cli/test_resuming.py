@@ -236,6 +236,15 @@ def test_flag_that_changes_the_numbers_is_taken_with_a_sentence(run: Path) -> No
     ]
 
 
+def test_number_of_the_run_that_is_0_is_told_as_0(run: Path) -> None:
+    file = run / "1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    record["words"] += ["--auto_warmup_steps", "0"]
+    file.write_text(json.dumps(record))
+    [told] = command_line(["--resume", str(run), "--auto_warmup_steps", "5"]).notes
+    assert told.startswith("--auto_warmup_steps 5 from here on; the run had 0, and")
+
+
 def test_more_iterations_are_taken_and_what_that_does_to_the_rate_is_said(run: Path) -> None:
     line = command_line(["--resume", str(run), "--train-iters", "30"])
     assert line.options.train_iters == 30

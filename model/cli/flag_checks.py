@@ -335,9 +335,10 @@ def _machine_problems(options: Options) -> list[str]:
         )
     processes = world_size()
     if options.model_parallel_size > 1 and processes % options.model_parallel_size:
+        or_whole = ", or --model-parallel-size 1, with which the run goes on as well" if options.resume else ""
         problems.append(
             f"--model-parallel-size {options.model_parallel_size}: {count_of(processes, 'process', 'processes')} found; a multiple of "
-            f"{options.model_parallel_size} is needed: deepspeed's flag is --num_gpus, torchrun's --nproc-per-node."
+            f"{options.model_parallel_size} is needed: deepspeed's flag is --num_gpus, torchrun's --nproc-per-node{or_whole}."
         )
     if options.load is not None:
         problem = checkpoint_problem(Path(options.load).expanduser(), ("latest",))

@@ -117,7 +117,8 @@ def test_flag_problems_when_several_things_are_wrong_lists_all() -> None:
     (["--split", "9,1", "--epochs", "2"], ["--split 9,1", "--epochs", "--split 1 is needed"]),
     (["--valid-data"], ["--valid-data: no file given"]),
     (["--device", "1"], ["--device 1", "GPU 0 only", "CUDA_VISIBLE_DEVICES=1"]),
-    (["--model-parallel-size", "2"], ["--model-parallel-size 2: 1 process found", "a multiple of 2", "--num_gpus"]),
+    (["--model-parallel-size", "2"], ["--model-parallel-size 2: 1 process found", "a multiple of 2", "--num_gpus", "nproc-per-node."]),
+    (["--model-parallel-size", "2", "--resume", "run"], ["1 process found", "or --model-parallel-size 1, with which"]),
 ])  # fmt: skip
 def test_flag_problems_when_one_thing_is_wrong_says_where_what_and_what_is_needed(
     words: list[str], parts: list[str]

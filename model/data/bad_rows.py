@@ -87,7 +87,7 @@ def handle_bad_rows(batch: dict[str, Any], bad_rows: str) -> None:
     """
     problems = batch.get("problems", [])
     if problems and bad_rows != "skip":
-        raise RowError("\n".join(problems))
+        raise RowError("\n".join(dict.fromkeys(problems)))  # a row may be drawn twice
     for problem in problems:
         _tell_once(problem)
 

@@ -69,5 +69,11 @@ def test_bad_row_stops_the_run_or_is_told_once(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "Left out: rows.json row 7: there is no file\n"
 
 
+def test_bad_row_that_was_drawn_twice_is_named_once() -> None:
+    with pytest.raises(RowError) as refused:
+        handle_bad_rows({"problems": ["row 3", "row 2", "row 3", "row 2"]}, "error")
+    assert str(refused.value) == "row 3\nrow 2"
+
+
 def test_batch_without_bad_rows_is_nothing_to_handle() -> None:
     handle_bad_rows({}, "error")

@@ -23,7 +23,7 @@ from typing import Any
 
 from model import sat_compat
 from model.cli.options import Options, script_parser
-from model.cli.preflight import Inputs, preflight, warm_up_notes, with_options
+from model.cli.preflight import Inputs, preflight, rate_notes, with_options
 from model.cli.resuming import CommandLine, command_line, finished_note
 from model.errors import command
 from model.progress import outliving_readers, say
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             asked, line = line.options, with_batch_size(line, inputs)
             inputs = with_options(inputs, asked, line.options, line.resumed)
-        for note in (*line.notes, *inputs.notes, *warm_up_notes(line.options, line.steps_done)):
+        for note in (*line.notes, *inputs.notes, *rate_notes(line.options, inputs.steps, line.steps_done)):
             say(note)
         if line.options.dry_run:
             say(dry_run_report(line.options, inputs))

@@ -196,6 +196,10 @@ SENTENCES = {
         "前 {steps} 步的学习率最多为 --lr 的 5%（{rate}），这是 SAT 在 finetune 模式下的做法；"
         "可用 --auto_warmup_steps 更改。"
     ),
+    "From step {first:d} on the learning rate is 0, so that {count:d} of {steps:d} steps change nothing (--lr-decay-iters"
+    " {iterations:d}).": (
+        "从第 {first} 步起学习率为 0，因此 {steps} 步中有 {count} 步什么都学不到（--lr-decay-iters {iterations}）。"
+    ),
     "No GPU found: {numbers} and gloo on the CPU in place of {instead}.": (
         "没有找到 GPU：在 CPU 上用 {numbers} 和 gloo 训练，代替 {instead}。"
     ),

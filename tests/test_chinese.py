@@ -28,7 +28,7 @@ from model import chinese, progress
 from model.adapter_config import AdapterConfig
 from model.chinese import SENTENCES, choose_ui_language, in_ui_language, pattern_of
 from model.cli.options import parse
-from model.cli.preflight import epochs_note, preflight, warm_up_notes
+from model.cli.preflight import epochs_note, preflight, rate_notes
 from model.cli.resuming import command_line, finished_note
 from model.data.image_check import check_rows
 from model.data.remote_images import STRANGERS, downloaded, opened
@@ -255,7 +255,8 @@ def check(words: list[str]) -> None:
     """What the script does before it loads SAT and a model."""
     options = parse(words)
     with exit_on_input_error("finetune_visualglm.py"):
-        for note in (*preflight(options).notes, *warm_up_notes(options, 0)):
+        inputs = preflight(options)
+        for note in (*inputs.notes, *rate_notes(options, inputs.steps, 0)):
             say(note)
 
 
@@ -293,6 +294,7 @@ def good_command_lines(folder: Path) -> Iterator[list[str]]:
     good = ["--use_lora", "--mode", "finetune", "--from_pretrained", "model/tiny", "--train-data"]
     yield [*good, DATA, "--holdout", "4", "--epochs", "2", "--save", "none"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", DATA]
+    yield [*good, DATA, "--train-iters", "12", "--auto_warmup_steps", "0", "--lr-decay-iters", "5"]
     yield [*good, DATA, "--train-iters", "5", "--valid-data", str(PROJECT / DATA)]
     yield [*good, str(folder / "talk.json"), "--train-iters", "5", "--valid-data", str(folder / "talk-and-more.json")]
     yield [*good, DATA, "--max_source_length", "50", "--max_target_length", "8"]

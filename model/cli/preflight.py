@@ -6,6 +6,7 @@ The first of these with a problem ends the run, with every problem of its kind. 
 data files that aren't there are told before.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -398,6 +399,22 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
         f"{turns}; cut to fit: {count_of(truncations.prompts, 'prompt')}{histories} (--max_source_length),"
         f" {count_of(truncations.labels, 'label')} (--max_target_length)"
     )
+
+
+def rate_notes(options: Options, steps: int, steps_done: int) -> list[str]:
+    """What the learning rate does that nobody may expect: it is low in the first steps, or 0 in the last."""
+    notes = warm_up_notes(options, steps_done)
+    if options.find_lr or not options.lr_decay_iters or options.lr_decay_style != "linear":
+        return notes
+    # SAT's line ends so many steps after the warm-up, and its rule for the first steps goes before.
+    last = math.ceil(options.lr_decay_iters * (1 + options.warmup)) - 1
+    last = max(last, options.auto_warmup_steps) if options.mode == "finetune" else last
+    if last < steps:
+        notes.append(
+            f"From step {last + 1} on the learning rate is 0, so that {steps - last} of {steps} steps change nothing "
+            f"(--lr-decay-iters {options.lr_decay_iters})."
+        )
+    return notes
 
 
 def warm_up_notes(options: Options, steps_done: int) -> list[str]:

@@ -19,6 +19,7 @@ from model.cli.preflight import (
     epoch_problems,
     epochs_note,
     preflight,
+    rate_notes,
     steps_of_run,
     training_samples,
     training_steps,
@@ -347,6 +348,18 @@ def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
     [sentence] = epoch_problems(parse(words), selection)
     assert sentence.startswith("--epochs 1: 3 samples make less than one step of 4")
     assert epoch_problems(parse([*words[:3], "2", *words[4:]]), selection) == []
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--auto_warmup_steps", "0"], "From step 6 on the learning rate is 0, so that 7 of 12 steps change nothing (--lr-decay-iters 5)."),
+    (["--auto_warmup_steps", "0", "--warmup", "0.5"], "From step 8 on the learning rate is 0, so that 5 of 12 steps"),
+    (["--auto_warmup_steps", "0", "--mode", "pretrain", "--lr-decay-style", "cosine"], None),
+    (["--auto_warmup_steps", "12"], None),
+])  # fmt: skip
+def test_steps_without_a_learning_rate_are_told(words: list[str], told: str | None) -> None:
+    options = parse(["--mode", "finetune", "--train-iters", "12", "--lr-decay-iters", "5", *words])
+    notes = [note for note in rate_notes(options, 12, 0) if not note.startswith("The first")]
+    assert (len(notes) == 1 and notes[0].startswith(told)) if told else notes == []
 
 
 def test_folder_that_tensorboard_cannot_write_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

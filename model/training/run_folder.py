@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints, in `<save>/<run>/`; with --save none, nothing.
+"""What a run leaves behind beside its checkpoints, in `<save>/<run>/`; with --save none, only its last words.
 
     settings.json    every flag as it held, the data files, each start of the run: packages and machine; and its end
     metrics.jsonl    a line a step and a line an evaluation: `model.training.records`
@@ -45,7 +45,7 @@ from model.distributed import done_by_first_process, is_first_process
 from model.errors import InputError
 from model.progress import say, warn
 from model.training.curves import LossPicture
-from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, MetricsFile
+from model.training.records import ANSWERS_FILE, HELD_OUT_FILE, METRICS_FILE, REPORT_FILE, MetricsFile, Record
 from model.training.run_state import RunState
 from model.training.sat_loop import Hooks
 from model.training.verdict import verdict
@@ -85,6 +85,7 @@ class RunFolder:
         self.line, self.inputs, self.run, self.report = line, inputs, run, hooks.report
         self.folder: Path | None = None
         self.settings: dict[str, Any] = {}
+        self.records: list[Record] = []  # of a run without a folder, which has them nowhere else
         self.metrics: MetricsFile | None = None
         self.picture: LossPicture | None = None
         self.steps = line.steps_done
@@ -101,6 +102,10 @@ class RunFolder:
         """
         self.run.place(args, model)
         if not args.save:
+            if is_first_process() and not self.line.options.find_lr:
+                no_digests = dict.fromkeys(self.inputs.selection.rows, "")  # reading large files for them takes a while
+                self.settings = settings_of_run(self.line, self.inputs, args, no_digests)
+                self.report.sinks.append(self.records.append)
             return
         self.folder = Path(args.save)
         done_by_first_process(partial(self._take, self.folder))
@@ -185,7 +190,11 @@ class RunFolder:
 
     def tell_what_was_learned(self) -> None:
         """Say whether the run has learned, and make its page. Whatever goes wrong here, the run is done and saved."""
-        if self.folder is None or not self.steps or not is_first_process():
+        if self.folder is None:
+            for line in verdict(self.settings, self.records, {}):
+                say(line)
+            return
+        if not self.steps or not is_first_process():
             return
         try:
             from model.training.report import Story, report
@@ -202,7 +211,7 @@ class RunFolder:
 
     def note_end(self) -> None:
         """Keep that nothing is left to do, for whoever resumes the run. Without it, all that comes at the end is done again."""
-        if not self.settings or not self.steps:
+        if self.folder is None or not self.settings or not self.steps:
             return
         done = self.report.steps_done
         is_early = (self.report.last_step or 0) > done
@@ -239,7 +248,7 @@ def settings_of_run(
     of_file = {**known, **digests(other)}
     return {
         "version": VERSION,
-        "run": Path(args.save).name,
+        "run": Path(args.save or "").name,
         **flags_as_held(options, held),
         "steps": inputs.steps,
         "samples_per_step": args.batch_size

@@ -160,12 +160,14 @@ def test_run_killed_after_its_last_step_makes_up_for_what_comes_then_and_saves_n
 
 
 @pytest.mark.run
-def test_run_that_saves_nothing_writes_nothing(upstream_checkpoint, tmp_path):
+def test_run_that_saves_nothing_writes_nothing_and_says_whether_it_learned(upstream_checkpoint, tmp_path):
     done = run_python(
         SCRIPT, "--from_pretrained", upstream_checkpoint, "--use_ptuning", "--train-data", DATA, "--image_folder",
-        GOLDEN / "upstream", "--train-iters", "1", "--num-workers", "0", "--save", "none", cwd=tmp_path,
+        GOLDEN / "upstream", "--train-iters", "10", "--num-workers", "0", "--save", "none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith("The loss has hardly moved: ")
+    assert done.stdout.splitlines()[-1].startswith("Likely: ")
     assert list(tmp_path.iterdir()) == []
 
 

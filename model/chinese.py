@@ -59,6 +59,9 @@ SENTENCES = {
     "{flag} {name}: no such folder. Tried:": "{flag} {name}：没有这个目录。找过：",
     "no folder {folder} ($SAT_HOME)": "没有目录 {folder}（$SAT_HOME）",
     "no folder {folder}": "没有目录 {folder}",
+    "Needed is {flag} FOLDER, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {folder}.": (
+        "需要 {flag} 目录，或 Hugging Face 上的名字 OWNER/NAME，或把模型解压到 {folder}。"
+    ),
     "Needed is a folder, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {folder}.": (
         "需要一个目录，或 Hugging Face 上的名字 OWNER/NAME，或把模型解压到 {folder}。"
     ),

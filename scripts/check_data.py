@@ -55,7 +55,10 @@ BAR_WIDTH = 40  # characters
 
 def command_line() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        foreign_flags={"--train-data": "the FILE alone"},
+    )  # fmt: skip
     parser.add_argument(
         "train", nargs="+", type=expanduser, metavar="FILE", help="JSON or JSON Lines files of rows to train on"
     )

@@ -47,6 +47,7 @@ from model.progress import count_of, say, warn
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": "system"}
 IMAGE_MARK = "<image>"
 STANDARD_OUTPUT = "-"
+MOST_OF_A_CELL = 10**8  # characters; Python's own limit is 131,072
 COLUMNS = {  # of a table: the names that each part of a row may have there
     "img": ("img", "image"),
     "prompt": ("prompt", "question"),
@@ -270,7 +271,8 @@ def table_entries(path: Path) -> Iterator[dict[str, str] | InputError]:
     Raises:
         InputError: the file can't be read, has no line that names the columns, or one is missing or there twice.
     """
-    lines = csv.reader(io.StringIO(text_of(path), newline=""), delimiter=TABLES[path.suffix.lower()])
+    lines = csv.reader(io.StringIO(text_of(path), newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
+    csv.field_size_limit(MOST_OF_A_CELL)
     try:
         header = [name.strip() for name in next(lines, [])]
         columns = _columns(header, path)
@@ -281,7 +283,9 @@ def table_entries(path: Path) -> Iterator[dict[str, str] | InputError]:
                 found = f"{path} row {number}: {count_of(len(cells), 'cell')}"
                 yield InputError(f"{found}; as many as there are columns are needed, {len(header)}.")
     except csv.Error as error:
-        raise InputError(f"{path}: a cell that can't be read ({error}); a table of texts is needed.") from None
+        raise InputError(
+            f"{path} line {lines.line_num}: a cell that can't be read ({error}); a quote opens and closes a cell, and is doubled inside it."
+        ) from None
 
 
 def _columns(header: Sequence[str], path: Path) -> dict[str, int]:

@@ -52,7 +52,7 @@ from model.training.signals import BEFORE_ALL, STOPPING, StopAtSignal
 from model.training.terminal import Terminal
 from model.training.trouble import BatchesAtHand, SkippedSteps, _no_memory
 from model.training.verdict import verdict
-from scripts import api, check_data, cli_demo, evaluate, predict, web_demo
+from scripts import api, check_data, cli_demo, evaluate, merge_lora, predict, web_demo
 from scripts.dev.shapes import SHAPES
 
 DATA = "fewshot-data/dataset.json"
@@ -417,7 +417,9 @@ def checked(data: Path) -> list[str]:
             text += printed_by(predict.main, words)
         with pytest.MonkeyPatch.context() as launched:
             launched.setenv("WORLD_SIZE", "2")
-            text += printed_by(api.main, ["--from_pretrained", "model/tiny"])
+            text += printed_by(api.main, ["--from_pretrained", "model/tiny"]) + printed_by(
+                merge_lora.main, ["gone", "new"]
+            )
         demo = ["--from_pretrained", "model/tiny", "--image"]
         for words in (["--temperature", "-1"], ["--top_p", "2"], ["--max_length", "9999"], ["--compare", "model/tiny"]):
             text += printed_by(cli_demo.main, [*demo[:2], *words])

@@ -310,9 +310,10 @@ def _place(name: str, flag: str) -> Path:
         if fetched is not None:
             return fetched
     lines = "".join(f"  {line}\n" for line in tried)
+    folder = f"{flag} FOLDER" if flag.startswith("--") else "a folder"
     raise InputError(
-        f"{flag} {name}: no such folder. Tried:\n{lines}Needed is a folder, OWNER/NAME of the Hugging Face hub, or the "
-        f"checkpoint unpacked to {in_home}."
+        f"{flag} {name}: no such folder. Tried:\n{lines}Needed is {folder}, OWNER/NAME of the Hugging Face hub, or "
+        f"the checkpoint unpacked to {in_home}."
     )
 
 

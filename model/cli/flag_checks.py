@@ -573,8 +573,8 @@ def deepspeed_problems(options: Options, settings: Mapping[str, object], path: P
     """What SAT can't use in the settings of a --deepspeed_config file, or DeepSpeed with these flags."""
     problems = problems_of_kind(settings, _DEEPSPEED_KINDS, str(path))
     known = deepspeed_words()
-    for key in settings:
-        if key in known or not known or key.startswith("_"):  # as a remark, "_comment"
+    for key, value in settings.items():
+        if key in known or not known or isinstance(value, str):  # a text is a remark
             continue
         close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
         meant = f'did you mean "{close[0]}"?' if close else "it is needed without."

@@ -41,19 +41,24 @@ class FlagParser(argparse.ArgumentParser):
     ) -> None:
         super().__init__(**of_argparse)
         self._help_with_every_flag = help_with_every_flag
+        self._words: Sequence[str] = ()
         self._own_flags = {_spelling(foreign): own for foreign, own in (foreign_flags or {}).items()}
 
     def error(self, message: str) -> NoReturn:
-        """Print message on standard error, from rank 0 only, and exit with status 2."""
+        """Print message on standard error, from rank 0 only, and exit with status 2.
+
+        A misspelt flag is told before one that is missing: most often it is the same one.
+        """
+        if message.startswith("the following arguments are required"):
+            words = self._words[: self._words.index("--")] if "--" in self._words else self._words
+            self._refuse([word for word in words if word.startswith("--") and not self._is_known(word)])
         warn(f"{self.prog}: error: {_sentence(message)}")
         sys.exit(2)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's. A misspelt flag is told before one that is missing: most often it is the same one."""
-        words = sys.argv[1:] if args is None else list(args)
-        before_the_rest = words[: words.index("--")] if "--" in words else words
-        self._refuse([word for word in before_the_rest if word.startswith("--") and not self._is_known(word)])
-        found, unknown = self.parse_known_args(words, namespace)
+        """As argparse's."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        found, unknown = self.parse_known_args(self._words, namespace)
         self._refuse(unknown)
         return found
 
@@ -67,8 +72,14 @@ class FlagParser(argparse.ArgumentParser):
         unknown_flags = [word.split("=")[0] for word in words if word.startswith("-")]
         if unknown_flags:
             self.error("\n".join(map(self.unknown_flag, unknown_flags)))
+        if words and self._get_positional_actions():
+            self.error(f'"{words[0]}": one word too many; it is needed without, or after a flag that takes it.')
         if words:
             self.error(f'"{words[0]}": it follows no flag that takes it; a flag is needed before it.')
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """As argparse's: which flags begin so. Two names of one flag are no two flags."""
+        return list({id(found[0]): found for found in super()._get_option_tuples(option_string)}.values())
 
     def unknown_flag(self, flag: str) -> str:
         """That there is no such flag, and which one may be meant."""

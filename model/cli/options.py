@@ -26,12 +26,15 @@ FIND_LR_STEPS = 100
 SAT_TRAIN_ITERS = 10_000  # steps, without --train-iters and --epochs
 MEASURES = ("loss", "exact", "rouge_l")  # that an evaluation can be the best by
 
-# Flags of Hugging Face's trainer and of those built on it, and ours.
+# Flags of Hugging Face's trainer, of those built on it and of our other commands, and what they are here.
 FOREIGN_FLAGS: Mapping[str, str] = {
     "--learning_rate": "--lr",
     "--num_train_epochs": "--epochs",
     "--max_steps": "--train-iters",
     "--warmup_ratio": "--warmup",
+    "--warmup_steps": "--warmup",
+    "--gradient_checkpointing": "--checkpoint-activations",
+    "--train_file": "--train-data",
     "--per_device_train_batch_size": "--batch-size",
     "--per_device_eval_batch_size": "--eval-batch-size",
     "--model_name_or_path": "--from_pretrained",

@@ -404,15 +404,16 @@ def truncation_note(truncations: Truncations, rows: int) -> str:
 def rate_notes(options: Options, steps: int, steps_done: int) -> list[str]:
     """What the learning rate does that nobody may expect: it is low in the first steps, or 0 in the last."""
     notes = warm_up_notes(options, steps_done)
-    if options.find_lr or not options.lr_decay_iters or options.lr_decay_style != "linear":
+    decay = options.lr_decay_iters or steps
+    if options.find_lr or decay >= steps or options.lr_decay_style != "linear":
         return notes
     # SAT's line ends so many steps after the warm-up, and its rule for the first steps goes before.
-    last = math.ceil(options.lr_decay_iters * (1 + options.warmup)) - 1
+    last = decay + math.ceil(decay * options.warmup) - 1
     last = max(last, options.auto_warmup_steps) if options.mode == "finetune" else last
     if last < steps:
         notes.append(
             f"From step {last + 1} on the learning rate is 0, so that {steps - last} of {steps} steps change nothing "
-            f"(--lr-decay-iters {options.lr_decay_iters})."
+            f"(--lr-decay-iters {decay})."
         )
     return notes
 

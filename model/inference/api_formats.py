@@ -8,9 +8,10 @@ change no answer are IGNORED.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -28,8 +29,9 @@ SHOWN_NAMES = 10  # of fields that are refused; a request has room for thousands
 # OpenAI's fields that change no answer here, of requests, messages and their parts; and names that clients give things.
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "prediction", "name", "refusal", "annotations", "reasoning", "reasoning_content", "detail",
-    "cache_control", "id", "user_id", "session_id", "request_id",
+    "parallel_tool_calls", "prediction", "name", "refusal", "annotations", "detail", "cache_control", "id", "user_id",
+    "session_id", "request_id", "timestamp", "created_at", "priority", "keep_alive",
+    "reasoning", "reasoning_effort", "reasoning_content", "thinking",  # this model does none
 )  # fmt: skip
 # OpenAI's and other servers' fields that aren't offered, and what asks for nothing in each, besides null and what is empty.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = dict.fromkeys((
@@ -37,10 +39,11 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = dict.fromkeys((
     "presence_penalty", "web_search_options", "min_p", "min_tokens", "stop_token_ids", "guided_choice", "guided_json",
     "guided_regex", "guided_grammar", "structured_outputs", "bad_words", "ignore_eos", "echo", "use_beam_search",
     "max_new_tokens", "no_repeat_ngram_size", "stop_sequences", "system", "image", "images",
-), (0, False)) | {
+), (0,)) | {
     "n": (1,), "best_of": (1,), "num_beams": (1,), "length_penalty": (0, 1), "max_length": (), "modalities": (["text"],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "reasoning_effort": ("none",), "verbosity": ("medium",),
+    "verbosity": ("medium",), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,), "do_sample": (True,),
 }  # fmt: skip
 
 Turn = tuple[str, str]
@@ -49,17 +52,17 @@ Turn = tuple[str, str]
 class Fields(BaseModel, extra="allow"):
     """Fields of which none is dropped without a word."""
 
-    def not_offered(self, where: str = "") -> list[str]:
+    def not_offered(self, where: str = "") -> Iterator[str]:
         """A sentence for each field that isn't known here, or isn't offered, and asks for something."""
-        sentences = []
         for name, value in (self.model_extra or {}).items():
-            if name in IGNORED or value in (None, "", [], {}, *NOT_OFFERED.get(name, ())):
+            nothing = NOT_OFFERED.get(name)
+            asks = value is not False if nothing is None else value not in nothing
+            if not asks or value in (None, "", [], {}) or name in IGNORED:
                 continue
             if name in NOT_OFFERED:
-                sentences.append(f"{where}{name} isn't offered; leave it out.")
+                yield f"{where}{name} isn't offered; leave it out."
             else:
-                sentences.append(f"{where}{name[:50]} isn't known here; {', '.join(type(self).model_fields)} are.")
-        return sentences
+                yield f"{where}{name[:50]} isn't known here; {', '.join(type(self).model_fields)} are."
 
 
 class Url(BaseModel):
@@ -136,18 +139,21 @@ class ChatRequest(SamplingFields):
         Raises:
             InputError: it asks for something that isn't offered, or can't be understood.
         """
-        problems = self.not_offered()
-        for number, message in enumerate(self.messages):
-            problems += message.not_offered(f"messages[{number}].")
-            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
-                problems += part.not_offered(f"messages[{number}].content[{place}].")
-        raise_problems(problems[:SHOWN_NAMES])
+        raise_problems(islice(self._refused(), SHOWN_NAMES))
         query, history, image = conversation(self.messages)
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if len(stops) > MOST_STOPS or "" in stops:
             raise InputError(f"stop: {len(stops)} texts; up to {MOST_STOPS} are needed, and none empty.")
         most = [number for number in (self.max_tokens, self.max_completion_tokens) if number is not None]
         return Asked(query, history, image, self.sampling(default), tuple(stops), min(most, default=None))
+
+    def _refused(self) -> Iterator[str]:
+        """`not_offered` of the request, its messages and their parts."""
+        yield from self.not_offered()
+        for number, message in enumerate(self.messages):
+            yield from message.not_offered(f"messages[{number}].")
+            for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                yield from part.not_offered(f"messages[{number}].content[{place}].")
 
 
 class ReleasedRequest(SamplingFields):
@@ -165,7 +171,7 @@ class ReleasedRequest(SamplingFields):
         Raises:
             InputError: there is no question, a field isn't known, or a number is out of bounds.
         """
-        raise_problems(self.not_offered()[:SHOWN_NAMES])
+        raise_problems(islice(self.not_offered(), SHOWN_NAMES))
         if not self.text.strip():
             raise InputError("text: it is empty; a question is needed.")
         return Asked(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, split_problems
 from model.checkpoints.metadata import is_finetuned
 from model.checkpoints.sizes import size_text
@@ -80,8 +79,6 @@ def load_for_answering(
     raise_problems(split_problems(model_parallel_size, checkpoint.config))
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, tokenizer_path))
     check_special_ids(tokenizer, checkpoint.config)
-    if "qlora" in AdapterConfig.from_json(checkpoint.config).methods:
-        import_bitsandbytes()  # a sentence, if need be, before the model is built
     with model_only():
         model, args = empty_model(checkpoint, base, force_base, model_parallel_size)
         chosen = done_by_first_process(lambda: chosen_format(model, dtype, quant, device))

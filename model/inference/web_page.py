@@ -76,8 +76,9 @@ SCRIPT = """() => {
     let used = null;
     const use = event => { used = event.target.id };
     for (const kind of ["focusin", "pointerdown"]) document.addEventListener(kind, use);
-    const spoken = WORDS[navigator.language.startsWith("zh") ? "zh" : "en"], words = Object.entries(spoken.words);
-    const said = text => words.reduce((text, [found, word]) => text.replace(new RegExp(found), word), text);
+    const spoken = WORDS[navigator.language.startsWith("zh") ? "zh" : "en"], words = Object.entries(spoken.words)
+        .map(([found, word]) => [new RegExp(found), word]);
+    const said = text => words.reduce((text, [found, word]) => text.replace(found, word), text);
     const mend = () => {
         if (used in replaced && !seen(used) && seen(replaced[used])) document.getElementById(replaced[used]).focus();
         for (const image of document.querySelectorAll("img[alt='']")) image.alt = spoken.picture;

@@ -130,7 +130,8 @@ def test_find_when_nothing_is_there_says_where_it_looked_and_what_to_do(
         f"  no folder {tmp_path}/visualglm-6b",
         f"  no folder {tmp_path}/home/visualglm-6b ($SAT_HOME)",
         "  SAT's download: HF_HUB_OFFLINE is set",
-        f"Needed is a folder, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to {tmp_path}/home/visualglm-6b.",
+        "Needed is --from_pretrained FOLDER, OWNER/NAME of the Hugging Face hub, or the checkpoint unpacked to "
+        f"{tmp_path}/home/visualglm-6b.",
     ]
 
 

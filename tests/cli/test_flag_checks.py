@@ -307,7 +307,8 @@ def test_deepspeed_problems_when_sat_cannot_use_the_settings_says_why(settings: 
 
 
 def test_deepspeed_problems_when_all_is_well_is_empty() -> None:
-    settings = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    remarks = {"comment": "for the big machine", "//": "mine", "_note": "yours"}
+    settings = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}, **remarks}
     assert deepspeed_problems(good(), settings, "ds.json") == []
 
 

@@ -29,6 +29,9 @@ def refusal(capsys: pytest.CaptureFixture[str], script: str, *words: str) -> str
         ("cli_demo", ["-seed", "9"], "-seed: there is no such flag; did you mean --seed?"),
         ("check_data", ["--valid_data", "a"], "--valid_data: there is no such flag; did you mean --valid-data?"),
         ("convert_checkpoint", ["--old-sat"], "--old-sat: there is no such flag; did you mean --old_sat?"),
+        ("check_data", ["--train-data", "a"], "--train-data: there is no such flag; did you mean the FILE alone?"),
+        ("cli_demo", ["--prompt_zh", "--x"], "--prompt_zh: no value found; one is needed."),
+        ("merge_lora", ["a", "b", "c"], '"c": one word too many; it is needed without, or after a flag that takes it.'),
         ("cli_demo", ["what is it"], '"what is it": it follows no flag that takes it; a flag is needed before it.'),
         ("evaluate", [], "--from_pretrained, --data: not given; they are needed."),
         ("merge_lora", ["a"], "OUT: not given; it is needed."),
@@ -45,6 +48,17 @@ def test_wrong_word_is_one_sentence(
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_tells_an_unknown_flag_in_a_sentence(capsys: pytest.CaptureFixture[str], script: str) -> None:
     assert refusal(capsys, script, "--xyzzy") == "--xyzzy: there is no such flag; --help shows every flag.\n"
+
+
+def test_two_names_of_a_flag_can_be_shortened_alike() -> None:
+    assert import_module("scripts.check_data").command_line().parse_args(["a", "--val", "b"]).valid == ["b"]
+
+
+def test_help_is_shown_beside_a_wrong_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        import_module("scripts.evaluate").command_line().parse_args(["--xyzzy", "--help"])
+    assert stopped.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
 
 
 def test_wrong_choice_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -355,6 +355,8 @@ def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
     (["--auto_warmup_steps", "0", "--warmup", "0.5"], "From step 8 on the learning rate is 0, so that 5 of 12 steps"),
     (["--auto_warmup_steps", "0", "--mode", "pretrain", "--lr-decay-style", "cosine"], None),
     (["--auto_warmup_steps", "12"], None),
+    (["--auto_warmup_steps", "0", "--warmup", "0", "--lr-decay-iters", "12"], None),  # as without
+    (["--auto_warmup_steps", "0", "--warmup", "0.1", "--lr-decay-iters", "10"], "From step 11 on the learning rate is 0"),
 ])  # fmt: skip
 def test_steps_without_a_learning_rate_are_told(words: list[str], told: str | None) -> None:
     options = parse(["--mode", "finetune", "--train-iters", "12", "--lr-decay-iters", "5", *words])

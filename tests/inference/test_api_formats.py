@@ -105,7 +105,7 @@ def test_field_that_would_change_the_answer_is_refused_and_its_default_is_not(fi
 
 
 @pytest.mark.parametrize("field", [
-    {"temprature": 0}, {"Temperature": 0}, {"top-p": 0.1}, {"do_sample": False}, {"num_beams": 4},
+    {"temprature": 0.5}, {"Temperature": 1.5}, {"temprature": 0}, {"Temperature": 0}, {"top-p": 0.1}, {"do_sample": False}, {"num_beams": 4},
 ])  # fmt: skip
 def test_field_that_is_not_known_is_refused_in_both_forms(field):
     (name,) = field
@@ -114,6 +114,11 @@ def test_field_that_is_not_known_is_refused_in_both_forms(field):
             InputError, match=f"^{name} isn't (known here; .*temperature, .* are|offered; leave it out)[.]$"
         ):
             request.asked(WARM)
+
+
+def test_field_that_asks_for_nothing_or_changes_no_answer_is_ignored():
+    fields = {"skip_special_tokens": True, "do_sample": True, "web_search": False, "thinking": {"type": "disabled"}}
+    assert chat_request(**fields, reasoning_effort="high").asked(WARM) == chat_request().asked(WARM)
 
 
 @pytest.mark.parametrize(

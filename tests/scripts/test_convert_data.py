@@ -249,7 +249,11 @@ def test_table_without_labels_becomes_rows_to_answer_with_a_sentence(
         (b"prompt,label\n?\n", "in.csv row 1: 1 cell; as many as there are columns are needed, 2."),
         (b"prompt,label,history\n?,!,what\n", 'in.csv row 1: "history" is a text; a list of [question, answer]'),
         ("prompt,label\n猫？,猫。\n".encode("gbk"), "isn't UTF-8; save the file as UTF-8."),
-        (b"prompt,label\n" + b"?" * 200_000, "in.csv: a cell that can't be read (field larger than field limit"),
+        (
+            b'prompt,label\n?,!\n?,"!\n?,!\n',
+            "in.csv line 4: a cell that can't be read (unexpected end of data); a quote opens",
+        ),
+        (b'prompt,label\n?,!\n?,"!" a\n', "in.csv line 3: a cell that can't be read ("),
         (b"prompt,label\n", "in.csv: no row in it that can be used; at least one is needed."),
     ],
 )

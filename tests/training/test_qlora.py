@@ -124,7 +124,7 @@ def test_bitsandbytes_that_cannot_be_imported_is_one_sentence_before_a_model_is_
     import_bitsandbytes.cache_clear()
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("model.inference.load.empty_model", lambda *_: pytest.fail("a model is built"))
+    monkeypatch.setattr("model.visualglm.VisualGLMModel.__init__", lambda *_, **__: pytest.fail("a model is built"))
     sentence = r"^bitsandbytes, which .*, can't be imported \(.*bitsandbytes.*\); pip install bitsandbytes is needed\.$"
     with pytest.raises(InputError, match=sentence):
         load_for_answering(tuned)

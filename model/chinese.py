@@ -85,7 +85,7 @@ SENTENCES = {
     "{flag}: {problem}; no iteration before it is whole, and one that is is needed.": (
         "{flag}：{problem}；更早的检查点也都不完好，需要一个完好的。"
     ),
-    "{file} is damaged: its checksum isn't the one in {checksums}": "{file} 已损坏：校验和与 {checksums} 中记录的不同",
+    "{file} is damaged: its checksum isn't the one in checksums.json": "{file} 已损坏：校验和与 checksums.json 中记录的不同",
     "{path}: Permission denied; a path that can be used is needed.": "{path}：没有权限；需要一个可以使用的路径。",
     # data files
     "{path}: No such file or directory; a JSON file of rows is needed.": "{path}：没有这个文件；需要一个 JSON 数据文件。",
@@ -757,6 +757,6 @@ def pattern_of(english: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)(:d)?\}", english)  # text, name, ":d" or None, text, …
     regex = _literally(parts[0])
     for name, kind, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        field = r"\d+" if kind else ".+?" if text else "(?:(?!; ).)+"  # at the end: "; " goes on to a longer sentence
+        field = r"\d+" if kind else ".+?"
         regex += f"(?P<{name}>{field}){_literally(text)}"
     return re.compile(regex)

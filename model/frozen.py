@@ -217,8 +217,9 @@ def import_bitsandbytes() -> Any:
             return bitsandbytes.functional
     except Exception as error:  # a library that it looks for may be missing or broken, too
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        needed = "pip install bitsandbytes" if isinstance(error, ModuleNotFoundError) else "one that works here"
         raise InputError(
-            f"bitsandbytes, which keeps weights in 4 bits, can't be imported ({reason}); pip install bitsandbytes is needed."
+            f"bitsandbytes, which keeps weights in 4 bits, can't be imported ({reason}); {needed} is needed."
         ) from error
     finally:
         logging.disable(logging.NOTSET)

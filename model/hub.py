@@ -86,8 +86,7 @@ def hub_file(repository: str, name: str) -> Path:
     cached = huggingface_hub.try_to_load_from_cache(repository, name)
     if isinstance(cached, str):
         return Path(cached)
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:  # the library itself refuses at once
-        require_answer()
+    require_answer()
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except Exception as error:  # as above

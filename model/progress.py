@@ -59,7 +59,7 @@ def warn_from_any_process(text: str) -> None:
     _print(in_ui_language(text, sys.stderr), sys.stderr)
 
 
-def show(text: str, end: str = "") -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print text of others, such as a row's or a model's, as it is: it is no message that may have a translation."""
     if is_first_process():
         _print(text, sys.stdout, end)

@@ -219,10 +219,10 @@ class Speaker:
         printed = response = ""
         for response in self._so_far(query, label):
             piece = new_text(response, printed)
-            show(piece)
+            show(piece, "")
             printed += piece
         rest = new_text(response, printed, finished=True) if response.startswith(printed) else f"\n{response}"
-        show(rest, "\n")
+        show(rest)
         self.history.append((query, response))
 
     def _so_far(self, query: str, label: str) -> Iterator[str]:
@@ -240,7 +240,7 @@ class Speaker:
             lang="en" if self.options.english else None,
             engine=self.engine,
         )
-        show(label)
+        show(label, "")
         finished = yield from texts
         self.is_cut = finished == "length"
 
@@ -289,7 +289,7 @@ class Demo:
 
     def talk(self) -> None:
         """Pictures and questions from the keyboard, until `stop` or the end of input."""
-        show(self.words.hint, "\n")
+        show(self.words.hint)
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # see `typed`
         with line_editing():
@@ -319,7 +319,7 @@ class Demo:
             except InputError as problem:
                 say(str(problem))
                 if any(speaker.history for speaker in self.speakers):
-                    show(self.words.hint, "\n")
+                    show(self.words.hint)
             query = ""
 
 
@@ -335,9 +335,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 demo.talk()
         except EOFError:
-            show("", "\n")
+            show("")
         except SystemExit:  # a signal: what comes next on the screen begins on a line of its own
-            show("", "\n")
+            show("")
             raise
 
 

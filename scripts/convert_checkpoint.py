@@ -83,6 +83,7 @@ def converted(options: argparse.Namespace) -> Path:
 
         return from_peft(options.source, options.destination, options.base, options.tokenizer)
     checkpoint = Checkpoint.find(at_revision(options.source, options.revision), "SRC")  # before torch is loaded
+    raise_problems(new_folder_problems("DST", options.destination, checkpoint))
     if options.to == "peft":
         from model.convert.peft import to_peft
 

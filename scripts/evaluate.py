@@ -282,7 +282,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.html and is_first_process():
         written(options.html, page_of(results, measures), "--html")
     for number in worst_places(next(iter(results.values())))[:SHOWN]:
-        show(row_in_words(rows[number], {name: of[number].answer for name, of in results.items()}), "\n")
+        show(row_in_words(rows[number], {name: of[number].answer for name, of in results.items()}))
     for checkpoint, measured in measures.items():
         heading = f"{checkpoint}\n  right {measured['right']}/{len(rows)}, " if len(results) > 1 else ""
         say(heading + summary_line(measured))

@@ -326,10 +326,16 @@ def newest_run_named(path: Path) -> Path | None:
     return None
 
 
-def hidden_run(folder: Path) -> Path | None:
-    """The run that its short name would not lead to any more once this folder is made, and those above that are missing."""
+def hiding_problem(folder: Path, source: Checkpoint | None = None) -> str | None:
+    """Why this folder should not be made, nor those above that are missing, in half a sentence.
+
+    A run would not be found by its short name any more, or the source not by the name that it was found by.
+    """
     missing = (place for place in (folder, *folder.parents) if not place.exists())
-    return next((run for place in missing if (run := newest_run_named(place)) is not None), None)
+    hidden = next((run for place in missing if (run := newest_run_named(place)) is not None), None)
+    if source is not None and os.path.abspath(folder) == os.path.abspath(os.path.expanduser(source.name)):
+        hidden = source.folder
+    return f"a folder there would hide {hidden}, which is found by that name; another is needed." if hidden else None
 
 
 def _runs_named(path: Path) -> list[Path]:

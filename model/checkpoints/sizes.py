@@ -15,7 +15,7 @@ from typing import IO
 
 from model.adapter_config import AdapterConfig
 from model.checkpoints.broken_files import safetensors_shapes
-from model.checkpoints.layout import ModelConfig, hidden_run
+from model.checkpoints.layout import Checkpoint, ModelConfig, hiding_problem
 
 BYTES_OF_FLOAT32 = 4
 STATES_OF_A_NUMBER = 3  # that a run needs to go on: the weight in float32 and two averages of Adam's, in float32 too
@@ -133,15 +133,13 @@ def folder_problems(flag: str, folder: str, bytes_needed: int = 0) -> list[str]:
     return []
 
 
-def new_folder_problems(flag: str, folder: str) -> list[str]:
-    """Why the folder that flag names is no new or empty one, or can't be made without hiding a run."""
+def new_folder_problems(flag: str, folder: str, source: Checkpoint | None = None) -> list[str]:
+    """Why the folder that flag names is no new or empty one, or would hide a run, or the source of what goes there."""
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         return [f"{flag} {folder}: something is there already; a new or empty folder is needed."]
-    hidden = hidden_run(target)
-    if hidden is not None:
-        return [f"{flag} {folder}: a folder there would hide {hidden}, which is found by that name; another is needed."]
-    return []
+    hiding = hiding_problem(target, source)
+    return [f"{flag} {folder}: {hiding}"] if hiding else []
 
 
 def _can_be_written_to(folder: Path) -> bool:

@@ -213,4 +213,4 @@ def _file_damage(iteration: Path, name: str, bytes: int, sha256: str) -> str | N
         is_as_saved = checksum(path)["sha256"] == sha256
     except OSError as error:
         return f"{path} can't be read: {error.strerror}"
-    return None if is_as_saved else f"{path} is damaged: its checksum isn't the one in {CHECKSUMS_FILE}"
+    return None if is_as_saved else f"{path} is damaged: its checksum isn't the one in checksums.json"

@@ -11,7 +11,7 @@ import torch
 
 from model.adapter_config import ADAPTER_KEYS, AdapterConfig
 from model.checkpoints.config_types import model_problems
-from model.checkpoints.layout import Checkpoint, hidden_run, weights_path
+from model.checkpoints.layout import Checkpoint, hiding_problem, weights_path
 from model.checkpoints.metadata import KEY, refuse_needless_base, with_base
 from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
@@ -143,7 +143,7 @@ class MergedTensors:
         merged = exact.to(self.like[name].dtype)
         if exact is not weight:
             refuse_unless_finite({name: merged}, f"{self.checkpoint}, merged")
-        if exact is not unpacked:
+        if exact is not unpacked and merged.dtype != exact.dtype:
             self._dtypes.add(merged.dtype)
             self._change += (exact - unpacked.float()).norm().item() ** 2
             self._error += (merged.float() - exact).norm().item() ** 2
@@ -200,10 +200,8 @@ def _place(out: Path, whole: Checkpoint, overwrite: bool) -> tuple[Path, Path]:
         return out, beside
     if out.exists() and (not out.is_dir() or any(path.suffix != UNFINISHED for path in out.iterdir())):
         raise InputError(f"{out}: something is there already; a new folder is needed, or --overwrite for a checkpoint.")
-    is_named_so = os.path.abspath(out) == os.path.abspath(os.path.expanduser(whole.name))
-    hidden = whole.folder if is_named_so else hidden_run(out)
-    if hidden is not None:
-        raise InputError(f"{out}: a folder there would hide {hidden}, which is found by that name; another is needed.")
+    if problem := hiding_problem(out, whole):
+        raise InputError(f"{out}: {problem}")
     return out, out
 
 

@@ -135,11 +135,17 @@ def scan_rows(path: str | os.PathLike[str], image_folder: str | None = None) -> 
 
 def missing_file_problems(files: Sequence[str]) -> list[str]:
     """A sentence for each data file that is not there, as reading it would say it: a look that takes no time."""
-    return [
-        f"{file}: {os.strerror(errno.ENOENT)}; a JSON file of rows is needed."
-        for file in sorted(set(files))
-        if not Path(file).exists()  # which raises of a closed folder, as os.path.exists doesn't
-    ]
+    problems = {file: why_missing(file) for file in sorted(set(files))}
+    return [f"{file}: {problem}; a JSON file of rows is needed." for file, problem in problems.items() if problem]
+
+
+def why_missing(path: str) -> str | None:
+    """Why nothing can be found at path, in the system's words, if that is so."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # the second of a path that no system takes
+        return getattr(error, "strerror", None) or os.strerror(errno.ENOENT)
+    return None
 
 
 def rows_in_place(
@@ -153,8 +159,10 @@ def rows_in_place(
     Raises:
         InputError: the file can't be read, isn't a data file, or holds no row at all; or there is no image_folder.
     """
-    if image_folder and not Path(image_folder).is_dir():
-        raise InputError(f"--image_folder {image_folder}: no such folder; the one that the pictures are in is needed.")
+    if image_folder and not os.path.isdir(image_folder):
+        found = why_missing(image_folder)
+        found = "no such folder" if found in (None, os.strerror(errno.ENOENT)) else found
+        raise InputError(f"--image_folder {image_folder}: {found}; the one that the pictures are in is needed.")
     file, places = str(path), image_places(path, image_folder)
     known_folders: dict[str, bool] = {}
     count = 0

@@ -49,7 +49,11 @@ class Story:
 
     @classmethod
     def of(cls, folder: Path) -> "Story":
-        """That of the run in folder; what is missing or broken is empty."""
+        """That of the run in folder; what is missing or broken is empty.
+
+        Raises:
+            OSError: its metrics can't be read.
+        """
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -222,6 +222,17 @@ def test_destination_in_use_is_left_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_destination_that_would_hide_its_source_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(TINY, tmp_path / "home/mine")
+    monkeypatch.setenv("SAT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run = run_here(convert_checkpoint.main, capsys, "mine", "mine", "--to", "hf")
+    assert f"DST mine: a folder there would hide {tmp_path}/home/mine, which is found by that name" in run.stderr
+    assert not (tmp_path / "mine").exists()
+
+
 def test_destination_that_would_hide_a_run_behind_its_short_name_is_refused(tmp_path: Path):
     run = shutil.copytree(TINY, tmp_path / "animals-11-28-08-00")
     told = refused(str(run), str(tmp_path / "animals"), "hf")

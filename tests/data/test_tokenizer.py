@@ -25,6 +25,7 @@ def no_hub(monkeypatch):
     def refuse(*_):
         raise OSError("no network\nno route to host")
 
+    monkeypatch.setattr("model.hub.require_answer", lambda: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
 
 
@@ -213,6 +214,7 @@ def test_find_tokenizer_when_the_option_names_nothing_is_an_error_even_if_the_ch
 
 
 def test_find_tokenizer_when_neither_has_one_takes_the_hubs(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.hub.require_answer", lambda: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: f"{repository}/{file}")
     assert str(find_tokenizer(tmp_path)) == "THUDM/visualglm-6b/ice_text.model"
 
@@ -224,6 +226,12 @@ def test_find_tokenizer_when_nowhere_says_where_it_looked_and_what_to_do(tmp_pat
         f"No tokenizer: ice_text.model was looked for in {tmp_path} and on the hub in THUDM/visualglm-6b (OSError: no network);"
         " give its path with --tokenizer, or put it into the checkpoint's folder."
     )
+
+
+def test_find_tokenizer_offline_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"THUDM/visualglm-6b \(HF_HUB_OFFLINE is set\); give its path"):
+        find_tokenizer(tmp_path)
 
 
 # Special ids

@@ -13,8 +13,8 @@ import random
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from model.data.bad_rows import cache_folder, first_lines
@@ -171,12 +171,12 @@ def problems_by_path(paths: Sequence[str], seconds: float) -> Iterator[tuple[str
     end = time.monotonic() + seconds
     threads = os.cpu_count() or 1
     at_once = 4 * threads
-    with ThreadPool(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:  # multiprocessing's needs room in /dev/shm
         for start in range(0, len(paths), at_once):
             if time.monotonic() > end:
                 return
             some = paths[start : start + at_once]
-            yield from zip(some, pool.map(_image_problem, some, chunksize=1), strict=True)
+            yield from zip(some, pool.map(_image_problem, some), strict=True)
 
 
 def _image_problem(path: str) -> str | None:

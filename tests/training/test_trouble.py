@@ -1,6 +1,7 @@
 """Trouble while training: what is skipped, what is said, and when a run ends."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -347,7 +348,7 @@ def test_bug_in_a_step_ends_the_run_and_its_data_workers():
     assert "RuntimeError" not in done.stderr  # of torch, about the workers' end
 
 
-def with_small_file_system(folder, size, *words, full=False):
+def with_small_file_system(folder, size, *words, full=False, **environment):
     """A run for which folder is a file system of so many KiB; skips where that isn't permitted."""
     fill = f"head -c {size * 1024} /dev/zero > {folder}/filled;" if full else ""
     mount = f"mount -t tmpfs -o size={size}k tmpfs {folder} && {{ {fill} true; }}"
@@ -356,7 +357,7 @@ def with_small_file_system(folder, size, *words, full=False):
     command = [str(commands() / "python"), "finetune_visualglm.py", *map(str, [*TRAIN, *words, "--save", RUNS.name])]
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"],
-        cwd=PROJECT, capture_output=True, text=True, timeout=60,
+        cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
@@ -375,8 +376,11 @@ def test_run_with_too_little_shared_memory_says_so_once_and_learns_the_same():
 
 
 @pytest.mark.run
-def test_run_without_any_shared_memory_ends_with_a_sentence():
-    done = with_small_file_system("/dev/shm", 4, SHIPPED, "--train-iters", "3", "--num-workers", "2", full=True)
+def test_run_without_any_shared_memory_ends_with_a_sentence(tmp_path):
+    nothing_known = {"XDG_CACHE_HOME": str(tmp_path)}  # pictures are opened, too
+    done = with_small_file_system(
+        "/dev/shm", 4, SHIPPED, "--train-iters", "3", "--num-workers", "2", full=True, **nothing_known
+    )
     assert done.returncode == 2
     assert done.stderr.endswith(
         "error: the data workers can't be started: No space left on device. Needed is room in /dev/shm (in Docker, "

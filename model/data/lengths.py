@@ -151,11 +151,15 @@ def bytes_note(rows: Iterable[Row], tokenizer: Tokenizer, counted: Truncations) 
     """
     if counted.in_bytes <= MANY_BYTES * counted.characters:
         return None
-    share = counted.in_bytes / counted.characters
     texts = (text for row in rows for text in _texts(_turns([row])) if text)
-    example = " ".join(next(text for text in texts if tokenizer.characters_in_bytes(text) >= share * len(text)).split())
+    example = next(  # with at least the share of all, which one must have; whole numbers compare exactly
+        text
+        for text in texts
+        if tokenizer.characters_in_bytes(text) * counted.characters >= counted.in_bytes * len(text)
+    )
+    share, shown = counted.in_bytes / counted.characters, " ".join(example.split())[:EXAMPLE]
     return (
-        f"{100 * share:.0f} % of the characters have no token, as in “{example[:EXAMPLE]}”; each becomes 2 to 4 tokens of one "
+        f"{100 * share:.0f} % of the characters have no token, as in “{shown}”; each becomes 2 to 4 tokens of one "
         "byte, from which this model learns little."
     )
 

@@ -72,6 +72,8 @@ def test_rows_whose_characters_become_bytes_are_told_with_an_example(tokenizer, 
     assert told(row(), thai).startswith("24 % of the characters have no token, as in “ภาษา ไทย”")
     assert told(thai_and_its_history).count("“ภาษาไทย”") == 1
     assert told() is told(row("", "")) is None
+    alike = "ภาษาไทย" + "a" * 18  # 7 / 25 * 25 is more than 7, in floating point
+    assert told(row(alike, alike)).startswith("28 % of the characters have no token, as in “ภาษาไทยaaa")
 
 
 def test_needed_lengths_truncate_nothing_and_one_token_less_does(tokenizer):

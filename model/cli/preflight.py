@@ -233,7 +233,7 @@ def checked_data(
     found = truncations() if truncations is not None else {}
     if found:
         notes += data_notes(options, selection, lengths, found)
-        in_bytes = {file: bytes_note(selection.rows[file], tokenizer, cut) for file, cut in found.items()}
+        in_bytes = {file: bytes_note(selection.trained_rows(file), tokenizer, cut) for file, cut in found.items()}
         notes += [f"WARNING: {file}: {note}" for file, note in in_bytes.items() if note]
     return Data(selection, lengths, notes, {file: cut.labels for file, cut in found.items()})
 

@@ -147,20 +147,24 @@ def bytes_note(rows: Iterable[Row], tokenizer: Tokenizer, counted: Truncations) 
     """What is said, with an example, where a large share of the characters of rows become bytes.
 
     Args:
-        counted: of the same rows.
+        counted: of the same rows, or of these and some that are left out. If it holds few such characters, no row is read.
     """
     if counted.in_bytes <= MANY_BYTES * counted.characters:
         return None
-    texts = (text for row in rows for text in _texts(_turns([row])) if text)
-    example = next(  # with at least the share of all, which one must have; whole numbers compare exactly
-        text
-        for text in texts
-        if tokenizer.characters_in_bytes(text) * counted.characters >= counted.in_bytes * len(text)
+    texts = list(_texts(_turns(rows)))
+    whole = "".join(texts)
+    in_bytes = tokenizer.characters_in_bytes(whole)
+    if in_bytes <= MANY_BYTES * len(whole):
+        return None
+    # One with at least the share of all, which one must have. Whole numbers compare exactly.
+    typical = next(
+        text for text in texts if text and tokenizer.characters_in_bytes(text) * len(whole) >= in_bytes * len(text)
     )
-    share, shown = counted.in_bytes / counted.characters, " ".join(example.split())[:EXAMPLE]
+    start = next(place for place, character in enumerate(typical) if tokenizer.characters_in_bytes(character))
+    example = " ".join(typical[start:].split())[:EXAMPLE]
     return (
-        f"{100 * share:.0f} % of the characters have no token, as in “{shown}”; each becomes 2 to 4 tokens of one "
-        "byte, from which this model learns little."
+        f"{100 * in_bytes / len(whole):.0f} % of the characters have no token, as in “{example}”; each becomes 2 to 4 tokens of "
+        "one byte, from which this model learns little."
     )
 
 
@@ -291,7 +295,7 @@ def _some_at_once(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield some
 
 
-def _turns(rows: Sequence[Row]) -> list[Row]:
+def _turns(rows: Iterable[Row]) -> list[Row]:
     return [turn for row in rows for turn in (row_turns(row) if row.history else (row,))]
 
 

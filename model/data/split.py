@@ -52,6 +52,11 @@ class Selection:
         chosen = self.chosen(path, training=True)
         return len(self.rows[path]) if chosen is None else len(chosen)
 
+    def trained_rows(self, path: str) -> Iterator[Row]:
+        """The rows of a file that are trained on, read one by one."""
+        rows, chosen = self.rows[path], self.chosen(path, training=True)
+        return iter(rows) if chosen is None else map(rows.__getitem__, chosen)
+
     def sample_count(self, path: str, training: bool = True) -> int:
         """How many samples the rows of `chosen` make: one for every turn."""
         turns = self.rows[path].turns
@@ -271,8 +276,7 @@ def find_trained_rows(selection: Selection, train: Sequence[str], valid: Sequenc
 
     trained: set[bytes] = set()
     for file in train:
-        rows, chosen = selection.rows[file], selection.chosen(file, training=True)
-        trained.update(map(digest, rows if chosen is None else map(rows.__getitem__, chosen)))
+        trained.update(map(digest, selection.trained_rows(file)))
     warnings = []
     for file in dict.fromkeys(valid):
         whole_file = same_file_warnings(train, [file])

@@ -244,8 +244,11 @@ class ChatGLMTokenizer:
         return frozenset(known)
 
     def characters_in_bytes(self, text: str) -> int:
-        """How many characters of text no token has, so that the bytes of their UTF-8 are tokens in their place."""
-        unknown = set(text) - self.known_characters
+        """How many characters of text no token has, so that 2 to 4 bytes of UTF-8 are tokens in their place.
+
+        ASCII isn't counted: it is one byte, so one token.
+        """
+        unknown = {character for character in set(text) - self.known_characters if not character.isascii()}
         for character in unknown - self._becomes_bytes.keys():
             ids = self._pieces.encode(_with_blank_pieces(character))
             self._becomes_bytes[character] = any(map(self._pieces.is_byte, ids))

@@ -342,6 +342,16 @@ def test_rows_whose_characters_become_bytes_are_told(good: Options, tmp_path: Pa
     assert told.startswith(f"WARNING: {good.train_data[0]}: 100 % of the characters have no token, as in “ภาพนี้คืออะไร”;")
 
 
+def test_characters_of_rows_that_are_left_out_are_not_told(good: Options, tmp_path: Path) -> None:
+    english, thai = {"prompt": "What?", "label": "Rain."}, {"prompt": "ภาพนี้คืออะไร", "label": "ภาษาไทย"}
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows = [english] * 3 + [thai | {"img": str(tmp_path / "broken.png")}]
+    good.train_data, good.bad_rows = [str(write_rows(tmp_path, rows, "mixed.json"))], "skip"
+    notes = preflight(good).notes
+    assert any("Left out, 1 bad row" in note for note in notes)
+    assert not any(note.startswith("WARNING") for note in notes)
+
+
 def test_epochs_of_less_than_one_step_are_refused(tmp_path: Path) -> None:
     selection = selection_with(tmp_path, a=3)
     words = ("--train-data", str(tmp_path / "a"), "--epochs", "1", "--batch-size", "4")

@@ -74,6 +74,18 @@ def test_rows_whose_characters_become_bytes_are_told_with_an_example(tokenizer, 
     assert told() is told(row("", "")) is None
     alike = "ภาษาไทย" + "a" * 18  # 7 / 25 * 25 is more than 7, in floating point
     assert told(row(alike, alike)).startswith("28 % of the characters have no token, as in “ภาษาไทยaaa")
+    assert told(row("?", "+^|~\r\n" * 9)) is None  # a byte each, so a token each
+    assert "as in “ไทย”;" in told(row("?", "a" * 50 + " ไทย"))
+
+
+def test_characters_of_rows_that_are_not_used_are_not_told(tokenizer):
+    rows = [row(), row("?", "ภาษาไทย"), row("?", "ไทยaaa")]
+    counted = count_truncations(rows, tokenizer, LENGTHS)
+    assert bytes_note(iter(rows[::2]), tokenizer, counted).startswith(
+        "12 % of the characters have no token, as in “ไทยaaa”;"
+    )
+    assert bytes_note(rows[:1], tokenizer, counted) is None
+    assert bytes_note(rows, tokenizer, Truncations(characters=20, in_bytes=1)) is None
 
 
 def test_needed_lengths_truncate_nothing_and_one_token_less_does(tokenizer):

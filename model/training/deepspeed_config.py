@@ -141,17 +141,21 @@ def _odd_values(error: Any, settings: Mapping[str, Any]) -> str:
     kinds = [DeepSpeedConfigModel]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    names = sorted({name for kind in kinds for name in kind.model_fields})
+    names = [name for kind in kinds if kind.__name__ == error.title for name in kind.model_fields]
+    # DeepSpeedZeroConfig reads zero_optimization, CommsLoggerConfig comms_logger.
+    title = error.title.lower().removeprefix("deepspeed")
+    sections = [
+        name for name in settings if title.startswith(name.split("_")[0]) and isinstance(settings[name], Mapping)
+    ]
     sentences = []
     for odd in error.errors():
-        place = [str(part) for part in odd["loc"]]
-        sections = (
-            name for name, value in settings.items() if isinstance(value, Mapping) and place and place[0] in value
-        )
-        where = ".".join([*[next(sections, "")], *place]).strip(".")
-        close = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.7) if odd["type"] == "extra_forbidden" else []
-        what = "there is no such setting" if odd["type"] == "extra_forbidden" else odd["msg"]
-        sentences.append(f"{where}: {what}{f', did you mean {close[0]}?' if close else ''}")
+        what, close = odd["msg"], []
+        if odd["type"] == "extra_forbidden":
+            what = "there is no such setting"
+            if len(odd["loc"]) == 1:  # deeper ones are of other classes
+                close = difflib.get_close_matches(odd["loc"][0], names, n=1, cutoff=0.7)
+        where = ".".join(map(str, [*sections[:1], *odd["loc"]]))
+        sentences.append(": ".join(filter(None, [where, what])) + (f", did you mean {close[0]}?" if close else ""))
     return "; ".join(sentences)
 
 

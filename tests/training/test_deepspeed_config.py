@@ -195,6 +195,36 @@ def test_odd_settings_within_a_section_are_named_with_what_is_meant(checked):
     ) in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"fp16": {"enabled": False}, "zero_optimization": {"stage": 1, "enabled": True}},
+            "zero_optimization.enabled: there is no such setting",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"ratio": 0.3}}},
+            "zero_optimization: Assertion failed, Partial offloading only supported for ZeRO Stage 3.",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"ratoi": 0.3}}},
+            "zero_optimization.offload_optimizer.ratoi: there is no such setting",
+        ),
+        (
+            {"_comment": "", "fp16": {"enabled": False, "_comment": ""}},
+            "fp16._comment: there is no such setting",
+        ),
+        ({"comms_logger": {"enabld": True}}, "comms_logger.enabld: there is no such setting, did you mean enabled?"),
+        ({"tensorboard": {"enabld": True}}, "tensorboard.enabld: there is no such setting"),
+    ],
+    ids=str,
+)
+def test_odd_setting_is_told_with_its_own_section_and_no_setting_of_another(checked, settings, told):
+    with pytest.raises(InputError) as refused:
+        checked(settings)
+    assert f"DeepSpeed can't use it ({told}); settings" in str(refused.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", TAKEN, ids=str)
 def test_good_deepspeed_file_is_taken(checked, settings):

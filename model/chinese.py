@@ -309,13 +309,13 @@ SENTENCES = {
     "The loss fell from {before} to {after} (the mean of the first {steps:d} steps and of the last).": (
         "损失从 {before} 降到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。"
     ),
-    "The loss rose from {before} to {after} (the mean of the first {steps:d} steps and of the last). The run has diverged: its"
-    " last checkpoint is worse than its start.": (
-        "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
+    "The loss rose from {before} to {after} (the mean of the first {steps:d} steps and of the last). The run has diverged: it"
+    " ends worse than it began.": (
+        "损失从 {before} 升到 {after}（最初 {steps} 步和最后 {steps} 步的平均值）。训练已经发散：训练后比训练前更差。"
     ),
-    "The loss rose from {before} to {after} (the first step and the mean of the last {steps:d}). The run has diverged: its last"
-    " checkpoint is worse than its start.": (
-        "损失从 {before} 升到 {after}（第一步，和最后 {steps} 步的平均值）。训练已经发散：最后的检查点比训练前更差。"
+    "The loss rose from {before} to {after} (the first step and the mean of the last {steps:d}). The run has diverged: it ends"
+    " worse than it began.": (
+        "损失从 {before} 升到 {after}（第一步，和最后 {steps} 步的平均值）。训练已经发散：训练后比训练前更差。"
     ),
     "The loss rose from {before} to {after} (the mean of the first {steps:d} steps and of the last), but of the rows that were"
     " answered it was {earlier} and is {later}: the last steps had harder rows.": (
@@ -337,6 +337,9 @@ SENTENCES = {
     "Likely: --lr {lr} is too high; try {lower}, or --find_lr, which proposes a rate. With --holdout, --keep_best keeps the best"
     " checkpoint.": (
         "可能的原因：--lr {lr} 太大；请试 {lower}，或用 --find_lr 得到建议的学习率。有 --holdout 时，--keep_best 会保留最好的检查点。"
+    ),
+    "Likely: --lr {lr} is too high; try {lower}, or --find_lr, which proposes a rate.": (
+        "可能的原因：--lr {lr} 太大；请试 {lower}，或用 --find_lr 得到建议的学习率。"
     ),
     "Likely: {reason}.": "可能的原因：{reason}。",
     "Also: {reason}.": "另外：{reason}。",

@@ -464,6 +464,7 @@ def told_of_runs() -> list[str]:
         (still, low, [], {"before": before, "after": same}),
         (still, {"lr": 0.1}, [], {"after": after}),
         (falling[::-1], {"lr": 0.1}, [], {}),
+        (falling[::-1], {"lr": 0.1, "save": "none"}, [], {}),
         (
             falling[::-1],
             low | {"max_target_length": 448},

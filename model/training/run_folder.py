@@ -190,24 +190,21 @@ class RunFolder:
 
     def tell_what_was_learned(self) -> None:
         """Say whether the run has learned, and make its page. Whatever goes wrong here, the run is done and saved."""
-        if self.folder is None:
-            for line in verdict(self.settings, self.records, {}):
-                say(line)
+        if not is_first_process() or (self.folder is not None and not self.steps):
             return
-        if not self.steps or not is_first_process():
-            return
+        page = self.folder / REPORT_FILE if self.folder is not None else None
         try:
             from model.training.report import Story, report
 
-            story = Story.of(self.folder)
+            story = Story(Path(), self.settings, self.records, {}) if page is None else Story.of(page.parent)
             for line in verdict(story.settings, story.records, story.answers):
                 say(line)
-            write_text(self.folder / REPORT_FILE, report([self.folder]))
-            say(f"Report: {self.folder / REPORT_FILE}")
+            if page is not None:
+                write_text(page, report([page.parent]))
+                say(f"Report: {page}")
         except Exception as error:
-            warn(
-                f"{self.folder / REPORT_FILE} can't be made ({type(error).__name__}: {error}); the run itself is done."
-            )
+            what = "What was learned can't be told" if page is None else f"{page} can't be made"
+            warn(f"{what} ({type(error).__name__}: {error}); the run itself is done.")
 
     def note_end(self) -> None:
         """Keep that nothing is left to do, for whoever resumes the run. Without it, all that comes at the end is done again."""

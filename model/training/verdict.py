@@ -99,8 +99,8 @@ def divergence(fall: Fall, answers: Mapping[str, Any]) -> str | None:
             return None
         before, what = fall.start, f"the first step and the mean of the last {fall.steps}"
     return (
-        f"The loss rose from {before:.4f} to {fall.after:.4f} ({what}). The run has diverged: its last checkpoint is worse "
-        "than its start."
+        f"The loss rose from {before:.4f} to {fall.after:.4f} ({what}). The run has diverged: it ends worse than it "
+        "began."
     )
 
 
@@ -168,11 +168,16 @@ def rows_in_words(answered: int, rows: int, held_out: bool) -> str:
 
 def rise_advice(settings: Mapping[str, Any]) -> str:
     """What to do after a run that diverged."""
-    lr = settings.get("flags", {}).get("lr", 0.0)
+    flags: Mapping[str, Any] = settings.get("flags", {})
+    lr = flags.get("lr", 0.0)
+    keep_best = " With --holdout, --keep_best keeps the best checkpoint." if _saves(flags) else ""
     return (
-        f"Likely: --lr {lr:g} is too high; try {lr * LOWER_RATE:.2g}, or --find_lr, which proposes a rate. With --holdout, "
-        "--keep_best keeps the best checkpoint."
+        f"Likely: --lr {lr:g} is too high; try {lr * LOWER_RATE:.2g}, or --find_lr, which proposes a rate.{keep_best}"
     )
+
+
+def _saves(flags: Mapping[str, Any]) -> bool:
+    return flags.get("save") != "none"  # as `settings.json` has it
 
 
 def advice(settings: Mapping[str, Any]) -> list[str]:
@@ -241,7 +246,8 @@ def overfitting(
     if near_best and fmean(near_best) <= fmean(record.loss for record in steps[-window:]):
         return []
     given = settings.get("flags", {})
-    flags = {"keep_best": "--keep_best", "early_stopping": "--early_stopping 3"}
+    flags = {"keep_best": "--keep_best"} if _saves(given) else {}
+    flags["early_stopping"] = "--early_stopping 3"
     to_try = ", ".join([*(flag for name, flag in flags.items() if not given.get(name)), "fewer epochs"])
     return [
         f"The evaluation loss was lowest at step {best.step} ({best.loss:.4f}) and rose to {last.loss:.4f} while the training "

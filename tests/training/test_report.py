@@ -261,3 +261,15 @@ def test_page_that_can_not_be_made_does_not_fail_the_run(runs, capsys):
     shutil.rmtree(runs[0] / "report.html")
     folder.tell_what_was_learned()
     assert capsys.readouterr().out.splitlines()[-1] == f"Report: {runs[0] / 'report.html'}"
+
+
+def test_verdict_that_can_not_be_given_does_not_fail_a_run_that_saves_nothing(capsys):
+    from model.training.run_folder import RunFolder
+
+    folder = RunFolder.__new__(RunFolder)
+    folder.folder, folder.steps, folder.settings = None, 0, {}
+    folder.records = [Record(STEP, step, "?", 0.0) for step in range(20)]
+    folder.tell_what_was_learned()
+    assert capsys.readouterr().err == (
+        "What was learned can't be told (TypeError: must be real number, not str); the run itself is done.\n"
+    )

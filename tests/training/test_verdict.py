@@ -49,6 +49,18 @@ def test_run_whose_loss_rose_is_said_to_have_diverged_and_a_lower_rate_is_propos
     assert "diverged" not in said([one + 0.002 * step for step, one in enumerate(STILL)])
 
 
+def test_run_that_saves_nothing_is_told_of_no_checkpoint_and_no_keep_best():
+    made = evaluations([2.0, 1.5, 1.9])
+    for save, is_saved in (("none", False), ("checkpoints", True)):
+        text = said(FALLING[::-1], {"lr": 0.3, "save": save})
+        assert "The run has diverged: it ends worse than it began." in text
+        assert text.endswith("--find_lr, which proposes a rate.") is not is_saved
+        assert text.endswith("With --holdout, --keep_best keeps the best checkpoint.") is is_saved
+        (line,) = overfitting(steps(FALLING), made, {"flags": {"save": save}})
+        assert ("Try --keep_best, --early_stopping 3, fewer epochs" in line) is is_saved
+        assert ("Try --early_stopping 3, fewer epochs" in line) is not is_saved
+
+
 def test_loss_that_rose_over_other_rows_than_before_is_no_divergence():
     losses = [3.1, 3.2, 3.1, *[3.0] * 5, 9.9, 10.1, 10.2]  # long rows came last
     rows = {"before": answered(0, "no", loss=3.1), "after": answered(11, "no", loss=3.1)}

@@ -75,6 +75,14 @@ def download_snapshot(name: str) -> Path:
     return Path(folder)
 
 
+def cached_file(repository: str, name: str) -> Path | None:
+    """One file of a repository that Hugging Face's cache has."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(repository, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def hub_file(repository: str, name: str) -> Path:
     """One file of a repository, from the cache or the hub.
 
@@ -83,9 +91,9 @@ def hub_file(repository: str, name: str) -> Path:
     """
     import huggingface_hub
 
-    cached = huggingface_hub.try_to_load_from_cache(repository, name)
-    if isinstance(cached, str):
-        return Path(cached)
+    cached = cached_file(repository, name)
+    if cached is not None:
+        return cached
     require_answer()
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import sentencepiece
 
 from model.errors import InputError, raise_problems
-from model.hub import hub_file
+from model.hub import cached_file, hub_file
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 VOCAB_FILE = "ice_text.model"
 CONFIG_FILE = "tokenizer_config.json"
 HUB_REPOSITORY = "THUDM/visualglm-6b"  # where the released VisualGLM-6B keeps its tokenizer file
+ALSO_CACHED = "THUDM/chatglm-6b"  # it has the same file, which the script of 2023 took from there
 
 RELEASED_CLASS = "ChatGLMTokenizer"
 
@@ -274,7 +275,7 @@ def find_tokenizer(
     if given is not None:
         return given
     try:
-        return hub_file(HUB_REPOSITORY, VOCAB_FILE)
+        return cached_file(ALSO_CACHED, VOCAB_FILE) or hub_file(HUB_REPOSITORY, VOCAB_FILE)
     except Exception as error:  # no network, no such file, a broken proxy, no package: all have the same remedy
         looked = "" if checkpoint_folder is None else f"in {checkpoint_folder} and "
         raise InputError(

@@ -161,7 +161,7 @@ class ReleasedRequest(SamplingFields):
 
     text: str
     image: str | None = None
-    history: list[tuple[str, str]] | None = Field(None, max_length=MOST_MESSAGES)
+    history: list[tuple[str, str]] | Literal[""] | None = Field(None, max_length=MOST_MESSAGES)
     max_length: int | None = Field(None, ge=1)
     min_length: Any = None  # did nothing there either
 

@@ -219,6 +219,12 @@ def test_find_tokenizer_when_neither_has_one_takes_the_hubs(tmp_path, monkeypatc
     assert str(find_tokenizer(tmp_path)) == "THUDM/visualglm-6b/ice_text.model"
 
 
+def test_find_tokenizer_takes_the_one_that_chatglm_has_in_the_cache(tmp_path, monkeypatch):
+    kept = {"THUDM/chatglm-6b": str(tmp_path / "kept")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: kept.get(repository))
+    assert find_tokenizer(None) == tmp_path / "kept"
+
+
 def test_find_tokenizer_when_nowhere_says_where_it_looked_and_what_to_do(tmp_path, no_hub):
     with pytest.raises(InputError) as error:
         find_tokenizer(tmp_path)

@@ -116,6 +116,10 @@ def test_field_that_is_not_known_is_refused_in_both_forms(field):
             request.asked(WARM)
 
 
+def test_empty_history_of_the_released_form_may_be_a_text():
+    assert ReleasedRequest(text="a", history="").asked(WARM) == ReleasedRequest(text="a").asked(WARM)
+
+
 def test_field_that_asks_for_nothing_or_changes_no_answer_is_ignored():
     fields = {"skip_special_tokens": True, "do_sample": True, "web_search": False, "thinking": {"type": "disabled"}}
     assert chat_request(**fields, reasoning_effort="high").asked(WARM) == chat_request().asked(WARM)

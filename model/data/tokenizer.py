@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VOCAB_FILE = "ice_text.model"
 CONFIG_FILE = "tokenizer_config.json"
 HUB_REPOSITORY = "THUDM/visualglm-6b"  # where the released VisualGLM-6B keeps its tokenizer file
-ALSO_CACHED = "THUDM/chatglm-6b"  # it has the same file, which the script of 2023 took from there
+ALSO_CACHED = "THUDM/chatglm-6b"  # whose tokenizer it is: the script of 2023 took it from there
 
 RELEASED_CLASS = "ChatGLMTokenizer"
 

@@ -76,8 +76,10 @@ def test_find_takes_the_folder_and_its_weights_file(published: Path, part: str, 
     }
 
 
-def test_folder_in_both_layouts_is_sats(published: Path, upstream_checkpoint: Path):
-    assert Checkpoint.find(upstream_checkpoint).layout == "sat"
+def test_folder_in_both_layouts_is_sats(published: Path, upstream_checkpoint: Path, tmp_path: Path):
+    for one in (published, upstream_checkpoint):
+        shutil.copytree(one, tmp_path / "both", dirs_exist_ok=True)
+    assert Checkpoint.find(tmp_path / "both").layout == "sat"
 
 
 # --- adapters on such a base ------------------------------------------------------------------------------------------

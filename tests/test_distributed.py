@@ -35,7 +35,7 @@ def test_deepspeed_without_a_launcher_refuses_to_start(upstream_checkpoint, no_l
         )
 
 
-def test_launcher_environment_of_a_plain_run_is_one_process_with_a_free_port(no_launcher, monkeypatch):
+def test_launcher_environment_of_a_plain_run_is_one_process_with_a_free_port(no_launcher):
     with distributed.launcher_environment():
         found = {name: os.environ[name] for name in LAUNCHER}
     port = int(found.pop("MASTER_PORT"))

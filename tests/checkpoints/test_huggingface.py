@@ -192,7 +192,7 @@ def test_config_of_another_model_is_refused(sharded: Path, key: str, value, told
     assert told in refused(sharded)
 
 
-def test_tensor_of_no_part_is_refused(published: Path, upstream_config: dict, tmp_path: Path):
+def test_tensor_of_no_part_is_refused(upstream_config: dict, tmp_path: Path):
     folder = write_huggingface(tmp_path / "more", upstream_config, {"vision_tower.weight": torch.zeros(1)})
     with pytest.raises(InputError, match=r"vision_tower\.weight: a tensor of no part of a VisualGLM"):
         load_for_answering(str(folder))

@@ -115,7 +115,7 @@ def test_find_when_an_iteration_holds_a_copy_of_the_configuration_returns_the_wh
     assert Checkpoint.find(str(checkpoint / part)).folder == checkpoint
 
 
-def test_find_names_the_flag_that_was_meant(tmp_path: Path) -> None:
+def test_find_names_the_flag_that_was_meant() -> None:
     with pytest.raises(InputError, match=r"^--base nowhere: no such folder"):
         Checkpoint.find("nowhere", "--base")
 

@@ -137,7 +137,7 @@ def test_checkpoint_in_parts_is_trained_on_one_process_and_on_two_as_the_whole_o
 
 @pytest.mark.parametrize("layout", ["sat", "hf"])
 def test_parts_on_the_disk_are_converted_as_one_model(
-    parts: list[dict], upstream_config: dict, upstream_checkpoint: Path, tmp_path: Path, layout: str
+    parts: list[dict], upstream_config: dict, tmp_path: Path, layout: str
 ):
     folder = write_parts(tmp_path / "parts", upstream_config, parts)
     out = convert(str(folder), str(tmp_path / "out"), layout)

@@ -205,7 +205,7 @@ def test_configuration_that_was_edited_is_used_with_a_warning(run: Path, capsys:
     assert "model_config.json was changed after iteration 2 was saved" in capsys.readouterr().err
 
 
-def test_damaged_base_is_named_and_not_called_missing(run: Path, upstream_checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_base_is_named_and_not_called_missing(run: Path, tmp_path: Path) -> None:
     merged = merge(str(run), str(tmp_path / "merged"))
     adapter = write_tuned(merged, tmp_path / "again", use_lora=True)
     flip(merged / "1" / WEIGHTS, 0.5)

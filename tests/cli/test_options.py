@@ -84,7 +84,7 @@ def test_first_help_leaves_the_other_flags_out(first_help: str) -> None:
 
 @pytest.mark.parametrize("words", [["-h"], ["--help", "--use_lora"], ["--use_lora", "--help"]])
 def test_help_alone_or_among_flags_is_the_first_help(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, first_help: str, words: list[str]
+    capsys: pytest.CaptureFixture[str], first_help: str, words: list[str]
 ) -> None:
     assert help_of(capsys, *words) == first_help
 

@@ -285,7 +285,7 @@ def test_data_file_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["auto", "folder"])
-def test_run_that_was_moved_goes_on_where_it_is_now(run: Path, words: list[str], tmp_path: Path, how: str) -> None:
+def test_run_that_was_moved_goes_on_where_it_is_now(run: Path, tmp_path: Path, how: str) -> None:
     moved = run.parent.rename(tmp_path / "elsewhere")
     flags = ["auto", "--save", str(moved), "--experiment-name", "animals"] if how == "auto" else [str(moved / run.name)]
     line = command_line(["--resume", *flags])

@@ -95,7 +95,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     ],
 )
 def test_every_number_format_of_every_checkpoint_is_near_full_width(
-    upstream_checkpoint: Path, upstream_config: dict, tmp_path: Path, layout: str
+    upstream_checkpoint: Path, tmp_path: Path, layout: str
 ) -> None:
     checkpoint = {
         "base": lambda: upstream_checkpoint,

@@ -97,7 +97,7 @@ def test_whoever_leaves_early_frees_the_rows(talk, speakers):
 
 
 @pytest.mark.slow
-def test_more_than_may_wait_are_told_and_leave_no_turn(talk, speakers):
+def test_more_than_may_wait_are_told_and_leave_no_turn(speakers):
     async def crowd():
         talks = [Talk() for _ in range(4)]
         return talks, await asyncio.gather(

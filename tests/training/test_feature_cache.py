@@ -381,7 +381,7 @@ def test_two_processes_share_the_pictures_out(in_folder, dataset, upstream_check
 
 @pytest.mark.long
 @pytest.mark.run
-def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint, dataset, tmp_path):
+def test_process_without_room_for_its_features_ends_them_all(upstream_checkpoint, dataset):
     paths = [row.img for row in dataset.rows]
     run = in_two_processes("image_features_without_room", upstream_checkpoint, "", *paths)
     assert run.returncode != 0

@@ -63,7 +63,7 @@ def test_launcher_that_is_killed_before_the_processes_know_each_other_leaves_non
 
 @pytest.mark.run
 @pytest.mark.long
-def test_second_run_of_deepspeed_on_a_machine_finds_another_port(run, tmp_path):
+def test_second_run_of_deepspeed_on_a_machine_finds_another_port(run):
     with socket.create_server(("", 0)) as other_run:
         port = other_run.getsockname()[1]
         one = run("--train-iters", "2", launcher=(*LAUNCHERS["deepspeed"], port))

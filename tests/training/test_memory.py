@@ -158,7 +158,7 @@ def test_frozen_linears_of_the_language_model_are_packed_where_there_is_room(lor
     assert "mixins.chatglm-final.lm_head" in packed
 
 
-def test_frozen_linears_stay_plain_where_their_second_copy_has_no_room(lora, upstream_checkpoint, free, capsys):
+def test_frozen_linears_stay_plain_where_their_second_copy_has_no_room(lora, upstream_checkpoint, free):
     weights = sum(p.nbytes for p in lora.parameters() if not p.requires_grad and p.dim() == 2)
     free(weights / 4 / 2**30)
     fit_into_memory(lora, of_golden_model(upstream_checkpoint), Batch(1, 1, 1, 0), lambda: Batch(1, 1, 1, 0))

@@ -196,7 +196,7 @@ def test_line_of_an_fp16_step_shows_the_loss_scale(clock, capsys):
     assert capsys.readouterr().out.endswith(" left  loss scale 65536\n")
 
 
-def test_loss_that_isnt_finite_is_not_sent_to_tensorboard(clock, capsys):
+def test_loss_that_isnt_finite_is_not_sent_to_tensorboard(clock):
     writer = Writer()
     step(TrainingReport(), 1, loss=float("nan"), writer=writer)
     assert ("Train/train_loss", 1) not in writer.scalars

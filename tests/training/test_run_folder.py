@@ -76,7 +76,7 @@ def test_settings_say_what_held_and_where_it_ran(run):
 
 
 @pytest.mark.run
-def test_held_out_rows_are_a_data_file_that_evaluate_takes_from_anywhere(run, upstream_checkpoint, tmp_path):
+def test_held_out_rows_are_a_data_file_that_evaluate_takes_from_anywhere(run, tmp_path):
     rows = json.loads((run.folder / "held_out.json").read_text(encoding="utf-8"))
     assert len(rows) == 2
     assert all(row in run.entries for row in rows)

@@ -242,7 +242,7 @@ def test_what_is_replaced_is_put_back_after_an_error():
 
 
 @pytest.mark.run
-def test_main_three_times_in_one_process_trains_each_time_as_the_first(upstream_checkpoint, tmp_path):
+def test_main_three_times_in_one_process_trains_each_time_as_the_first(upstream_checkpoint):
     done = run_program(
         "main_three_times", "--from_pretrained", upstream_checkpoint, "--mode", "finetune", "--train-data",
         GOLDEN / "upstream/dataset.json", "--train-iters", "3", "--hidden-dropout", "0", "--attention-dropout", "0",

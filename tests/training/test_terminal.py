@@ -121,7 +121,7 @@ def on_a_terminal(*command, cwd):
 
 
 @pytest.mark.run
-def test_run_on_a_terminal_keeps_what_it_says_and_the_last_step(upstream_checkpoint, tmp_path):
+def test_run_on_a_terminal_keeps_what_it_says_and_the_last_step(upstream_checkpoint):
     shown = on_a_terminal(
         PROJECT / "finetune_visualglm.py", "--from_pretrained", upstream_checkpoint, "--use_lora", "--mode", "finetune",
         "--train-data", "dataset.json", "--train-iters", "8", "--holdout", "2", "--eval-interval", "4", "--num-workers", "0",

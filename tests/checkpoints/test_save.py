@@ -36,11 +36,9 @@ FLAGS = {"use_lora": True, "lora_rank": 2, "layer_range": [1], "use_ptuning": Tr
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tokenizer():
-    """The run's tokenizer, as the script hands it to SAT."""
-    tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
+def sats_tokenizer(tokenizer):
+    """SAT has the run's tokenizer, as the script hands it over."""
     get_tokenizer(outer_tokenizer=tokenizer)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy
 import pytest
 import torch
 from conftest import (
-    GOLDEN,
     load_model,
     upstream_weights,
     write_checkpoint,
@@ -24,26 +23,11 @@ from conftest import (
 from model.checkpoints.tensors import safe_checkpoint_types
 from model.checkpoints.weights import load_checkpoint, read_weights
 from model.convert.merge_lora import merge
-from model.data.tokenizer import ChatGLMTokenizer
 from model.errors import InputError
 from model.inference.load import load_for_answering
-from model.sat_compat import import_sat
 from model.visualglm import VisualGLMModel
 
-import_sat()
-
-from sat import get_tokenizer  # noqa: E402
-
 WEIGHTS = "mp_rank_00_model_states.pt"
-FLAGS = {"use_lora": True, "lora_rank": 2, "layer_range": [1], "use_ptuning": True, "pre_seq_len": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tokenizer():
-    """The run's tokenizer, as the script hands it to SAT."""
-    tokenizer = ChatGLMTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    get_tokenizer(outer_tokenizer=tokenizer)
-    return tokenizer
 
 
 @pytest.fixture
@@ -163,7 +147,10 @@ def test_weights_cut_short_are_refused_with_the_files_name(model, upstream_check
 @pytest.fixture(scope="module")
 def adapter(upstream_checkpoint, tmp_path_factory):
     """An adapter as it was saved before there were checksums."""
-    folder = write_tuned(upstream_checkpoint, tmp_path_factory.mktemp("old") / "run", train_parts=["glm_proj"], **FLAGS)
+    folder = write_tuned(
+        upstream_checkpoint, tmp_path_factory.mktemp("old") / "run", train_parts=["glm_proj"],
+        use_lora=True, lora_rank=2, layer_range=[1], use_ptuning=True, pre_seq_len=3,
+    )  # fmt: skip
     (folder / "1/checksums.json").unlink()
     return folder
 

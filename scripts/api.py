@@ -35,7 +35,6 @@ from types import FrameType
 from typing import Any
 
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import answer_length
 from model.cli.flag_parser import FlagParser
 from model.errors import (
     STATUS_OF_BAD_INPUT,
@@ -46,12 +45,14 @@ from model.errors import (
     raise_problems,
 )
 from model.inference.flags import (
+    CONVERSATION_LENGTH,
     add_checkpoint_flags,
     add_number_format_flags,
     add_sampling_flags,
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    max_length_of,
     refuse_launcher,
     sampling_of,
     secret_of,
@@ -89,7 +90,6 @@ from model.inference.serving import BusyError, FailedError, Growth, Service, com
 from model.inference.text import new_text
 from model.inference.web_guard import Guard, listening
 
-RELEASED_LENGTH = 2048  # tokens of a conversation, in the released API
 KEY_VARIABLE = "VISUALGLM_API_KEY"
 MOST_CONNECTIONS = 512  # further ones are refused, so that there are files left to open
 IDLE_SECONDS = 5  # that a connection is kept without a request
@@ -132,8 +132,7 @@ def check(options: argparse.Namespace) -> Checkpoint:
     raise_problems(problems)
     options.sampling = replace(sampling_of(options), seed=options.seed)
     checkpoint = found_checkpoint(options)
-    positions = checkpoint.config.get("max_sequence_length", RELEASED_LENGTH)
-    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    options.max_length = max_length_of(options, [checkpoint], CONVERSATION_LENGTH)
     tokenizer = ChatGLMTokenizer.from_pretrained(find_tokenizer(checkpoint.folder, options.tokenizer))
     least = least_conversation_length(tokenizer, checkpoint.asked_as)
     if options.max_length < least:

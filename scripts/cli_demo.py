@@ -27,7 +27,6 @@ from typing import Any
 
 from model.checkpoints.download import may_be_downloaded
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import answer_length
 from model.chinese import LANGUAGE_VARIABLES, UI_LANGUAGES, choose_ui_language
 from model.cli.flag_parser import FlagParser
 from model.data.images import open_image
@@ -35,18 +34,19 @@ from model.data.remote_images import is_url
 from model.distributed import done_by_first_process, world_size
 from model.errors import InputError, command
 from model.inference.flags import (
+    CONVERSATION_LENGTH,
     add_checkpoint_flags,
+    add_max_length_flag,
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
+    max_length_of,
     sampling_of,
     with_compared,
 )
 from model.inference.keyboard import line_editing, typed_path
 from model.inference.sampling import CHINESE_TOKENS
 from model.progress import say, show, warn
-
-RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def command_line() -> argparse.ArgumentParser:
         help="the same where English is asked (default %(default)s)")
     add("--english", action="store_true",
         help="ask and answer in English; Chinese tokens are forbidden (default: ask as the checkpoint was trained)")
-    add("--max_length", type=int, metavar="N",
-        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
+    add_max_length_flag(parser, "a conversation", CONVERSATION_LENGTH)
     add("--ui_lang", default="auto", choices=UI_LANGUAGES,
         help="language of what the demo itself says, problems included; auto is the language of the answers "
              "(default %(default)s)")
@@ -139,8 +138,7 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     if options.image:
         options.image = picture_path(options.image)
     checkpoints = with_compared(checkpoint, options)
-    positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
-    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    options.max_length = max_length_of(options, checkpoints, CONVERSATION_LENGTH)
     return checkpoints
 
 

@@ -24,7 +24,6 @@ from os.path import expanduser
 from typing import Any, NamedTuple
 
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import answer_length
 from model.checkpoints.whole import is_replaceable, is_same_file, json_text, place_problem, write_whole
 from model.chinese import in_ui_language
 from model.cli.flag_parser import FlagParser
@@ -35,10 +34,13 @@ from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
 from model.distributed import done_by_first_process, from_all_processes, is_first_process, model_replica
 from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
+    ROW_LENGTH,
     add_checkpoint_flags,
+    add_max_length_flag,
     add_model_parallel_flag,
     add_number_format_flags,
     found_checkpoint,
+    max_length_of,
     refuse_uneven_processes,
     with_compared,
 )
@@ -46,7 +48,6 @@ from model.inference.page import OWN_PAGE
 from model.inference.scores import Result, result_of, summary, summary_line, worst_first
 from model.progress import in_column, say, show
 
-DEFAULT_LENGTH = 512  # tokens of question and answer together
 SHOWN = 3  # rows printed as examples: the worst
 SECONDS_BETWEEN_WRITES = 5.0  # of --out
 OWN_RESULTS = re.compile(rb'(\[\s*)?[{]\s*"checkpoint":')
@@ -250,8 +251,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--html", type=expanduser, metavar="PAGE.html",
         help="write a page with every row, its picture and its answers, the worst first")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
-    add("--max_length", type=int, metavar="N",
-        help="tokens of question and answer together (default 512, or as many as a smaller model takes)")
+    add_max_length_flag(parser, "question and answer together", ROW_LENGTH)
     add("--full_width", action="store_true", help="answer without --quant too, in --dtype auto, and put both side by side")
     # fmt: on
     add_model_parallel_flag(parser)
@@ -269,8 +269,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Answer every row, print the measures, and write them down if asked; the last line counts the right answers."""
     check(options)
     checkpoints = with_compared(found_checkpoint(options), options)
-    positions = min(checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH) for checkpoint in checkpoints)
-    options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
+    options.max_length = max_length_of(options, checkpoints, ROW_LENGTH)
     rows = usable_rows(options)
     refuse_no_room(options, checkpoints[0], rows)
     results = {checkpoint.name: results_of(checkpoint, rows, options) for checkpoint in checkpoints}

@@ -37,7 +37,6 @@ from os.path import expanduser
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from model.checkpoints.layout import Checkpoint, read_json_object
-from model.checkpoints.metadata import answer_length
 from model.checkpoints.running import locked_here
 from model.checkpoints.whole import CHECKSUMS_FILE, is_replaceable, is_same_file, json_text, place_problem, write_whole
 from model.cli.flag_parser import FlagParser
@@ -47,11 +46,14 @@ from model.data.rows import LANGUAGES, Row, Rows, missing_file_problems, rows_in
 from model.distributed import done_by_first_process, from_all_processes, is_first_process, model_replica, world_size
 from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
+    ROW_LENGTH,
     add_checkpoint_flags,
+    add_max_length_flag,
     add_model_parallel_flag,
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
+    max_length_of,
     refuse_uneven_processes,
     sampling_of,
 )
@@ -60,7 +62,6 @@ from model.progress import count_of, say, warn, with_progress
 if TYPE_CHECKING:  # rows and flags are checked before torch is loaded
     from model.inference.engine import Answer, Engine, Question
 
-DEFAULT_LENGTH = 512  # tokens of question and answer together, as evaluate.py has it
 CHECK_SECONDS = 2.0  # for opening pictures beforehand, where a bad one does no harm
 IMPLIED_SEED = 0  # without --seed; rows draw alike, too, where a command goes on
 STANDARD_OUTPUT = "-"
@@ -389,9 +390,8 @@ def command_line() -> argparse.ArgumentParser:
              "loaded (default %(default)s)")
     add("--lang", choices=LANGUAGES, help="frame of the rows that don't say (default: the one of the checkpoint's training)")
     add("--batch-size", type=int, default=16, metavar="N", help="questions asked at once (default %(default)s)")
-    add("--max_length", type=int, metavar="N",
-        help=f"tokens of question and answer together (default {DEFAULT_LENGTH}, or as many as a smaller model takes)")
     # fmt: on
+    add_max_length_flag(parser, "question and answer together", ROW_LENGTH)
     add_model_parallel_flag(parser)
     add_sampling_flags(parser, temperature=0.0)
     add_number_format_flags(parser)
@@ -426,8 +426,7 @@ def predict(options: argparse.Namespace) -> None:
         if options.out == STANDARD_OUTPUT:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # all else that is said
         checkpoint = found_checkpoint(options)
-        positions = checkpoint.config.get("max_sequence_length", DEFAULT_LENGTH)
-        options.max_length = answer_length(positions, options.max_length, DEFAULT_LENGTH)
+        options.max_length = max_length_of(options, [checkpoint], ROW_LENGTH)
         questions = read_questions(options)
         if is_first_process():
             write_answers(questions, checkpoint, options, standard_output)

@@ -28,17 +28,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import answer_length
 from model.chinese import UI_LANGUAGES, choose_ui_language
 from model.cli.flag_parser import FlagParser
 from model.errors import InputError, command, raise_problems
 from model.inference.flags import (
+    CONVERSATION_LENGTH,
     add_checkpoint_flags,
     add_number_format_flags,
     add_sampling_flags,
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    max_length_of,
     refuse_launcher,
     sampling_of,
     secret_of,
@@ -48,7 +49,6 @@ from model.inference.flags import (
 from model.progress import say, warn
 from model.training.records import HELD_OUT_FILE
 
-RELEASED_LENGTH = 2048  # tokens of a conversation, in the released demo
 AUTH_VARIABLE = "VISUALGLM_WEB_AUTH"
 BODY_SECONDS = 60.0  # in which an upload, or the picture of an address, has to be there
 KEPT_SETTINGS = (
@@ -96,8 +96,7 @@ def check(options: argparse.Namespace) -> list[Checkpoint]:
     raise_problems(problems)
     options.sampling = replace(sampling_of(options), seed=options.seed)
     checkpoints = with_compared(found_checkpoint(options), options)
-    positions = min(checkpoint.config.get("max_sequence_length", RELEASED_LENGTH) for checkpoint in checkpoints)
-    options.max_length = answer_length(positions, options.max_length, RELEASED_LENGTH)
+    options.max_length = max_length_of(options, checkpoints, CONVERSATION_LENGTH)
     return checkpoints
 
 

@@ -3,10 +3,11 @@
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from model.checkpoints.layout import Checkpoint
-from model.checkpoints.metadata import refuse_needless_base
+from model.checkpoints.metadata import answer_length, refuse_needless_base
 from model.checkpoints.whole import is_same_file
 from model.distributed import world_size
 from model.errors import InputError
@@ -16,6 +17,9 @@ from model.progress import count_of
 
 if TYPE_CHECKING:
     from model.data.remote_images import Limits
+
+CONVERSATION_LENGTH = 2048  # tokens, in the released demos and API
+ROW_LENGTH = 512  # tokens of a row's question and answer together
 
 
 def refuse_launcher(program: str) -> None:
@@ -103,6 +107,24 @@ def add_number_format_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_length_flag(parser: argparse.ArgumentParser, of: str, default: int) -> None:
+    """Declare how many tokens question and answer may have together."""
+    parser.add_argument(
+        "--max_length", type=int, metavar="N",
+        help=f"tokens of {of} (default {default}, or as many as a smaller model takes)",
+    )  # fmt: skip
+
+
+def max_length_of(options: argparse.Namespace, checkpoints: Sequence[Checkpoint], default: int) -> int:
+    """How many tokens question and answer may have together, with each of the checkpoints.
+
+    Raises:
+        InputError: --max_length is more than one of them takes.
+    """
+    positions = min(checkpoint.config.get("max_sequence_length", default) for checkpoint in checkpoints)
+    return answer_length(positions, options.max_length, default)
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Declare how tokens are chosen, with the released demo's numbers but for the default temperature."""
     add = parser.add_argument
@@ -158,8 +180,7 @@ def add_serving_flags(
     add("--rows", type=int, default=4, metavar="N",
         help="answers that are made at once; each takes memory for --max_length tokens (default %(default)s)")
     add("--queue", type=int, default=queue, metavar="N", help="questions that may wait besides (default %(default)s)")
-    add("--max_length", type=int, metavar="N",
-        help="tokens of a conversation (default 2048, or as many as a smaller model takes)")
+    add_max_length_flag(parser, "a conversation", CONVERSATION_LENGTH)
     add("--seconds", type=float, default=seconds, metavar="X", help="for an answer; then it is cut off (default %(default)s)")
     add("--max_image", type=float, default=10.0, metavar="MIB", help="of a picture's file (default %(default)s)")
     add("--max_pixels", type=float, default=50.0, metavar="MILLION", help="of a picture (default %(default)s)")

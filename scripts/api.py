@@ -52,6 +52,7 @@ from model.inference.flags import (
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    loaded,
     max_length_of,
     refuse_launcher,
     sampling_of,
@@ -414,12 +415,8 @@ def serve(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Load the model, and answer until a signal comes."""
     found = listening(options.host, options.port)
     from model.inference.engine import Engine
-    from model.inference.load import load_for_answering
 
-    model, tokenizer = computed_apart(
-        load_for_answering,
-        *(checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype),
-    )
+    model, tokenizer = computed_apart(loaded, checkpoint, options)
     with Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue) as service:
         api = Api(service, model, tokenizer, options)
         config = uvicorn.Config(

@@ -40,6 +40,7 @@ from model.inference.flags import (
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
+    loaded,
     max_length_of,
     sampling_of,
     with_compared,
@@ -184,18 +185,10 @@ class Speaker:
 
     def __init__(self, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
         from model.inference.engine import Engine
-        from model.inference.load import load_for_answering
 
         self.name, self.options = checkpoint.name, options
-        self.model, self.tokenizer = load_for_answering(
-            checkpoint,
-            options.tokenizer,
-            options.base,
-            options.force_base,
-            options.quant,
-            options.dtype,
-            model_parallel_size=world_size(),  # one person talks with all processes: each has a part of the model
-        )
+        # One person talks with all processes: each has a part of the model.
+        self.model, self.tokenizer = loaded(checkpoint, options, model_parallel_size=world_size())
         self.engine = Engine(self.model, self.tokenizer, positions=options.max_length)
         self.image: Any = None  # [1, 3, H, W] on the model's device
         self.history: list[tuple[str, str]] = []

@@ -40,6 +40,7 @@ from model.inference.flags import (
     add_model_parallel_flag,
     add_number_format_flags,
     found_checkpoint,
+    loaded,
     max_length_of,
     refuse_uneven_processes,
     with_compared,
@@ -80,13 +81,10 @@ def results_of(checkpoint: Checkpoint, rows: Sequence[Row], options: argparse.Na
     from tqdm import tqdm
 
     from model.inference.batch import answers_as_they_finish
-    from model.inference.load import load_for_answering
     from model.inference.text import answer_text
 
     parts = options.model_parallel_size
-    model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype, parts
-    )
+    model, tokenizer = loaded(checkpoint, options, parts)
     rows = done_by_first_process(lambda: rows)  # it alone has opened the pictures, and left bad ones out
     replica, replicas = model_replica(parts)
     mine = rows[replica::replicas]

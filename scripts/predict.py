@@ -53,6 +53,7 @@ from model.inference.flags import (
     add_number_format_flags,
     add_sampling_flags,
     found_checkpoint,
+    loaded,
     max_length_of,
     refuse_uneven_processes,
     sampling_of,
@@ -289,13 +290,9 @@ def answered(
     """
     from model.inference.chat import chat_question, image_tensor
     from model.inference.engine import Engine
-    from model.inference.load import load_for_answering
     from model.inference.text import answer_text
 
-    model, tokenizer = load_for_answering(
-        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype,
-        options.model_parallel_size,
-    )  # fmt: skip
+    model, tokenizer = loaded(checkpoint, options, options.model_parallel_size)
     sampling = sampling_of(options)
     to_ask = done_by_first_process(lambda: to_ask)
     replica, replicas = model_replica(options.model_parallel_size)

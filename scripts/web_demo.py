@@ -39,6 +39,7 @@ from model.inference.flags import (
     add_serving_flags,
     found_checkpoint,
     image_limits,
+    loaded,
     max_length_of,
     refuse_launcher,
     sampling_of,
@@ -120,17 +121,13 @@ def gradio_settings() -> Iterator[None]:
 def speakers(checkpoints: Sequence[Checkpoint], options: argparse.Namespace, stack: ExitStack) -> Iterator[Any]:
     """The checkpoints' models, loaded, each with an engine that runs until the stack is left."""
     from model.inference.engine import Engine
-    from model.inference.load import load_for_answering
     from model.inference.serving import Service, computed_apart
     from model.inference.talk import Speaker
 
     short = [Path(checkpoint.name).name or checkpoint.folder.resolve().name for checkpoint in checkpoints]
     names = short if len(set(short)) == len(short) else [checkpoint.name for checkpoint in checkpoints]
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        model, tokenizer = computed_apart(
-            load_for_answering,
-            *(checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype),
-        )
+        model, tokenizer = computed_apart(loaded, checkpoint, options)
         service = Service(Engine(model, tokenizer, options.rows, options.max_length), options.queue)
         yield Speaker(name, stack.enter_context(service), model, tokenizer)
 

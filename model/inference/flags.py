@@ -17,6 +17,8 @@ from model.progress import count_of
 
 if TYPE_CHECKING:
     from model.data.remote_images import Limits
+    from model.data.tokenizer import ChatGLMTokenizer
+    from model.visualglm import VisualGLMModel
 
 CONVERSATION_LENGTH = 2048  # tokens, in the released demos and API
 ROW_LENGTH = 512  # tokens of a row's question and answer together
@@ -105,6 +107,18 @@ def add_number_format_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant", type=int, choices=(8, 4), help="keep weights in that many bits, on a CPU or an NVIDIA GPU"
     )
+
+
+def loaded(
+    checkpoint: Checkpoint, options: argparse.Namespace, model_parallel_size: int = 1
+) -> "tuple[VisualGLMModel, ChatGLMTokenizer]":
+    """A checkpoint's model and tokenizer, as `load_for_answering` gives them, in the number format of the flags."""
+    from model.inference.load import load_for_answering
+
+    return load_for_answering(
+        checkpoint, options.tokenizer, options.base, options.force_base, options.quant, options.dtype,
+        model_parallel_size,
+    )  # fmt: skip
 
 
 def add_max_length_flag(parser: argparse.ArgumentParser, of: str, default: int) -> None:

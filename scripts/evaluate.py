@@ -212,8 +212,8 @@ def page_of(results: Mapping[str, Sequence[Result]], measures: Mapping[str, dict
     names = list(results) if len(results) > 1 else [in_ui_language("answer")]
     figures = [(words, [form.format(one[key]) for one in measures.values()]) for key, words, form in SHOWN_MEASURES]
     cards = [
-        row_card(result, [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])
-        for result, number in zip(worst_first(first), worst_places(first), strict=True)
+        row_card(first[number], [(name, of[number]) for name, of in zip(names, results.values(), strict=True)])
+        for number in worst_places(first)
     ]
     title = " · ".join(results)
     return page(

@@ -92,19 +92,8 @@ def served(checkpoint: str, rows: int, queue: int) -> Iterator[tuple[str, psutil
     Raises:
         InputError: it doesn't start.
     """
-    flags = [
-        "--from_pretrained",
-        checkpoint,
-        "--port",
-        "0",
-        "--rows",
-        str(rows),
-        "--queue",
-        str(queue),
-        "--temperature",
-        "0",
-    ]
-    words = [sys.executable, str(PROJECT / "scripts/api.py"), "--model_name", "served", *flags]
+    flags = f"--model_name served --port 0 --rows {rows} --queue {queue} --temperature 0".split()
+    words = [sys.executable, str(PROJECT / "scripts/api.py"), "--from_pretrained", checkpoint, *flags]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

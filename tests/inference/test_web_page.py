@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, upstream_weights, write_checkpoint
-from hostile_pictures import png_header, saved
+from hostile_pictures import saved
 from PIL import Image
 
 from model.data.remote_images import Limits
@@ -26,6 +26,7 @@ from model.inference.sampling import GREEDY
 from model.inference.serving import Service
 from model.inference.talk import Speaker
 from model.inference.web_guard import listening
+from scripts.dev.fuzz_data import png_header
 from scripts.web_demo import gradio_settings
 
 pytestmark = [

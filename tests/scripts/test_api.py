@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 from conftest import GOLDEN, PROJECT, load_model, run_python
-from hostile_pictures import png_header, saved
+from hostile_pictures import saved
 
 from model.data.prompt import AskedAs
 from model.data.tokenizer import ChatGLMTokenizer
@@ -28,6 +28,7 @@ from model.inference.sampling import Sampling
 from model.inference.serving import Growth
 from model.inference.web_guard import listening
 from scripts.api import Api, main
+from scripts.dev.fuzz_data import png_header
 
 pytestmark = pytest.mark.run
 

@@ -308,7 +308,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def row_of_cells(entry: Any, where: str, images: str = "", lang: str | None = None) -> dict[str, Any]:
+def row_of_cells(entry: Any, where: str, images: str, lang: str | None) -> dict[str, Any]:
     """The row of a table's line, as a JSON object; an empty cell is none, but for the prompt and the label.
 
     Raises:

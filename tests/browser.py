@@ -9,7 +9,6 @@
 One thread, one command at a time. https://chromedevtools.github.io/devtools-protocol has the commands.
 """
 
-import base64
 import contextlib
 import itertools
 import json
@@ -126,15 +125,15 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = SECONDS) -> Any:
+    def until(self, expression: str) -> Any:
         """The value of an expression, once it is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             value = self.js(f"(found => found instanceof Node ? true : found)({expression})")
             if value:
                 return value
             time.sleep(0.05)
-        raise AssertionError(f"not so in {seconds:.0f} seconds: {expression}\n{self.text[:3000]}")
+        raise AssertionError(f"not so in {SECONDS:.0f} seconds: {expression}\n{self.text[:3000]}")
 
     @property
     def text(self) -> str:
@@ -180,11 +179,6 @@ class Page:
         root = self.ask("DOM.getDocument")["root"]["nodeId"]
         node = self.ask("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.ask("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
-
-    def screenshot(self, path: str | Path, whole: bool = False) -> None:
-        """Save what can be seen as PNG; whole is the page to its end."""
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)
-        Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     @property
     def requested(self) -> list[str]:

@@ -74,7 +74,7 @@ def _left_of_recipe(recipe: Sequence[str], others: Sequence[str]) -> list[str]:
     return left
 
 
-def words_of_file(path: str, without: Collection[str] = ()) -> list[str]:
+def words_of_file(path: str, without: Collection[str]) -> list[str]:
     """The words of a command line that a file stands for, but for some flags; exits as `with_config_files`."""
     parser = full_parser()
 

@@ -149,7 +149,7 @@ def deepspeed_notes(options: Options) -> list[str]:
     return overridden_by_deepspeed(options, settings, path)
 
 
-def checked_checkpoint(options: Options, resumed: Resumed | None = None) -> Checkpoint:
+def checked_checkpoint(options: Options, resumed: Resumed | None) -> Checkpoint:
     """The checkpoint to start from, or to go on with, and its base.
 
     Raises:
@@ -205,9 +205,7 @@ class Data:
     cut_labels: Mapping[str, int]
 
 
-def checked_data(
-    options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer, record: RunRecord | None = None
-) -> Data:
+def checked_data(options: Options, config: ModelConfig, tokenizer: ChatGLMTokenizer, record: RunRecord | None) -> Data:
     """Check the data files: rows, then pictures, while other processes count what the lengths cut off.
 
     Args:

@@ -303,7 +303,7 @@ def differing(before: Options, joined: Options) -> list[str]:
     return sorted(name for name in joined.user_set - apart if getattr(joined, name) != getattr(before, name))
 
 
-def fixed_problems(before: Options, joined: Options, has_moved_data: bool = False) -> list[str]:
+def fixed_problems(before: Options, joined: Options, has_moved_data: bool) -> list[str]:
     """Which flags are others now although they have to stay as they are.
 
     Args:

@@ -24,7 +24,6 @@ def greedy_answers(
     model: VisualGLMModel,
     tokenizer: ChatGLMTokenizer,
     max_length: int,
-    english: bool = False,
 ) -> list[str]:
     """The likeliest answer to each context, as `chat` gives it alone at temperature 0 without repetition penalty.
 
@@ -38,7 +37,7 @@ def greedy_answers(
         for row, (ids, pre_image) in enumerate(contexts)
     )
     answers = dict(answers_as_they_finish(questions, model, tokenizer, max_length, rows=len(contexts)))
-    return [answer_text(answers[number], tokenizer, english) for number in range(len(contexts))]
+    return [answer_text(answers[number], tokenizer) for number in range(len(contexts))]
 
 
 def answers_as_they_finish(

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,10 +137,9 @@ def whole_life(folder: Path, *flags: str) -> Life:
         return ended(process, folder)
 
 
-def wait_for(found: "object", process: subprocess.Popen[str], seconds: float = LONGEST_LIFE) -> bool:
+def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
     """Wait until found() is true or the process ends; whether it was."""
-    end = time.monotonic() + seconds
-    assert callable(found)
+    end = time.monotonic() + LONGEST_LIFE
     while process.poll() is None and time.monotonic() < end:
         if found():
             return True
@@ -274,7 +273,7 @@ def signals(reference: Reference, home: Path, phases: Sequence[str]) -> Score:
     return score
 
 
-def moment(phase: str, folder: Path) -> "object":
+def moment(phase: str, folder: Path) -> Callable[[], bool]:
     """A function that says whether the phase has come."""
     begun = time.monotonic()
     if phase == "start":

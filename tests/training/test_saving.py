@@ -190,8 +190,8 @@ def train(checkpoint: Path, folder: Path, *words: str, launcher: tuple = (SCRIPT
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, saves=done.stdout.count("Saved "))
 
 
-def iterations(folder: Path, run: str = "checkpoints/*") -> list[str]:
-    return sorted((path.name for path in folder.glob(f"{run}/[0-9]*")), key=int)
+def iterations(folder: Path) -> list[str]:
+    return sorted((path.name for path in folder.glob("checkpoints/*/[0-9]*")), key=int)
 
 
 @pytest.mark.run

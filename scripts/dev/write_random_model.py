@@ -55,9 +55,8 @@ def write_random_shape(folder: Path, shape: str) -> None:
     """Write a model of this shape of benchmark.py into the new folder, in float16: norms that change nothing, all else random."""
     import torch
 
-    from model.inference.load import without_memory
     from model.sat_compat import model_only
-    from model.visualglm import VisualGLMModel
+    from model.visualglm import VisualGLMModel, without_memory
     from scripts.dev.shapes import SHAPES, TINY_IDS
 
     config = {**copy.deepcopy(SHAPES[shape]), **TINY_IDS}

@@ -18,8 +18,8 @@ from model.cpu import PrepackedLinear, RowsLinear, has_onednn, pack_linears
 from model.errors import InputError
 from model.frozen import FrozenLinear
 from model.inference import load
-from model.inference.load import DTYPES, NumberFormat, chosen_format, image_size, load_for_answering, without_memory
-from model.visualglm import VisualGLMModel
+from model.inference.load import DTYPES, NumberFormat, chosen_format, image_size, load_for_answering
+from model.visualglm import VisualGLMModel, without_memory
 from scripts.dev.shapes import SHAPES
 
 INPUT_IDS = torch.tensor([[859, 775, 2685, 86, 89, 554, 90]])

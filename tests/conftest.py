@@ -24,6 +24,7 @@ from warm_start import SOCKETS, commands, run_warm, wait_for_requests
 PROJECT = Path(__file__).resolve().parent.parent
 RUNS = tempfile.TemporaryDirectory(prefix="runs-")  # of runs in the project's folder whose checkpoints nobody looks at
 GOLDEN = Path(__file__).resolve().parent / "golden"
+PICTURE = GOLDEN / "upstream/images/0.png"
 sys.path.insert(0, str(PROJECT))
 # The models here are so small that threads would wait for each other; set before torch is imported, for runs as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

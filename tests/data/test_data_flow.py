@@ -7,11 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, PROJECT, printed_losses, run_python, write_rows
+from conftest import GOLDEN, PICTURE, PROJECT, printed_losses, run_python, write_rows
 
 pytestmark = pytest.mark.run
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 SHAPES = [
     {"img": str(PICTURE), "prompt": "这是什么？", "label": "天。"},
     {"img": str(PICTURE), "prompt": "还有呢？", "label": "云。", "history": [["这是什么？", "天。"]]},

@@ -11,14 +11,13 @@ import warnings
 import zlib
 
 import pytest
-from conftest import GOLDEN, PROJECT
+from conftest import PROJECT
 from PIL import Image
 
 from model.data import images
 from model.data.images import IMAGE_NEEDED, image_path, image_places, open_image
 from model.errors import InputError
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 RED = (255, 0, 0)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from conftest import GOLDEN
+from conftest import PICTURE
 from PIL import Image
 
 from model.data import remote_images
@@ -31,7 +31,6 @@ from model.data.remote_images import (
 )
 from model.errors import InputError
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import GOLDEN, load_model
+from conftest import PICTURE, load_model
 from PIL import Image
 
 from model.data.image_processor import BlipImageEvalProcessor
@@ -16,7 +16,6 @@ from model.inference.chat import chat
 from model.inference.load import image_size, load_for_answering
 from model.inference.token_pass import TokenPass
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 CHATTY = {"max_length": 64, "temperature": 0}  # greedy, some twenty tokens
 ADAPTERS = [
     {},

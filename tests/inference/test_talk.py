@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from conftest import GOLDEN, load_model
+from conftest import GOLDEN, PICTURE, load_model
 
 from model.data.remote_images import Limits
 from model.data.tokenizer import ChatGLMTokenizer
@@ -15,7 +15,6 @@ from model.inference.sampling import GREEDY
 from model.inference.serving import BusyError, Service
 from model.inference.talk import Speaker, Talk, Turn, Wish, held_out_rows, together
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 QUESTION = "这是什么？"
 SHORT, LONG = Wish(GREEDY, False, 300, max_tokens=12), Wish(GREEDY, False, 300, max_tokens=100)
 

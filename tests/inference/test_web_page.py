@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, upstream_weights, write_checkpoint
+from conftest import GOLDEN, PICTURE, PROJECT, load_model, upstream_weights, write_checkpoint
 from hostile_pictures import saved
 from PIL import Image
 
@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("gradio") is None, reason="the page needs pip install -r requirements-web.txt"),
 ]
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 QUESTION = "这是什么？"
 API = "/gradio_api"
 # small limits, so that a test reaches them soon

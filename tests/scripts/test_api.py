@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-from conftest import GOLDEN, PROJECT, load_model, run_python
+from conftest import GOLDEN, PICTURE, PROJECT, load_model, run_python
 from hostile_pictures import saved
 
 from model.data.prompt import AskedAs
@@ -32,7 +32,6 @@ from scripts.dev.fuzz_data import png_header
 
 pytestmark = pytest.mark.run
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 IN_BASE64 = base64.b64encode(PICTURE.read_bytes()).decode()
 KEY = "a secret"
 QUESTION = "这是什么？"

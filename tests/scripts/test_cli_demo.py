@@ -14,7 +14,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import GOLDEN, PROJECT, free_port, load_model, run_here, run_python, write_tuned
+from conftest import GOLDEN, PICTURE, PROJECT, free_port, load_model, run_here, run_python, write_tuned
 from warm_start import commands, started_warm
 
 from model.data.tokenizer import ChatGLMTokenizer
@@ -23,7 +23,6 @@ from model.inference.sampling import Sampling
 from scripts.cli_demo import main
 
 COMMAND = PROJECT / "scripts/cli_demo.py"
-PICTURE = GOLDEN / "upstream/images/0.png"
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import GOLDEN, PROJECT, run_python, upstream_weights, write_checkpoint
+from conftest import PICTURE, PROJECT, run_python, upstream_weights, write_checkpoint
 
 from model.checkpoints.layout import Checkpoint
 from scripts.web_demo import first_language, main, tell
 
 pytestmark = pytest.mark.run
 
-PICTURE = GOLDEN / "upstream/images/0.png"
 QUESTION = "#question textarea"
 # One row, and one place to wait, so that a third visitor finds no room. The models of random numbers never end an answer.
 FLAGS = ("--rows", 1, "--queue", 1, "--temperature", 0, "--port", 0, "--max_length", 1000, "--max_pixels", 2)

@@ -3,7 +3,8 @@
 import pytest
 import sacrebleu
 
-from model.inference.scores import Result, bleu, rouge_l, summary, without_punctuation, worst_first
+from model.data.rows import Row
+from model.inference.scores import Result, bleu, result_of, rouge_l, summary, worst_first
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,7 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence_of_characters(answer, l
 
 
 def result(answer, label, loss=1.0, tokens=1):
-    right = without_punctuation(answer) == without_punctuation(label)
-    return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
+    return result_of(Row("a.png", "问", label, "a.json row 1"), answer, loss * tokens, tokens)
 
 
 @pytest.mark.parametrize(

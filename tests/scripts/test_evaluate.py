@@ -13,7 +13,7 @@ from model.data.rows import Row, row_from_json
 from model.inference.batch import greedy_answers, label_losses
 from model.inference.chat import chat, image_tensor
 from model.inference.page import OWN_PAGE
-from model.inference.scores import Result, rouge_l, summary, without_punctuation
+from model.inference.scores import Result, result_of, summary
 from model.progress import show
 from scripts import cli_demo, evaluate, predict
 from scripts.evaluate import comparison
@@ -99,9 +99,8 @@ def test_label_losses_in_a_batch_equal_those_one_by_one(model, tokenizer):
     assert [loss for loss, _ in batched] == pytest.approx([loss for loss, _ in single], rel=1e-5)
 
 
-def result(answer, label, loss=1.0, tokens=1):
-    right = without_punctuation(answer) == without_punctuation(label)
-    return Result("a.png", "问", label, answer, right, answer == label, rouge_l(answer, label), loss, tokens)
+def result(answer, label):
+    return result_of(Row("a.png", "问", label, "a.json row 1"), answer, loss=1.0, tokens=1)
 
 
 def test_comparison_counts_rows_that_one_alone_has_right():

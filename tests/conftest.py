@@ -176,6 +176,24 @@ def uncompiled_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
 
 
+class FakeClock:
+    """A time.monotonic that tells the time it is set to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """What a run's lines go by, on its first process; a test sets the time."""
+    monkeypatch.setenv("RANK", "0")
+    clock = FakeClock()
+    monkeypatch.setattr("model.training.terminal.time", clock)
+    return clock
+
+
 class FakeTimers:
     """Counts what is started and stopped, as SAT's timers are."""
 

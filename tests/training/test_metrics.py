@@ -9,19 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from model.training import metrics as module
-from model.training import terminal
 from model.training.metrics import TrainingReport
 
 ARGS = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, world_size=6, model_parallel_size=2, wandb=False)
-
-
-class Clock:
-    """A time.monotonic that tells the time it is set to."""
-
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
 
 
 class Writer:
@@ -32,14 +22,6 @@ class Writer:
 
     def add_scalar(self, name, value, step):
         self.scalars[name, step] = value
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    clock = Clock()
-    monkeypatch.setattr(terminal, "time", clock)
-    return clock
 
 
 def step(report, number, last=20, loss=1.5, milliseconds=2000.0, writer=None, args=ARGS):

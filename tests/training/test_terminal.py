@@ -11,26 +11,8 @@ from conftest import GOLDEN, PROJECT
 from warm_start import commands
 
 from model.cli.options import parse
-from model.training import terminal as module
 from model.training.records import Record
 from model.training.terminal import Terminal, speed
-
-
-class Clock:
-    """A time.monotonic that tells the time it is set to."""
-
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
 
 
 def steps(terminal, clock, count, seconds=1.0, **fields):

@@ -159,6 +159,12 @@ def small_model(upstream_checkpoint: Path) -> Any:
     return load_model(upstream_checkpoint)
 
 
+@pytest.fixture(scope="module")
+def process_group(upstream_checkpoint: Path) -> None:
+    """SAT's, which loading a model makes."""
+    load_model(upstream_checkpoint)
+
+
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

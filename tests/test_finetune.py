@@ -59,13 +59,8 @@ def test_no_memory_while_a_model_is_loaded_is_an_error(upstream_checkpoint, monk
         loaded_later(upstream_checkpoint, use_lora=True)
 
 
-@pytest.fixture
-def groups(small_model: object) -> None:
-    """SAT's model-parallel groups, which loading a model makes."""
-
-
 @torch.no_grad()
-@pytest.mark.usefixtures("groups")
+@pytest.mark.usefixtures("process_group")
 def test_from_pretrained_with_a_2023_namespace_adds_its_lora(upstream_checkpoint: Path) -> None:
     args = Namespace(use_lora=True, use_qlora=False, use_ptuning=False, lora_rank=4, layer_range=[1], pre_seq_len=4)
     model, args = FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
@@ -77,21 +72,21 @@ def test_from_pretrained_with_a_2023_namespace_adds_its_lora(upstream_checkpoint
     assert torch.equal(model.eval()(input_ids=INPUT_IDS)[0], base(input_ids=INPUT_IDS)[0])
 
 
-@pytest.mark.usefixtures("groups")
+@pytest.mark.usefixtures("process_group")
 def test_use_gpu_initialization_asks_for_no_gpu(upstream_checkpoint: Path) -> None:
     args = Namespace(use_lora=True, lora_rank=4, use_gpu_initialization=True, device="cpu")
     model, _ = FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-@pytest.mark.usefixtures("groups")
+@pytest.mark.usefixtures("process_group")
 def test_from_pretrained_leaves_the_namespace_that_it_was_given_alone(upstream_checkpoint: Path) -> None:
     args = Namespace(use_lora=True, lora_rank=4, num_layers=99)
     FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)
     assert args == Namespace(use_lora=True, lora_rank=4, num_layers=99)
 
 
-@pytest.mark.usefixtures("groups")
+@pytest.mark.usefixtures("process_group")
 def test_from_pretrained_takes_a_checkpoint_that_was_found_before(upstream_checkpoint: Path) -> None:
     checkpoint = Checkpoint.find(upstream_checkpoint)
     model, args = FineTuneVisualGLMModel.from_pretrained(checkpoint, Namespace(use_ptuning=True, pre_seq_len=3))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, FakeTimers, load_model, write_checkpoint
+from conftest import GOLDEN, PROJECT, FakeTimers, write_checkpoint
 from fake_gpu import CUDA, GIB, FakeRecorder, Memory, fake_gpu, fake_tensor, fused_attention, with_numbers
 
 from model import attention
@@ -59,15 +59,11 @@ METHODS = {
 }
 KINDS = ("images", "features", "no images", "some images", "packed")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def model_parallel_groups(upstream_checkpoint: Path) -> None:
-    """SAT's, which a real run has made before it builds a model."""
-    load_model(upstream_checkpoint)
+pytestmark = pytest.mark.usefixtures("process_group")  # a real run has made it before it builds a model
 
 
 @pytest.fixture(scope="module")
-def smallest(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict, model_parallel_groups: None) -> Path:
+def smallest(tmp_path_factory: pytest.TempPathFactory, upstream_config: dict, process_group: None) -> Path:
     """A checkpoint with as few layers as show everything: fake tensors take Python's time, operation by operation."""
     config = copy.deepcopy(upstream_config) | {"num_layers": 2}
     config["eva_args"]["num_layers"] = 1

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import load_model
 
 from model.errors import InputError
 from model.inference.sampling import GREEDY, Sampling, drawn_alike, drawn_tokens, next_tokens, token_probabilities
@@ -16,10 +15,7 @@ VOCABULARY = 300
 ANSWER = [5, 17, 5, 200]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def model_parallel_groups(upstream_checkpoint):
-    """SAT's, which a strategy of SAT's asks for."""
-    load_model(upstream_checkpoint)
+pytestmark = pytest.mark.usefixtures("process_group")  # a strategy of SAT's asks for it
 
 
 def sat_probabilities(monkeypatch, sampling, scores):

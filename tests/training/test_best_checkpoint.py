@@ -10,11 +10,6 @@ import torch
 from model.training.best_checkpoint import BEST_FILE, BestEvaluation, kept_measures, mean_over_tokens
 
 
-@pytest.fixture
-def process_group(small_model):
-    """SAT's, which loading a model sets up."""
-
-
 def best_loss(folder):
     return kept_measures(folder).get("loss", math.inf)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, load_model, printed_losses, run_python, write_rows
+from conftest import PROJECT, printed_losses, run_python, write_rows
 
 from model.data.dataset import FewShotDataset
 from model.data.sampling import SampleOrder
@@ -14,10 +14,7 @@ from model.data.split import scan_files
 from model.training import loaders as module
 from model.training.loaders import Loader, OrderedBatches, make_loaders
 
-
-@pytest.fixture(autouse=True)
-def process_group(upstream_checkpoint):
-    load_model(upstream_checkpoint)  # sets up SAT's groups
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def few_shot(folder, tokenizer, labels: list[str]) -> FewShotDataset:
@@ -69,7 +66,7 @@ def numbers(loader) -> list[list[int]]:
 # --- batches
 
 
-def test_batches_after_steps_left_out_are_the_rest_of_all_batches(process_group):
+def test_batches_after_steps_left_out_are_the_rest_of_all_batches():
     order = SampleOrder(counts=(7,), seed=1, epochs=2, batch=2)
     whole = list(OrderedBatches(order))
     later = OrderedBatches(order, batches_per_step=3)

@@ -30,9 +30,7 @@ TRAINING = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def process_group(small_model: Any) -> None:
-    """SAT's, which loading a model sets up."""
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # --- beside the training ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FakeTimers, golden_values, load_model
+from conftest import FakeTimers, golden_values
 
 from model.data import lengths
 from model.data.dataset import data_collator
@@ -13,6 +13,8 @@ from model.training.step import evaluation_step, forward_step, get_batch, token_
 
 CONTEXT = [563, 775, 2685, *[3] * 32, 859]  # <img>, image slots, </img>
 
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 ARGS_OF_2023 = SimpleNamespace(device="cpu", fp16=False)
 
@@ -43,12 +45,6 @@ def batch():
 def batch_of_2023():
     """The same rows as the released script's collator gives them."""
     return {name: value for name, value in batch().items() if name in ("input_ids", "labels", "image", "pre_image")}
-
-
-@pytest.fixture(autouse=True)
-def process_group(upstream_checkpoint):
-    """SAT's model-parallel groups, which loading a model sets up."""
-    return load_model(upstream_checkpoint)
 
 
 # get_batch
@@ -87,8 +83,8 @@ def test_timers_are_stopped_again():
 
 
 @pytest.mark.slow
-def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
-    model, given, timers = process_group, batch(), FakeTimers()
+def test_loss_of_a_step_is_that_of_a_plain_computation(small_model):
+    model, given, timers = small_model, batch(), FakeTimers()
     loss, metrics = forward_step(iter([given]), model, sat_args(), timers)
 
     logits = model(input_ids=given["input_ids"], image=given["image"], pre_image=3)[0]
@@ -105,16 +101,16 @@ def test_loss_of_a_step_is_that_of_a_plain_computation(process_group):
     assert not timers.running
 
 
-def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(process_group, monkeypatch):
+def test_loss_of_a_step_when_the_rows_have_more_padding_is_the_same(small_model, monkeypatch):
     losses = []
     for multiple in (1, 64):
         monkeypatch.setattr(lengths, "PAD_MULTIPLE", multiple)
-        losses.append(forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())[0])
+        losses.append(forward_step(iter([batch()]), small_model, sat_args(), FakeTimers())[0])
     torch.testing.assert_close(*losses)
 
 
-def test_loss_of_a_step_in_bfloat16_is_float32(process_group):
-    loss, _ = forward_step(iter([batch()]), process_group.bfloat16(), sat_args(bf16=True), FakeTimers())
+def test_loss_of_a_step_in_bfloat16_is_float32(small_model):
+    loss, _ = forward_step(iter([batch()]), small_model.bfloat16(), sat_args(bf16=True), FakeTimers())
     assert loss.dtype == torch.float32
     assert loss.isfinite()
 
@@ -143,9 +139,9 @@ def test_batch_of_2023_is_handed_on_as_it_is():
 
 
 @pytest.mark.parametrize("step", [forward_step, evaluation_step, token_normalized_step()])
-def test_loss_of_a_batch_of_2023_is_that_of_our_collators(process_group, step):
-    expected, _ = forward_step(iter([batch()]), process_group, sat_args(), FakeTimers())
-    loss, _ = step(iter([batch_of_2023()]), process_group, ARGS_OF_2023, FakeTimers())
+def test_loss_of_a_batch_of_2023_is_that_of_our_collators(small_model, step):
+    expected, _ = forward_step(iter([batch()]), small_model, sat_args(), FakeTimers())
+    loss, _ = step(iter([batch_of_2023()]), small_model, ARGS_OF_2023, FakeTimers())
     torch.testing.assert_close(loss, expected)
 
 

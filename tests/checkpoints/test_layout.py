@@ -13,11 +13,7 @@ from model.errors import InputError
 
 WEIGHTS = "mp_rank_00_model_states.pt"
 
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SAT_HOME"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,7 @@ RECIPE = (
     "--lr 0.0001 --batch-size 4 --skip-init --fp16 --use_lora"
 )
 
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SAT_HOME"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -30,11 +30,7 @@ from model.errors import InputError
 
 ROWS = [{"prompt": "这是什么？", "label": f"一只{animal}。"} for animal in "狗牛羊象"]
 
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SAT_HOME"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 @pytest.fixture

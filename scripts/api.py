@@ -187,9 +187,8 @@ class Api:
         if not body.stream:
             return JSONResponse(completion(await self.last_growth(asked, request), identity, self.options.model_name))
         growths = await self.growths(asked, request)
-        first = await anext(
-            growths, None
-        )  # what can be wrong is told with a status of its own, before the stream begins
+        # What can be wrong is told with a status of its own, before the stream begins.
+        first = await anext(growths, None)
         tells_usage = body.stream_options is not None and body.stream_options.include_usage
         events = self.events(first, growths, identity, tells_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})

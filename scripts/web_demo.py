@@ -52,9 +52,8 @@ from model.training.records import HELD_OUT_FILE
 
 AUTH_VARIABLE = "VISUALGLM_WEB_AUTH"
 BODY_SECONDS = 60.0  # in which an upload, or the picture of an address, has to be there
-KEPT_SETTINGS = (
-    "GRADIO_ROOT_PATH",
-)  # of the environment's, for a proxy; others, such as GRADIO_ALLOWED_PATHS, open doors
+# Of the environment's, for a proxy; others, such as GRADIO_ALLOWED_PATHS, open doors.
+KEPT_SETTINGS = ("GRADIO_ROOT_PATH",)
 
 
 def command_line() -> argparse.ArgumentParser:

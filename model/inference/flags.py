@@ -1,4 +1,4 @@
-"""The flags that commands which answer have in common; without torch."""
+"""The flags that commands which answer have in common, and what they mean; imported without torch."""
 
 import argparse
 import os

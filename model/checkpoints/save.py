@@ -42,7 +42,7 @@ from model.checkpoints.whole import (
     write_whole,
 )
 from model.data.prompt import AskedAs
-from model.distributed import is_first_process, whole_parameters
+from model.distributed import from_all_processes, is_first_process, whole_parameters
 from model.errors import InputError
 from model.progress import say, warn
 from model.sat_compat import import_sat
@@ -196,9 +196,7 @@ def on_every_process(act: Callable[[], None]) -> None:
         act()
     except InputError as error:
         problem = str(error)
-    problems = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
-    found = [problem for problem in problems if problem]
+    found = [told for told in from_all_processes(problem) if told]
     if found:
         raise InputError(found[0])
 

@@ -44,7 +44,7 @@ from model.checkpoints.resume import (
 from model.checkpoints.weights import opened_for, refuse_another_base
 from model.cli.preflight import Inputs, training_samples
 from model.cli.resuming import CommandLine
-from model.distributed import is_first_process, whole_parameters
+from model.distributed import from_all_processes, is_first_process, whole_parameters
 from model.progress import say, warn
 from model.sat_compat import model_parallel
 from model.training.best_checkpoint import BestEvaluation
@@ -245,8 +245,7 @@ class RunState:
 
     def collect(self, iteration: int, state: LoopState) -> dict[str, Any]:
         """What `before_training` puts back. Every process calls this; all get the whole state."""
-        random_states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(random_states, random_state())
+        random_states = from_all_processes(random_state())
         return {
             "iteration": iteration,
             "first_iteration": self._first_iteration or 0,

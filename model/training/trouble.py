@@ -21,7 +21,7 @@ import torch
 
 from model.checkpoints.save import make_latest
 from model.cli.options import Options
-from model.distributed import done_by_first_process
+from model.distributed import done_by_first_process, from_all_processes
 from model.errors import InputError, RowError
 from model.progress import warn
 from model.training.metrics import TrainingReport
@@ -209,9 +209,7 @@ class SkippedSteps(StepWatcher):
 
 def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
     """The rows of all processes; each of them must call this."""
-    parts: list[list[RowAtHand]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    return [row for part in from_all_processes(rows) for row in part]
 
 
 def _last_of(folder: Path, good: Sequence[int], bad: Sequence[int]) -> int | None:

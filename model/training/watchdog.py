@@ -42,7 +42,7 @@ from typing import Any
 
 from model.cli.options import SCRIPT, Options
 from model.cli.preflight import Inputs
-from model.distributed import store_of_run
+from model.distributed import from_all_processes, store_of_run
 from model.errors import (
     STATUS_OF_A_LOST_PROCESS,
     STATUS_OF_A_SIGNAL,
@@ -151,8 +151,8 @@ class Watchdog:
         if self.rank == 0:
             store.set(CAUSE, "")
         store.set(_beat(self.rank), "0")
-        all_see: list[Any] = [None] * processes  # also: every key is there once they have told each other
-        torch.distributed.all_gather_object(all_see, (socket.gethostname(), seen_by_this_process(options, inputs)))
+        # Also: every key is there once they have told each other.
+        all_see = from_all_processes((socket.gethostname(), seen_by_this_process(options, inputs)))
         hosts, seen = zip(*all_see, strict=True)
         self.names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
         first = [rank for rank in range(1, processes) if hosts[rank] == hosts[self.rank]]

@@ -81,7 +81,7 @@ class EvaArgs(TypedDict, total=False):
 
 
 class ModelConfig(AdapterKeys, total=False):
-    """What `model_config.json` holds, as far as this code reads it; `model.cli.flag_checks` checks the types."""
+    """What `model_config.json` holds, as far as this code reads it; `model.checkpoints.config_types` checks the types."""
 
     num_layers: int
     hidden_size: int

@@ -207,11 +207,11 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weights_files())
 
 
-def split_problems(parts: int, config: ModelConfig, flag: str = "--model-parallel-size") -> list[str]:
+def split_problems(parts: int, config: ModelConfig) -> list[str]:
     """Why a model with this config can't be split among so many model-parallel processes, if it can't."""
     sizes = {**config}
     return [
-        f"{flag} {parts}: {key} {size} of this checkpoint can't be divided by it; a divisor is needed."
+        f"--model-parallel-size {parts}: {key} {size} of this checkpoint can't be divided by it; a divisor is needed."
         for key in ("num_attention_heads", "inner_hidden_size", "vocab_size")
         if isinstance(size := sizes.get(key), int) and size % max(1, parts)
     ]
@@ -326,7 +326,7 @@ def newest_run_named(path: Path) -> Path | None:
     return None
 
 
-def hiding_problem(folder: Path, source: Checkpoint | None = None) -> str | None:
+def hiding_problem(folder: Path, source: Checkpoint | None) -> str | None:
     """Why this folder should not be made, nor those above that are missing, in half a sentence.
 
     A run would not be found by its short name any more, or the source not by the name that it was found by.

@@ -210,7 +210,7 @@ def pre_image(tokenizer: Tokenizer) -> int:
     return len(tokenizer.encode(IMAGE_OPEN, add_special_tokens=False))
 
 
-def chat_prompt(query: str, history: Sequence[tuple[str, str]] | None, has_image: bool, english: bool = False) -> str:
+def chat_prompt(query: str, history: Sequence[tuple[str, str]] | None, has_image: bool, english: bool) -> str:
     """The text of a conversation up to where the answer begins.
 
         <img></img>问：question\\n答：answer\\n问：query\\n答：
@@ -276,7 +276,7 @@ def _is_english(row: Row, lengths: Lengths) -> bool:
     return (row.lang or lengths.lang) == "en"
 
 
-def _question_frame(tokenizer: Tokenizer, has_image: bool = True, english: bool = False) -> tuple[list[int], list[int]]:
+def _question_frame(tokenizer: Tokenizer, has_image: bool, english: bool) -> tuple[list[int], list[int]]:
     """Token ids before and after the prompt: `</img>问：` and `<n>答：`, without the tag if there is no image."""
     text = chat_prompt("", None, has_image, english).removeprefix(IMAGE_OPEN)
     frame = tokenizer.encode(text, add_special_tokens=False)

@@ -1,6 +1,6 @@
 """The state of a run: collected for each checkpoint, and put back when the run goes on.
 
-    run = RunState(report, resumed)
+    run = RunState(report, resumed, begin)
     Hooks(…, run.saving(save_checkpoint), …)      every checkpoint gets the two files of `checkpoints.resume`
     run.watch(hooks, …)                           everything is put back after SAT has seeded everything anew
 
@@ -51,7 +51,7 @@ from model.training.best_checkpoint import BestEvaluation
 from model.training.metrics import TrainingReport
 from model.training.records import STEP as STEP_RECORD
 from model.training.records import TEST, Record
-from model.training.sat_loop import Hooks, LoopState, save_beside_earlier_runs
+from model.training.sat_loop import Hooks, LoopState
 
 MASTER = "master"  # the float32 weight
 STEP = "step"  # how many steps the optimizer has taken with this tensor
@@ -62,12 +62,7 @@ ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 class RunState:
     """The state of this process's run."""
 
-    def __init__(
-        self,
-        report: TrainingReport,
-        resumed: Resumed | None = None,
-        begin: Callable[..., None] = save_beside_earlier_runs,
-    ) -> None:
+    def __init__(self, report: TrainingReport, resumed: Resumed | None, begin: Callable[..., None]) -> None:
         """A fresh run, whose folder begin(args, model) makes, or one that goes on.
 
         Raises:

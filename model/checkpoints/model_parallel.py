@@ -82,7 +82,7 @@ def own_parts(weights: Mapping[str, torch.Tensor], rank: int, ranks: int) -> Map
     """The tensors that the process of a rank has of a whole model; each is taken out when it is asked for."""
     if ranks == 1:
         return weights
-    entries = weights.entries if isinstance(weights, LazyTensors) else {n: LazyTensor.of(t) for n, t in weights.items()}
+    entries = LazyTensors.of(weights).entries
     return LazyTensors({name: _lazy_part(name, entry, rank, ranks) for name, entry in entries.items()})
 
 

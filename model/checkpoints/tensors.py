@@ -71,6 +71,13 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
         self.entries = dict(entries)
 
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor]) -> "LazyTensors":
+        """The same tensors as lazy ones; they themselves if they are."""
+        if isinstance(weights, LazyTensors):
+            return weights
+        return cls({name: LazyTensor.of(tensor) for name, tensor in weights.items()})
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.entries[name].read()
 

@@ -187,7 +187,7 @@ def read_one_by_one(
         lazy = _unmapped(source, read_weights(source.weights_file()))
     if checkpoint.base is not None:
         lazy = without_adapters(lazy)
-    entries = lazy.entries if isinstance(lazy, LazyTensors) else {n: LazyTensor.of(lazy[n]) for n in lazy}
+    entries = LazyTensors.of(lazy).entries
     if checkpoint.base is not None:
         entries = entries | {name: LazyTensor.of(weights[name]) for name in tuned_names}
     return LazyTensors(dict(sorted(entries.items(), key=lambda entry: -math.prod(entry[1].shape))))
@@ -343,9 +343,7 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     reading 15 GB at every start would take longer than loading them.
     """
     digest = hashlib.sha256()
-    plain = without_adapters(weights)
-    for name in sorted(plain):
-        tensor = plain.entries[name] if isinstance(plain, LazyTensors) else LazyTensor.of(plain[name])
+    for name, tensor in sorted(LazyTensors.of(without_adapters(weights)).entries.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         count = math.prod(tensor.shape)
         places = range(0, count, max(1, count // SAMPLES_PER_TENSOR))

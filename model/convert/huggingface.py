@@ -38,7 +38,6 @@ from model.checkpoints.model_parallel import joined
 from model.checkpoints.sizes import folder_problems, new_folder_problems
 from model.checkpoints.tensors import (
     DTYPES,
-    LazyTensor,
     LazyTensors,
     looks_old,
     one_by_one,
@@ -181,11 +180,10 @@ def described_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def _in_todays_order(weights: Mapping[str, torch.Tensor], heads: int) -> LazyTensors:
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        return lambda: rows_for_sat(weights[name], heads) if is_reordered(name) else weights[name]
+    def in_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return rows_for_sat(tensor, heads) if is_reordered(name) else tensor
 
-    like = shapes(weights)
-    return LazyTensors({name: LazyTensor(tuple(like[name].shape), like[name].dtype, reader(name)) for name in like})
+    return LazyTensors.of(weights).converted(in_order)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def size_in_bytes(weights: Mapping[str, torch.Tensor]) -> int:
     """How many bytes the numbers of these tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in shapes(weights).values())
+    return sum(tensor.nbytes for tensor in shapes(weights).values())
 
 
 def by_layer(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -250,7 +250,7 @@ def _in_torchs_file(
         place, size = place_in_file(tensor)
         if size:
             starts.add(mapped[name].untyped_storage().data_ptr() - place)
-        if size == tensor.numel() * tensor.element_size() and tensor.is_contiguous():
+        if size == tensor.nbytes and tensor.is_contiguous():
             placed[name] = file.tensor(place, tuple(tensor.shape), tensor.dtype)
     return entries | placed if len(starts) == 1 else entries  # where the file is mapped to, by every tensor's place
 

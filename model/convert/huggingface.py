@@ -276,12 +276,11 @@ def _shards(like: Mapping[str, torch.Tensor], max_shard_size: int) -> list[list[
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in like.items():
-        tensor_size = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + tensor_size > max_shard_size:
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor_size
+        size += tensor.nbytes
     return shards
 
 
@@ -296,7 +295,7 @@ def write_safetensors(path: Path, like: Mapping[str, torch.Tensor], tensors: Ite
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in like.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": NAMES_OF_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),

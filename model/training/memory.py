@@ -293,13 +293,14 @@ def _kept_by_layer(setup: Setup, batch: Batch) -> tuple[float, float, float, flo
     return attention, rest, lora["attention"], lora["rest"]
 
 
-def _keys(setup: Setup, batch: Batch) -> int:
+def seen_keys(setup: Setup, batch: Batch) -> int:
+    """Keys that a token sees at most: those of its sequence, and of the prefix."""
     return batch.seq + (setup.adapters.prefix_length if setup.adapters.has_ptuning else 0)
 
 
 def _drops_by_itself(setup: Setup, batch: Batch) -> bool:
     """Whether torch's own attention on a CPU leaves weights out: it has two gradients of them at once."""
-    return not setup.on_gpu and bool(setup.attention_dropout) and _keys(setup, batch) > SHORT_ON_CPU
+    return not setup.on_gpu and bool(setup.attention_dropout) and seen_keys(setup, batch) > SHORT_ON_CPU
 
 
 def _attention_weights(setup: Setup, batch: Batch) -> tuple[float, int]:
@@ -307,7 +308,7 @@ def _attention_weights(setup: Setup, batch: Batch) -> tuple[float, int]:
 
     torch computes them in float32, unless there are few keys, which `model.attention` does by itself.
     """
-    keys, dropped = _keys(setup, batch), bool(setup.attention_dropout)
+    keys, dropped = seen_keys(setup, batch), bool(setup.attention_dropout)
     is_short = keys <= SHORT_ON_CPU
     one = batch.tokens * keys * setup.config["num_attention_heads"] / setup.model_parallel
     return one * (setup.bytes if is_short else 4), 3 if dropped else int(is_short)

@@ -24,6 +24,7 @@ from model.training.memory import (
     image_positions,
     inner_size,
     layer_linears,
+    seen_keys,
 )
 
 SECONDS = 0.3  # that a rate is measured for
@@ -45,8 +46,9 @@ def step_operations(setup: Setup, batch: Batch) -> float:
     once = 6 if setup.recomputed else 4  # the same, of one layer that gradients come to
     spared = once * (tokens - answers) * (layer_linears(config) - 3 * hidden * hidden)
     products = passes * tokens * layer_linears(config) - spared + 4 * answers * config["vocab_size"] * hidden
-    keys = batch.seq + (setup.adapters.prefix_length if setup.adapters.has_ptuning else 0)
-    attention = 2 * tokens * keys * hidden * (passes + 2 * with_gradient)  # a gradient to each of its two factors
+    attention = (
+        2 * tokens * seen_keys(setup, batch) * hidden * (passes + 2 * with_gradient)
+    )  # a gradient to each of its two factors
     trained = 3 if setup.trains_vision else 1
     return (products + attention) / setup.model_parallel + batch.images * trained * picture_operations(config)
 

@@ -5,7 +5,6 @@ SAT's loop → TrainingReport → Record → the terminal, TensorBoard, Weights 
 """
 
 import argparse
-import importlib
 import math
 import sys
 import time
@@ -166,7 +165,8 @@ class TrainingReport:
         if time.monotonic() - self._memory_asked >= SECONDS_BETWEEN_MEMORY:
             self._memory_asked = time.monotonic()
             if has_gpu():
-                torch = importlib.import_module("torch")
+                import torch
+
                 self._memory = torch.cuda.max_memory_allocated()
             else:
                 self._memory = psutil.Process().memory_info().rss

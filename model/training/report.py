@@ -5,7 +5,6 @@ worst first, and what can be done next. `python scripts/report.py RUN [RUN …]`
 """
 
 import datetime
-import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.checkpoints.resume import SETTINGS_FILE
 from model.chinese import in_ui_language, listed_in_ui_language
 from model.cli.options import flag_names, shown
 from model.inference.page import Curve, chart, escaped, page, paragraphs, row_card, section, table
 from model.inference.scores import Result, worst_first
 from model.progress import count_of, duration
 from model.training.answers import Answered, read_answers
-from model.training.curves import top_of_losses
+from model.training.curves import settings_in, top_of_losses
 from model.training.records import (
     EVALUATION,
     HELD_OUT_FILE,
@@ -54,12 +52,7 @@ class Story:
         Raises:
             OSError: its metrics can't be read.
         """
-        try:
-            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            settings = {}
-        settings = settings if isinstance(settings, dict) else {}
-        return cls(folder, settings, read_records(folder / METRICS_FILE), read_answers(folder))
+        return cls(folder, settings_in(folder), read_records(folder / METRICS_FILE), read_answers(folder))
 
     @property
     def name(self) -> str:

@@ -15,7 +15,8 @@ Only the standard library is imported.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -92,7 +93,15 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         OSError: there is one, but it can't be read.
     """
-    return list(_records(path))
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            records.append(Record.from_line(line))
+    return records
 
 
 def comparable(records: Sequence[Record], settings: Mapping[str, Any]) -> list[Record]:
@@ -105,18 +114,6 @@ def comparable(records: Sequence[Record], settings: Mapping[str, Any]) -> list[R
     since = max(changes, default=0)
     made = (one for one in records if one.kind == EVALUATION and one.split == VALIDATION)
     return [one for one in made if one.step > since and math.isfinite(one.loss)]
-
-
-def _records(path: Path) -> Iterator[Record]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            yield Record.from_line(line)
-        except (ValueError, TypeError):
-            continue
 
 
 class MetricsFile:

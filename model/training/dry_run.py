@@ -267,11 +267,9 @@ def ways_to_fit(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
         yield "--checkpoint-activations", "a third longer; a run does so by itself", recomputed
     if setup.data_parallel > 1 and setup.zero_stage < 2:
         yield "--zero-stage 2", "more exchanges between the processes", plan.changed(zero_stage=2)
-    smaller = next(iter(_smaller_batches(plan)), None)
-    for rows in (one.batch.rows for one in _smaller_batches(plan)):
-        way = plan.with_rows(rows)
+    for way in _smaller_batches(plan):
         yield _batch_flags(way), "the same step in more parts, up to as many times as long", way
-    if smaller is not None and not setup.recomputed:
+    if plan.batch.rows > 1 and not setup.recomputed:
         way = recomputed.with_rows(1)
         yield f"--checkpoint-activations {_batch_flags(way)}", "a third longer, and the step in more parts", way
     if "lora" in setup.adapters.methods:

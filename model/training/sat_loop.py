@@ -399,20 +399,19 @@ def _train(loop: Any, hooks: Hooks) -> Callable[..., Any]:
                 step=args.iteration, split="val", **named,
             )  # fmt: skip
 
+        state, is_ours = LoopState(model, optimizer, scheduler, args), hooks.make_loaders is not None
         hooks.report.terminal.lines_every, args.log_interval = args.log_interval, 1
-        if hooks.make_loaders is not None and val_data is not None:
+        if is_ours and val_data is not None:
             val_data.batch_sampler.start_iter = 0  # SAT's --resume-dataloader leaves rows out of every evaluation
-        owes_evaluation = hooks.before_training(LoopState(model, optimizer, scheduler, args), train_data)
-        hooks.before_first_step(LoopState(model, optimizer, scheduler, args), train_data, val_data)
+        owes_evaluation = hooks.before_training(state, train_data)
+        hooks.before_first_step(state, train_data, val_data)
         if owes_evaluation and args.do_valid and args.eval_interval and args.iteration % args.eval_interval == 0:
             evaluate_now()
         result = train_of_sat(model, optimizer, scheduler, train_data, val_data, timers, args, **named)
-        is_ours = hooks.make_loaders is not None
-        if (
-            is_ours and args.do_valid and hooks.report.evaluated_at != args.iteration
-        ):  # --eval-interval leaves the end out
+        # --eval-interval leaves the end out.
+        if is_ours and args.do_valid and hooks.report.evaluated_at != args.iteration:
             evaluate_now()
-        hooks.after_last_step(LoopState(model, optimizer, scheduler, args))
+        hooks.after_last_step(state)
         return result
 
     return train

@@ -30,9 +30,8 @@ SHORT_ON_CPU = 256
 # Keys of all heads and rows that one token of each row sees; up to so many, the fused kernel in float32 takes less time,
 # with bringing them into float32, than products in bfloat16, which oneDNN prepares anew for each number of keys.
 FEW_ON_CPU = 4096
-INVISIBLE = (
-    -10_000.0
-)  # SAT's score of a position that isn't seen; finite, so that padding, which sees nothing, is finite
+# SAT's score of a position that isn't seen; finite, so that padding, which sees nothing, is finite.
+INVISIBLE = -10_000.0
 
 
 def score_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -156,9 +155,8 @@ class PrefixMixin(PTuningV2Mixin):
         **kwargs: Any,
     ) -> torch.Tensor:
         """SAT's hook: what stood here before, with this layer's prefix behind keys and values."""
-        prefix = (
-            self.prefix[layer_id].unsqueeze(1).expand(-1, len(key), -1, -1, -1)
-        )  # [2, batch, heads, prefix, head_dim]
+        # [2, batch, heads, prefix, head_dim]
+        prefix = self.prefix[layer_id].unsqueeze(1).expand(-1, len(key), -1, -1, -1)
         key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), prefix, strict=True))
         mask = self.with_prefix(mask) if mask.numel() > 1 else mask
         return old_impl(query, key, value, mask, *rest, layer_id=layer_id, **kwargs)

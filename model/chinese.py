@@ -676,9 +676,8 @@ SENTENCES = {
 _LINE = re.compile(
     r"(?P<indent>\s*)(?:(?P<command>\w+\.py): error: )?(?:(?P<file>\S.*?) row (?P<row>\d+)(?: and (?P<more>\d+) more rows)?: )?(?P<text>.*)"
 )
-_PLURAL = re.compile(
-    r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|prompt|label|picture|pack|GPU)s)\b"
-)  # of what may be one
+# Plurals of what may be one.
+_PLURAL = re.compile(r"\b((?:row|sample|step|evaluation|answer|epoch|layer|tensor|prompt|label|picture|pack|GPU)s)\b")
 _language = "auto"
 
 

@@ -26,9 +26,8 @@ import_sat()
 from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
 NF4_BLOCK = 64  # numbers that share a scale, as in the paper
-ROWS_IN_FLOAT32 = (
-    16 * NF4_BLOCK
-)  # at once, while a weight is packed on a GPU: whole, it would take twice its size beside it
+# So many at once, while a weight is packed on a GPU: whole, it would take twice its size beside it.
+ROWS_IN_FLOAT32 = 16 * NF4_BLOCK
 SMALLEST_SCALE = 1e-38  # bitsandbytes' own, so that a block of zeros is not divided by 0
 CELLS = 512  # of -1 to 1; NF4's levels lie further apart than one of them
 NUMBERS_IN_CACHE = 2**16  # 256 KiB in float32
@@ -266,9 +265,8 @@ def _quantized_on_cpu(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
         cells = _cells(scaled)
         codes = codes_below.index_select(0, cells)
         codes += scaled > bound_in_cell.index_select(0, cells)
-        pairs = codes.view(
-            torch.int16
-        )  # two codes, the first in the lower byte; in a packed byte it is in the upper half
+        # Two codes, the first in the lower byte; in a packed byte it is in the upper half.
+        pairs = codes.view(torch.int16)
         output[:, 0] = (pairs << 4) | (pairs >> 8)
     state = functional.QuantState(
         scales, weight.shape, levels, blocksize=NF4_BLOCK, quant_type="nf4", dtype=torch.float32

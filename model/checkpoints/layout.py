@@ -43,10 +43,8 @@ if TYPE_CHECKING:
 
 MOST_OF_LATEST = 40  # bytes: more isn't the number of an iteration
 NOT_UNICODE = "the name isn't UTF-8, so torch can't open files there; a folder that is renamed is needed."
-
-TIME_OF_A_RUN = re.compile(
-    r"(-\d\d){4}(-\d+)?"
-)  # behind its name: month, day, hour, minute; a number where that was taken
+# Behind its name: month, day, hour, minute; a number where that was taken.
+TIME_OF_A_RUN = re.compile(r"(-\d\d){4}(-\d+)?")
 
 
 class BaseRecord(TypedDict):

@@ -41,9 +41,8 @@ class RunRecord:
     processes: int
     data: dict[str, str]  # the SHA-256 of each file of --train-data, hexadecimal
     left_out: dict[str, list[int]]  # rows of each data file that were left out as bad
-    config: dict[
-        str, object
-    ]  # of the checkpoint that the run started from: SAT writes only some of it into the run's own
+    # Of the checkpoint that the run started from: SAT writes only some of it into the run's own.
+    config: dict[str, object]
     saved_at: float = field(default_factory=time.time)  # seconds since 1970
     version: int = VERSION
     # An older program didn't note what follows.

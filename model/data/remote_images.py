@@ -304,9 +304,8 @@ def _patience(end: float) -> float:
 def _cut(connection: socket.socket) -> None:
     """End a connection that another thread waits for."""
     try:
-        socket.socket.shutdown(
-            connection, socket.SHUT_RDWR
-        )  # not SSLSocket's own, which the other thread stumbles over
+        # Not SSLSocket's own, which the other thread stumbles over.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
     except OSError:
         return  # it has ended
 

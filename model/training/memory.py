@@ -348,12 +348,10 @@ def vision_activation_bytes(setup: Setup, batch: Batch) -> int:
     parts, size = setup.adapters.part_rates, setup.bytes
     vit, qformer = setup.config["eva_args"], setup.config["qformer_args"]
     kept = 0
-    if (
-        "vit" in parts
-    ):  # per layer both norms' inputs and outputs, query, key, value, attention's output, GELU's input and output
-        kept += (
-            vit["num_layers"] * image_positions(setup.config) * (8 * vit["hidden_size"] + 2 * inner_size(vit)) * size
-        )
+    if "vit" in parts:
+        # Per layer both norms' inputs and outputs, query, key, value, attention's output, GELU's input and output.
+        width = 8 * vit["hidden_size"] + 2 * inner_size(vit)
+        kept += vit["num_layers"] * image_positions(setup.config) * width * size
     if "vit" in parts or "qformer" in parts:
         width = 12 * qformer["hidden_size"] + 2 * inner_size(qformer)
         kept += qformer["num_layers"] * qformer["vocab_size"] * width * size

@@ -211,9 +211,8 @@ class TensorBoardFile:
             self._closing = weakref.finalize(self, _close, self._file)
         except OSError as error:
             self._give_up(error)
-        self._write(
-            step=iteration, session_log=SessionLog(status=SessionLog.START)
-        )  # hides later steps of a run before
+        # It hides later steps of a run before.
+        self._write(step=iteration, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
     def add_scalar(self, name: str, value: float, step: int | None) -> None:

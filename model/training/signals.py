@@ -174,9 +174,8 @@ class StopAtSignal(StepWatcher):
         self.number = number
         waits = self._may_wait()
         if is_first_process() and (waits or self._args is None):
-            with suppress(
-                OSError
-            ):  # the terminal may have gone; and printing isn't allowed where a signal interrupts it
+            # The terminal may have gone; and printing isn't allowed where a signal interrupts it.
+            with suppress(OSError):
                 said = f"{signal.Signals(number).name}: {STOPPING if waits else BEFORE_ALL}"
                 os.write(sys.stderr.fileno(), f"{in_ui_language(said, sys.stderr)}\n".encode())
         if not waits:

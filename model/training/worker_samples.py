@@ -44,9 +44,8 @@ class NotedSamples(Dataset[Any]):
     def __init__(self, samples: Any, workers: int) -> None:
         """samples: what a DataLoader takes."""
         self.samples = samples
-        self._notes = multiprocessing.RawArray(
-            "q", NOTES * max(1, workers)
-        )  # of each worker: pid, sample, whether it's open, the system's number of the error that ended it
+        # Of each worker: pid, sample, whether it's open, the system's number of the error that ended it.
+        self._notes = multiprocessing.RawArray("q", NOTES * max(1, workers))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -206,9 +205,8 @@ def dead_workers_named(opened_by: Callable[[int], tuple[str, bool] | None]) -> I
     try:
         try:
             yield
-        except (
-            EOFError
-        ):  # from a worker that is ending: the signal of its end, which says which it is, comes a moment later
+        except EOFError:
+            # From a worker that is ending: the signal of its end, which says which it is, comes a moment later.
             time.sleep(SECONDS_TO_END)
             raise
     except (RuntimeError, OSError) as error:

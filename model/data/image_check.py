@@ -1,7 +1,6 @@
 """The images of many rows, each opened once before training. Later runs open only those that are new or have changed.
 
     check = check_rows(rows, CheckedImages(), seconds=20)     all that was found
-    check_images(rows)                                        bad images are an error
 
 Standard library and Pillow only.
 """
@@ -12,16 +11,15 @@ import os
 import random
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.data.bad_rows import cache_folder, first_lines
+from model.data.bad_rows import cache_folder
 from model.data.images import checked_file, open_image
 from model.data.rows import Row
-from model.distributed import is_first_process
-from model.errors import InputError, raise_problems
+from model.errors import InputError
 from model.progress import with_progress
 
 MOST_REMEMBERED_BYTES = 64 * 2**20  # eight million images; a larger file is begun anew
@@ -89,27 +87,24 @@ class ImageCheck:
 
 
 def check_rows(
-    rows: Sequence[Row], checked_before: CheckedImages | None = None, seconds: float = math.inf, progress: bool = True
+    rows: Sequence[Row], checked_before: CheckedImages | None = None, seconds: float = math.inf
 ) -> ImageCheck:
     """Check every distinct image of rows: is there such a file, and can it be opened?
 
     All files are looked for. Those that weren't checked before are opened in random order, in as many threads as there
-    are CPUs, until the time is over.
+    are CPUs, until the time is over. After two seconds, the first process shows on stderr how far it is and the time left.
 
     Args:
         checked_before: images that are not opened again; those found whole are added.
         seconds: how long both may take. At least half of it is for opening images, however long looking for them took.
-        progress: after two seconds, show on stderr how far it is and the time left.
     """
     started = time.monotonic()
     result = ImageCheck()
     bad, to_open = _missing_and_unchecked(rows, checked_before, result)
     random.Random(0).shuffle(to_open)
     seconds = max(seconds / 2, seconds - (time.monotonic() - started))
-    checked: Iterable[tuple[str, str | None]] = problems_by_path(to_open, seconds)
-    if progress and is_first_process():
-        checked = with_progress(checked, len(to_open), "Checking pictures", stops_after=seconds)
-    for path, found in checked:
+    checked = problems_by_path(to_open, seconds)
+    for path, found in with_progress(checked, len(to_open), "Checking pictures", stops_after=seconds):
         result.opened += 1
         if found:
             bad[path] = found
@@ -148,20 +143,6 @@ def _missing_and_unchecked(
         else:
             unchecked.append(path)
     return bad, unchecked
-
-
-def check_images(rows: Sequence[Row], progress: bool = True) -> None:
-    """Open every distinct image of rows once; do nothing if all are good.
-
-    Raises:
-        InputError: some are bad; the first 20 rows that have one are named (`image_problems` gives all).
-    """
-    raise_problems(first_lines(image_problems(rows, progress)))
-
-
-def image_problems(rows: Sequence[Row], progress: bool = True) -> list[str]:
-    """One line for each row whose image can't be used: `{row.where}: {what was found}; {what is needed}`."""
-    return list(check_rows(rows, progress=progress).problems.values())
 
 
 def problems_by_path(paths: Sequence[str], seconds: float) -> Iterator[tuple[str, str | None]]:

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from model.distributed import from_first_process, has_gpu, is_first_process, launcher_environment
+from model.distributed import done_by_first_process, from_first_process, has_gpu, launcher_environment
 from model.errors import InputError
 from model.sat_compat import broadcast_data, import_sat, left_alone, quieten
 from model.training.deepspeed_config import (
@@ -495,16 +495,12 @@ def save_beside_earlier_runs(args: argparse.Namespace, model: Any) -> None:
     """
     if not args.save:
         return
-    made: str | OSError | None = None
-    if is_first_process():
-        try:
-            made = _folder_of_its_own(args.save)
-        except OSError as error:
-            made = error
-    made = from_first_process(made)
-    if isinstance(made, OSError):
-        raise InputError(f"--save: {made.filename} can't be made ({made.strerror}); a folder of your own is needed.")
-    args.save = made
+    try:
+        args.save = done_by_first_process(lambda: _folder_of_its_own(args.save))
+    except OSError as error:
+        raise InputError(
+            f"--save: {error.filename} can't be made ({error.strerror}); a folder of your own is needed."
+        ) from None
 
 
 def _folder_of_its_own(folder: str) -> str:

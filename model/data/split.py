@@ -3,6 +3,7 @@
 Standard library and Pillow only.
 """
 
+import filecmp
 import functools
 import hashlib
 import marshal
@@ -13,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from model.data.bad_rows import first_lines
@@ -305,7 +305,4 @@ def same_file_warnings(train: Sequence[str], valid: Sequence[str]) -> list[str]:
 
 
 def _is_same(one: str, other: str) -> bool:
-    if os.path.samefile(one, other):
-        return True
-    same_size = os.path.getsize(one) == os.path.getsize(other)
-    return same_size and Path(one).read_bytes() == Path(other).read_bytes()
+    return os.path.samefile(one, other) or filecmp.cmp(one, other, shallow=False)

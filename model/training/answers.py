@@ -228,10 +228,7 @@ class RowAnswers:
         }
         text = json_text(content, 1) + "\n"
         try:
-            write_whole(
-                self._folder / ANSWERS_FILE,
-                lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"),
-            )
+            write_whole(self._folder / ANSWERS_FILE, lambda file: file.write_text(text, encoding="utf-8"))
         except OSError as error:
             warn(f"{self._folder / ANSWERS_FILE} can't be written ({error.strerror}).")
 

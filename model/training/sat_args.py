@@ -90,8 +90,8 @@ def _sat_args_on_this_port(
 ) -> argparse.Namespace:
     words = list(words)
     if not has_gpu():
-        if unusable_gpu():
-            warn(unusable_gpu())
+        if unusable := unusable_gpu():
+            warn(unusable)
         instead = ["--fp16"] * options.fp16 + ["nccl"] * any(word.endswith("nccl") for word in words)
         if instead:
             numbers = "bfloat16" if options.bf16 else "float32"

@@ -74,7 +74,7 @@ def begin_in_processes(task: Callable[[Part], Result], parts: Sequence[Part], wh
     return results
 
 
-def leave_signals_to_the_parent(worker: int = 0) -> None:
+def leave_signals_to_the_parent() -> None:
     """Let the signals of a terminal or a launcher, which reach a whole group of processes, end this one with its parent.
 
     A second SIGTERM ends it: the parent's, where the first was the group's. If the parent is killed, this process is too.

@@ -102,13 +102,13 @@ class HandedOver:
         return batch
 
 
-def begin_work(worker: int = 0) -> None:
+def begin_work(worker: int) -> None:
     """What a worker process of the training rows does first."""
-    leave_signals_to_the_parent(worker)
+    leave_signals_to_the_parent()
     end_if_unable(worker)
 
 
-def end_if_unable(worker: int = 0) -> None:
+def end_if_unable(worker: int) -> None:
     """Let this worker process end where it can't hand over a batch.
 
     A thread of Python's hands batches over. Its error would be printed, and the main process would wait for ever.

@@ -160,7 +160,8 @@ class SkippedSteps(StepWatcher):
             warn(f"Step {number} skipped: fp16's gradients overflowed; the loss scale is {scale} now.")
             return
         what = f"the loss is {loss}" if self.lost else f"the gradient isn't finite, at a loss of {loss:.4f}"
-        warn(f"Step {number} skipped: {what}. Its longest rows: {longest(from_all(self.batches.of_step()))}.")
+        rows = [row for part in from_all_processes(self.batches.of_step()) for row in part]
+        warn(f"Step {number} skipped: {what}. Its longest rows: {longest(rows)}.")
 
     def _stop(self, number: int, state: LoopState) -> None:
         what = "loss" if self.lost else "gradient"
@@ -205,11 +206,6 @@ class SkippedSteps(StepWatcher):
             self.saved.append(iteration)
 
         return save
-
-
-def from_all(rows: list[RowAtHand]) -> list[RowAtHand]:
-    """The rows of all processes; each of them must call this."""
-    return [row for part in from_all_processes(rows) for row in part]
 
 
 def _last_of(folder: Path, good: Sequence[int], bad: Sequence[int]) -> int | None:

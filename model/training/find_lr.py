@@ -18,6 +18,7 @@ from model.checkpoints.whole import write_whole
 from model.cli.options import FIND_LR_STEPS, Options
 from model.distributed import is_first_process
 from model.progress import say, warn
+from model.training.curves import BLUE, ORANGE, PALE
 from model.training.sat_loop import Hooks, LoopState, StepWatcher
 
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -118,10 +119,10 @@ def draw(losses: Sequence[float], found: float | None, path: Path) -> None:
     drawing = Figure(figsize=(8, 4.5), layout="constrained")
     axes = drawing.subplots()
     rates = [rate_of(step) for step in range(len(losses))]
-    axes.plot(rates, losses, color="#a9c4e4", linewidth=1)
-    axes.plot(rates, smoothed(losses), color="#1f5fa8", linewidth=1.8, label=f"loss, mean over {SMOOTHED_OVER} steps")
+    axes.plot(rates, losses, color=PALE, linewidth=1)
+    axes.plot(rates, smoothed(losses), color=BLUE, linewidth=1.8, label=f"loss, mean over {SMOOTHED_OVER} steps")
     if found is not None:
-        axes.axvline(found, color="#d9680f", linestyle="--", label=f"proposed: --lr {found:.1g}")
+        axes.axvline(found, color=ORANGE, linestyle="--", label=f"proposed: --lr {found:.1g}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss per token")

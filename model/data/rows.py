@@ -237,7 +237,7 @@ def _has_rows_in_lines(text: str, start: int) -> bool:
         return "\n" in text[start:].strip()  # a broken first line, then others
     if "\n" in text[start:end]:
         return False
-    return bool({"prompt", "label", "conversations", "messages"} & first.keys()) or _skip_blank(text, end) < len(text)
+    return bool({"prompt", "label", *_OF_CONVERSATIONS} & first.keys()) or _skip_blank(text, end) < len(text)
 
 
 def _entries_of_lines(path: Path, text: str) -> Iterator[object]:

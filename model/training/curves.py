@@ -124,13 +124,14 @@ def main(folder: Path) -> None:
     """Draw the picture of the run in folder."""
     records = read_records(folder / METRICS_FILE)
     if records:
-        drawing = figure(records, resumed_after(folder), folder.name, settings_in(folder))
+        settings = settings_in(folder)
+        drawing = figure(records, resumed_after(settings), folder.name, settings)
         write_whole(folder / LOSS_FILE, lambda file: drawing.savefig(file, format="png", dpi=120))
 
 
-def resumed_after(folder: Path) -> list[int]:
-    """After which steps a run went on, from its settings.json."""
-    return sorted({start.get("after_step", 0) for start in settings_in(folder).get("starts") or []} - {0})
+def resumed_after(settings: Mapping[str, Any]) -> list[int]:
+    """After which steps a run with these settings went on."""
+    return sorted({start.get("after_step", 0) for start in settings.get("starts") or []} - {0})
 
 
 def settings_in(folder: Path) -> Mapping[str, Any]:

@@ -141,7 +141,7 @@ def test_picture_is_drawn_by_another_process_after_an_evaluation_and_at_the_end(
     picture.finish()
     picture.wait()
     assert (tmp_path / "loss.png").stat().st_mtime_ns > first
-    assert module.resumed_after(tmp_path) == [4]
+    assert module.resumed_after(module.settings_in(tmp_path)) == [4]
 
 
 def test_picture_is_renewed_every_half_minute_one_at_a_time(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ class FineTuneVisualGLMModel(VisualGLMModel):
             adapters: in place of those that args asks for.
         """
         super().__init__(args, transformer=transformer, parallel_output=parallel_output, **kwargs)
+        self.args = args  # overridden methods of 2023 read it
         self.adapters = AdapterConfig.from_options(args) if adapters is None else adapters
         self.lr: Any = getattr(args, "lr", None)
         self.seed: int | None = getattr(args, "seed", None)

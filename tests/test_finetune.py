@@ -73,6 +73,13 @@ def test_from_pretrained_with_a_2023_namespace_adds_its_lora(upstream_checkpoint
 
 
 @pytest.mark.usefixtures("process_group")
+def test_model_keeps_its_namespace_as_the_released_one_does(upstream_checkpoint: Path) -> None:
+    model, args = FineTuneVisualGLMModel.from_pretrained(upstream_checkpoint, Namespace(use_lora=True, lora_rank=4))
+    assert model.args is args
+    assert (args.use_lora, args.use_ptuning) == (True, False)
+
+
+@pytest.mark.usefixtures("process_group")
 def test_use_gpu_initialization_asks_for_no_gpu(upstream_checkpoint: Path) -> None:
     args = Namespace(use_lora=True, lora_rank=4, use_gpu_initialization=True, device="cpu")
     model, _ = FineTuneVisualGLMModel.from_pretrained(str(upstream_checkpoint), args)

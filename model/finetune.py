@@ -94,17 +94,19 @@ class FineTuneVisualGLMModel(VisualGLMModel):
         Args:
             name: a folder, an iteration's folder, its weights file, a name in $SAT_HOME, or a checkpoint found before.
             args: SAT's namespace, or some of it; `base` and `force_base` in it tell where an adapter's base is.
-            kwargs: SAT's; `build_only=True` leaves the weights out.
+            kwargs: SAT's; `build_only=True` leaves the weights out, and `overwrite_args` asks before args does.
 
         Raises:
             InputError: no such checkpoint, or one of another model.
         """
         checkpoint = Checkpoint.find(name)
-        asked = AdapterConfig() if args is None else AdapterConfig.from_options(args)
+        overwrite_args = kwargs.pop("overwrite_args", {})
+        given = {**({} if args is None else vars(args)), **overwrite_args}
+        asked = AdapterConfig.from_options(argparse.Namespace(**given))
         adapters = asked.resumed_from(checkpoint.config)
         if "qlora" in adapters.methods:
             import_bitsandbytes()  # torch would repeat its error for every weight
-        overwrite_args = {**adapters.to_json(), **kwargs.pop("overwrite_args", {})}
+        overwrite_args = {**overwrite_args, **adapters.to_json()}  # what the model has
         return super().from_pretrained(checkpoint, args, overwrite_args=overwrite_args, adapters=adapters, **kwargs)
 
     def make_fresh_adapters(self, device: torch.device) -> None:

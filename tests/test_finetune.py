@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, load_model, run_python
+from conftest import free_port, load_model, run_python, write_tuned
 
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.metadata import VISION, is_adapter_name
@@ -77,6 +77,28 @@ def test_model_keeps_its_namespace_as_the_released_one_does(upstream_checkpoint:
     model, args = FineTuneVisualGLMModel.from_pretrained(upstream_checkpoint, Namespace(use_lora=True, lora_rank=4))
     assert model.args is args
     assert (args.use_lora, args.use_ptuning) == (True, False)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_overwrite_args_ask_for_adapters_as_args_do(upstream_checkpoint: Path) -> None:
+    asked = {"use_lora": True, "lora_rank": 4, "layer_range": [1]}
+    args = Namespace(use_ptuning=True, pre_seq_len=3, lora_rank=2)
+    model, args = FineTuneVisualGLMModel.from_pretrained(upstream_checkpoint, args, overwrite_args=asked)
+    has_lora = [isinstance(layer.attention.dense, LoraLinear) for layer in model.transformer.layers]
+    assert has_lora == [False, True, False]
+    assert (model.adapters.methods, model.adapters.rank) == (("lora", "ptuning"), 4)
+    assert (args.use_lora, args.use_ptuning, args.lora_rank, args.layer_range) == (True, True, 4, [1])
+    again, _ = FineTuneVisualGLMModel.from_pretrained(upstream_checkpoint, overwrite_args=asked)
+    assert (again.adapters.methods, again.adapters.rank) == (("lora",), 4)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_overwrite_args_dont_change_what_the_namespace_says_of_a_checkpoints_own_adapters(
+    upstream_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = write_tuned(upstream_checkpoint, tmp_path / "lora", use_lora=True, lora_rank=4, layer_range=[1])
+    model, args = FineTuneVisualGLMModel.from_pretrained(folder, overwrite_args={"lora_rank": 7, "use_lora": False})
+    assert (model.get_mixin("lora").rank, args.lora_rank, args.use_lora) == (4, 4, True)
 
 
 @pytest.mark.usefixtures("process_group")

@@ -259,15 +259,20 @@ def stay_adapted() -> None:
     """Adapt SAT until this process ends: the one line that a script of 2023 needs at its top.
 
     Such a script calls `sat.get_args` and `training_main` by itself. It then runs with or without a GPU, started plainly
-    or by a launcher; its rows come in SAT's order, and its checkpoints are written as ours are.
+    or by a launcher; its rows come in SAT's order, and its checkpoints are written as ours are. Elsewhere SAT's own loader is left
+    alone; it then takes what released checkpoints hold besides tensors.
     """
     import_sat(training=True)
+    from torch.serialization import safe_globals
+
     from model.checkpoints.save import save_checkpoint
+    from model.checkpoints.tensors import safe_checkpoint_types
     from model.checkpoints.weights import load_checkpoint
 
     until_exit = ExitStack()
     atexit.register(until_exit.close)
     until_exit.enter_context(launcher_environment())
+    until_exit.enter_context(safe_globals(safe_checkpoint_types()))
     until_exit.enter_context(adapted(Hooks(load_checkpoint, save_checkpoint, TrainingReport())))
 
 

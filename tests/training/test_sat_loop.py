@@ -8,9 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
-from conftest import GOLDEN, PROJECT, load_model, printed_losses, run_program, run_python
+from conftest import (
+    GOLDEN,
+    PROJECT,
+    load_model,
+    printed_losses,
+    run_program,
+    run_python,
+    upstream_weights,
+    write_checkpoint,
+)  # fmt: skip
 
 from model import sat_compat
 from model.checkpoints.save import save_checkpoint
@@ -277,6 +287,29 @@ def test_script_in_the_manner_of_2023_trains_as_ours_does(upstream_checkpoint, t
     assert len(printed_losses(ours.stdout)) == 3
     (saved,) = tmp_path.glob("*/3/mp_rank_00_model_states.pt")
     assert len(torch.load(saved)["module"]) == 24
+
+
+LOAD_AS_IN_2023 = """
+from model.training import sat_loop; sat_loop.stay_adapted()
+import argparse, sys
+from sat.model import AutoModel
+from sat.training.model_io import load_checkpoint
+from model import VisualGLMModel
+args = argparse.Namespace(fp16=False, skip_init=True, use_gpu_initialization=False, device="cpu")
+model, args = AutoModel.from_pretrained(sys.argv[1], args=args)
+load_checkpoint(model, args, load_path=sys.argv[1])
+print(type(model) is VisualGLMModel)
+"""
+
+
+@pytest.mark.run
+def test_sats_own_loaders_take_a_released_checkpoint_after_stay_adapted(upstream_config, tmp_path):
+    folder = write_checkpoint(tmp_path / "released", upstream_config, {})
+    released = {"module": upstream_weights(), "np_rng_state": numpy.random.get_state()}
+    torch.save(released, folder / "1" / "mp_rank_00_model_states.pt")
+    done = run_python("-c", LOAD_AS_IN_2023, folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"
 
 
 def test_rate_after_the_decay_ends_stays_at_0(no_launcher):

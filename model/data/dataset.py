@@ -238,6 +238,31 @@ def packed_collator(examples: Sequence[dict[str, Any]], capacity: int = PACKED_T
     return {**batch, "segments": segments, "in_context": in_context, "position_ids": position_ids}
 
 
+def collator_of_2023(collate_fn: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+    """A script's own collate_fn, which stacks samples: those of a `FewShotDataset` are padded first, as above.
+
+    Samples of other data sets are handed on as they are.
+    """
+
+    def collate(examples: Sequence[Any]) -> Any:
+        if not all(_has_lists_to_pad(example) for example in examples):
+            return collate_fn(examples)
+        seq = padded(max(len(example["input_ids"]) for example in examples))
+        return collate_fn([_padded_to(seq, example) for example in examples])
+
+    return collate
+
+
+def _has_lists_to_pad(example: Any) -> bool:
+    return isinstance(example, dict) and "pad_token_id" in example and isinstance(example.get("input_ids"), list)
+
+
+def _padded_to(seq: int, example: dict[str, Any]) -> dict[str, Any]:
+    padding = seq - len(example["input_ids"])
+    input_ids = example["input_ids"] + [example["pad_token_id"]] * padding
+    return {**example, "input_ids": input_ids, "labels": example["labels"] + [IGNORE_INDEX] * padding}
+
+
 def _batch(rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """A batch of rows, each of one sample, or of several one after another; see `data_collator`."""
     examples = [example for row in rows for example in row]

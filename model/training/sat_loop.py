@@ -330,10 +330,15 @@ def _summary_writer(hooks: Hooks) -> Callable[..., TensorBoardFile | None]:
 
 
 def _loaders(loop: Any, hooks: Hooks) -> Callable[..., tuple[Any, Any, Any]]:
+    """The run's loaders, or SAT's; to a script's own collator these give samples of equal length, as in 2023."""
+    from model.data.dataset import collator_of_2023, data_collator, packed_collator
+
     loaders_of_sat = loop.make_loaders
 
-    def loaders(args: argparse.Namespace, *rest: Any, **named: Any) -> tuple[Any, Any, Any]:
-        return (hooks.make_loaders or loaders_of_sat)(args, *rest, **named)
+    def loaders(args: argparse.Namespace, create_dataset_function: Any, collate_fn: Any = None) -> tuple[Any, Any, Any]:
+        if hooks.make_loaders is None and collate_fn not in (None, data_collator, packed_collator):
+            collate_fn = collator_of_2023(collate_fn)
+        return (hooks.make_loaders or loaders_of_sat)(args, create_dataset_function, collate_fn=collate_fn)
 
     return loaders
 

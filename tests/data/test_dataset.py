@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from model.data.bad_rows import handle_bad_rows
-from model.data.dataset import FewShotDataset, data_collator
+from model.data.dataset import FewShotDataset, collator_of_2023, data_collator
 from model.data.lengths import PAD_MULTIPLE
 from model.data.prompt import IGNORE_INDEX
 from model.data.tokenizer import ChatGLMTokenizer
@@ -239,6 +239,37 @@ def test_batch_of_mixed_rows_has_the_pictures_of_those_that_have_one():
 def test_batch_without_pictures_has_an_empty_image():
     batch = data_collator([example(4) | {"image": None, "pre_image": 0}])
     assert (batch["image"].shape, batch["pre_image"]) == ((0, 3, 0, 0), 0)
+
+
+def stacked(examples):
+    """The released script's collator, which each script of 2023 has a copy of."""
+    for example in examples:
+        example["input_ids"] = torch.tensor(example["input_ids"], dtype=torch.long)
+        example["labels"] = torch.tensor(example["labels"], dtype=torch.long)
+    return {
+        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "labels": torch.stack([example["labels"] for example in examples]),
+        "image": torch.stack([example["image"] for example in examples]),
+        "pre_image": example["pre_image"],
+    }
+
+
+def test_collator_of_2023_gets_samples_of_equal_length_and_makes_the_batch_that_ours_does(dataset):
+    samples = [dataset[index] for index in range(3)]
+    assert len({len(sample["input_ids"]) for sample in samples}) > 1
+    ours, theirs = data_collator(samples), collator_of_2023(stacked)(samples)
+    for name in ("input_ids", "labels", "image"):
+        assert torch.equal(theirs[name], ours[name]), name
+    assert theirs["pre_image"] == ours["pre_image"]
+    assert isinstance(samples[0]["input_ids"], list)
+
+
+def test_collator_of_2023_gets_other_data_sets_samples_as_they_are():
+    others = [{"input_ids": [7]}, {"input_ids": [7, 8]}]
+    assert collator_of_2023(list)(others) == others
+    tensors = [{"input_ids": torch.tensor([7]), "labels": torch.tensor([8]), "pad_token_id": PAD}]
+    assert collator_of_2023(list)(tensors)[0] is tensors[0]
+    assert collator_of_2023(list)([1, (2,)]) == [1, (2,)]
 
 
 def test_problems_of_a_batch_stop_the_run_or_are_told_once(capfd):

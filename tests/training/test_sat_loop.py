@@ -14,6 +14,7 @@ import torch
 from conftest import (
     GOLDEN,
     PROJECT,
+    few_shot_dataset,
     load_model,
     printed_losses,
     run_program,
@@ -25,6 +26,7 @@ from conftest import (
 from model import sat_compat
 from model.checkpoints.save import save_checkpoint
 from model.checkpoints.weights import load_checkpoint
+from model.data.dataset import data_collator
 from model.errors import InputError
 from model.training import sat_loop
 from model.training.metrics import TrainingReport
@@ -310,6 +312,28 @@ def test_sats_own_loaders_take_a_released_checkpoint_after_stay_adapted(upstream
     done = run_python("-c", LOAD_AS_IN_2023, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.usefixtures("small_model")
+def test_loaders_of_a_script_of_2023_pad_for_its_own_collator_and_leave_ours_alone():
+    args = SimpleNamespace(
+        train_data=[str(GOLDEN / "upstream/dataset.json")], valid_data=None, test_data=None, train_data_weights=None,
+        split="1", batch_size=6, eval_batch_size=6, gradient_accumulation_steps=1, epochs=1, seed=1234, num_workers=0,
+        iterable_dataset=False, iterable_dataset_eval=False, batch_from_same_dataset=False,
+    )  # fmt: skip
+    sat_compat.import_sat(training=True)
+    loop = importlib.import_module("sat.training.deepspeed_training")
+
+    def lengths(examples):
+        return [len(example["input_ids"]) for example in examples]
+
+    def first_batch(collate_fn):
+        return next(iter(loop.make_loaders(args, lambda path, _: few_shot_dataset(path), collate_fn=collate_fn)[0]))
+
+    with sat_loop.adapted(hooks()):
+        padded, ours = first_batch(lengths), first_batch(data_collator)
+    assert {*padded} == {ours["input_ids"].shape[1]}
+    assert len({length for _, length in ours["rows"]}) > 1
 
 
 def test_rate_after_the_decay_ends_stays_at_0(no_launcher):

@@ -39,7 +39,7 @@ VISION = "image_encoder."
 VISION_IN_SAT = "mixins.eva.model."
 ROTARY = re.compile(r"transformer\.layers\.(\d+)\.attention\.rotary_emb\.inv_freq")
 ROTARY_IN_SAT = "mixins.chatglm-attn.rotary_emb.inv_freq"
-QUERY_KEY_VALUE = re.compile(r"transformer\.layers\.\d+\.attention\.query_key_value\.(weight|bias)")
+QUERY_KEY_VALUE = re.compile(r"transformer\.layers\.\d+\.attention\.query_key_value\.(?:original\.)?(weight|bias)")
 
 # Keys of the config that have one name and one meaning in both layouts.
 SHARED_KEYS = (

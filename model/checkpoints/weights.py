@@ -236,7 +236,8 @@ def whole_weights(
     path = checkpoint.weights_file()
     weights = open_weights(checkpoint)
     refuse_unless_whole(weights, checkpoint.config, path)
-    _warn_of_old_rows(checkpoint, weights)
+    if problem := old_rows_problem(checkpoint, weights):
+        warn(problem)
     if checkpoint.base is None:
         adapters = {tensor for tensor in weights if is_adapter_name(tensor)}
         found = fingerprint(_unmapped(checkpoint, weights))
@@ -274,14 +275,15 @@ def refuse_another_base(checkpoint: Checkpoint, used: Base) -> None:
         )
 
 
-def _warn_of_old_rows(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> None:
-    """Say so if a whole model of SAT's looks as if it had been written before July 2023."""
+def old_rows_problem(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> str:
+    """A sentence if a whole model of SAT's looks as if it had been written before July 2023; else empty."""
     heads = checkpoint.config.get("num_attention_heads")
     if heads and checkpoint.layout == "sat" and len(checkpoint.weights_files()) == 1 and looks_old(weights, heads):
-        warn(
+        return (
             f"{checkpoint.name}: the rows of query_key_value look ordered as SAT did before July 2023, and then the answers "
             f"are wrong. python scripts/convert_checkpoint.py {checkpoint.name} DST --to sat --old_sat puts them in order."
         )
+    return ""
 
 
 def refuse_unless_whole(weights: Mapping[str, torch.Tensor], config: ModelConfig, path: Path) -> None:

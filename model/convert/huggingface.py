@@ -45,7 +45,7 @@ from model.checkpoints.tensors import (
     size_in_bytes,
     write_weights,
 )
-from model.checkpoints.weights import open_weights, read_weights
+from model.checkpoints.weights import open_weights, read_weights, without_adapters
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_text, put_in_place, sync
 from model.convert.merge_lora import ITERATION
 from model.data.tokenizer import ChatGLMTokenizer, find_tokenizer
@@ -69,7 +69,7 @@ def convert(
     """Write a checkpoint's weights, configuration and tokenizer into the new folder destination, in a layout.
 
     Args:
-        source: anything that `Checkpoint.find` takes, of a plain model.
+        source: anything that `Checkpoint.find` takes, of a plain model; with old_sat and to "sat", of any whole model.
         layout: "hf" or "sat". From SAT to SAT, model-parallel parts are put together and old rows put in order.
         max_shard_size: of one file of Hugging Face's layout, in bytes; a tensor is never divided.
         old_sat: whether query_key_value has its rows in the order of SAT before July 2023, which is Hugging Face's.
@@ -80,7 +80,8 @@ def convert(
         InputError: source can't be used, is fine-tuned or isn't whole, or destination is in use or has no room.
     """
     checkpoint = Checkpoint.find(source, "SRC")
-    refuse_adapters(checkpoint)
+    if not (old_sat and layout == "sat") or is_adapter(checkpoint.config):
+        refuse_adapters(checkpoint)
     raise_problems(model_problems(checkpoint.config, str(checkpoint.config_file)))
     parts = 1 if checkpoint.layout == "hf" else len(checkpoint.weights_files())
     if checkpoint.layout == layout and not (layout == "sat" and (parts > 1 or old_sat)):
@@ -135,7 +136,7 @@ def plain_weights(checkpoint: Checkpoint, parts: int, old_sat: bool | None) -> M
         return weights
     opened = [one_by_one(file, read_weights(file)) for file in map(checkpoint.weights_file, range(parts))]
     weights = joined(opened, checkpoint.config) if parts > 1 else opened[0]
-    refuse_another_model(checkpoint, weights)
+    refuse_another_model(checkpoint, without_adapters(weights))
     heads = checkpoint.config["num_attention_heads"]
     if old_sat is None and looks_old(weights, heads):
         raise InputError(
@@ -180,6 +181,8 @@ def described_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def _in_todays_order(weights: Mapping[str, torch.Tensor], heads: int) -> LazyTensors:
+    """LoRA's factors stay as they are: they were for query, key and value then too."""
+
     def in_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return rows_for_sat(tensor, heads) if is_reordered(name) else tensor
 

@@ -16,7 +16,13 @@ from model.checkpoints.metadata import KEY, refuse_needless_base, with_base
 from model.checkpoints.save import size_of
 from model.checkpoints.sizes import free_bytes, size_text
 from model.checkpoints.tensors import shapes, write_weights
-from model.checkpoints.weights import refuse_unless_finite, whole_weights, without_adapters
+from model.checkpoints.weights import (
+    old_rows_problem,
+    open_weights,
+    refuse_unless_finite,
+    whole_weights,
+    without_adapters,
+)
 from model.checkpoints.whole import (
     CONFIG_FILE,
     SHARED_FILES,
@@ -70,6 +76,9 @@ def merge(
     refuse_needless_base(checkpoint, base)
     whole = with_base(checkpoint, base)
     raise_problems(model_problems(whole.config, str(checkpoint.config_file)))
+    # LoRA's factors are in today's order even where the weights are not: their sum would be in neither.
+    if problem := old_rows_problem(checkpoint, open_weights(checkpoint)):
+        raise InputError(problem)
     vocabulary = find_tokenizer(checkpoint.folder, tokenizer)
     old, folder = _place(Path(os.path.abspath(out)) if overwrite else Path(out), whole, overwrite)
     is_replaced = old != folder

@@ -11,6 +11,7 @@ import torch
 from conftest import PROJECT, run_here, run_program, run_python, upstream_weights, write_checkpoint, write_tuned
 from safetensors.torch import load_file, save_file
 
+from model.adapter_config import AdapterConfig
 from model.checkpoints.huggingface import rows_for_huggingface
 from model.checkpoints.layout import Checkpoint
 from model.checkpoints.sizes import free_bytes
@@ -122,13 +123,20 @@ def test_tokenizer_in_the_folder_is_read(published: Path):
 @pytest.fixture(scope="session")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/tiny as SAT would have written it before July 2023."""
-    folder = tmp_path_factory.mktemp("old") / "sat"
-    shutil.copytree(TINY, folder)
+    return in_the_old_order(TINY, tmp_path_factory.mktemp("old") / "sat")
+
+
+def in_the_old_order(source: Path, folder: Path) -> Path:
+    """A copy with the rows of query_key_value by heads. LoRA's factors were for query, key and value then too."""
+    shutil.copytree(source, folder)
     weights = {
-        name: rows_for_huggingface(tensor, HEADS) if "query_key_value" in name and name[0] == "t" else tensor.clone()
-        for name, tensor in read_weights(TINY / WEIGHTS).items()
+        name: rows_for_huggingface(tensor, HEADS)
+        if "query_key_value" in name and name[0] == "t" and "matrix" not in name
+        else tensor.clone()
+        for name, tensor in read_weights(source / WEIGHTS).items()
     }
     torch.save({"module": weights}, folder / WEIGHTS)
+    (folder / "1/checksums.json").unlink(missing_ok=True)  # as none had been written then
     return folder
 
 
@@ -164,6 +172,24 @@ def test_old_file_that_is_loaded_as_it_is_is_warned_of(old: Path, capsys: pytest
     assert f"convert_checkpoint.py {old} DST --to sat --old_sat puts them in order" in capsys.readouterr().err
     load_for_answering(str(TINY))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags", [{"use_lora": True, "lora_rank": 2}, {"use_ptuning": True, "pre_seq_len": 2}])
+def test_old_file_with_adapters_is_put_in_todays_order_and_keeps_them(tmp_path: Path, flags: dict):
+    tuned = write_tuned(TINY, tmp_path / "tuned", full=True, **flags)
+    old = in_the_old_order(tuned, tmp_path / "old")
+    assert looks_old(read_weights(old / WEIGHTS), HEADS)
+    folder = convert(str(old), str(tmp_path / "new"), "sat", old_sat=True)
+    assert same_bytes(read_weights(folder / WEIGHTS), read_weights(tuned / WEIGHTS))
+    assert AdapterConfig.from_json(Checkpoint.at(folder).config) == AdapterConfig.from_json(Checkpoint.at(tuned).config)
+
+
+def test_old_file_is_not_merged_before_it_is_in_todays_order(tmp_path: Path):
+    tuned = write_tuned(TINY, tmp_path / "tuned", full=True, use_lora=True, lora_rank=2)
+    old = in_the_old_order(tuned, tmp_path / "old")
+    with pytest.raises(InputError, match=f"convert_checkpoint.py {old} DST --to sat --old_sat puts them in order"):
+        merge(str(old), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -214,17 +214,22 @@ def is_named_tensors(content: object) -> bool:
     )
 
 
+def todays_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names of today: in May 2023, LoRA of a linear of one part had no number."""
+    return {f"{name}.0" if name.endswith((".matrix_A", ".matrix_B")) else name: tensors[name] for name in tensors}
+
+
 def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """The tensors that torch.save wrote into a file's "module", each read by itself; of old files, the mapped ones.
 
     A process that maps a file of 15 GB and goes through it seems to take 15 GB, although the system may take them back.
 
     Args:
-        mapped: the same tensors, see `load_tensors`.
+        mapped: the same tensors, see `load_tensors`, under today's names.
     """
     if not zipfile.is_zipfile(path):
         return mapped
-    return LazyTensors(_in_torchs_file(path, mapped, lambda located: located["module"]))
+    return LazyTensors(_in_torchs_file(path, mapped, lambda located: todays_names(located["module"])))
 
 
 def _in_torchs_file(

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from model.adapter_config import AdapterConfig
 from model.checkpoints.layout import Checkpoint, ModelConfig
 from model.checkpoints.metadata import (
+    KEY,
     VISION,
     Base,
     adapter_tensors,
@@ -42,7 +44,9 @@ from model.checkpoints.tensors import (
     open_huggingface,
     shapes,
     size_in_bytes,
+    todays_names,
 )
+from model.checkpoints.whole import CONFIG_FILE
 from model.errors import InputError
 from model.progress import count_of, warn, with_progress
 from model.sat_compat import import_sat
@@ -53,6 +57,7 @@ from sat import mpu  # noqa: E402  (sat can be imported only after import_sat)
 
 SAMPLES_PER_TENSOR = 16  # places, spread evenly, where a fingerprint looks into a tensor
 SAMPLE_LENGTH = 32  # numbers in a row that it reads there
+OF_A_LAYER = re.compile(r"transformer\.layers\.(\d+)\..*\.matrix_A\.")
 SHOWN_FROM = 2**30  # bytes of weights; smaller ones are there before a line about them is read
 
 
@@ -298,9 +303,25 @@ def refuse_unless_whole(weights: Mapping[str, torch.Tensor], config: ModelConfig
         InputError: as said.
     """
     missing = [name for name in adapter_tensors(config) if name not in weights]
+    if missing and "layer_range" not in config and KEY not in config:
+        _refuse_unnamed_layers(weights, config, path)
     _refuse_missing(("tensor of its adapters is", "tensors of its adapters are"), missing, path)
     learned = weights if is_adapter(config) else learned_tensors(weights, AdapterConfig.from_json(config))
     refuse_unless_finite(learned, str(path))
+
+
+def _refuse_unnamed_layers(weights: Mapping[str, torch.Tensor], config: ModelConfig, path: Path) -> None:
+    """Raise an error that names the layers with LoRA, if that is all that the config lacks: they stood in the code once.
+
+    Raises:
+        InputError: as said.
+    """
+    layers = sorted({int(found[1]) for name in weights if (found := OF_A_LAYER.match(name))})
+    if layers and all(name in weights for name in adapter_tensors({**config, "layer_range": layers})):
+        raise InputError(
+            f"{path}: LoRA is in layers {', '.join(map(str, layers))} only, which the script of May 2023 had in its code; "
+            f'"layer_range": {layers} is needed in {path.parent.with_name(CONFIG_FILE)}.'
+        )
 
 
 def refuse_unless_finite(weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -365,4 +386,4 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
     if not is_named_tensors(content["module"]):
         raise InputError(f'{path}: something else than tensors in its "module"; named tensors are needed there.')
-    return content["module"]
+    return todays_names(content["module"])

@@ -220,6 +220,59 @@ def test_adapter_with_a_tensor_missing_is_refused_and_keeps_no_fresh_value(upstr
         load_model(folder, "FineTuneVisualGLMModel")
 
 
+@pytest.fixture(scope="module")
+def of_may_2023(upstream_checkpoint, tmp_path_factory):
+    """LoRA in layers 0 and 2 as the first release saved it: no layer_range, no number where a linear has one part."""
+    folder = write_tuned(
+        upstream_checkpoint,
+        tmp_path_factory.mktemp("may") / "run",
+        True,
+        use_lora=True,
+        lora_rank=2,
+        layer_range=[0, 2],
+    )
+    content = torch.load(folder / "1" / WEIGHTS)
+    weights = {re.sub(r"(dense\.matrix_.)\.0$", r"\1", name): tensor for name, tensor in content["module"].items()}
+    assert "transformer.layers.0.attention.dense.matrix_A" in weights
+    torch.save({**content, "module": weights}, folder / "1" / WEIGHTS)
+    (folder / "1" / "checksums.json").unlink()
+    config = json.loads((folder / "model_config.json").read_text())
+    for key in ("layer_range", "finetuning"):
+        del config[key]
+    (folder / "model_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_for_answering, merged])
+def test_layers_that_stood_in_the_code_of_may_2023_are_to_be_named(of_may_2023, tmp_path, load):
+    folder = Path(shutil.copytree(of_may_2023, tmp_path / "run"))
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert str(error.value) == (
+        f"{folder / '1' / WEIGHTS}: LoRA is in layers 0, 2 only, which the script of May 2023 had in its code; "
+        f'"layer_range": [0, 2] is needed in {folder / "model_config.json"}.'
+    )
+    content = torch.load(folder / "1" / WEIGHTS)
+    del content["module"]["transformer.layers.0.attention.dense.matrix_B"]
+    torch.save(content, folder / "1" / WEIGHTS)
+    with pytest.raises(InputError, match="tensors of its adapters are missing"):
+        load(folder)
+
+
+def test_lora_of_may_2023_has_no_number_where_a_linear_has_one_part(of_may_2023, tmp_path):
+    folder = Path(shutil.copytree(of_may_2023, tmp_path / "run"))
+    config = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps({**config, "layer_range": [0, 2]}))
+    model, _ = load_for_answering(str(folder))
+    stored = torch.load(folder / "1" / WEIGHTS)["module"]
+    name = "transformer.layers.2.attention.dense.matrix_B"
+    assert torch.equal(model.state_dict()[f"{name}.0"].float(), stored[name].float())
+    with_lora = read_weights(merge(str(folder), str(tmp_path / "merged")) / "1" / WEIGHTS)
+    dense = "transformer.layers.2.attention.dense"
+    change = stored[name] @ stored[f"{dense}.matrix_A"] / 2
+    torch.testing.assert_close(with_lora[f"{dense}.weight"], stored[f"{dense}.original.weight"] + change)
+
+
 @pytest.mark.parametrize("content", [{"weights": {}}, [1], torch.zeros(1)])
 def test_file_without_module_is_refused(model, tmp_path, content):
     assert 'no "module"' in refused(model, stored(tmp_path / "foreign", content))

@@ -29,7 +29,7 @@ from model.checkpoints.layout import Checkpoint, read_json_object, weights_path
 from model.checkpoints.metadata import KEY, base_of, is_adapter
 from model.checkpoints.save import description
 from model.checkpoints.tensors import open_pickle, open_safetensors, size_in_bytes
-from model.checkpoints.weights import open_weights, whole_weights
+from model.checkpoints.weights import open_weights, refuse_unless_whole, whole_weights
 from model.checkpoints.whole import CONFIG_FILE, SHARED_FILES, UNFINISHED, json_text, put_in_place
 from model.convert.huggingface import described_shapes, new_folder, write_safetensors
 from model.convert.merge_lora import ITERATION
@@ -67,13 +67,14 @@ def to_peft(source: str | Checkpoint, destination: str) -> Path:
     """Write the LoRA of a checkpoint as PEFT's two files into the new folder destination.
 
     Raises:
-        InputError: it has no LoRA, or something besides that PEFT has no place for; destination is in use.
+        InputError: it has no LoRA, lacks a part of it, or has something besides that PEFT has no place for; destination is in use.
     """
     checkpoint = Checkpoint.find(source, "SRC")
     raise_problems(model_problems(checkpoint.config, str(checkpoint.config_file)))
     adapters = AdapterConfig.from_json(checkpoint.config)
     weights = open_weights(checkpoint)
     _refuse_more_than_lora(checkpoint, adapters, weights)
+    refuse_unless_whole(weights, checkpoint.config, checkpoint.weights_file())
     heads = checkpoint.config["num_attention_heads"]
     modules = dict.fromkeys(found[1] for name in weights if (found := OUR_NAME.fullmatch(name)))
     tensors: dict[str, torch.Tensor] = {}

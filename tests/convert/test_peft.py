@@ -107,6 +107,19 @@ def test_lora_of_a_full_checkpoint_goes_to_peft_too(upstream_checkpoint: Path, t
     assert close(their_logits(model), our_logits(tuned))
 
 
+def test_lora_that_is_not_whole_is_not_converted(upstream_checkpoint: Path, tmp_path: Path):
+    tuned = write_tuned(upstream_checkpoint, tmp_path / "full", full=True, use_lora=True, lora_rank=2)
+    content = torch.load(tuned / WEIGHTS)
+    gone = "transformer.layers.1.attention.dense.matrix_A.0"
+    del content["module"][gone]
+    torch.save(content, tuned / WEIGHTS)
+    (tuned / "1/checksums.json").unlink()  # as older checkpoints have none
+    assert f"1 tensor of its adapters is missing (the first: {gone})" in refused(
+        to_peft, str(tuned), str(tmp_path / "x")
+    )
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(("method", "notes"), [("use_qlora", 1), ("use_lora", 0)])
 def test_qlora_is_told_to_need_a_base_in_4_bits_there(
     upstream_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, notes: int

@@ -26,6 +26,7 @@ import torch
 
 from model.checkpoints.broken_files import what_it_is_instead
 from model.checkpoints.huggingface import is_reordered, rows_for_sat, sat_name, weights_files
+from model.checkpoints.packed import QuantState
 from model.errors import InputError
 from model.progress import with_progress
 
@@ -227,7 +228,7 @@ def one_by_one(path: Path, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, t
     Args:
         mapped: the same tensors, see `load_tensors`, under today's names.
     """
-    if not zipfile.is_zipfile(path):
+    if isinstance(mapped, LazyTensors) or not zipfile.is_zipfile(path):
         return mapped
     return LazyTensors(_in_torchs_file(path, mapped, lambda located: todays_names(located["module"])))
 
@@ -434,7 +435,7 @@ def load_tensors(path: Path, device: str = "cpu") -> Any:
 
 
 def safe_checkpoint_types() -> list[Any]:
-    """What old checkpoints may hold besides tensors: numpy's random state.
+    """What old checkpoints may hold besides tensors: numpy's random state, and how bitsandbytes packed weights.
 
     `torch.load` reads weights only by default and refuses it; nothing listed here can run code.
     """
@@ -442,6 +443,7 @@ def safe_checkpoint_types() -> list[Any]:
     return [
         reconstruct,
         (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 wrote it
+        (QuantState, "bitsandbytes.functional.QuantState"),  # ours, in its place
         numpy.ndarray,
         numpy.dtype,
         numpy.dtypes.UInt32DType,

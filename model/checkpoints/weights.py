@@ -9,6 +9,7 @@ checkpoints are written is in `model.checkpoints.save`.
 """
 
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -32,6 +33,7 @@ from model.checkpoints.metadata import (
     with_base,
 )
 from model.checkpoints.model_parallel import joined, own_parts
+from model.checkpoints.packed import STATE, in_full_width, packings, states
 from model.checkpoints.tensors import (
     LazyTensor,
     LazyTensors,
@@ -375,8 +377,10 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of a checkpoint's weights file by name, mapped from the disk rather than read where it can be.
+
+    Those of QLoRA that the script of 2023 saved in 4 bits are in full width: see `model.checkpoints.packed`.
 
     Raises:
         InputError: the file is missing, broken, or holds something else than weights.
@@ -384,6 +388,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     content = load_tensors(path)
     if not isinstance(content, dict) or "module" not in content:
         raise InputError(f'{path}: no "module" in it; a checkpoint of SAT has its weights there.')
-    if not is_named_tensors(content["module"]):
+    module = content["module"]
+    packed = states(module)
+    tensors = {name: module[name] for name in module if not str(name).endswith(f".{STATE}")} if packed else module
+    if not is_named_tensors(tensors):
         raise InputError(f'{path}: something else than tensors in its "module"; named tensors are needed there.')
-    return todays_names(content["module"])
+    return _in_full_width(todays_names(tensors), packed, path) if packed else todays_names(tensors)
+
+
+def _in_full_width(tensors: Mapping[str, torch.Tensor], packed: Mapping[str, Any], path: Path) -> LazyTensors:
+    """The tensors of a QLoRA checkpoint of 2023, each packed weight unpacked when it is asked for."""
+    try:
+        how = packings(packed, tensors)
+    except ValueError:
+        raise InputError(
+            f"{path}: weights of QLoRA that bitsandbytes packed otherwise than the script of 2023 had it done; such as that "
+            "saved, or weights that are not packed, are needed."
+        ) from None
+    again = tuple(f"{name}." for name in how)  # later bitsandbytes saves a state's tensors a second time
+    entries = {name: LazyTensor.of(tensor) for name, tensor in tensors.items() if not name.startswith(again)}
+    for name, packing in how.items():
+        read = functools.partial(in_full_width, tensors[name], packing)
+        entries[name] = LazyTensor(packing.shape, packing.dtype, read)
+    return LazyTensors(entries)

@@ -19,6 +19,7 @@ With model parallelism a process has a part of some tensors: `model.checkpoints.
 """
 
 import argparse
+import importlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -459,6 +460,4 @@ def put_back_random_state(state: Mapping[str, Any]) -> None:
 
 def _tracker() -> Any:
     """The generators that dropout draws from on a GPU."""
-    from sat import mpu
-
-    return mpu.get_cuda_rng_tracker()
+    return importlib.import_module("sat.mpu").get_cuda_rng_tracker()

@@ -42,14 +42,14 @@ def at_revision(name: str, revision: str | None) -> str:
 
 def cached_snapshot(name: str) -> Path | None:
     """The folder where Hugging Face's cache has files of a repository, perhaps not all of them."""
-    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = name.partition("@")
     try:
-        config = huggingface_hub.try_to_load_from_cache(repository, CHECKPOINT_FILES[0], revision=revision or None)
-    except huggingface_hub.errors.HFValidationError:  # no name that a repository may have
+        config = cached_file(repository, CHECKPOINT_FILES[0], revision or None)
+    except HFValidationError:  # no name that a repository may have
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    return None if config is None else config.parent
 
 
 def download_snapshot(name: str) -> Path:
@@ -75,11 +75,11 @@ def download_snapshot(name: str) -> Path:
     return Path(folder)
 
 
-def cached_file(repository: str, name: str) -> Path | None:
+def cached_file(repository: str, name: str, revision: str | None = None) -> Path | None:
     """One file of a repository that Hugging Face's cache has."""
     import huggingface_hub
 
-    cached = huggingface_hub.try_to_load_from_cache(repository, name)
+    cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
 
 

@@ -221,7 +221,7 @@ def test_find_tokenizer_when_neither_has_one_takes_the_hubs(tmp_path, monkeypatc
 
 def test_find_tokenizer_takes_the_one_that_chatglm_has_in_the_cache(tmp_path, monkeypatch):
     kept = {"THUDM/chatglm-6b": str(tmp_path / "kept")}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: kept.get(repository))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, *_, **__: kept.get(repository))
     assert find_tokenizer(None) == tmp_path / "kept"
 
 

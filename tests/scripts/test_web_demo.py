@@ -86,6 +86,14 @@ def opened(browser, address, **window):
     return page
 
 
+def send_and_stop(page):
+    """Ask what stands there, or what is asked of a new picture, and end the answer."""
+    page.click("#send")
+    page.until(is_there("#stop"))
+    page.click("#stop")
+    page.until(is_there("#send"))
+
+
 def chats(page):
     """What the two conversations show, without their names."""
     return [page.text_of(f"#chat{number}").partition("\n")[2].strip() for number in (0, 1)]
@@ -149,10 +157,7 @@ def test_file_that_gradio_refuses_leaves_no_picture_in_the_box_and_none_to_ask_a
     page = opened(browser, server[1])
     page.upload("#picture input[type=file]", PICTURE)
     page.until("document.querySelector('#note').innerText.includes('about this picture')")
-    page.click("#send")
-    page.until(is_there("#stop"))
-    page.click("#stop")
-    page.until(is_there("#send"))
+    send_and_stop(page)
     file = tmp_path / "a.png"
     file.write_bytes(bytes(10 * 2**20 + 1))  # --max_image is 10 MiB
     page.upload("#picture input[type=file]", file)
@@ -264,10 +269,7 @@ def test_what_gradio_says_in_english_only_is_chinese_too_and_pictures_have_a_nam
     assert "页：\n1\n2" in page.text_of("#examples")
     page.upload("#picture input[type=file]", PICTURE)
     page.until("document.querySelector('#picture img')")
-    page.click("#send")
-    page.until(is_there("#stop"))
-    page.click("#stop")
-    page.until(is_there("#send"))
+    send_and_stop(page)
     labels = page.js("[...document.querySelectorAll('[aria-label]')].map(found => found.getAttribute('aria-label'))")
     assert {"复制对话", "从剪贴板粘贴", "上传文件", "关闭", "移除图片", "全屏"} <= set(labels)
     assert [label for label in labels if not re.search("[\u4e00-\u9fff]", label)] == []
